@@ -1,0 +1,314 @@
+// The C interface of fasa.h.
+
+#include "fasa-cache.h"
+#include "fasa-error.h"
+
+#include "llama-context.h"
+#include "llama-kv-cache.h"
+#include "llama-model.h"
+
+#include "ggml-backend.h"
+
+#include <cmath>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <numeric>
+
+static thread_local std::string fasa_error_text;
+
+int fasa_set_error(const char * fmt, ...) {
+    char text[1024];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(text, sizeof(text), fmt, args);
+    va_end(args);
+    fasa_error_text = text;
+    return -1;
+}
+
+const char * fasa_error(void) {
+    return fasa_error_text.c_str();
+}
+
+const char * fasa_version(void) {
+    return FASA_VERSION;
+}
+
+fasa_params fasa_params_default(void) {
+    fasa_params p = {};
+    p.size        = sizeof(p);
+    p.chunks      = 0;
+    p.budget      = 512;
+    p.mass        = 0.0f;
+    p.floor       = 64;
+    p.cap         = 1024;
+    p.sink        = 4;
+    p.recent      = 32;
+    p.min_context = 1024;
+    p.max_tokens  = 8;
+    p.k_dom       = FASA_K_DOM_Q4;
+    return p;
+}
+
+// a struct of the caller's, or -1 with the reason
+template <typename T> static int fasa_check_size(const T * s, const char * name) {
+    if (s == nullptr) {
+        return fasa_set_error("%s: expected a struct, found NULL", name);
+    }
+    if (s->size != sizeof(T)) {
+        return fasa_set_error("%s: expected a struct of %zu bytes, found %zu: the header and the library differ", name, sizeof(T), (size_t) s->size);
+    }
+    return 0;
+}
+
+static std::vector<fasa_cache *> fasa_caches_of(const llama_context * ctx) {
+    auto caches = ctx ? fasa_caches(llama_get_memory(ctx)) : std::vector<fasa_cache *>();
+    if (caches.empty()) {
+        fasa_set_error("this context has no KV cache that FASA knows (recurrent, latent or encoder-only model)");
+    }
+    return caches;
+}
+
+// one state for all caches of a context
+static fasa_state * fasa_state_of(const std::vector<fasa_cache *> & caches) {
+    for (size_t i = 1; i < caches.size(); ++i) {
+        caches[i]->state        = caches[0]->state;
+        caches[i]->counts_steps = false;
+    }
+    return caches[0]->state.get();
+}
+
+static int fasa_configure(const std::vector<fasa_cache *> & caches) {
+    auto & state = *fasa_state_of(caches);
+    state.epoch++;
+    for (auto * cache : caches) {
+        if (cache->configure() != 0) {
+            state.params.enabled = 0;
+            const std::string why = fasa_error_text;
+            for (auto * c : caches) {
+                c->configure();
+            }
+            return fasa_set_error("%s", why.c_str());
+        }
+    }
+    return 0;
+}
+
+// ---- profile ----
+
+int fasa_set_profile(llama_context * ctx, const fasa_profile * p) {
+    if (fasa_check_size(p, "fasa_profile") != 0) {
+        return -1;
+    }
+    const auto caches = fasa_caches_of(ctx);
+    if (caches.empty()) {
+        return -1;
+    }
+    const auto & hparams = ctx->get_model().hparams;
+    if (p->n_layer != hparams.n_layer()) {
+        return fasa_set_error("the profile is for a model of %u layers, this one has %u", p->n_layer, hparams.n_layer());
+    }
+    size_t n_ranking = 0, n_weight = 0;
+    std::vector<uint32_t> offset(p->n_layer);
+    for (uint32_t il = 0; il < p->n_layer; ++il) {
+        offset[il] = n_ranking;
+        if (p->n_chunk[il] == 0) {
+            continue;
+        }
+        if (p->n_head_kv[il] != hparams.n_head_kv(il) || p->n_chunk[il] != hparams.n_embd_head_k(il)/2) {
+            return fasa_set_error("layer %u: the profile has %u KV heads of %u chunks, the model %u of %u", il,
+                    p->n_head_kv[il], p->n_chunk[il], hparams.n_head_kv(il), hparams.n_embd_head_k(il)/2);
+        }
+        n_ranking += size_t(p->n_head_kv[il])*p->n_chunk[il];
+        n_weight  += size_t(p->n_head_kv[il])*p->weight_k;
+    }
+    for (uint32_t il = 0; il < p->n_layer; ++il) {
+        for (uint32_t h = 0; p->n_chunk[il] > 0 && h < p->n_head_kv[il]; ++h) {
+            std::vector<bool> seen(p->n_chunk[il]);
+            for (uint32_t c = 0; c < p->n_chunk[il]; ++c) {
+                const uint32_t id = p->ranking[offset[il] + h*p->n_chunk[il] + c];
+                if (id >= p->n_chunk[il] || seen[id]) {
+                    return fasa_set_error("layer %u, KV head %u, rank %u: chunk %u is %s", il, h, c, id, id < p->n_chunk[il] ? "ranked twice" : "out of range");
+                }
+                seen[id] = true;
+            }
+        }
+    }
+
+    auto & state = *fasa_state_of(caches);
+    state.n_head_kv.assign(p->n_head_kv, p->n_head_kv + p->n_layer);
+    state.n_chunk  .assign(p->n_chunk,   p->n_chunk   + p->n_layer);
+    state.ranking  .assign(p->ranking,   p->ranking   + n_ranking);
+    state.offset = std::move(offset);
+    state.weight_k = p->weight ? p->weight_k : 0;
+    state.weight       = p->weight       ? std::vector<float>(p->weight, p->weight + n_weight)             : std::vector<float>();
+    state.layer_budget = p->layer_budget ? std::vector<float>(p->layer_budget, p->layer_budget + p->n_layer) : std::vector<float>();
+    return fasa_configure(caches);
+}
+
+// ---- settings ----
+
+int fasa_set_params(llama_context * ctx, const fasa_params * params) {
+    if (fasa_check_size(params, "fasa_params") != 0) {
+        return -1;
+    }
+    const auto caches = fasa_caches_of(ctx);
+    if (caches.empty()) {
+        return params->enabled ? -1 : 0;
+    }
+    auto & state = *fasa_state_of(caches);
+    fasa_params p = *params;
+    if (p.enabled) {
+        if (!state.has_profile()) {
+            return fasa_set_error("there is no FASA profile; embed one with `fasa-gguf embed-profile MODEL`, or call fasa_set_profile first");
+        }
+        if (!ctx->get_cparams().flash_attn) {
+            return fasa_set_error("flash attention is off in this context, and FASA needs its cache layout; make the context with flash_attn on");
+        }
+        if (p.budget < 1 || p.budget > INT32_MAX || p.sink > 65536 || p.recent > 65536 || p.max_tokens < 1 ||
+                p.k_dom < FASA_K_DOM_F16 || p.k_dom > FASA_K_DOM_Q4) {
+            return fasa_set_error("settings out of range: budget %u (1 to 2^31-1), sink %u and recent %u (up to 65536), max_tokens %u (from 1), k_dom %d (0 to 2)",
+                    p.budget, p.sink, p.recent, p.max_tokens, p.k_dom);
+        }
+        if (!(p.mass >= 0 && p.mass <= 1) || (p.mass > 0 && (p.floor < 1 || p.floor > p.cap || p.cap > INT32_MAX))) {
+            return fasa_set_error("settings out of range: mass %g (0 to 1), floor %u and cap %u (1 <= floor <= cap)", (double) p.mass, p.floor, p.cap);
+        }
+        if (p.chunks == 0) {
+            uint32_t most = 0;
+            for (const uint32_t n : state.n_chunk) {
+                most = std::max(most, n);
+            }
+            p.chunks = std::max(4u, 3*most/8/4*4); // whole groups of FASA_GROUP dimensions
+        }
+    }
+    state.params = p;
+    return fasa_configure(caches);
+}
+
+int fasa_get_params(const llama_context * ctx, fasa_params * params) {
+    if (fasa_check_size(params, "fasa_params") != 0) {
+        return -1;
+    }
+    const auto caches = fasa_caches_of(ctx);
+    *params = caches.empty() ? fasa_params_default() : fasa_state_of(caches)->params;
+    return 0;
+}
+
+int fasa_invalidate(llama_context * ctx) {
+    for (auto * cache : fasa_caches_of(ctx)) {
+        cache->on_changed();
+    }
+    return 0;
+}
+
+int fasa_set_observer(llama_context * ctx, fasa_observer observer, void * user) {
+    const auto caches = fasa_caches_of(ctx);
+    if (caches.empty()) {
+        return -1;
+    }
+    auto & state = *fasa_state_of(caches);
+    state.observer = { observer, user };
+    state.epoch++;
+    return 0;
+}
+
+// ---- counters ----
+
+int fasa_get_counters(const llama_context * ctx, fasa_counters * c) {
+    if (fasa_check_size(c, "fasa_counters") != 0) {
+        return -1;
+    }
+    *c = {};
+    c->size = sizeof(*c);
+    const auto caches = fasa_caches_of(ctx);
+    if (caches.empty()) {
+        return 0;
+    }
+    const auto & s = *fasa_state_of(caches);
+    c->steps_sparse    = s.steps_sparse;
+    c->steps_dense     = s.steps_dense;
+    c->steps_prefill   = s.steps_prefill;
+    c->layers_sparse   = s.stats.layers_sparse;
+    c->layers_dense    = s.stats.layers_dense;
+    c->rows_attended   = s.stats.rows_attended;
+    c->rows_visible    = s.stats.rows_visible;
+    c->lists           = s.stats.lists;
+    c->bytes_tip       = s.stats.bytes_tip;
+    c->bytes_fac       = s.stats.bytes_fac;
+    c->bytes_dense     = s.stats.bytes_dense;
+    c->cells_refreshed = s.cells_refreshed;
+    c->rebuilds        = s.rebuilds;
+    for (auto * cache : caches) {
+        c->bytes_k_dom += cache->size_k_dom();
+        c->bytes_kv    += cache->size_kv();
+    }
+    return 0;
+}
+
+int fasa_reset_counters(llama_context * ctx) {
+    const auto caches = fasa_caches_of(ctx);
+    if (caches.empty()) {
+        return 0;
+    }
+    auto & s = *fasa_state_of(caches);
+    s.steps_sparse = s.steps_dense = s.steps_prefill = s.cells_refreshed = s.rebuilds = 0;
+    for (auto * n : { &s.stats.layers_sparse, &s.stats.layers_dense, &s.stats.rows_attended, &s.stats.rows_visible, &s.stats.lists,
+                      &s.stats.bytes_tip, &s.stats.bytes_fac, &s.stats.bytes_dense }) {
+        *n = 0;
+    }
+    return 0;
+}
+
+const char * fasa_layer_reason(const llama_context * ctx, int32_t il) {
+    if (ctx == nullptr || il < 0 || il >= (int32_t) ctx->get_model().hparams.n_layer()) {
+        return "no such layer";
+    }
+    for (auto * cache : fasa_caches(llama_get_memory(ctx))) {
+        if (cache->has_layer(il)) {
+            if (!cache->state->params.enabled) {
+                return "FASA is off";
+            }
+            const auto & reason = cache->layer(il).reason;
+            return reason.empty() ? nullptr : reason.c_str();
+        }
+    }
+    return "it has no KV cache that FASA knows";
+}
+
+const char * fasa_step_reason(const llama_context * ctx) {
+    const auto caches = fasa_caches_of(ctx);
+    return caches.empty() ? "this context has no KV cache that FASA knows" : fasa_state_of(caches)->step_reason.c_str();
+}
+
+// ---- model ----
+
+int fasa_get_model_info(const llama_context * ctx, fasa_model_info * info) {
+    if (fasa_check_size(info, "fasa_model_info") != 0) {
+        return -1;
+    }
+    const auto & model   = ctx->get_model();
+    const auto & hparams = model.hparams;
+    info->n_layer     = hparams.n_layer();
+    info->rope_layout = hparams.rope_type == LLAMA_ROPE_TYPE_NONE ? -1 : hparams.rope_type == LLAMA_ROPE_TYPE_NORM ? 0 : 1;
+    info->rope_base   = ctx->get_cparams().rope_freq_base;
+    info->rope_scale  = ctx->get_cparams().rope_freq_scale;
+    info->is_mla      = hparams.is_mla();
+    return 0;
+}
+
+int fasa_get_layer_shape(const llama_context * ctx, int32_t il, int32_t * out) {
+    const auto & hparams = ctx->get_model().hparams;
+    if (il < 0 || il >= (int32_t) hparams.n_layer()) {
+        return fasa_set_error("layer %d: the model has %u layers", il, hparams.n_layer());
+    }
+    bool known = false;
+    for (auto * cache : fasa_caches(llama_get_memory(ctx))) {
+        known = known || cache->has_layer(il);
+    }
+    out[0] = known ? hparams.n_head(il) : 0;
+    out[1] = known ? hparams.n_head_kv(il) : 0;
+    out[2] = known ? hparams.n_embd_head_k(il) : 0;
+    out[3] = known ? hparams.n_rot(il) : 0;
+    return 0;
+}

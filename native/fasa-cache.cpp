@@ -1,0 +1,300 @@
+#include "fasa-cache.h"
+#include "fasa-error.h"
+
+#include "llama-kv-cache.h"
+#include "llama-kv-cache-iswa.h"
+#include "llama-memory-hybrid.h"
+#include "llama-memory-hybrid-iswa.h"
+#include "llama-model.h"
+
+#include <algorithm>
+#include <cmath>
+
+fasa_cache::fasa_cache(llama_kv_cache & kv) : state(std::make_shared<fasa_state>()), kv(kv) {
+    stale.resize(kv.n_stream);
+    layers.resize(kv.layers.size());
+    on_changed();
+}
+
+// ---- memory ----
+
+const char * fasa_cache::layer_dense_reason(size_t ikv) const {
+    const auto & l  = kv.layers[ikv];
+    const auto   il = l.il;
+    if (kv.other) {
+        return "its cache is shared with another context";
+    }
+    if (l.v == nullptr || kv.hparams.is_mla()) {
+        return "multi-head latent attention has no keys per head";
+    }
+    if (il >= state->n_chunk.size() || state->n_chunk[il] == 0) {
+        return "the profile has no ranking for it";
+    }
+    if (kv.hparams.n_embd_head_k(il) % 2 != 0) {
+        return "its head dimension is odd";
+    }
+    for (const ggml_type type : { l.k->type, l.v->type }) {
+        if (type != GGML_TYPE_F32 && ggml_get_type_traits(type)->to_float == nullptr) {
+            return "its cache type cannot be read back";
+        }
+    }
+    if (!ggml_backend_buft_is_host(ggml_backend_buffer_get_type(l.k->buffer))) {
+        return "its cache is on a device that FASA has no kernels for";
+    }
+    if (fasa_cpu_op_get() == nullptr) {
+        return "the CPU backend has no FASA ops";
+    }
+    return "";
+}
+
+// dims and weights of a layer, from the profile to its device
+void fasa_cache::upload_tables(size_t ikv) {
+    const auto il        = kv.layers[ikv].il;
+    const int  n_head_kv = kv.hparams.n_head_kv(il), n_rot = kv.hparams.n_rot(il);
+    const int  n_chunk   = state->n_chunk[il], n_dom = layers[ikv].dims->ne[0];
+    const int  chunks    = std::min<int>(state->params.chunks, n_chunk);
+    const auto rope      = kv.hparams.rope_type;
+    const int  layout    = rope == LLAMA_ROPE_TYPE_NORM || rope == LLAMA_ROPE_TYPE_NONE ? 0 : 1;
+
+    size_t weights_before = 0; // ranked KV heads of the layers before this one
+    for (uint32_t i = 0; i < il; ++i) {
+        weights_before += state->n_chunk[i] > 0 ? state->n_head_kv[i] : 0;
+    }
+
+    std::vector<int32_t> dims(n_dom*n_head_kv, -1);
+    std::vector<float>   weight(n_dom*n_head_kv, 1.0f);
+    for (int h = 0; h < n_head_kv; ++h) {
+        for (int c = 0; c < chunks; ++c) {
+            const int at = h*n_dom + 2*c;
+            fasa_chunk_dims(state->ranking[state->offset[il] + h*n_chunk + c], n_rot, layout, &dims[at]);
+            if (uint32_t(c) < state->weight_k) {
+                weight[at] = weight[at + 1] = state->weight[(weights_before + h)*state->weight_k + c];
+            }
+        }
+    }
+    ggml_backend_tensor_set(layers[ikv].dims,   dims.data(),   0, ggml_nbytes(layers[ikv].dims));
+    ggml_backend_tensor_set(layers[ikv].weight, weight.data(), 0, ggml_nbytes(layers[ikv].weight));
+}
+
+int fasa_cache::configure() {
+    layers.assign(kv.layers.size(), {});
+    ctxs_bufs.clear();
+    on_changed();
+    if (!state->params.enabled) {
+        return 0;
+    }
+
+    std::map<ggml_backend_buffer_type_t, ggml_context_ptr> ctxs;
+    for (size_t ikv = 0; ikv < layers.size(); ++ikv) {
+        auto & l = layers[ikv];
+        l.reason = layer_dense_reason(ikv);
+        if (!l.reason.empty()) {
+            continue;
+        }
+        const auto il   = kv.layers[ikv].il;
+        auto *     buft = ggml_backend_buffer_get_type(kv.layers[ikv].k->buffer);
+        auto &     ctx  = ctxs[buft];
+        if (!ctx) {
+            ctx.reset(ggml_init({ 3*layers.size()*ggml_tensor_overhead(), nullptr, true }));
+        }
+        const int     n_dom     = fasa_n_dom(std::min(state->params.chunks, state->n_chunk[il]));
+        const int64_t n_head_kv = kv.hparams.n_head_kv(il);
+        const int64_t n_tile    = (kv.get_size() + FASA_TILE - 1)/FASA_TILE;
+        l.k_dom  = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_I8, fasa_block_bytes(state->params.k_dom, n_dom), n_tile, n_head_kv, kv.n_stream);
+        l.dims   = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_dom, n_head_kv);
+        l.weight = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_dom, n_head_kv);
+        ggml_format_name(l.k_dom, "cache_k_dom_l%d", il);
+    }
+    for (auto & [buft, ctx] : ctxs) {
+        ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
+        if (!buf) {
+            const size_t size = ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft);
+            layers.assign(kv.layers.size(), {});
+            ctxs_bufs.clear();
+            return fasa_set_error("the dominant keys need %.1f MiB in %s, which cannot be allocated; use a smaller context, fewer chunks or k_dom q4",
+                    size/1048576.0, ggml_backend_buft_name(buft));
+        }
+        ggml_backend_buffer_clear(buf.get(), 0);
+        ctxs_bufs.emplace_back(std::move(ctx), std::move(buf));
+    }
+    for (size_t ikv = 0; ikv < layers.size(); ++ikv) {
+        if (layers[ikv].k_dom) {
+            upload_tables(ikv);
+        }
+    }
+    return 0;
+}
+
+void fasa_cache::memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const {
+    for (const auto & [ctx, buf] : ctxs_bufs) {
+        sizes[ggml_backend_buffer_get_type(buf.get())] += ggml_backend_buffer_get_size(buf.get());
+    }
+}
+
+size_t fasa_cache::size_kv() const {
+    return kv.size_k_bytes() + kv.size_v_bytes();
+}
+
+size_t fasa_cache::size_k_dom() const {
+    size_t size = 0;
+    for (const auto & l : layers) {
+        size += l.k_dom ? ggml_nbytes(l.k_dom) : 0;
+    }
+    return size;
+}
+
+// ---- events ----
+
+void fasa_cache::on_changed() {
+    for (auto & s : stale) {
+        s.add(0, kv.get_size());
+    }
+}
+
+void fasa_cache::on_apply(const llama_kv_cache_context & mctx) {
+    const auto & sinfo = mctx.sinfos[mctx.i_cur];
+    n_kv  = mctx.n_kv;
+    strm  = sinfo.strm;
+    new_cells.clear();
+    for (size_t s = 0; s < sinfo.n_stream(); ++s) {
+        const auto & idxs = sinfo.idxs[s];
+        new_cells.insert(new_cells.end(), idxs.begin(), idxs.end());
+        for (size_t i = 0; i < idxs.size();) {
+            size_t j = i + 1;
+            while (j < idxs.size() && idxs[j] == idxs[j - 1] + 1) {
+                j++;
+            }
+            stale[sinfo.strm[s]].add(idxs[i], idxs[j - 1] + 1);
+            i = j;
+        }
+    }
+}
+
+// ---- graphs ----
+
+fasa_cache * fasa_cache::of(const llama_kv_cache_context * mctx) {
+    return mctx->kv ? mctx->kv->fasa.get() : nullptr;
+}
+
+bool fasa_cache::has_layer(int32_t il) const {
+    return kv.map_layer_ids.count(il) > 0;
+}
+
+fasa_layer & fasa_cache::layer(int32_t il) {
+    return layers[kv.map_layer_ids.at(il)];
+}
+
+// the block that llama_kv_cache::build_input_k_rot chooses
+int32_t fasa_cache::n_hadamard() const {
+    if (!kv.attn_rot_k) {
+        return 0;
+    }
+    int32_t n = 64;
+    while (kv.n_embd_head_k_all % (2*n) == 0) {
+        n *= 2;
+    }
+    return n;
+}
+
+void fasa_cache::set_ranges(int32_t * ranges, uint32_t n_stream) {
+    std::fill(ranges, ranges + n_stream*2*FASA_MAX_RANGES, 0);
+    const llama_seq_id s0 = *std::min_element(strm.begin(), strm.end());
+    uint64_t cells = 0;
+    for (uint32_t s = 0; s < n_stream; ++s) {
+        // cells behind the last used one are empty, and are marked again when they are written
+        const auto fresh = stale[s0 + s].take(kv.v_cells[s0 + s].used_max_p1());
+        stale[s0 + s] = {};
+        for (size_t i = 0; i < fresh.data.size(); ++i) {
+            ranges[s*2*FASA_MAX_RANGES + 2*i    ] = (int32_t) fresh.data[i].first;
+            ranges[s*2*FASA_MAX_RANGES + 2*i + 1] = (int32_t) fresh.data[i].second;
+        }
+        cells += fresh.cells();
+    }
+    state->cells_refreshed += cells;
+    state->rebuilds        += cells > new_cells.size();
+}
+
+// Forced cells of a token: the `sink` lowest positions of its sequence and the `recent` highest up to its own, ties to the
+// lower cell. Usually position p + 1 lies in the cell behind p; where it does not, one scan over the cells finds them.
+void fasa_cache::set_forced(int32_t * forced, uint32_t n_forced, const llama_ubatch & ubatch) const {
+    const uint32_t n_sink = state->params.sink, n_recent = state->params.recent;
+    const bool     one_cell_each = kv.hparams.n_pos_per_embd() == 1; // else several cells can share a position
+
+    std::vector<std::pair<llama_pos, int32_t>> all; // (position, cell), of the scan
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i, forced += n_forced) {
+        std::fill(forced, forced + n_forced, -1);
+        const auto   seq   = ubatch.seq_id[i][0];
+        const auto   pos   = ubatch.pos[i];
+        const auto & cells = kv.v_cells[kv.seq_to_stream[seq]];
+        const auto   first = cells.seq_pos_min(seq);
+
+        const auto holds = [&](int64_t cell, llama_pos p) {
+            return cell >= 0 && cell < (int64_t) n_kv && !cells.is_empty(cell) && cells.pos_get(cell) == p && cells.seq_has(cell, seq);
+        };
+
+        bool    found = one_cell_each && pos - first + 1 >= (llama_pos) (n_sink + n_recent);
+        int32_t * out = forced;
+        if (found) {
+            auto & hint = first_cell[seq];
+            if (!holds(hint, first)) {
+                hint = 0;
+                while (hint < n_kv && !holds(hint, first)) {
+                    hint++;
+                }
+            }
+            int64_t cell = hint;
+            for (uint32_t j = 0; j < n_sink && found; ++j, ++cell) {
+                found  = holds(cell, first + j);
+                *out++ = (int32_t) cell;
+            }
+            for (int64_t j = 0; j < (int64_t) n_recent && found; ++j) {
+                found  = holds(new_cells[i] - j, pos - j);
+                *out++ = (int32_t) (new_cells[i] - j);
+            }
+        }
+        if (found) {
+            continue;
+        }
+
+        all.clear();
+        for (uint32_t c = 0; c < n_kv; ++c) {
+            if (!cells.is_empty(c) && cells.seq_has(c, seq) && cells.pos_get(c) <= pos) {
+                all.emplace_back(cells.pos_get(c), c);
+            }
+        }
+        out = forced;
+        const auto n_low  = std::min<size_t>(n_sink,   all.size());
+        const auto n_high = std::min<size_t>(n_recent, all.size());
+        std::partial_sort(all.begin(), all.begin() + n_low, all.end());
+        for (size_t j = 0; j < n_low; ++j) {
+            *out++ = all[j].second;
+        }
+        std::partial_sort(all.begin(), all.begin() + n_high, all.end(),
+                [](const auto & a, const auto & b) { return a.first != b.first ? a.first > b.first : a.second < b.second; });
+        for (size_t j = 0; j < n_high; ++j) {
+            *out++ = all[j].second;
+        }
+    }
+}
+
+// ---- all caches of a context ----
+
+std::vector<fasa_cache *> fasa_caches(llama_memory_i * memory) {
+    std::vector<fasa_cache *> out;
+    if (auto * kv = dynamic_cast<llama_kv_cache *>(memory)) {
+        out = { kv->fasa.get() };
+    } else if (auto * iswa = dynamic_cast<llama_kv_cache_iswa *>(memory)) {
+        out = { iswa->get_base()->fasa.get(), iswa->get_swa()->fasa.get() };
+    } else if (auto * hybrid = dynamic_cast<llama_memory_hybrid *>(memory)) {
+        out = { hybrid->get_mem_attn()->fasa.get() };
+    } else if (auto * both = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
+        out = { both->get_mem_attn()->get_base()->fasa.get(), both->get_mem_attn()->get_swa()->fasa.get() };
+    }
+    return out;
+}
+
+void fasa_on_failed(llama_memory_i * memory) {
+    for (auto * cache : fasa_caches(memory)) {
+        cache->on_changed();
+    }
+}

@@ -1,0 +1,102 @@
+#pragma once
+
+// FASA's part of a llama_kv_cache: the dominant keys of its layers, which of them are stale, and the settings. A cache
+// always owns one (llama_kv_cache::fasa); while FASA is off it holds no memory and changes no graph.
+
+#include "fasa-ops.h"
+#include "fasa-select.h"
+
+#include "ggml-cpp.h"
+#include "llama.h"
+
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+class  llama_kv_cache;
+class  llama_kv_cache_context;
+struct llama_memory_i;
+struct llama_ubatch;
+
+// What belongs to a context; shared by its caches (sliding-window models have two).
+struct fasa_state {
+    fasa_params params = fasa_params_default();
+
+    // the profile; offset[il]: where layer il begins in ranking
+    std::vector<uint32_t> n_head_kv, n_chunk, offset;
+    std::vector<uint16_t> ranking;
+    std::vector<float>    weight, layer_budget;
+    uint32_t              weight_k = 0;
+
+    fasa_stats         stats;
+    fasa_observer_slot observer;
+
+    uint64_t epoch = 0; // goes up with every change that a built graph depends on
+
+    uint64_t    steps_sparse = 0, steps_dense = 0, steps_prefill = 0, cells_refreshed = 0, rebuilds = 0;
+    std::string step_reason = "nothing was decoded yet";
+
+    bool has_profile() const { return !n_chunk.empty(); }
+};
+
+struct fasa_layer {
+    ggml_tensor * k_dom  = nullptr; // i8  [block, n_tile, n_head_kv, n_stream]; nullptr: the layer is dense
+    ggml_tensor * dims   = nullptr; // i32 [n_dom, n_head_kv]
+    ggml_tensor * weight = nullptr; // f32 [n_dom, n_head_kv]
+    std::string   reason;           // why it is dense, "" when it is not
+};
+
+struct fasa_cache {
+    fasa_cache(llama_kv_cache & kv);
+
+    std::shared_ptr<fasa_state> state;
+    bool counts_steps = true; // the first cache of a context counts for all
+
+    // build the dominant keys for the settings in `state`, or free them; -1: fasa_error() says why
+    int configure();
+
+    // ---- what the cache tells us ----
+
+    void on_apply(const llama_kv_cache_context & mctx); // a ubatch is about to be computed: its cells are placed
+    void on_changed();                                  // stored K changed behind our back: everything is stale
+    void memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const;
+
+    // ---- what a graph asks ----
+
+    static fasa_cache * of(const llama_kv_cache_context * mctx);
+
+    fasa_layer & layer(int32_t il);
+    bool         has_layer(int32_t il) const;
+    int32_t      n_hadamard() const; // block of the rotation of the stored K, 0: none
+
+    // fill the inputs of a sparse step; ranges [n_stream][2*FASA_MAX_RANGES], forced [n_tokens][n_forced]
+    void set_ranges(int32_t * ranges, uint32_t n_stream);
+    void set_forced(int32_t * forced, uint32_t n_forced, const llama_ubatch & ubatch) const;
+
+    uint32_t n_kv    = 0; // of the ubatch being computed
+    size_t   size_kv() const;
+    size_t   size_k_dom() const;
+
+private:
+    llama_kv_cache & kv;
+
+    std::vector<fasa_layer>  layers; // by index in the KV cache
+    std::vector<fasa_ranges> stale;  // [n_stream]
+
+    std::vector<llama_seq_id> strm;      // streams of the ubatch being computed
+    std::vector<int64_t>  new_cells; // [n_tokens] the cells that it writes
+
+    mutable std::map<llama_seq_id, int64_t> first_cell; // where each sequence began when last looked
+
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+
+    const char * layer_dense_reason(size_t ikv) const;
+    void         upload_tables(size_t ikv);
+};
+
+// all caches of a memory module that FASA knows, the one that counts steps first
+std::vector<fasa_cache *> fasa_caches(llama_memory_i * memory);
+
+// a ubatch failed, so what it was to refresh is stale
+void fasa_on_failed(llama_memory_i * memory);

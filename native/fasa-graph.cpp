@@ -1,0 +1,171 @@
+#include "fasa-graph.h"
+
+#include "llama-batch.h"
+#include "llama-cparams.h"
+#include "llama-graph.h"
+#include "llama-hparams.h"
+#include "llama-kv-cache.h"
+
+#include <algorithm>
+
+namespace {
+
+// One per graph and cache, dense graphs too: it holds the inputs of the sparse layers, refuses the reuse of a graph whose
+// branch or settings are no longer right, and counts steps when they run.
+struct llm_graph_input_fasa : public llm_graph_input_i {
+    fasa_cache * cache;
+    uint64_t     epoch;
+    std::string  dense_reason; // "" = sparse
+    uint32_t     n_stream;
+    int          n_sparse = 0; // layers, in this graph
+    int          n_dense  = 0;
+
+    ggml_tensor * ranges = nullptr; // i32 [2*FASA_MAX_RANGES, n_stream]
+    ggml_tensor * forced = nullptr; // i32 [n_forced, n_tps, n_stream]
+
+    llm_graph_input_fasa(fasa_cache * cache, std::string dense_reason, uint32_t n_stream) :
+        cache(cache), epoch(cache->state->epoch), dense_reason(std::move(dense_reason)), n_stream(n_stream) {
+    }
+
+    void set_input(const llama_ubatch * ubatch) override {
+        auto & state = *cache->state;
+        if (ranges && ranges->buffer) {
+            std::vector<int32_t> data(ggml_nelements(ranges));
+            cache->set_ranges(data.data(), n_stream);
+            ggml_backend_tensor_set(ranges, data.data(), 0, ggml_nbytes(ranges));
+        }
+        if (forced && forced->buffer) {
+            std::vector<int32_t> data(ggml_nelements(forced));
+            cache->set_forced(data.data(), forced->ne[0], *ubatch);
+            ggml_backend_tensor_set(forced, data.data(), 0, ggml_nbytes(forced));
+        }
+        if (n_sparse > 0) {
+            state.stats.layers_dense += n_dense;
+        }
+        if (!cache->counts_steps) {
+            return;
+        }
+        if (dense_reason == "prefill") {
+            state.steps_prefill++;
+        } else if (n_sparse > 0) {
+            state.steps_sparse++;
+            state.step_reason = "";
+        } else {
+            state.steps_dense++;
+            state.step_reason = dense_reason.empty() ? "no layer can run sparse" : dense_reason;
+        }
+    }
+
+    bool can_reuse(const llm_graph_params & params) override {
+        const auto & ubatch = params.ubatch;
+        const uint32_t n = params.cparams.kv_unified ? 1 : ubatch.n_seqs_unq;
+        return epoch == cache->state->epoch && n == n_stream &&
+            dense_reason == fasa_step_dense_reason(cache->state->params, ubatch.n_tokens, params.n_outputs, n, cache->n_kv);
+    }
+};
+
+llm_graph_input_fasa * fasa_graph_input(const llm_graph_context & graph, fasa_cache * cache, const ggml_tensor * k) {
+    for (auto & input : graph.res->inputs) {
+        auto * ours = dynamic_cast<llm_graph_input_fasa *>(input.get());
+        if (ours && ours->cache == cache) {
+            return ours;
+        }
+    }
+    const auto & params = cache->state->params;
+
+    std::string reason = fasa_step_dense_reason(params, graph.n_tokens, graph.n_outputs, k->ne[3], k->ne[2]);
+    auto input = std::make_unique<llm_graph_input_fasa>(cache, reason, k->ne[3]);
+    if (reason.empty()) {
+        input->ranges = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_I32, 2*FASA_MAX_RANGES, k->ne[3]);
+        input->forced = ggml_new_tensor_3d(graph.ctx0, GGML_TYPE_I32, std::max(1u, params.sink + params.recent), graph.n_tokens/k->ne[3], k->ne[3]);
+        ggml_set_input(input->ranges);
+        ggml_set_input(input->forced);
+        ggml_set_name(input->ranges, "fasa_ranges");
+        ggml_set_name(input->forced, "fasa_forced");
+    }
+    return (llm_graph_input_fasa *) graph.res->add_input(std::move(input));
+}
+
+// why this attention cannot be sparse, whatever the step; "" when it can
+const char * fasa_attn_dense_reason(const llm_graph_context & graph, const ggml_tensor * q, const ggml_tensor * k, const ggml_tensor * kq_b,
+        const ggml_tensor * kq_mask, const ggml_tensor * v_mla) {
+    if (!graph.cparams.flash_attn)             { return "flash attention is off"; }
+    if (graph.cparams.training)                { return "training"; }
+    if (!graph.cparams.causal_attn)            { return "its attention is not causal"; }
+    if (v_mla != nullptr)                      { return "multi-head latent attention has no keys per head"; }
+    if (kq_b != nullptr)                       { return "its attention has a bias"; }
+    if (graph.hparams.f_max_alibi_bias > 0)    { return "ALiBi moves the scores"; }
+    if (q->type != GGML_TYPE_F32)              { return "its queries are not f32"; }
+    if (q->ne[1] % k->ne[1] != 0)              { return "its query heads are no multiple of its KV heads"; }
+    if (kq_mask->type != GGML_TYPE_F16)        { return "its mask is not f16"; }
+    return "";
+}
+
+} // namespace
+
+ggml_tensor * fasa_build_attn(
+        const llm_graph_context      & graph,
+        const llama_kv_cache_context * mctx,
+        ggml_tensor * q,
+        ggml_tensor * k,
+        ggml_tensor * v,
+        ggml_tensor * kq_b,
+        ggml_tensor * kq_mask,
+        ggml_tensor * sinks,
+        ggml_tensor * v_mla,
+              float   kq_scale,
+                int   il) {
+    fasa_cache * cache = fasa_cache::of(mctx);
+    if (cache == nullptr || !cache->has_layer(il)) {
+        return nullptr;
+    }
+    auto &       state    = *cache->state;
+    const float  soft_cap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
+
+    if (state.observer.fn && k->ne[3] == 1 && cache->n_hadamard() == 0 && (k->type == GGML_TYPE_F16 || k->type == GGML_TYPE_F32)) {
+        ggml_build_forward_expand(graph.gf, fasa_build_observe(graph.ctx0, q, k, il, kq_scale, soft_cap, &state.observer));
+    }
+
+    auto * input = fasa_graph_input(graph, cache, k);
+    if (!state.params.enabled) {
+        return nullptr;
+    }
+    auto & layer = cache->layer(il);
+    if (layer.reason.empty()) {
+        layer.reason = fasa_attn_dense_reason(graph, q, k, kq_b, kq_mask, v_mla);
+    }
+    if (!input->dense_reason.empty() || !layer.reason.empty()) {
+        input->n_dense++;
+        return nullptr;
+    }
+    input->n_sparse++;
+
+    // the streams of this ubatch, as in llama_kv_cache::get_k
+    const size_t s0 = k->view_offs/k->nb[3];
+
+    fasa_layer_op op = {};
+    op.q          = q;
+    op.k          = k;
+    op.v          = v;
+    op.mask       = kq_mask;
+    op.sinks      = sinks;
+    op.k_dom      = ggml_view_4d(graph.ctx0, layer.k_dom, layer.k_dom->ne[0], layer.k_dom->ne[1], layer.k_dom->ne[2], k->ne[3],
+                        layer.k_dom->nb[1], layer.k_dom->nb[2], layer.k_dom->nb[3], s0*layer.k_dom->nb[3]);
+    op.dims       = layer.dims;
+    op.weight     = layer.weight;
+    op.ranges     = input->ranges;
+    op.forced     = input->forced;
+    op.k_dom_type = state.params.k_dom;
+    op.n_hadamard = cache->n_hadamard();
+    op.scale      = kq_scale;
+    op.soft_cap   = soft_cap;
+    op.params     = state.params;
+    op.budget     = fasa_layer_budget(state.params, size_t(il) < state.layer_budget.size() ? state.layer_budget[il] : 1.0f);
+
+    ggml_tensor * cur = fasa_build_layer(graph.ctx0, op, &state.stats).fac;
+    graph.cb(cur, "fasa", il);
+
+    cur = ggml_reshape_2d(graph.ctx0, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);
+    ggml_build_forward_expand(graph.gf, cur);
+    return cur;
+}

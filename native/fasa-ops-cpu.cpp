@@ -1,0 +1,457 @@
+// The CPU functions of the ops in fasa-ops.h. Compiled into ggml-cpu, so dense and FASA use the same instruction set.
+// Definition of every step: fasa_gguf/reference.py.
+
+#include "fasa-ops.h"
+#include "fasa-select.h"
+
+#include "ggml-cpu.h"
+#include "ggml-impl.h"
+#include "vec.h"
+
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+// ---- SIMD: 16 cells at once; the compiler splits the vector where the machine's are shorter ----
+
+typedef float   fasa_f32x16 __attribute__((vector_size(64)));
+typedef int32_t fasa_i32x16 __attribute__((vector_size(64)));
+typedef int8_t  fasa_i8x16  __attribute__((vector_size(16)));
+
+static_assert(FASA_TILE == 32, "the kernels below take a tile as two vectors of 16 cells");
+
+template <typename V, typename T> static inline V fasa_load(const T * p) {
+    V v;
+    memcpy(&v, p, sizeof(v));
+    return v;
+}
+
+static inline fasa_f32x16 fasa_f32(fasa_i8x16 v) {
+    return __builtin_convertvector(v, fasa_f32x16);
+}
+
+// e^x for x <= 0, relative error below 2e-7; 0 below -87 (so e^-inf = 0)
+static inline fasa_f32x16 fasa_exp(fasa_f32x16 x) {
+    const fasa_i32x16 keep = x > -87.0f;
+    x = (fasa_f32x16) ((fasa_i32x16) x & keep);
+    const fasa_f32x16 shift = x*1.44269504f + 12582912.0f;   // 1.5*2^23: the integer part lands in the low bits
+    const fasa_f32x16 n     = shift - 12582912.0f;
+    const fasa_f32x16 r     = (x - n*0.693359375f) + n*2.12194440e-4f;
+    fasa_f32x16 p = r*1.9875691500e-4f + 1.3981999507e-3f;
+    p = p*r + 8.3334519073e-3f;
+    p = p*r + 4.1665795894e-2f;
+    p = p*r + 1.6666665459e-1f;
+    p = p*r + 5.0000001201e-1f;
+    p = p*r*r + r + 1.0f;
+    const fasa_i32x16 pow2 = (((fasa_i32x16) shift - 0x4b400000) + 127) << 23;
+    return (fasa_f32x16) ((fasa_i32x16) (p*(fasa_f32x16) pow2) & keep);
+}
+
+// ---- rows ----
+
+// dst [n] f32 from n elements of any ggml type that can be read back
+static void fasa_row_to_f32(const void * src, float * dst, ggml_type type, int64_t n) {
+    if (type == GGML_TYPE_F32) {
+        memcpy(dst, src, n*sizeof(float));
+    } else if (type == GGML_TYPE_F16) {
+        ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) src, dst, n);
+    } else {
+        ggml_get_type_traits(type)->to_float(src, dst, n);
+    }
+}
+
+// orthonormal Walsh-Hadamard transform of each block of n_block values, in place; its own inverse
+static void fasa_hadamard(float * x, int64_t n, int64_t n_block) {
+    const float scale = 1.0f/sqrtf((float) n_block);
+    for (int64_t b = 0; b + n_block <= n; b += n_block) {
+        for (int64_t h = 1; h < n_block; h *= 2) {
+            for (int64_t i = b; i < b + n_block; i += 2*h) {
+                for (int64_t j = i; j < i + h; ++j) {
+                    const float u = x[j], w = x[j + h];
+                    x[j]     = u + w;
+                    x[j + h] = u - w;
+                }
+            }
+        }
+        for (int64_t i = b; i < b + n_block; ++i) {
+            x[i] *= scale;
+        }
+    }
+}
+
+// the part of [0, n) that thread ith of nth works on
+static inline void fasa_split(int64_t n, int ith, int nth, int64_t & first, int64_t & last) {
+    first = n*ith/nth;
+    last  = n*(ith + 1)/nth;
+}
+
+static inline char * fasa_at(const ggml_tensor * t, int64_t i1, int64_t i2, int64_t i3) {
+    return (char *) t->data + i1*t->nb[1] + i2*t->nb[2] + i3*t->nb[3];
+}
+
+// ---- REFRESH ----
+
+// write one cell's dominant values x [n_dom] into its block
+static void fasa_k_dom_write(int k_dom, int n_dom, const float * x, char * block, int lane) {
+    ggml_fp16_t * scale = (ggml_fp16_t *) block;
+    char        * data  = block + fasa_block_scales(k_dom, n_dom);
+    if (k_dom == FASA_K_DOM_F16) {
+        for (int d = 0; d < n_dom; ++d) {
+            ((ggml_fp16_t *) data)[d*FASA_TILE + lane] = GGML_FP32_TO_FP16(x[d]);
+        }
+        return;
+    }
+    for (int g = 0; g < n_dom/FASA_GROUP; ++g, x += FASA_GROUP) {
+        float most = 0.0f; // the value of largest magnitude, with its sign
+        for (int d = 0; d < FASA_GROUP; ++d) {
+            most = fabsf(x[d]) > fabsf(most) ? x[d] : most;
+        }
+        const ggml_fp16_t half = GGML_FP32_TO_FP16(k_dom == FASA_K_DOM_Q8 ? fabsf(most)/127.0f : most/-8.0f);
+        const float       step = GGML_FP16_TO_FP32(half);
+        const float       inv  = step != 0.0f ? 1.0f/step : 0.0f;
+        scale[g*FASA_TILE + lane] = half;
+        if (k_dom == FASA_K_DOM_Q8) {
+            for (int d = 0; d < FASA_GROUP; ++d) {
+                const float q = std::min(127.0f, std::max(-127.0f, roundf(x[d]*inv)));
+                ((int8_t *) data)[(g*FASA_GROUP + d)*FASA_TILE + lane] = (int8_t) q;
+            }
+        } else {
+            for (int d = 0; d < FASA_GROUP; d += 2) {
+                const int lo = (int) std::min(15.0f, std::max(0.0f, floorf(x[d    ]*inv + 8.5f)));
+                const int hi = (int) std::min(15.0f, std::max(0.0f, floorf(x[d + 1]*inv + 8.5f)));
+                ((uint8_t *) data)[(g*FASA_GROUP + d)/2*FASA_TILE + lane] = (uint8_t) (lo | hi << 4);
+            }
+        }
+    }
+}
+
+static void fasa_refresh(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth) {
+    const ggml_tensor * k      = dst->src[1];
+    const ggml_tensor * dims   = dst->src[2];
+    const ggml_tensor * ranges = dst->src[3];
+
+    const int64_t d_k = k->ne[0], n_head_kv = k->ne[1], n_kv = k->ne[2], n_dom = dims->ne[0];
+
+    std::vector<float> row(d_k), x(n_dom);
+    for (int64_t s = 0; s < k->ne[3]; ++s) {
+        const int32_t * range = (const int32_t *) ((const char *) ranges->data + s*ranges->nb[1]);
+        for (int r = 0; r < FASA_MAX_RANGES; ++r) {
+            const int64_t from = range[2*r], to = std::min<int64_t>(range[2*r + 1], n_kv);
+            int64_t first, last;
+            fasa_split(std::max<int64_t>(0, to - from)*n_head_kv, ith, nth, first, last);
+            for (int64_t i = first; i < last; ++i) {
+                const int64_t cell = from + i/n_head_kv, h = i%n_head_kv;
+                fasa_row_to_f32(fasa_at(k, h, cell, s), row.data(), k->type, d_k);
+                if (p.n_hadamard > 0) {
+                    fasa_hadamard(row.data(), d_k, p.n_hadamard);
+                }
+                const int32_t * dim = (const int32_t *) ((const char *) dims->data + h*dims->nb[1]);
+                for (int64_t d = 0; d < n_dom; ++d) {
+                    x[d] = dim[d] < 0 ? 0.0f : row[dim[d]];
+                }
+                fasa_k_dom_write(p.k_dom, n_dom, x.data(), fasa_at(dst, cell/FASA_TILE, h, s), cell%FASA_TILE);
+            }
+        }
+    }
+}
+
+// ---- TIP ----
+
+// logits [M][FASA_TILE] of M query heads over one tile; q [M][n_dom]
+template <int M>
+static void fasa_tip_tile(int k_dom, int n_dom, const char * block, const float * q, float * out) {
+    fasa_f32x16 acc[M][2] = {};
+    const ggml_fp16_t * scale = (const ggml_fp16_t *) block;
+    const char        * data  = block + fasa_block_scales(k_dom, n_dom);
+    if (k_dom == FASA_K_DOM_F16) {
+        for (int d = 0; d < n_dom; ++d) {
+            float x[FASA_TILE];
+            ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) data + d*FASA_TILE, x, FASA_TILE);
+            const fasa_f32x16 x0 = fasa_load<fasa_f32x16>(x), x1 = fasa_load<fasa_f32x16>(x + 16);
+            for (int m = 0; m < M; ++m) {
+                acc[m][0] += x0*q[m*n_dom + d];
+                acc[m][1] += x1*q[m*n_dom + d];
+            }
+        }
+    } else {
+        for (int g = 0; g < n_dom/FASA_GROUP; ++g) {
+            fasa_f32x16 sum[M][2] = {};
+            for (int i = 0; i < FASA_GROUP; ++i) {
+                const int d = g*FASA_GROUP + i;
+                for (int half = 0; half < 2; ++half) {
+                    fasa_i8x16 v;
+                    if (k_dom == FASA_K_DOM_Q8) {
+                        v = fasa_load<fasa_i8x16>(data + d*FASA_TILE + half*16);
+                    } else {
+                        v = fasa_load<fasa_i8x16>(data + d/2*FASA_TILE + half*16);
+                        v = ((d & 1 ? v >> 4 : v) & 15) - 8;
+                    }
+                    const fasa_f32x16 x = fasa_f32(v);
+                    for (int m = 0; m < M; ++m) {
+                        sum[m][half] += x*q[m*n_dom + d];
+                    }
+                }
+            }
+            float step[FASA_TILE];
+            ggml_cpu_fp16_to_fp32(scale + g*FASA_TILE, step, FASA_TILE);
+            const fasa_f32x16 s0 = fasa_load<fasa_f32x16>(step), s1 = fasa_load<fasa_f32x16>(step + 16);
+            for (int m = 0; m < M; ++m) {
+                acc[m][0] += sum[m][0]*s0;
+                acc[m][1] += sum[m][1]*s1;
+            }
+        }
+    }
+    memcpy(out, acc, sizeof(acc));
+}
+
+static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth) {
+    const ggml_tensor * k_dom  = dst->src[0];
+    const ggml_tensor * q      = dst->src[1];
+    const ggml_tensor * dims   = dst->src[2];
+    const ggml_tensor * weight = dst->src[3];
+    const ggml_tensor * mask   = dst->src[4];
+
+    const int64_t n_kv = dst->ne[0], n_head = dst->ne[1], n_tps = dst->ne[2], n_stream = dst->ne[3];
+    const int64_t n_head_kv = dims->ne[1], n_group = n_head/n_head_kv, n_dom = dims->ne[0], d_k = q->ne[0];
+
+    int64_t first, last;
+    fasa_split((n_kv + FASA_TILE - 1)/FASA_TILE, ith, nth, first, last);
+
+    std::vector<float> row(d_k), qd(n_group*n_dom);
+    float hide[FASA_TILE], out[4*FASA_TILE];
+    for (int64_t s = 0; s < n_stream; ++s) {
+        for (int64_t t = 0; t < n_tps; ++t) {
+            const ggml_fp16_t * visible = (const ggml_fp16_t *) fasa_at(mask, t, 0, s);
+            for (int64_t h = 0; h < n_head_kv; ++h) {
+                const int32_t * dim = (const int32_t *) ((const char *) dims->data + h*dims->nb[1]);
+                const float   * w   = (const float   *) ((const char *) weight->data + h*weight->nb[1]);
+                for (int64_t g = 0; g < n_group; ++g) {
+                    memcpy(row.data(), fasa_at(q, h*n_group + g, s*n_tps + t, 0), d_k*sizeof(float));
+                    if (p.n_hadamard > 0) {
+                        fasa_hadamard(row.data(), d_k, p.n_hadamard);
+                    }
+                    for (int64_t d = 0; d < n_dom; ++d) {
+                        qd[g*n_dom + d] = dim[d] < 0 ? 0.0f : row[dim[d]]*w[d]*p.scale;
+                    }
+                }
+                for (int64_t tile = first; tile < last; ++tile) {
+                    const char  * block = fasa_at(k_dom, tile, h, s);
+                    const int64_t cell  = tile*FASA_TILE;
+                    const int64_t n     = std::min<int64_t>(FASA_TILE, n_kv - cell);
+                    ggml_cpu_fp16_to_fp32(visible + cell, hide, n);
+                    for (int64_t g = 0; g < n_group; g += 4) {
+                        const int64_t m  = std::min<int64_t>(4, n_group - g);
+                        const float * qg = qd.data() + g*n_dom;
+                        switch (m) {
+                            case 1: fasa_tip_tile<1>(p.k_dom, n_dom, block, qg, out); break;
+                            case 2: fasa_tip_tile<2>(p.k_dom, n_dom, block, qg, out); break;
+                            case 3: fasa_tip_tile<3>(p.k_dom, n_dom, block, qg, out); break;
+                            case 4: fasa_tip_tile<4>(p.k_dom, n_dom, block, qg, out); break;
+                        }
+                        for (int64_t i = 0; i < m; ++i) {
+                            float * est = (float *) fasa_at(dst, h*n_group + g + i, t, s) + cell;
+                            for (int64_t c = 0; c < n; ++c) {
+                                const float x = p.soft_cap > 0 ? p.soft_cap*tanhf(out[i*FASA_TILE + c]/p.soft_cap) : out[i*FASA_TILE + c];
+                                est[c] = x + hide[c];
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+// ---- SELECT ----
+
+// score [n] += softmax of est [n]; tmp [n]
+static void fasa_add_softmax(const float * est, float * tmp, float * score, int64_t n) {
+    float most = -INFINITY;
+    ggml_vec_max_f32(n, &most, est);
+    if (most == -INFINITY) {
+        return;
+    }
+    fasa_f32x16 sums = {};
+    int64_t j = 0;
+    for (; j + 16 <= n; j += 16) {
+        const fasa_f32x16 e = fasa_exp(fasa_load<fasa_f32x16>(est + j) - most);
+        memcpy(tmp + j, &e, sizeof(e));
+        sums += e;
+    }
+    float sum = 0.0f;
+    for (; j < n; ++j) {
+        tmp[j] = expf(est[j] - most);
+        sum += tmp[j];
+    }
+    for (int i = 0; i < 16; ++i) {
+        sum += sums[i];
+    }
+    const float inv = 1.0f/sum;
+    for (j = 0; j < n; ++j) {
+        score[j] += tmp[j]*inv;
+    }
+}
+
+static void fasa_select_op(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth) {
+    const ggml_tensor * tip    = dst->src[0];
+    const ggml_tensor * forced = dst->src[1];
+
+    const int64_t n_kv = tip->ne[0], n_head_kv = dst->ne[1], n_tps = dst->ne[2], n_stream = dst->ne[3];
+    const int64_t n_group = tip->ne[1]/n_head_kv;
+
+    std::vector<float>    score(n_kv), tmp(n_kv);
+    std::vector<uint32_t> key(n_kv), scratch;
+    uint64_t attended = 0, visible = 0, lists = 0;
+    for (int64_t i = ith; i < n_head_kv*n_tps*n_stream; i += nth) {
+        const int64_t h = i%n_head_kv, t = i/n_head_kv%n_tps, s = i/n_head_kv/n_tps;
+        std::fill(score.begin(), score.end(), 0.0f);
+        for (int64_t g = 0; g < n_group; ++g) {
+            fasa_add_softmax((const float *) fasa_at(tip, h*n_group + g, t, s), tmp.data(), score.data(), n_kv);
+        }
+        const float * est = (const float *) fasa_at(tip, h*n_group, t, s);
+        uint64_t seen = 0;
+        for (int64_t j = 0; j < n_kv; ++j) {
+            const bool shown = est[j] != -INFINITY;
+            key[j] = shown ? fasa_key(score[j]) : FASA_KEY_HIDDEN;
+            seen += shown;
+        }
+        const int32_t * cells = (const int32_t *) fasa_at(forced, t, s, 0);
+        for (int64_t j = 0; j < forced->ne[0]; ++j) {
+            if (cells[j] >= 0 && cells[j] < n_kv && key[cells[j]] != FASA_KEY_HIDDEN) {
+                key[cells[j]] = FASA_KEY_FORCED;
+            }
+        }
+        int32_t * list = (int32_t *) fasa_at(dst, h, t, s);
+        list[0] = fasa_select(key.data(), score.data(), n_kv, n_group, { p.budget, p.mass, p.floor, p.cap }, list + 1, scratch);
+        attended += list[0];
+        visible  += seen;
+        lists    += 1;
+    }
+    if (auto * stats = (fasa_stats *) p.userdata) {
+        stats->rows_attended += attended;
+        stats->rows_visible  += visible;
+        stats->lists         += lists;
+    }
+}
+
+// ---- FAC ----
+
+// query heads [g0, g1) of one KV head and token over one list; out of head g at dst + g*d_v
+static void fasa_fac_heads(const ggml_tensor * t, const fasa_op_params & p, int64_t h, int64_t tok, int64_t s, int64_t g0, int64_t g1,
+        std::vector<float> & logit, std::vector<float> & row) {
+    const ggml_tensor * q = t->src[1], * k = t->src[2], * v = t->src[3], * mask = t->src[4], * sinks = t->src[5];
+
+    const int64_t d_k = k->ne[0], d_v = v->ne[0], n_tps = t->ne[2], m = g1 - g0;
+    const int64_t n_group = t->ne[1]/k->ne[1];
+
+    const int32_t     * list = (const int32_t *) fasa_at(t->src[0], h, tok, s);
+    const ggml_fp16_t * hide = (const ggml_fp16_t *) fasa_at(mask, tok, 0, s);
+    const int64_t       n    = *list++;
+
+    logit.resize(m*n);
+    row.resize(std::max(d_k, d_v));
+    for (int64_t i = 0; i < n; ++i) {
+        fasa_row_to_f32(fasa_at(k, h, list[i], s), row.data(), k->type, d_k);
+        const float bias = GGML_CPU_FP16_TO_FP32(hide[list[i]]);
+        for (int64_t g = 0; g < m; ++g) {
+            float dot;
+            ggml_vec_dot_f32(d_k, &dot, 0, row.data(), 0, (const float *) fasa_at(q, h*n_group + g0 + g, s*n_tps + tok, 0), 0, 1);
+            dot *= p.scale;
+            logit[g*n + i] = (p.soft_cap > 0 ? p.soft_cap*tanhf(dot/p.soft_cap) : dot) + bias;
+        }
+    }
+    for (int64_t g = 0; g < m; ++g) {
+        float * x    = logit.data() + g*n;
+        float   most = -INFINITY;
+        ggml_vec_max_f32(n, &most, x);
+        const float sink = sinks ? ((const float *) sinks->data)[h*n_group + g0 + g] : -INFINITY;
+        most = std::max(most, sink);
+        float sum = n > 0 || sinks ? expf(sink - most) : 1.0f;
+        for (int64_t i = 0; i < n; ++i) {
+            x[i] = expf(x[i] - most);
+            sum += x[i];
+        }
+        ggml_vec_scale_f32(n, x, 1.0f/sum);
+        memset(fasa_at(t, h*n_group + g0 + g, tok, s), 0, d_v*sizeof(float));
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        fasa_row_to_f32(fasa_at(v, h, list[i], s), row.data(), v->type, d_v);
+        for (int64_t g = 0; g < m; ++g) {
+            ggml_vec_mad_f32(d_v, (float *) fasa_at(t, h*n_group + g0 + g, tok, s), row.data(), logit[g*n + i]);
+        }
+    }
+}
+
+static void fasa_fac(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth) {
+    const ggml_tensor * list = dst->src[0], * k = dst->src[2], * v = dst->src[3];
+
+    const int64_t n_head = dst->ne[1], n_tps = dst->ne[2], n_stream = dst->ne[3], n_head_kv = k->ne[1], n_group = n_head/n_head_kv;
+
+    std::vector<float> logit, row;
+    int64_t first, last;
+    fasa_split(n_head*n_tps*n_stream, ith, nth, first, last);
+    for (int64_t i = first; i < last;) {
+        const int64_t head = i%n_head, t = i/n_head%n_tps, s = i/n_head/n_tps;
+        const int64_t h = head/n_group, g0 = head%n_group, g1 = std::min(n_group, g0 + last - i);
+        fasa_fac_heads(dst, p, h, t, s, g0, g1, logit, row);
+        i += g1 - g0;
+    }
+
+    if (auto * stats = ith == 0 ? (fasa_stats *) p.userdata : nullptr) {
+        const uint64_t row_bytes = ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, v->ne[0]);
+        uint64_t rows = 0;
+        for (int64_t j = 0; j < n_head_kv*n_tps*n_stream; ++j) {
+            rows += *(const int32_t *) fasa_at(list, j%n_head_kv, j/n_head_kv%n_tps, j/n_head_kv/n_tps);
+        }
+        const ggml_tensor * k_dom = list->src[0]->src[0];
+        stats->layers_sparse += 1;
+        stats->bytes_fac     += rows*row_bytes;
+        stats->bytes_dense   += k->ne[2]*n_head_kv*n_stream*row_bytes;
+        stats->bytes_tip     += (k->ne[2] + FASA_TILE - 1)/FASA_TILE*k_dom->ne[0]*n_head_kv*n_stream;
+    }
+}
+
+// ---- OBSERVE ----
+
+static void fasa_observe(ggml_tensor * dst, const fasa_op_params & p) {
+    const ggml_tensor * q = dst->src[0], * k = dst->src[1];
+    const auto * slot = (const fasa_observer_slot *) p.userdata;
+    *(float *) dst->data = 0.0f;
+    if (slot == nullptr || slot->fn == nullptr) {
+        return;
+    }
+    std::vector<float> copy(ggml_nelements(q)); // q may be a view with gaps
+    for (int64_t t = 0; t < q->ne[2]; ++t) {
+        for (int64_t h = 0; h < q->ne[1]; ++h) {
+            memcpy(copy.data() + (t*q->ne[1] + h)*q->ne[0], fasa_at(q, h, t, 0), q->ne[0]*sizeof(float));
+        }
+    }
+    fasa_observation seen = {};
+    seen.il          = p.k_dom;
+    seen.n_head      = q->ne[1];
+    seen.n_head_kv   = k->ne[1];
+    seen.n_embd_head = q->ne[0];
+    seen.n_tokens    = q->ne[2];
+    seen.n_kv        = k->ne[2];
+    seen.q           = copy.data();
+    seen.k           = k->data;
+    seen.k_is_f16    = k->type == GGML_TYPE_F16;
+    seen.scale       = p.scale;
+    seen.soft_cap    = p.soft_cap;
+    slot->fn(&seen, slot->user);
+}
+
+extern "C" void fasa_cpu_op(ggml_tensor * dst, int ith, int nth, void * userdata);
+
+extern "C" void fasa_cpu_op(ggml_tensor * dst, int ith, int nth, void * userdata) {
+    GGML_UNUSED(userdata);
+    const fasa_op_params p = *fasa_op_get(dst);
+    switch (p.kind) {
+        case FASA_OP_REFRESH: fasa_refresh  (dst, p, ith, nth); break;
+        case FASA_OP_TIP:     fasa_tip      (dst, p, ith, nth); break;
+        case FASA_OP_SELECT:  fasa_select_op(dst, p, ith, nth); break;
+        case FASA_OP_FAC:     fasa_fac      (dst, p, ith, nth); break;
+        case FASA_OP_OBSERVE: fasa_observe  (dst, p);           break;
+        default: GGML_ABORT("unknown FASA op");
+    }
+}

@@ -1,0 +1,97 @@
+// Builds the nodes of fasa-ops.h.
+
+#include "fasa-ops.h"
+#include "fasa-select.h"
+
+#include "ggml-cpu.h"
+
+#include <cstring>
+
+ggml_custom_op_t fasa_cpu_op_get(void) {
+    static const ggml_custom_op_t fun = [] {
+        ggml_backend_reg_t reg = ggml_backend_reg_by_name("CPU");
+        return reg ? (ggml_custom_op_t) ggml_backend_reg_get_proc_address(reg, "fasa_cpu_op") : nullptr;
+    }();
+    return fun;
+}
+
+static fasa_op_params fasa_op_make(fasa_op_kind kind, void * userdata) {
+    fasa_op_params p = {};
+    p.fun      = fasa_cpu_op_get();
+    p.n_tasks  = GGML_N_TASKS_MAX;
+    p.userdata = userdata;
+    p.magic    = FASA_OP_MAGIC;
+    p.kind     = kind;
+    return p;
+}
+
+static void fasa_op_set(ggml_tensor * t, const fasa_op_params & p, const char * name) {
+    memcpy(t->op_params, &p, sizeof(p));
+    ggml_set_name(t, name);
+}
+
+fasa_layer_nodes fasa_build_layer(ggml_context * ctx, const fasa_layer_op & op, fasa_stats * stats) {
+    const int64_t n_kv     = op.k->ne[2];
+    const int64_t n_stream = op.k->ne[3];
+    const int64_t n_head   = op.q->ne[1];
+    const int64_t n_tps    = op.q->ne[2]/n_stream;
+
+    fasa_layer_nodes nodes;
+    {
+        ggml_tensor * src[] = { op.k, op.dims, op.ranges };
+        nodes.refresh = ggml_custom_inplace(ctx, op.k_dom, src, 3, fasa_cpu_op_get(), GGML_N_TASKS_MAX, stats);
+
+        fasa_op_params p = fasa_op_make(FASA_OP_REFRESH, stats);
+        p.k_dom      = op.k_dom_type;
+        p.n_hadamard = op.n_hadamard;
+        fasa_op_set(nodes.refresh, p, "fasa_refresh");
+    }
+    {
+        ggml_tensor * src[] = { nodes.refresh, op.q, op.dims, op.weight, op.mask };
+        nodes.tip = ggml_custom_4d(ctx, GGML_TYPE_F32, n_kv, n_head, n_tps, n_stream, src, 5, fasa_cpu_op_get(), GGML_N_TASKS_MAX, stats);
+
+        fasa_op_params p = fasa_op_make(FASA_OP_TIP, stats);
+        p.scale      = op.scale;
+        p.soft_cap   = op.soft_cap;
+        p.k_dom      = op.k_dom_type;
+        p.n_hadamard = op.n_hadamard;
+        fasa_op_set(nodes.tip, p, "fasa_tip");
+    }
+    {
+        const int64_t length = fasa_list_length(op.params, op.budget, op.forced->ne[0], n_kv);
+
+        ggml_tensor * src[] = { nodes.tip, op.forced };
+        nodes.select = ggml_custom_4d(ctx, GGML_TYPE_I32, 1 + length, op.k->ne[1], n_tps, n_stream, src, 2, fasa_cpu_op_get(), GGML_N_TASKS_MAX, stats);
+
+        fasa_op_params p = fasa_op_make(FASA_OP_SELECT, stats);
+        p.budget = op.budget;
+        p.mass   = op.params.mass;
+        p.floor  = op.params.floor;
+        p.cap    = op.params.cap;
+        fasa_op_set(nodes.select, p, "fasa_select");
+    }
+    {
+        ggml_tensor * src[] = { nodes.select, op.q, op.k, op.v, op.mask, op.sinks };
+        nodes.fac = ggml_custom_4d(ctx, GGML_TYPE_F32, op.v->ne[0], n_head, n_tps, n_stream, src, op.sinks ? 6 : 5, fasa_cpu_op_get(), GGML_N_TASKS_MAX, stats);
+
+        fasa_op_params p = fasa_op_make(FASA_OP_FAC, stats);
+        p.scale    = op.scale;
+        p.soft_cap = op.soft_cap;
+        fasa_op_set(nodes.fac, p, "fasa_fac");
+    }
+    return nodes;
+}
+
+ggml_tensor * fasa_build_observe(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, int32_t il, float scale, float soft_cap,
+        fasa_observer_slot * slot) {
+    ggml_tensor * src[] = { q, k };
+    ggml_tensor * t = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, src, 2, fasa_cpu_op_get(), 1, slot);
+
+    fasa_op_params p = fasa_op_make(FASA_OP_OBSERVE, slot);
+    p.n_tasks  = 1;
+    p.scale    = scale;
+    p.soft_cap = soft_cap;
+    p.k_dom    = il;
+    fasa_op_set(t, p, "fasa_observe");
+    return t;
+}

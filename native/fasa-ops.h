@@ -1,0 +1,105 @@
+#pragma once
+
+// The ops of FASA: GGML_OP_CUSTOM nodes marked by a magic and a kind in op_params, with a CPU function
+// (fasa-ops-cpu.cpp, compiled into ggml-cpu) and, where ggml-cuda has them, CUDA kernels.
+//
+// One layer's decode step, in this order. d: head dimension, n_tps: tokens per stream.
+//
+//   REFRESH  K_dom of the stale cells, derived from the stored K
+//            dst  i8  [block, n_tile, n_head_kv, n_stream]  (view of K_dom)
+//            src  K_dom, k [d, n_head_kv, n_kv, n_stream], dims i32 [n_dom, n_head_kv], ranges i32 [2*FASA_MAX_RANGES, n_stream]
+//   TIP      estimated logits from the dominant dimensions
+//            dst  f32 [n_kv, n_head, n_tps, n_stream], -inf where the mask hides the cell
+//            src  REFRESH, q f32 [d, n_head, n_tokens], dims, weight f32 [n_dom, n_head_kv], mask f16 [n_kv, n_tps, 1, n_stream]
+//   SELECT   the cells to attend, per KV head and token
+//            dst  i32 [1 + length, n_head_kv, n_tps, n_stream]: the count, then the cells, ascending
+//            src  TIP, forced i32 [n_forced, n_tps, n_stream], -1: none
+//   FAC      exact attention over those cells
+//            dst  f32 [d_v, n_head, n_tps, n_stream]
+//            src  SELECT, q, k, v [d_v, n_head_kv, n_kv, n_stream], mask, sinks f32 [n_head] or none
+//   OBSERVE  hands q and k to an observer on the host
+//            dst  f32 [1];  src  q, k
+
+#include "ggml.h"
+#include "ggml-backend.h"
+
+#include "fasa.h"
+#include "fasa-layout.h"
+
+#include <atomic>
+#include <cstdint>
+
+enum fasa_op_kind { FASA_OP_REFRESH = 1, FASA_OP_TIP, FASA_OP_SELECT, FASA_OP_FAC, FASA_OP_OBSERVE };
+
+static constexpr uint32_t FASA_OP_MAGIC = 0x41534146; // "FASA"
+
+// what an op adds up; one per context
+struct fasa_stats {
+    std::atomic<uint64_t> layers_sparse{0}, layers_dense{0}, rows_attended{0}, rows_visible{0}, lists{0};
+    std::atomic<uint64_t> bytes_tip{0}, bytes_fac{0}, bytes_dense{0};
+};
+
+// where an OBSERVE node sends what it sees
+struct fasa_observer_slot {
+    fasa_observer fn   = nullptr;
+    void *        user = nullptr;
+};
+
+// the whole of ggml_tensor::op_params; the first three fields are ggml's own (struct ggml_custom_op_params)
+struct fasa_op_params {
+    ggml_custom_op_t fun;
+    int32_t          n_tasks;
+    void           * userdata; // fasa_stats, or fasa_observer_slot for OBSERVE
+    uint32_t         magic;
+    int32_t          kind;
+    float            scale;
+    float            soft_cap;
+    int32_t          k_dom;      // enum fasa_k_dom_type; OBSERVE: the layer
+    int32_t          n_hadamard; // block of the rotation that q and k are stored under, 0: none
+    uint32_t         budget;
+    float            mass;
+    uint32_t         floor;
+    uint32_t         cap;
+};
+static_assert(sizeof(fasa_op_params) <= GGML_MAX_OP_PARAMS, "op_params is the only room a node has");
+
+// the parameters of a node; nullptr when the node is not one of ours
+inline const fasa_op_params * fasa_op_get(const ggml_tensor * t) {
+    const auto * p = (const fasa_op_params *) t->op_params;
+    return t->op == GGML_OP_CUSTOM && p->magic == FASA_OP_MAGIC ? p : nullptr;
+}
+
+// what the nodes of one layer are built from
+struct fasa_layer_op {
+    ggml_tensor * q;       // f32 [d, n_head, n_tokens]
+    ggml_tensor * k;       // [d, n_head_kv, n_kv, n_stream]
+    ggml_tensor * v;       // [d_v, n_head_kv, n_kv, n_stream]
+    ggml_tensor * mask;    // f16 [n_kv, n_tps, 1, n_stream]
+    ggml_tensor * sinks;   // f32 [n_head] or nullptr
+    ggml_tensor * k_dom;   // i8  [block, n_tile, n_head_kv, n_stream]
+    ggml_tensor * dims;    // i32 [n_dom, n_head_kv]
+    ggml_tensor * weight;  // f32 [n_dom, n_head_kv]
+    ggml_tensor * ranges;  // i32 [2*FASA_MAX_RANGES, n_stream]
+    ggml_tensor * forced;  // i32 [n_forced, n_tps, n_stream]
+    int32_t       k_dom_type;
+    int32_t       n_hadamard;
+    float         scale;
+    float         soft_cap;
+    fasa_params   params;  // mass, floor, cap
+    uint32_t      budget;  // of this layer
+};
+
+struct fasa_layer_nodes {
+    ggml_tensor * refresh;
+    ggml_tensor * tip;
+    ggml_tensor * select;
+    ggml_tensor * fac;
+};
+
+// the function that runs our nodes on the CPU, from the CPU backend; nullptr when that backend has none
+ggml_custom_op_t fasa_cpu_op_get(void);
+
+fasa_layer_nodes fasa_build_layer(ggml_context * ctx, const fasa_layer_op & op, fasa_stats * stats);
+
+ggml_tensor * fasa_build_observe(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, int32_t il, float scale, float soft_cap,
+        fasa_observer_slot * slot);

@@ -1,0 +1,196 @@
+#pragma once
+
+// Arithmetic on tokens, cells and budgets: pure functions, no ggml. Terms: see fasa.h. Definition: fasa_gguf/reference.py.
+
+#include "fasa.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+// ---- how many tokens ----
+
+// length of the list that a selection may need, forced tokens included
+inline uint32_t fasa_list_length(const fasa_params & p, uint32_t budget, uint32_t n_forced, uint32_t n_kv) {
+    return std::min(n_kv, std::max(p.mass > 0 ? p.cap : budget, n_forced));
+}
+
+// a layer's share of the budget; room for the forced tokens and one more
+inline uint32_t fasa_layer_budget(const fasa_params & p, float share) {
+    const double budget = std::floor(double(p.budget)*share + 0.5);
+    return (uint32_t) std::clamp(budget, double(p.sink) + p.recent + 1, double(INT32_MAX));
+}
+
+// dense or FASA, from what stays the same while a graph is reused; "" = FASA, else the reason
+inline const char * fasa_step_dense_reason(const fasa_params & p, uint32_t n_tokens, uint32_t n_outputs, uint32_t n_stream, uint32_t n_kv) {
+    if (!p.enabled)                                       { return "FASA is off"; }
+    if (n_outputs < n_tokens)                             { return "prefill"; }
+    if (n_tokens/std::max(1u, n_stream) > p.max_tokens)   { return "prefill"; }
+    if (n_kv < p.min_context)                             { return "the context is shorter than min_context"; }
+    return "";
+}
+
+// ---- which cells ----
+
+static constexpr uint32_t FASA_KEY_HIDDEN = 0;          // not visible
+static constexpr uint32_t FASA_KEY_FORCED = UINT32_MAX; // always attended
+
+// order of a visible cell: its score, which is not negative, as an integer
+inline uint32_t fasa_key(float score) {
+    uint32_t bits;
+    std::memcpy(&bits, &score, sizeof(bits));
+    return bits + 1;
+}
+
+// a score's share of the estimated mass in units of 2^-40, exact and so the same in every order of summation
+inline uint64_t fasa_share(float score, int n_group) {
+    return (uint64_t) std::floor(double(score)/n_group*1099511627776.0);
+}
+
+// The key of the n-th best cell and how many cells with exactly that key belong to the n best. n >= 1, n <= visible cells.
+struct fasa_threshold { uint32_t key; uint32_t n_equal; };
+
+inline fasa_threshold fasa_find_threshold(const uint32_t * key, uint32_t n_kv, uint32_t n, std::vector<uint32_t> & scratch) {
+    uint32_t count[2048] = {};
+    for (uint32_t j = 0; j < n_kv; ++j) {
+        count[key[j] >> 21]++;
+    }
+    uint32_t above = 0;
+    int      bin   = 2047;
+    while (above + count[bin] < n) {
+        above += count[bin--];
+    }
+    scratch.clear();
+    scratch.reserve(count[bin]);
+    for (uint32_t j = 0; j < n_kv; ++j) {
+        if (int(key[j] >> 21) == bin) {
+            scratch.push_back(key[j]);
+        }
+    }
+    const uint32_t rank = n - above; // 1-based rank within the bin
+    std::nth_element(scratch.begin(), scratch.begin() + (rank - 1), scratch.end(), std::greater<uint32_t>());
+    const uint32_t k = scratch[rank - 1];
+    uint32_t greater = 0;
+    for (uint32_t x : scratch) {
+        greater += x > k;
+    }
+    return { k, rank - greater };
+}
+
+// the cells above the threshold and the lowest ones at it, ascending; returns their number
+inline uint32_t fasa_emit(const uint32_t * key, uint32_t n_kv, fasa_threshold t, int32_t * list) {
+    uint32_t n = 0, equal = t.n_equal;
+    for (uint32_t j = 0; j < n_kv; ++j) {
+        if (key[j] > t.key) {
+            list[n++] = (int32_t) j;
+        } else if (key[j] == t.key && equal > 0) {
+            list[n++] = (int32_t) j;
+            equal--;
+        }
+    }
+    return n;
+}
+
+// how many of the best cells hold `mass`; cells are taken forced first, then by score, ties to the lower cell
+inline uint32_t fasa_mass_count(const uint32_t * key, const float * score, uint32_t n_kv, int n_group, float mass, uint32_t n_most,
+        std::vector<uint32_t> & scratch) {
+    const uint64_t need = (uint64_t) std::floor(double(mass)*1099511627776.0);
+    std::vector<int32_t> best(n_kv);
+    best.resize(fasa_emit(key, n_kv, fasa_find_threshold(key, n_kv, n_most, scratch), best.data()));
+    std::sort(best.begin(), best.end(), [&](int32_t a, int32_t b) { return key[a] != key[b] ? key[a] > key[b] : a < b; });
+    uint64_t held = 0;
+    for (uint32_t i = 0; i < best.size(); ++i) {
+        held += fasa_share(score[best[i]], n_group);
+        if (held >= need) {
+            return i + 1;
+        }
+    }
+    return n_most;
+}
+
+// One selection. score [n_kv], key [n_kv] (hidden, forced or fasa_key); list has room for fasa_list_length. Returns the count.
+struct fasa_budget { uint32_t budget; float mass; uint32_t floor; uint32_t cap; };
+
+inline uint32_t fasa_select(const uint32_t * key, const float * score, uint32_t n_kv, int n_group, fasa_budget b, int32_t * list,
+        std::vector<uint32_t> & scratch) {
+    uint32_t n_visible = 0, n_forced = 0;
+    for (uint32_t j = 0; j < n_kv; ++j) {
+        n_visible += key[j] != FASA_KEY_HIDDEN;
+        n_forced  += key[j] == FASA_KEY_FORCED;
+    }
+    if (n_visible == 0) {
+        return 0;
+    }
+    uint32_t n = std::min(std::max(b.mass > 0 ? b.cap : b.budget, n_forced), n_visible);
+    if (b.mass > 0) {
+        const uint32_t need = fasa_mass_count(key, score, n_kv, n_group, b.mass, n, scratch);
+        n = std::min(std::max(std::clamp(need, b.floor, b.cap), n_forced), n_visible);
+    }
+    if (n == n_visible) {
+        return fasa_emit(key, n_kv, { FASA_KEY_HIDDEN, 0 }, list);
+    }
+    return fasa_emit(key, n_kv, fasa_find_threshold(key, n_kv, n, scratch), list);
+}
+
+// ---- which dominant keys are stale ----
+
+// A short list of cell ranges [first, second), sorted and apart; when it would get longer than FASA_MAX_RANGES, the two
+// ranges with the smallest gap become one (a cell refreshed once too often is not wrong).
+static constexpr int FASA_MAX_RANGES = 8;
+
+struct fasa_ranges {
+    std::vector<std::pair<uint32_t, uint32_t>> data;
+
+    void add(uint32_t first, uint32_t last) {
+        if (first >= last) {
+            return;
+        }
+        data.emplace_back(first, last);
+        std::sort(data.begin(), data.end());
+        std::vector<std::pair<uint32_t, uint32_t>> merged;
+        for (const auto & r : data) {
+            if (!merged.empty() && r.first <= merged.back().second) {
+                merged.back().second = std::max(merged.back().second, r.second);
+            } else {
+                merged.push_back(r);
+            }
+        }
+        while (merged.size() > FASA_MAX_RANGES) {
+            size_t at = 1;
+            for (size_t i = 2; i < merged.size(); ++i) {
+                if (merged[i].first - merged[i - 1].second < merged[at].first - merged[at - 1].second) {
+                    at = i;
+                }
+            }
+            merged[at - 1].second = merged[at].second;
+            merged.erase(merged.begin() + at);
+        }
+        data = std::move(merged);
+    }
+
+    // take away and return the part below `limit`
+    fasa_ranges take(uint32_t limit) {
+        fasa_ranges taken, rest;
+        for (const auto & r : data) {
+            if (r.first < limit) {
+                taken.data.emplace_back(r.first, std::min(r.second, limit));
+            }
+            if (r.second > limit) {
+                rest.data.emplace_back(std::max(r.first, limit), r.second);
+            }
+        }
+        data = std::move(rest.data);
+        return taken;
+    }
+
+    uint64_t cells() const {
+        uint64_t n = 0;
+        for (const auto & r : data) {
+            n += r.second - r.first;
+        }
+        return n;
+    }
+};
