@@ -241,10 +241,23 @@ def patched_source(source: dict[str, bytes], patches: list[Patch]) -> dict[str, 
     return out
 
 
+class Matcher(difflib.SequenceMatcher):
+    """Slides an inserted block down as far as it goes, as git does: then it tends to begin where a statement begins."""
+
+    def get_opcodes(self) -> list[tuple[str, int, int, int, int]]:
+        codes = [list(code) for code in super().get_opcodes()]
+        for before, this, after in zip(codes, codes[1:], codes[2:]):
+            while before[0] == after[0] == "equal" and this[0] == "insert" and after[1] < after[2] - 1 and self.b[this[3]] == self.b[this[4]]:
+                before[2], before[4] = before[2] + 1, before[4] + 1
+                this[1:] = [at + 1 for at in this[1:]]
+                after[1], after[3] = after[1] + 1, after[3] + 1
+        return [tuple(code) for code in codes]
+
+
 def diff(file: str, before: list[str], after: list[str]) -> str:
     """One file's part of a patch, in git's form; "" when nothing changed."""
     out = []
-    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
+    matcher = Matcher(None, before, after, autojunk=False)
     for group in matcher.get_grouped_opcodes(3):
         (_, i1, _, j1, _), (_, _, i2, _, j2) = group[0], group[-1]
         scope = next((line.rstrip()[:80] for line in reversed(before[:i1]) if re.match(r"[A-Za-z_]", line)), "")
@@ -299,6 +312,14 @@ def apply(queue: Path, out: Path, tree: Path | None = None, stock: bool = False)
     return f"{out}: {len(files)} files, {len(patches)} patches applied"
 
 
+def unchanged(patch: Patch, old_new: dict[str, tuple[list[str], list[str]]]) -> bool:
+    try:
+        return all(patch.files[file] and apply_hunks(patch.name, file, old, patch.files[file]) == new
+                   for file, (old, new) in old_new.items())
+    except QueueError:
+        return False
+
+
 def refresh(queue: Path, edited: Path, tree: Path | None = None) -> str:
     """Write the patches anew from `edited`. A new patch starts as a header and the line `diff --git a/FILE b/FILE`."""
     patches = read_series(queue)
@@ -311,6 +332,8 @@ def refresh(queue: Path, edited: Path, tree: Path | None = None) -> str:
     texts = {}
     for patch in patches:
         old_new = {file: (lines_of(before, file, patch.name), lines_of(after, file, patch.name)) for file in patch.files}
+        if unchanged(patch, old_new):
+            continue
         body = "".join(diff(file, old, new) for file, (old, new) in old_new.items())
         if not body:
             raise QueueError(f"{patch.name}: {edited} has none of its changes; remove the patch and its line in series")

@@ -1,0 +1,164 @@
+"""A thin layer over llama_cpp's ctypes API: a model and a context, tokens in, logits out. Used by calibrate, eval and bench."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from typing import Any, Literal, Sequence
+
+import numpy as np
+
+from . import native
+from .errors import FasaError
+
+CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
+_log: list[str] = []
+_log_callback: Any = None
+
+
+def quiet() -> None:
+    """Keep llama.cpp's log out of the terminal; its last errors go into our exceptions."""
+    global _log_callback
+    if _log_callback is None:
+        def keep(level: int, text: bytes, _user: Any) -> None:
+            if level in (3, 4):  # warning, error
+                _log.append(text.decode("utf-8", "replace").strip())
+                del _log[:-20]
+
+        llama = native.load()
+        _log_callback = llama.llama_log_callback(keep)
+        llama.llama_log_set(_log_callback, None)
+
+
+def last_log() -> str:
+    """llama.cpp's last complaint, one line."""
+    return _log[-1] if _log else "no reason given"
+
+
+class Session:
+    """One model, one context. Close it, or use it in a `with`.
+
+    n_ctx, n_batch, n_ubatch in tokens; type_k, type_v: names in CACHE_TYPES. Raises FasaError when the model cannot be
+    loaded or the context not be made.
+    """
+
+    def __init__(self, model_path: str | os.PathLike, n_ctx: int = 4096, n_batch: int = 512, n_ubatch: int = 512, n_threads: int = 0,
+                 flash_attn: bool = True, type_k: str = "f16", type_v: str = "f16", n_seq_max: int = 1, kv_unified: bool = False,
+                 n_gpu_layers: int = 0, swa_full: bool = True) -> None:
+        self.llama = llama = native.load()
+        self.model = self.ctx = None
+        quiet()
+        for t in (type_k, type_v):
+            if t not in CACHE_TYPES:
+                raise FasaError(f"cache type {t!r}: expected one of {', '.join(CACHE_TYPES)}")
+        if not os.path.exists(model_path):
+            raise FasaError(f"{model_path}: no such file")
+        llama.llama_backend_init()
+        params = llama.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        self.model = llama.llama_model_load_from_file(os.fsencode(model_path), params)
+        if not self.model:
+            raise FasaError(f"{model_path}: llama.cpp cannot load this model: {last_log()}")
+        params = llama.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_batch, min(n_ubatch, n_batch), n_seq_max
+        params.n_threads = params.n_threads_batch = n_threads or os.cpu_count() or 1
+        params.flash_attn_type = 1 if flash_attn else 0
+        params.type_k, params.type_v = CACHE_TYPES[type_k], CACHE_TYPES[type_v]
+        params.kv_unified, params.swa_full = kv_unified, swa_full
+        self.ctx = llama.llama_init_from_model(self.model, params)
+        if not self.ctx:
+            self.close()
+            raise FasaError(f"{model_path}: llama.cpp cannot make a context of {n_ctx} tokens: {last_log()}")
+        self.path = str(model_path)
+        self.n_ctx, self.n_batch = llama.llama_n_ctx(self.ctx), n_batch
+        self.n_ctx_train = llama.llama_model_n_ctx_train(self.model)
+        self.vocab = llama.llama_model_get_vocab(self.model)
+        self.n_vocab = llama.llama_vocab_n_tokens(self.vocab)
+        self.memory = llama.llama_get_memory(self.ctx)
+        self.fasa = native.Context(ctypes.cast(self.ctx, ctypes.c_void_p).value)
+
+    def __enter__(self) -> "Session":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.ctx:
+            self.llama.llama_free(self.ctx)
+        if self.model:
+            self.llama.llama_model_free(self.model)
+        self.ctx = self.model = None
+
+    def tokenize(self, text: str, bos: bool = True, special: bool = True) -> list[int]:
+        data = text.encode()
+        room = len(data) + 8
+        out = (ctypes.c_int32 * room)()
+        n = self.llama.llama_tokenize(self.vocab, data, len(data), out, room, bos, special)
+        if n < 0:
+            raise FasaError(f"{self.path}: the text cannot be tokenized; does this model have a vocabulary?")
+        return list(out[:n])
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        out = b""
+        buffer = ctypes.create_string_buffer(256)
+        for t in tokens:
+            n = self.llama.llama_token_to_piece(self.vocab, int(t), buffer, 256, 0, True)
+            out += buffer.raw[: max(n, 0)]
+        return out.decode("utf-8", "replace")
+
+    def decode_batch(self, items: Sequence[tuple[int, int, int, bool]]) -> None:
+        """One llama_decode of (token, position, sequence, wants logits) items, at most n_batch."""
+        batch = self.llama.llama_batch_init(len(items), 0, 1)
+        try:
+            batch.n_tokens = len(items)
+            for i, (token, pos, seq, wants) in enumerate(items):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = int(token), pos, 1, wants
+                batch.seq_id[i][0] = seq
+            code = self.llama.llama_decode(self.ctx, batch)
+        finally:
+            self.llama.llama_batch_free(batch)
+        if code == 1:
+            raise FasaError(f"{self.path}: the context of {self.n_ctx} tokens is full; use a larger -c")
+        if code != 0:
+            raise FasaError(f"{self.path}: llama.cpp could not decode (code {code}): {last_log()}")
+        self.fasa.raise_observed()
+
+    def logits(self, i: int) -> np.ndarray:
+        """float32 [n_vocab] of the i-th item of the last batch that wanted them; a copy."""
+        return np.ctypeslib.as_array(self.llama.llama_get_logits_ith(self.ctx, i), (self.n_vocab,)).copy()
+
+    def decode(self, tokens: Sequence[int], pos0: int, seq: int = 0, logits: Literal["last", "all", "none"] = "last") -> np.ndarray | None:
+        """Tokens of one sequence, in batches of n_batch. Returns logits float32 [n_vocab], [n_tokens, n_vocab] or None."""
+        rows = []
+        for at in range(0, len(tokens), self.n_batch):
+            part = tokens[at : at + self.n_batch]
+            end = at + len(part) == len(tokens)
+            self.decode_batch([(t, pos0 + at + i, seq, logits == "all" or (logits == "last" and end and i == len(part) - 1))
+                               for i, t in enumerate(part)])
+            if logits == "all":
+                rows += [self.logits(i) for i in range(len(part))]
+            elif logits == "last" and end:
+                return self.logits(len(part) - 1)
+        return np.stack(rows) if logits == "all" else None
+
+    def remove(self, seq: int, p0: int, p1: int = -1) -> None:
+        """Forget positions [p0, p1) of a sequence; -1: to the end."""
+        if not self.llama.llama_memory_seq_rm(self.memory, seq, p0, p1):
+            raise FasaError(f"{self.path}: this model's memory cannot forget single positions")
+
+    def clear(self) -> None:
+        self.llama.llama_memory_clear(self.memory, True)
+
+    def state(self, seq: int = 0) -> bytes:
+        """The state of one sequence."""
+        n = self.llama.llama_state_seq_get_size(self.ctx, seq)
+        buffer = (ctypes.c_uint8 * n)()
+        n = self.llama.llama_state_seq_get_data(self.ctx, buffer, n, seq)
+        return ctypes.string_at(buffer, n)
+
+    def set_state(self, data: bytes | bytearray | np.ndarray, seq: int = 0) -> None:
+        a = np.frombuffer(data, np.uint8)
+        pointer = ctypes.cast(a.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
+        if self.llama.llama_state_seq_set_data(self.ctx, pointer, len(a), seq) == 0:
+            raise FasaError(f"{self.path}: llama.cpp does not take this state: {last_log()}")
