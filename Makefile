@@ -1,0 +1,54 @@
+# Needs Python >= 3.10, a C++ compiler and a package index; everything else is installed into .venv.
+PYTHON ?= python3
+JOBS   ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
+VENV   := .venv
+PY     := $(VENV)/bin/python
+PIP    := $(PY) -m pip install -q --disable-pip-version-check
+CMAKE  := $(VENV)/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DPython3_EXECUTABLE=$(CURDIR)/$(PY)
+MODEL  := models/cache/SmolLM2-135M-Instruct.Q4_1.gguf
+
+help:
+	@echo 'make demo   set everything up, then show dense beside FASA on a small model'
+	@echo 'make test   the test-suite'
+	@echo 'make build  the native library, into fasa_gguf/lib'
+	@echo 'make stock  the unpatched library with the same flags, into build/stock-lib'
+	@echo 'make upstream-tests  the own tests of the pinned llama.cpp, against the patched library'
+	@echo 'make check  does the patch queue apply'
+
+$(VENV)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) cmake ninja
+	$(PIP) llama-cpp-python==0.3.36 --config-settings=cmake.args=-DLLAMA_BUILD=OFF
+	$(PIP) 'cffi>=1.16' 'matplotlib>=3.7' 'numpy>=1.24' 'tqdm>=4.60' 'pytest>=7.4' 'gguf>=0.10'
+	@touch $@
+
+build/native/build.ninja: $(VENV)/.ready
+	$(CMAKE) -S . -B build/native $(CMAKE_ARGS)
+
+build: build/native/build.ninja
+	$(VENV)/bin/cmake --build build/native -j $(JOBS)
+	$(VENV)/bin/cmake --install build/native --prefix . --component fasa
+
+stock: $(VENV)/.ready
+	$(CMAKE) -S . -B build/stock -DFASA_PATCHED=OFF $(CMAKE_ARGS)
+	$(VENV)/bin/cmake --build build/stock -j $(JOBS)
+	$(VENV)/bin/cmake --install build/stock --prefix build/stock-lib --component fasa
+
+upstream-tests: $(VENV)/.ready
+	$(CMAKE) -S . -B build/upstream-tests -DFASA_UPSTREAM_TESTS=ON $(CMAKE_ARGS)
+	$(VENV)/bin/cmake --build build/upstream-tests -j $(JOBS) --target test-llama-archs test-save-load-state
+	build/upstream-tests/bin/test-llama-archs
+
+$(MODEL): $(VENV)/.ready
+	$(PY) models/fetch.py $@
+
+demo: build $(MODEL)
+	$(PY) -m fasa_gguf.demo $(MODEL)
+
+test: build $(MODEL)
+	$(PY) -m pytest -q
+
+check: $(VENV)/.ready
+	$(PY) patches/queue.py check
+
+.PHONY: help build stock upstream-tests demo test check
