@@ -1,0 +1,266 @@
+"""The command line: parses, calls, prints. The work is in the library."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+from .errors import FasaError
+from .params import FasaParams
+
+
+def _bar() -> Callable[[str, int, int], None]:
+    """A progress bar on stderr that hides itself off a terminal."""
+    from tqdm import tqdm
+
+    bars: dict[str, Any] = {}
+
+    def report(what: str, done: int, total: int) -> None:
+        if what not in bars:
+            bars[what] = tqdm(total=total, desc=what, disable=None, file=sys.stderr, leave=False)
+        bars[what].update(done - bars[what].n)
+        if done >= total:
+            bars.pop(what).close()
+
+    return report
+
+
+def _model(p: argparse.ArgumentParser) -> None:
+    p.add_argument("model", nargs="?", metavar="MODEL", help="GGUF file")
+    p.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="the same, as llama.cpp spells it")
+
+
+def _run_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("-t", "--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    p.add_argument("-ngl", "--n-gpu-layers", type=int, default=0, help="layers on the GPU")
+    p.add_argument("-ctk", "--cache-type-k", default="f16", help="type of the K cache: f16, q8_0, ...")
+    p.add_argument("-ctv", "--cache-type-v", default="f16", help="type of the V cache")
+
+
+def _fasa_flags(p: argparse.ArgumentParser) -> None:
+    group = p.add_argument_group("FASA settings (each is also an environment variable, FASA_BUDGET and so on)")
+    for f in fields(FasaParams):
+        group.add_argument("--fasa-" + f.name.replace("_", "-"), metavar="X", default=None, help=f"{f.metadata['help']} [{f.metadata['unit']}; {f.default}]")
+    group.add_argument("--profile", help="a profile's JSON file instead of the one in the model")
+
+
+def _params(a: argparse.Namespace, base: FasaParams | None = None) -> FasaParams:
+    given = {f.name: getattr(a, "fasa_" + f.name) for f in fields(FasaParams) if getattr(a, "fasa_" + f.name) is not None}
+    return FasaParams.from_mapping(given, "command line", FasaParams.from_env(base))
+
+
+def _text(path: str) -> tuple[str, str]:
+    try:
+        return Path(path).name, Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
+        raise FasaError(f"{path}: cannot be read as text: {e}") from None
+
+
+def _calibrate(a: argparse.Namespace, out: str | None) -> Any:
+    from .calibrate import CalibrationParams, calibrate
+
+    params = CalibrationParams(method=a.method, context=a.ctx_size)
+    start = time.perf_counter()
+    profile = calibrate(a.model, _text(a.file) if a.file else None, params, out, a.threads, a.n_gpu_layers, _bar())
+    print(f"calibrated in {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    return profile
+
+
+def cmd_calibrate(a: argparse.Namespace) -> None:
+    out = a.output or str(Path(a.model).with_suffix(".fasa.json"))
+    _calibrate(a, out)
+    print(out)
+
+
+def cmd_embed_profile(a: argparse.Namespace) -> None:
+    from .embed import rewrite
+    from .profile import Profile
+
+    if a.remove:
+        profile = None
+    else:
+        profile = Profile.load(a.profile) if a.profile else _calibrate(a, None)
+    bar = _bar()
+    print(rewrite(a.model, profile, a.output, a.force, lambda done, total: bar("writing", done, total)))
+
+
+def cmd_inspect(a: argparse.Namespace) -> None:
+    from .profile import Profile, inspect_table
+
+    profile = Profile.load(a.model)
+    print(profile.to_json() if a.json else inspect_table(profile))
+    if a.png:
+        from .heatmap import save_heatmap
+
+        save_heatmap(profile, a.png)
+        print(f"heat map: {a.png}", file=sys.stderr)
+
+
+def cmd_run(a: argparse.Namespace) -> None:
+    from .llama import Llama
+    from .profile import Profile
+
+    prompt = (_text(a.file)[1] if a.file else "") + (a.prompt or "")
+    if not prompt:
+        raise FasaError("nothing to run: give -p PROMPT or -f FILE")
+    asked = any(getattr(a, "fasa_" + f.name) is not None for f in fields(FasaParams)) or a.profile
+    profile = Profile.load(a.profile) if a.profile else None
+    fasa: Any = "off" if a.no_fasa else "auto"
+    if asked and not a.no_fasa:
+        profile = profile or Profile.load(a.model)
+        fasa = _params(a, profile.params())
+    llm = Llama(a.model, fasa=fasa, fasa_profile=profile, n_ctx=a.ctx_size, n_batch=a.batch_size, n_threads=a.threads or os.cpu_count(),
+                n_threads_batch=a.threads or os.cpu_count(), n_gpu_layers=a.n_gpu_layers, verbose=False)
+    start, first, n = time.perf_counter(), 0.0, 0
+    for piece in llm.create_completion(prompt, max_tokens=a.n_predict, temperature=a.temp, stream=True):
+        first = first or time.perf_counter()
+        n += 1
+        print(piece["choices"][0]["text"], end="", flush=True)
+    print()
+    end = time.perf_counter()
+    s = llm.fasa_stats()
+    line = f"prompt {llm.n_tokens - n} tokens in {first - start:.1f} s, then {(n - 1) / max(end - first, 1e-9):.1f} tokens/s"
+    if s["steps_sparse"]:
+        share = (s["bytes_fac"] + s["bytes_tip"]) / s["bytes_dense"]
+        line += f"; FASA in {s['steps_sparse']} steps, {s['rows_attended'] / s['lists']:.0f} of {s['rows_visible'] / s['lists']:.0f} tokens attended, {100 * share:.1f}% of the KV bytes read"
+    else:
+        line += f"; dense: {s['step_reason']}"
+    print(line, file=sys.stderr)
+    if asked and not a.no_fasa and not s["steps_sparse"]:
+        raise FasaError(f"FASA was asked for and no step used it: {s['step_reason']}")
+
+
+def cmd_eval(a: argparse.Namespace) -> None:
+    from .evaluate import Arm, detokenize_wikitext, evaluate, table
+    from .profile import Profile
+
+    text = _text(a.file)[1]
+    if a.detokenize == "wikitext":
+        text = detokenize_wikitext(text)
+    profile = Profile.load(a.profile or a.model)
+    base = _params(a, profile.params())
+    budgets = [int(b) for b in a.budgets.split(",")] if a.budgets else [base.budget]
+    arms = [Arm(f"fasa k={base.chunks or 'auto'} {base.k_dom} B={b}", base.replace(budget=b).check()) for b in budgets]
+    rows = evaluate(a.model, text, arms, a.windows, a.window, a.score, a.threads, a.n_gpu_layers, a.cache_type_k, a.cache_type_v,
+                    not a.dense_steps, profile, _bar())
+    print(json.dumps(rows, indent=1) if a.json else table(rows))
+
+
+def cmd_bench(a: argparse.Namespace) -> None:
+    from .bench import as_json, bench, table
+    from .profile import Profile
+
+    model, profile = a.model, None
+    if a.shape:
+        from .embed import model_shape
+        from .gguf_file import GGUFFile
+        from .synthetic import synthetic_profile, write_model
+
+        model = a.output_model or f"random-{a.shape}.gguf"
+        if not os.path.exists(model):
+            print(f"writing {model}", file=sys.stderr)
+            write_model(model, a.shape)
+        profile = synthetic_profile(*model_shape(GGUFFile(model)))
+    elif a.profile:
+        profile = Profile.load(a.profile)
+    profile = profile or Profile.load(model)
+    params = _params(a, profile.params())
+    rows = bench(model, [int(d) for d in a.n_depth.split(",")], params, a.n_gen, a.repetitions, a.threads, a.n_gpu_layers,
+                 a.cache_type_k, a.cache_type_v, a.fill, profile, _bar())
+    print(json.dumps(as_json(rows, model, params), indent=1) if a.json else table(rows, model))
+
+
+def parser() -> argparse.ArgumentParser:
+    ap = argparse.ArgumentParser(prog="fasa-gguf", description="Frequency-aware sparse attention for llama.cpp.")
+    ap.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    sub = ap.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable, help: str, example: str) -> argparse.ArgumentParser:
+        p = sub.add_parser(name, help=help, description=help, epilog=f"example: fasa-gguf {name} {example}")
+        p.set_defaults(run=run)
+        return p
+
+    def calibration(p: argparse.ArgumentParser) -> None:
+        p.add_argument("-f", "--file", help="text to calibrate on; default: the pydoc topics of this Python")
+        p.add_argument("-o", "--output", help="file to write")
+        p.add_argument("-c", "--ctx-size", type=int, default=4096, help="window in tokens")
+        p.add_argument("--method", default="recall", choices=("recall", "energy", "ca"), help="how chunks are ranked")
+        p.add_argument("-t", "--threads", type=int, default=0, help="CPU threads; 0: all cores")
+        p.add_argument("-ngl", "--n-gpu-layers", type=int, default=0, help="layers on the GPU")
+
+    p = command("calibrate", cmd_calibrate, "Find the dominant chunks of a model and save them as JSON.", "model.gguf -o profile.json")
+    _model(p)
+    calibration(p)
+    p = command("embed-profile", cmd_embed_profile, "Put a profile into a model's GGUF; calibrates first when none is given.", "model.gguf")
+    _model(p)
+    calibration(p)
+    p.add_argument("--profile", help="a profile's JSON file, or a GGUF that has one")
+    p.add_argument("--force", action="store_true", help="overwrite OUTPUT")
+    p.add_argument("--remove", action="store_true", help="take the profile out")
+    p = command("inspect", cmd_inspect, "Show the profile of a GGUF or JSON file.", "model.gguf --png heatmap.png")
+    _model(p)
+    p.add_argument("--json", action="store_true", help="the whole profile as JSON")
+    p.add_argument("--png", help="write a heat map of layer x chunk")
+    p = command("run", cmd_run, "Stream a completion, decoded with FASA when the model has a profile.", 'model.gguf -f long.txt -p "In short:" -c 16384')
+    _model(p)
+    _run_flags(p)
+    _fasa_flags(p)
+    p.add_argument("-p", "--prompt", help="prompt; goes behind the file's text")
+    p.add_argument("-f", "--file", help="file with the prompt")
+    p.add_argument("-n", "--n-predict", type=int, default=128, help="tokens to write")
+    p.add_argument("-c", "--ctx-size", type=int, default=8192, help="context in tokens")
+    p.add_argument("-b", "--batch-size", type=int, default=512, help="tokens per prefill batch")
+    p.add_argument("--temp", type=float, default=0.0, help="temperature; 0: greedy")
+    p.add_argument("--no-fasa", action="store_true", help="dense")
+    p = command("eval", cmd_eval, "Perplexity, KL and same-top-token of FASA beside dense, teacher-forced.", "model.gguf -f text.txt --budgets 256,512")
+    _model(p)
+    _run_flags(p)
+    _fasa_flags(p)
+    p.add_argument("-f", "--file", required=True, help="text")
+    p.add_argument("--detokenize", choices=("wikitext",), help="undo a corpus' word tokenisation")
+    p.add_argument("--windows", type=int, default=10, help="windows")
+    p.add_argument("--window", type=int, default=4096, help="tokens per window")
+    p.add_argument("--score", type=int, default=384, help="last tokens of a window that are decoded and scored")
+    p.add_argument("--budgets", help="comma list; one arm each")
+    p.add_argument("--dense-steps", action="store_true", help="decode the dense arm token by token too")
+    p.add_argument("--json", action="store_true", help="figures as JSON")
+    p = command("bench", cmd_bench, "Tokens per second of dense and FASA, alternating in one process.", "model.gguf -d 0,4096,8192")
+    _model(p)
+    _run_flags(p)
+    _fasa_flags(p)
+    p.add_argument("-d", "--n-depth", default="0,4096,8192", help="comma list of cache depths in tokens")
+    p.add_argument("-n", "--n-gen", type=int, default=32, help="tokens per repetition")
+    p.add_argument("-r", "--repetitions", type=int, default=5, help="repetitions per arm")
+    p.add_argument("--fill", choices=("auto", "prefill", "state"), default="auto", help="how the cache gets its depth")
+    p.add_argument("--shape", choices=("8b", "3b", "1b", "tiny"), help="make and use a random model of this shape")
+    p.add_argument("--output-model", help="where --shape writes its model; kept")
+    p.add_argument("--json", action="store_true", help="rows as JSON")
+    return ap
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    a = parser().parse_args(argv)
+    a.model = getattr(a, "model_flag", None) or a.model
+    if a.model is None and not getattr(a, "shape", None):
+        parser().error(f"{a.command}: MODEL is missing")
+    try:
+        a.run(a)
+        sys.stdout.flush()
+        return 0
+    except FasaError as e:
+        if a.debug:
+            raise
+        print(f"fasa-gguf: error: {e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fasa-gguf: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
