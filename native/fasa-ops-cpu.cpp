@@ -12,6 +12,13 @@
 #include <cstring>
 #include <vector>
 
+#if defined(__AVX512F__)
+#    if defined(__GNUC__) && !defined(__clang__)
+#        pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // gcc 12 warns about its own intrinsics
+#    endif
+#    include <immintrin.h>
+#endif
+
 // ---- SIMD: 16 cells at once; the compiler splits the vector where the machine's are shorter ----
 
 typedef float   fasa_f32x16 __attribute__((vector_size(64)));
@@ -26,8 +33,25 @@ template <typename V, typename T> static inline V fasa_load(const T * p) {
     return v;
 }
 
-static inline fasa_f32x16 fasa_f32(fasa_i8x16 v) {
-    return __builtin_convertvector(v, fasa_f32x16);
+// 16 bytes as floats: signed, or the low or high nibbles as 0..15
+static inline fasa_f32x16 fasa_f32_i8(const char * p) {
+#if defined(__AVX512F__)
+    return (fasa_f32x16) _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p)));
+#else
+    return __builtin_convertvector(__builtin_convertvector(fasa_load<fasa_i8x16>(p), fasa_i32x16), fasa_f32x16);
+#endif
+}
+
+static inline void fasa_f32_nibbles(const char * p, fasa_f32x16 & lo, fasa_f32x16 & hi) {
+#if defined(__AVX512F__)
+    const __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p));
+    lo = (fasa_f32x16) _mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(15)));
+    hi = (fasa_f32x16) _mm512_cvtepi32_ps(_mm512_srli_epi32(v, 4));
+#else
+    const fasa_i32x16 v = __builtin_convertvector(fasa_load<fasa_i8x16>(p), fasa_i32x16);
+    lo = __builtin_convertvector(v & 15, fasa_f32x16);
+    hi = __builtin_convertvector((v >> 4) & 15, fasa_f32x16);
+#endif
 }
 
 // e^x for x <= 0, relative error below 2e-7; 0 below -87 (so e^-inf = 0)
@@ -157,51 +181,76 @@ static void fasa_refresh(ggml_tensor * dst, const fasa_op_params & p, int ith, i
 
 // ---- TIP ----
 
-// logits [M][FASA_TILE] of M query heads over one tile; q [M][n_dom]
-template <int M>
-static void fasa_tip_tile(int k_dom, int n_dom, const char * block, const float * q, float * out) {
+// logits [M][FASA_TILE] of M query heads over one tile; q [M][n_dom], q_sum [M][n_dom/FASA_GROUP] the groups' sums of q
+template <int M, int K_DOM>
+static void fasa_tip_tile(int n_dom, const char * block, const float * q, const float * q_sum, float * out) {
     fasa_f32x16 acc[M][2] = {};
     const ggml_fp16_t * scale = (const ggml_fp16_t *) block;
-    const char        * data  = block + fasa_block_scales(k_dom, n_dom);
-    if (k_dom == FASA_K_DOM_F16) {
-        for (int d = 0; d < n_dom; ++d) {
-            float x[FASA_TILE];
-            ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) data + d*FASA_TILE, x, FASA_TILE);
-            const fasa_f32x16 x0 = fasa_load<fasa_f32x16>(x), x1 = fasa_load<fasa_f32x16>(x + 16);
-            for (int m = 0; m < M; ++m) {
-                acc[m][0] += x0*q[m*n_dom + d];
-                acc[m][1] += x1*q[m*n_dom + d];
-            }
+    const char        * data  = block + fasa_block_scales(K_DOM, n_dom);
+    const int           n_group = n_dom/FASA_GROUP;
+    float f32[FASA_TILE];
+    for (int g = 0; g < n_group; ++g) {
+        fasa_f32x16 sum[M][2];
+        #pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) { // a nibble n stands for n - 8
+            const fasa_f32x16 base = fasa_f32x16 {} + (K_DOM == FASA_K_DOM_Q4 ? -8.0f*q_sum[m*n_group + g] : 0.0f);
+            sum[m][0] = sum[m][1] = base;
         }
-    } else {
-        for (int g = 0; g < n_dom/FASA_GROUP; ++g) {
-            fasa_f32x16 sum[M][2] = {};
-            for (int i = 0; i < FASA_GROUP; ++i) {
-                const int d = g*FASA_GROUP + i;
-                for (int half = 0; half < 2; ++half) {
-                    fasa_i8x16 v;
-                    if (k_dom == FASA_K_DOM_Q8) {
-                        v = fasa_load<fasa_i8x16>(data + d*FASA_TILE + half*16);
+        #pragma GCC unroll 8
+        for (int i = 0; i < FASA_GROUP; i += 2) {
+            const int d = g*FASA_GROUP + i;
+            fasa_f32x16 x[2][2]; // [dim][half of the tile]
+            if (K_DOM == FASA_K_DOM_Q4) {
+                fasa_f32_nibbles(data + d/2*FASA_TILE,      x[0][0], x[1][0]);
+                fasa_f32_nibbles(data + d/2*FASA_TILE + 16, x[0][1], x[1][1]);
+            } else {
+                #pragma GCC unroll 2
+                for (int j = 0; j < 2; ++j) {
+                    if (K_DOM == FASA_K_DOM_Q8) {
+                        x[j][0] = fasa_f32_i8(data + (d + j)*FASA_TILE);
+                        x[j][1] = fasa_f32_i8(data + (d + j)*FASA_TILE + 16);
                     } else {
-                        v = fasa_load<fasa_i8x16>(data + d/2*FASA_TILE + half*16);
-                        v = ((d & 1 ? v >> 4 : v) & 15) - 8;
-                    }
-                    const fasa_f32x16 x = fasa_f32(v);
-                    for (int m = 0; m < M; ++m) {
-                        sum[m][half] += x*q[m*n_dom + d];
+                        ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) data + (d + j)*FASA_TILE, f32, FASA_TILE);
+                        x[j][0] = fasa_load<fasa_f32x16>(f32);
+                        x[j][1] = fasa_load<fasa_f32x16>(f32 + 16);
                     }
                 }
             }
-            float step[FASA_TILE];
-            ggml_cpu_fp16_to_fp32(scale + g*FASA_TILE, step, FASA_TILE);
-            const fasa_f32x16 s0 = fasa_load<fasa_f32x16>(step), s1 = fasa_load<fasa_f32x16>(step + 16);
+            #pragma GCC unroll 4
             for (int m = 0; m < M; ++m) {
-                acc[m][0] += sum[m][0]*s0;
-                acc[m][1] += sum[m][1]*s1;
+                sum[m][0] += x[0][0]*q[m*n_dom + d] + x[1][0]*q[m*n_dom + d + 1];
+                sum[m][1] += x[0][1]*q[m*n_dom + d] + x[1][1]*q[m*n_dom + d + 1];
             }
+        }
+        fasa_f32x16 s0 = fasa_f32x16 {} + 1.0f, s1 = s0;
+        if (K_DOM != FASA_K_DOM_F16) {
+            ggml_cpu_fp16_to_fp32(scale + g*FASA_TILE, f32, FASA_TILE);
+            s0 = fasa_load<fasa_f32x16>(f32);
+            s1 = fasa_load<fasa_f32x16>(f32 + 16);
+        }
+        #pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+            acc[m][0] += sum[m][0]*s0;
+            acc[m][1] += sum[m][1]*s1;
         }
     }
     memcpy(out, acc, sizeof(acc));
+}
+
+typedef void (*fasa_tip_tile_t)(int n_dom, const char * block, const float * q, const float * q_sum, float * out);
+
+template <int K_DOM> static fasa_tip_tile_t fasa_tip_tile_of(int64_t m) {
+    switch (m) {
+        case 1:  return fasa_tip_tile<1, K_DOM>;
+        case 2:  return fasa_tip_tile<2, K_DOM>;
+        case 3:  return fasa_tip_tile<3, K_DOM>;
+        default: return fasa_tip_tile<4, K_DOM>;
+    }
+}
+
+static fasa_tip_tile_t fasa_tip_tile_get(int k_dom, int64_t m) {
+    return k_dom == FASA_K_DOM_F16 ? fasa_tip_tile_of<FASA_K_DOM_F16>(m) :
+           k_dom == FASA_K_DOM_Q8  ? fasa_tip_tile_of<FASA_K_DOM_Q8>(m)  : fasa_tip_tile_of<FASA_K_DOM_Q4>(m);
 }
 
 static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth) {
@@ -217,7 +266,8 @@ static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
     int64_t first, last;
     fasa_split((n_kv + FASA_TILE - 1)/FASA_TILE, ith, nth, first, last);
 
-    std::vector<float> row(d_k), qd(n_group*n_dom);
+    const int64_t n_sum = n_dom/FASA_GROUP;
+    std::vector<float> row(d_k), qd(n_group*n_dom), q_sum(n_group*n_sum);
     float hide[FASA_TILE], out[4*FASA_TILE];
     for (int64_t s = 0; s < n_stream; ++s) {
         for (int64_t t = 0; t < n_tps; ++t) {
@@ -232,6 +282,7 @@ static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
                     }
                     for (int64_t d = 0; d < n_dom; ++d) {
                         qd[g*n_dom + d] = dim[d] < 0 ? 0.0f : row[dim[d]]*w[d]*p.scale;
+                        q_sum[g*n_sum + d/FASA_GROUP] = (d % FASA_GROUP ? q_sum[g*n_sum + d/FASA_GROUP] : 0.0f) + qd[g*n_dom + d];
                     }
                 }
                 for (int64_t tile = first; tile < last; ++tile) {
@@ -241,18 +292,17 @@ static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
                     ggml_cpu_fp16_to_fp32(visible + cell, hide, n);
                     for (int64_t g = 0; g < n_group; g += 4) {
                         const int64_t m  = std::min<int64_t>(4, n_group - g);
-                        const float * qg = qd.data() + g*n_dom;
-                        switch (m) {
-                            case 1: fasa_tip_tile<1>(p.k_dom, n_dom, block, qg, out); break;
-                            case 2: fasa_tip_tile<2>(p.k_dom, n_dom, block, qg, out); break;
-                            case 3: fasa_tip_tile<3>(p.k_dom, n_dom, block, qg, out); break;
-                            case 4: fasa_tip_tile<4>(p.k_dom, n_dom, block, qg, out); break;
-                        }
+                        fasa_tip_tile_get(p.k_dom, m)(n_dom, block, qd.data() + g*n_dom, q_sum.data() + g*n_sum, out);
                         for (int64_t i = 0; i < m; ++i) {
                             float * est = (float *) fasa_at(dst, h*n_group + g + i, t, s) + cell;
+                            float * x   = out + i*FASA_TILE;
+                            if (p.soft_cap > 0) {
+                                for (int64_t c = 0; c < n; ++c) {
+                                    x[c] = p.soft_cap*tanhf(x[c]/p.soft_cap);
+                                }
+                            }
                             for (int64_t c = 0; c < n; ++c) {
-                                const float x = p.soft_cap > 0 ? p.soft_cap*tanhf(out[i*FASA_TILE + c]/p.soft_cap) : out[i*FASA_TILE + c];
-                                est[c] = x + hide[c];
+                                est[c] = x[c] + hide[c];
                             }
                         }
                     }
@@ -299,8 +349,12 @@ static void fasa_select_op(ggml_tensor * dst, const fasa_op_params & p, int ith,
     const int64_t n_kv = tip->ne[0], n_head_kv = dst->ne[1], n_tps = dst->ne[2], n_stream = dst->ne[3];
     const int64_t n_group = tip->ne[1]/n_head_kv;
 
-    std::vector<float>    score(n_kv), tmp(n_kv);
-    std::vector<uint32_t> key(n_kv), scratch;
+    thread_local std::vector<float>    score, tmp; // the op has no work buffer
+    thread_local std::vector<uint32_t> key, scratch;
+    thread_local fasa_keys_view        view;
+    score.resize(n_kv);
+    tmp.resize(n_kv);
+    key.resize(n_kv);
     uint64_t attended = 0, visible = 0, lists = 0;
     for (int64_t i = ith; i < n_head_kv*n_tps*n_stream; i += nth) {
         const int64_t h = i%n_head_kv, t = i/n_head_kv%n_tps, s = i/n_head_kv/n_tps;
@@ -322,7 +376,8 @@ static void fasa_select_op(ggml_tensor * dst, const fasa_op_params & p, int ith,
             }
         }
         int32_t * list = (int32_t *) fasa_at(dst, h, t, s);
-        list[0] = fasa_select(key.data(), score.data(), n_kv, n_group, { p.budget, p.mass, p.floor, p.cap }, list + 1, scratch);
+        view.set(key.data(), n_kv);
+        list[0] = fasa_select(view, score.data(), n_group, { p.budget, p.mass, p.floor, p.cap }, list + 1, scratch);
         attended += list[0];
         visible  += seen;
         lists    += 1;
@@ -336,13 +391,65 @@ static void fasa_select_op(ggml_tensor * dst, const fasa_op_params & p, int ith,
 
 // ---- FAC ----
 
-// query heads [g0, g1) of one KV head and token over one list; out of head g at dst + g*d_v
+static inline float fasa_dot(const float * a, const float * b, int64_t n) {
+    fasa_f32x16 acc = {};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        acc += fasa_load<fasa_f32x16>(a + i)*fasa_load<fasa_f32x16>(b + i);
+    }
+    float sum = 0.0f;
+    for (; i < n; ++i) {
+        sum += a[i]*b[i];
+    }
+    for (int l = 0; l < 16; ++l) {
+        sum += acc[l];
+    }
+    return sum;
+}
+
+// x [n] = softmax of x, a logit `sink` (or -inf) taking part and giving nothing
+static void fasa_softmax(float * x, int64_t n, float sink) {
+    float most = -INFINITY;
+    ggml_vec_max_f32(n, &most, x);
+    most = std::max(most, sink);
+    if (most == -INFINITY) {
+        return; // an empty list
+    }
+    fasa_f32x16 sums = {};
+    float sum = expf(sink - most);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const fasa_f32x16 e = fasa_exp(fasa_load<fasa_f32x16>(x + i) - most);
+        memcpy(x + i, &e, sizeof(e));
+        sums += e;
+    }
+    for (; i < n; ++i) {
+        x[i] = expf(x[i] - most);
+        sum += x[i];
+    }
+    for (int l = 0; l < 16; ++l) {
+        sum += sums[l];
+    }
+    ggml_vec_scale_f32(n, x, 1.0f/sum);
+}
+
+// The rows of a list lie anywhere in the cache, so they are asked for some rows ahead.
+static inline void fasa_prefetch_row(const char * row, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) {
+        __builtin_prefetch(row + i);
+    }
+}
+
+static constexpr int64_t FASA_AHEAD = 12; // rows
+
+// query heads [g0, g1) of one KV head and token over one list
 static void fasa_fac_heads(const ggml_tensor * t, const fasa_op_params & p, int64_t h, int64_t tok, int64_t s, int64_t g0, int64_t g1,
         std::vector<float> & logit, std::vector<float> & row) {
     const ggml_tensor * q = t->src[1], * k = t->src[2], * v = t->src[3], * mask = t->src[4], * sinks = t->src[5];
 
     const int64_t d_k = k->ne[0], d_v = v->ne[0], n_tps = t->ne[2], m = g1 - g0;
     const int64_t n_group = t->ne[1]/k->ne[1];
+    const size_t  k_bytes = ggml_row_size(k->type, d_k), v_bytes = ggml_row_size(v->type, d_v);
 
     const int32_t     * list = (const int32_t *) fasa_at(t->src[0], h, tok, s);
     const ggml_fp16_t * hide = (const ggml_fp16_t *) fasa_at(mask, tok, 0, s);
@@ -351,33 +458,35 @@ static void fasa_fac_heads(const ggml_tensor * t, const fasa_op_params & p, int6
     logit.resize(m*n);
     row.resize(std::max(d_k, d_v));
     for (int64_t i = 0; i < n; ++i) {
+        if (i + FASA_AHEAD < n) {
+            fasa_prefetch_row(fasa_at(k, h, list[i + FASA_AHEAD], s), k_bytes);
+        }
         fasa_row_to_f32(fasa_at(k, h, list[i], s), row.data(), k->type, d_k);
         const float bias = GGML_CPU_FP16_TO_FP32(hide[list[i]]);
         for (int64_t g = 0; g < m; ++g) {
-            float dot;
-            ggml_vec_dot_f32(d_k, &dot, 0, row.data(), 0, (const float *) fasa_at(q, h*n_group + g0 + g, s*n_tps + tok, 0), 0, 1);
-            dot *= p.scale;
+            const float dot = p.scale*fasa_dot(row.data(), (const float *) fasa_at(q, h*n_group + g0 + g, s*n_tps + tok, 0), d_k);
             logit[g*n + i] = (p.soft_cap > 0 ? p.soft_cap*tanhf(dot/p.soft_cap) : dot) + bias;
+        }
+        if (i + FASA_AHEAD >= n) { // the first values, while the last keys are at work
+            fasa_prefetch_row(fasa_at(v, h, list[std::min(n - 1, i + FASA_AHEAD - n)], s), v_bytes);
         }
     }
     for (int64_t g = 0; g < m; ++g) {
-        float * x    = logit.data() + g*n;
-        float   most = -INFINITY;
-        ggml_vec_max_f32(n, &most, x);
-        const float sink = sinks ? ((const float *) sinks->data)[h*n_group + g0 + g] : -INFINITY;
-        most = std::max(most, sink);
-        float sum = n > 0 || sinks ? expf(sink - most) : 1.0f;
-        for (int64_t i = 0; i < n; ++i) {
-            x[i] = expf(x[i] - most);
-            sum += x[i];
-        }
-        ggml_vec_scale_f32(n, x, 1.0f/sum);
+        fasa_softmax(logit.data() + g*n, n, sinks ? ((const float *) sinks->data)[h*n_group + g0 + g] : -INFINITY);
         memset(fasa_at(t, h*n_group + g0 + g, tok, s), 0, d_v*sizeof(float));
     }
     for (int64_t i = 0; i < n; ++i) {
+        if (i + FASA_AHEAD < n) {
+            fasa_prefetch_row(fasa_at(v, h, list[i + FASA_AHEAD], s), v_bytes);
+        }
         fasa_row_to_f32(fasa_at(v, h, list[i], s), row.data(), v->type, d_v);
         for (int64_t g = 0; g < m; ++g) {
-            ggml_vec_mad_f32(d_v, (float *) fasa_at(t, h*n_group + g0 + g, tok, s), row.data(), logit[g*n + i]);
+            float       * __restrict out = (float *) fasa_at(t, h*n_group + g0 + g, tok, s);
+            const float * __restrict x   = row.data();
+            const float                w = logit[g*n + i];
+            for (int64_t d = 0; d < d_v; ++d) {
+                out[d] += w*x[d];
+            }
         }
     }
 }
@@ -387,7 +496,7 @@ static void fasa_fac(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
 
     const int64_t n_head = dst->ne[1], n_tps = dst->ne[2], n_stream = dst->ne[3], n_head_kv = k->ne[1], n_group = n_head/n_head_kv;
 
-    std::vector<float> logit, row;
+    thread_local std::vector<float> logit, row;
     int64_t first, last;
     fasa_split(n_head*n_tps*n_stream, ith, nth, first, last);
     for (int64_t i = first; i < last;) {

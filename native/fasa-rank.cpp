@@ -139,7 +139,7 @@ struct ranker {
     }
 
     // true mass held by the budget's tokens when `chunk` joins the set, for query i
-    double kept(int i, int chunk, std::vector<float> & x, std::vector<float> & score, std::vector<uint32_t> & key, std::vector<uint32_t> & scratch) {
+    double kept(int i, int chunk, std::vector<float> & x, std::vector<float> & score, std::vector<uint32_t> & key, fasa_keys_view & view, std::vector<uint32_t> & scratch) {
         const int n = c.q_pos[i] + 1;
         std::fill(score.begin(), score.begin() + n, 0.0f);
         for (int g = 0; g < c.n_group; ++g) {
@@ -152,17 +152,18 @@ struct ranker {
         std::fill(key.begin() + std::max(0, n - c.recent), key.begin() + n, FASA_KEY_FORCED);
         const int n_forced = std::min(n, c.sink + c.recent);
         const int n_take   = std::min(n, std::max(c.budget, n_forced));
-        fasa_threshold t = n_take == n ? fasa_threshold { FASA_KEY_HIDDEN, 0 } : fasa_find_threshold(key.data(), n, n_take, scratch);
+        view.set(key.data(), n);
+        fasa_threshold t = n_take == n ? fasa_threshold { FASA_KEY_HIDDEN, 0 } : fasa_find_threshold(view, n_take, scratch);
         const float * m = mass.data() + size_t(i)*n_pad;
         double sum = 0.0;
-        for (int j = 0; j < n; ++j) {
-            if (key[j] > t.key) {
+        view.for_each(t.key, [&](uint32_t j, uint32_t k) {
+            if (k > t.key) {
                 sum += m[j];
-            } else if (key[j] == t.key && t.n_equal > 0) {
+            } else if (t.n_equal > 0) {
                 sum += m[j];
                 t.n_equal--;
             }
-        }
+        });
         return sum;
     }
 
@@ -191,10 +192,11 @@ struct ranker {
             for_queries([&](int first, int last) {
                 std::vector<float>    x(n_pad), score(n_pad);
                 std::vector<uint32_t> key(n_pad), scratch;
+                fasa_keys_view        view;
                 for (int i = first; i < last; ++i) {
                     for (int chunk = 0; chunk < c.n_chunk; ++chunk) {
                         if (!chosen[chunk] && (c.candidate == nullptr || c.candidate[chunk])) {
-                            held[size_t(chunk)*c.n_query + i] = kept(i, chunk, x, score, key, scratch);
+                            held[size_t(chunk)*c.n_query + i] = kept(i, chunk, x, score, key, view, scratch);
                         }
                     }
                 }

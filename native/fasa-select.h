@@ -50,57 +50,90 @@ inline uint64_t fasa_share(float score, int n_group) {
     return (uint64_t) std::floor(double(score)/n_group*1099511627776.0);
 }
 
-// The key of the n-th best cell and how many cells with exactly that key belong to the n best. n >= 1, n <= visible cells.
-struct fasa_threshold { uint32_t key; uint32_t n_equal; };
+// Keys with the largest key of every block of FASA_BLOCK cells: most blocks hold nothing that matters, and are skipped whole.
+static constexpr uint32_t FASA_BLOCK = 8;
 
-inline fasa_threshold fasa_find_threshold(const uint32_t * key, uint32_t n_kv, uint32_t n, std::vector<uint32_t> & scratch) {
-    uint32_t count[2048] = {};
-    for (uint32_t j = 0; j < n_kv; ++j) {
-        count[key[j] >> 21]++;
-    }
-    uint32_t above = 0;
-    int      bin   = 2047;
-    while (above + count[bin] < n) {
-        above += count[bin--];
-    }
-    scratch.clear();
-    scratch.reserve(count[bin]);
-    for (uint32_t j = 0; j < n_kv; ++j) {
-        if (int(key[j] >> 21) == bin) {
-            scratch.push_back(key[j]);
+struct fasa_keys_view {
+    const uint32_t *      key; // [n_kv]
+    uint32_t              n_kv;
+    std::vector<uint32_t> most; // [n_kv/FASA_BLOCK, rounded up]
+
+    void set(const uint32_t * keys, uint32_t n) {
+        key  = keys;
+        n_kv = n;
+        most.resize((n + FASA_BLOCK - 1)/FASA_BLOCK);
+        const uint32_t n_whole = n/FASA_BLOCK;
+        for (uint32_t b = 0; b < n_whole; ++b) {
+            uint32_t m = 0;
+            for (uint32_t i = 0; i < FASA_BLOCK; ++i) {
+                m = std::max(m, key[b*FASA_BLOCK + i]);
+            }
+            most[b] = m;
+        }
+        if (n_whole < most.size()) {
+            most[n_whole] = *std::max_element(key + n_whole*FASA_BLOCK, key + n);
         }
     }
-    const uint32_t rank = n - above; // 1-based rank within the bin
-    std::nth_element(scratch.begin(), scratch.begin() + (rank - 1), scratch.end(), std::greater<uint32_t>());
-    const uint32_t k = scratch[rank - 1];
+
+    // f(cell, key) for every cell whose key is at least `low`, ascending
+    template <typename F> void for_each(uint32_t low, F f) const {
+        for (uint32_t b = 0; b < most.size(); ++b) {
+            if (most[b] < low) {
+                continue;
+            }
+            const uint32_t end = std::min(n_kv, (b + 1)*FASA_BLOCK);
+            for (uint32_t j = b*FASA_BLOCK; j < end; ++j) {
+                if (key[j] >= low) {
+                    f(j, key[j]);
+                }
+            }
+        }
+    }
+};
+
+// The key of the n-th best cell and how many cells with exactly that key belong to the n best. 1 <= n <= visible cells.
+struct fasa_threshold { uint32_t key; uint32_t n_equal; };
+
+inline fasa_threshold fasa_find_threshold(const fasa_keys_view & v, uint32_t n, std::vector<uint32_t> & scratch) {
+    // the n-th largest block maximum is no larger than the n-th largest key
+    uint32_t low = FASA_KEY_HIDDEN + 1;
+    if (v.most.size() >= n) {
+        scratch.assign(v.most.begin(), v.most.end());
+        std::nth_element(scratch.begin(), scratch.begin() + (n - 1), scratch.end(), std::greater<uint32_t>());
+        low = std::max(low, scratch[n - 1]);
+    }
+    scratch.clear();
+    v.for_each(low, [&](uint32_t, uint32_t key) { scratch.push_back(key); });
+    std::nth_element(scratch.begin(), scratch.begin() + (n - 1), scratch.end(), std::greater<uint32_t>());
+    const uint32_t k = scratch[n - 1];
     uint32_t greater = 0;
-    for (uint32_t x : scratch) {
+    for (const uint32_t x : scratch) {
         greater += x > k;
     }
-    return { k, rank - greater };
+    return { k, n - greater };
 }
 
 // the cells above the threshold and the lowest ones at it, ascending; returns their number
-inline uint32_t fasa_emit(const uint32_t * key, uint32_t n_kv, fasa_threshold t, int32_t * list) {
-    uint32_t n = 0, equal = t.n_equal;
-    for (uint32_t j = 0; j < n_kv; ++j) {
-        if (key[j] > t.key) {
+inline uint32_t fasa_emit(const fasa_keys_view & v, fasa_threshold t, int32_t * list) {
+    uint32_t n = 0;
+    v.for_each(t.key, [&](uint32_t j, uint32_t key) {
+        if (key > t.key) {
             list[n++] = (int32_t) j;
-        } else if (key[j] == t.key && equal > 0) {
+        } else if (t.n_equal > 0) {
             list[n++] = (int32_t) j;
-            equal--;
+            t.n_equal--;
         }
-    }
+    });
     return n;
 }
 
 // how many of the best cells hold `mass`; cells are taken forced first, then by score, ties to the lower cell
-inline uint32_t fasa_mass_count(const uint32_t * key, const float * score, uint32_t n_kv, int n_group, float mass, uint32_t n_most,
+inline uint32_t fasa_mass_count(const fasa_keys_view & v, const float * score, int n_group, float mass, uint32_t n_most,
         std::vector<uint32_t> & scratch) {
     const uint64_t need = (uint64_t) std::floor(double(mass)*1099511627776.0);
-    std::vector<int32_t> best(n_kv);
-    best.resize(fasa_emit(key, n_kv, fasa_find_threshold(key, n_kv, n_most, scratch), best.data()));
-    std::sort(best.begin(), best.end(), [&](int32_t a, int32_t b) { return key[a] != key[b] ? key[a] > key[b] : a < b; });
+    std::vector<int32_t> best(n_most);
+    best.resize(fasa_emit(v, fasa_find_threshold(v, n_most, scratch), best.data()));
+    std::sort(best.begin(), best.end(), [&](int32_t a, int32_t b) { return v.key[a] != v.key[b] ? v.key[a] > v.key[b] : a < b; });
     uint64_t held = 0;
     for (uint32_t i = 0; i < best.size(); ++i) {
         held += fasa_share(score[best[i]], n_group);
@@ -111,28 +144,25 @@ inline uint32_t fasa_mass_count(const uint32_t * key, const float * score, uint3
     return n_most;
 }
 
-// One selection. score [n_kv], key [n_kv] (hidden, forced or fasa_key); list has room for fasa_list_length. Returns the count.
+// One selection over all cells of v; list has room for fasa_list_length. score [n_kv]. Returns the count.
 struct fasa_budget { uint32_t budget; float mass; uint32_t floor; uint32_t cap; };
 
-inline uint32_t fasa_select(const uint32_t * key, const float * score, uint32_t n_kv, int n_group, fasa_budget b, int32_t * list,
+inline uint32_t fasa_select(const fasa_keys_view & v, const float * score, int n_group, fasa_budget b, int32_t * list,
         std::vector<uint32_t> & scratch) {
     uint32_t n_visible = 0, n_forced = 0;
-    for (uint32_t j = 0; j < n_kv; ++j) {
-        n_visible += key[j] != FASA_KEY_HIDDEN;
-        n_forced  += key[j] == FASA_KEY_FORCED;
+    for (uint32_t j = 0; j < v.n_kv; ++j) {
+        n_visible += v.key[j] != FASA_KEY_HIDDEN;
+        n_forced  += v.key[j] == FASA_KEY_FORCED;
     }
     if (n_visible == 0) {
         return 0;
     }
     uint32_t n = std::min(std::max(b.mass > 0 ? b.cap : b.budget, n_forced), n_visible);
     if (b.mass > 0) {
-        const uint32_t need = fasa_mass_count(key, score, n_kv, n_group, b.mass, n, scratch);
+        const uint32_t need = fasa_mass_count(v, score, n_group, b.mass, n, scratch);
         n = std::min(std::max(std::clamp(need, b.floor, b.cap), n_forced), n_visible);
     }
-    if (n == n_visible) {
-        return fasa_emit(key, n_kv, { FASA_KEY_HIDDEN, 0 }, list);
-    }
-    return fasa_emit(key, n_kv, fasa_find_threshold(key, n_kv, n, scratch), list);
+    return fasa_emit(v, n == n_visible ? fasa_threshold { FASA_KEY_HIDDEN, 0 } : fasa_find_threshold(v, n, scratch), list);
 }
 
 // ---- which dominant keys are stale ----
