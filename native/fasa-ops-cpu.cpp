@@ -71,6 +71,23 @@ static inline fasa_f32x16 fasa_exp(fasa_f32x16 x) {
     return (fasa_f32x16) ((fasa_i32x16) (p*(fasa_f32x16) pow2) & keep);
 }
 
+static inline float fasa_max(const float * x, int64_t n) {
+    fasa_f32x16 m = fasa_f32x16 {} - INFINITY;
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        const fasa_f32x16 v = fasa_load<fasa_f32x16>(x + i);
+        m = v > m ? v : m;
+    }
+    float most = -INFINITY;
+    for (; i < n; ++i) {
+        most = std::max(most, x[i]);
+    }
+    for (int l = 0; l < 16; ++l) {
+        most = std::max(most, m[l]);
+    }
+    return most;
+}
+
 // ---- rows ----
 
 // dst [n] f32 from n elements of any ggml type that can be read back
@@ -316,8 +333,7 @@ static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
 
 // score [n] += softmax of est [n]; tmp [n]
 static void fasa_add_softmax(const float * est, float * tmp, float * score, int64_t n) {
-    float most = -INFINITY;
-    ggml_vec_max_f32(n, &most, est);
+    const float most = fasa_max(est, n);
     if (most == -INFINITY) {
         return;
     }
@@ -409,9 +425,7 @@ static inline float fasa_dot(const float * a, const float * b, int64_t n) {
 
 // x [n] = softmax of x, a logit `sink` (or -inf) taking part and giving nothing
 static void fasa_softmax(float * x, int64_t n, float sink) {
-    float most = -INFINITY;
-    ggml_vec_max_f32(n, &most, x);
-    most = std::max(most, sink);
+    const float most = std::max(fasa_max(x, n), sink);
     if (most == -INFINITY) {
         return; // an empty list
     }

@@ -1,0 +1,35 @@
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SMOLLM2 = ROOT / "models" / "cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def library():
+    """The native library; tests that use it skip, saying so, where it was not built."""
+    from fasa_gguf import FasaError, native
+
+    try:
+        native.version()
+    except FasaError as e:
+        pytest.skip(str(e))
+    return native
+
+
+@pytest.fixture(scope="session")
+def smollm2(library):
+    if not SMOLLM2.exists():
+        pytest.skip(f"{SMOLLM2} is missing; run `python models/fetch.py {SMOLLM2}`")
+    return SMOLLM2
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A random Llama-shaped model without a vocabulary, written by the test."""
+    from tiny_gguf import write_tiny
+
+    path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
+    write_tiny(path)
+    return path
