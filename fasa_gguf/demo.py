@@ -37,16 +37,14 @@ def main(path: str) -> int:
     save_heatmap(Profile.load(model), picture)
 
     llm = Llama(str(model), n_ctx=8192, verbose=False)
-    messages = [{"role": "user", "content": f"{long_text()}\n\n{QUESTION} Answer with the number."}]
+    prompt = f"{long_text()}\n\nQuestion: {QUESTION}\nAnswer: The secret code of the lighthouse is"
     rows = []
     for arm in ("dense", "FASA"):
         llm.set_fasa("off" if arm == "dense" else "auto")
         llm.reset_fasa_stats()
         text = ""
-        for piece in llm.create_chat_completion(messages, max_tokens=48, temperature=0, stream=True):
-            delta = piece["choices"][0]["delta"].get("content")
-            if delta:
-                text += delta
+        for piece in llm.create_completion(prompt, max_tokens=16, temperature=0, stop=["\n", "."], stream=True):
+            text += piece["choices"][0]["text"]
         # the answer is short: time the decode at this depth with 32 tokens more
         s = llm.fasa_stats()
         depth = llm.n_tokens

@@ -104,6 +104,14 @@ class _Reader:
         self.at += n
         return value
 
+    def name(self, what: str) -> str:
+        """A key or a tensor name: short and printable, so that messages can show it."""
+        raw = self.string(what)
+        text = raw.decode("utf-8", "replace")
+        if not 0 < len(raw) <= 256 or not text.isprintable():
+            raise self.fail(f"{what} at byte {self.at - len(raw)} is no readable name")
+        return text
+
     def skip_value(self, kind: int, key: str) -> int:
         """Step over a value; returns the element type."""
         if kind in SIZES:
@@ -172,7 +180,7 @@ class GGUFFile:
         self.kv: dict[str, KeyValue] = {}
         for _ in range(n_kv):
             start = r.at
-            key = r.string("a key").decode("utf-8", "replace")
+            key = r.name("a key")
             kind = r.number("I", f"key {key}")
             value_at = r.at - start
             item = r.skip_value(kind, key)
@@ -182,7 +190,7 @@ class GGUFFile:
         info_start = r.at
         self.tensors: list[TensorInfo] = []
         for _ in range(n_tensors):
-            name = r.string("a tensor name").decode("utf-8", "replace")
+            name = r.name("a tensor name")
             n_dims = r.number("I", f"tensor {name}")
             if not 1 <= n_dims <= 4:
                 raise r.fail(f"tensor {name} has {n_dims} dimensions")
@@ -221,7 +229,10 @@ class GGUFFile:
 
     @property
     def arch(self) -> str:
-        return self.get("general.architecture", STR, default=...)
+        name = self.get("general.architecture", STR, default=...)
+        if not 0 < len(name) <= 64 or not name.isprintable():
+            raise FasaError(f"{self.path}: key general.architecture: expected a short name, found {len(name)} characters; {NEXT}")
+        return name
 
 
 def pack_kv(key: str, kind: int, value: Any, item: int | None = None) -> bytes:
