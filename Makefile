@@ -34,10 +34,14 @@ stock: $(VENV)/.ready
 	$(VENV)/bin/cmake --build build/stock -j $(JOBS)
 	$(VENV)/bin/cmake --install build/stock --prefix build/stock-lib --component fasa
 
-upstream-tests: $(VENV)/.ready
+upstream-tests: build $(MODEL)
 	$(CMAKE) -S . -B build/upstream-tests -DFASA_UPSTREAM_TESTS=ON $(CMAKE_ARGS)
 	$(VENV)/bin/cmake --build build/upstream-tests -j $(JOBS) --target test-llama-archs test-save-load-state
 	build/upstream-tests/bin/test-llama-archs
+	build/upstream-tests/bin/test-save-load-state -m $(MODEL)
+	mkdir -p build/archs
+	build/upstream-tests/bin/test-llama-archs -s 1 -o build/archs
+	$(PY) -m pytest -q tests/test_archs.py
 
 $(MODEL): $(VENV)/.ready
 	$(PY) models/fetch.py $@
@@ -45,7 +49,7 @@ $(MODEL): $(VENV)/.ready
 demo: build $(MODEL)
 	$(PY) -m fasa_gguf.demo $(MODEL)
 
-test: build $(MODEL)
+test: build stock $(MODEL)
 	$(PY) -m pytest -q
 
 check: $(VENV)/.ready

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import sys
@@ -30,6 +31,7 @@ class Llama(_Base):
     """
 
     def __init__(self, model_path: str, *, fasa: FasaParams | str = "auto", fasa_profile: Profile | str | os.PathLike | None = None, **kwargs: Any) -> None:
+        self._stack = contextlib.ExitStack()  # close() needs it when we raise before llama_cpp made its own
         if not isinstance(fasa, FasaParams) and fasa not in ("auto", "off"):
             raise FasaError(f'fasa={fasa!r}: expected "auto", "off" or FasaParams(...)')
         if kwargs.get("chat_handler") is not None and "mmproj" in repr(getattr(kwargs["chat_handler"], "__dict__", {})):

@@ -93,8 +93,12 @@ class Session:
     def tokenize(self, text: str, bos: bool = True, special: bool = True) -> list[int]:
         data = text.encode()
         room = len(data) + 8
-        out = (ctypes.c_int32 * room)()
-        n = self.llama.llama_tokenize(self.vocab, data, len(data), out, room, bos, special)
+        for _ in range(2):  # a negative count says how much room is needed
+            out = (ctypes.c_int32 * room)()
+            n = self.llama.llama_tokenize(self.vocab, data, len(data), out, room, bos, special)
+            if n >= 0 or n == -(2**31):
+                break
+            room = -n
         if n < 0:
             raise FasaError(f"{self.path}: the text cannot be tokenized; does this model have a vocabulary?")
         return list(out[:n])
