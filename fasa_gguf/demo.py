@@ -14,8 +14,8 @@ from .heatmap import save_heatmap
 from .llama import Llama
 from .profile import Profile
 
-FACT = "The secret code of the lighthouse is 7482915. "
-QUESTION = "What is the secret code of the lighthouse?"
+FACT = "The magic number is 7482915. "
+QUESTION = "What is the magic number?"
 ANSWER = "7482915"
 TEXT_CHARS = 19000   # about 5,000 tokens
 FACT_AT = 0.4        # of the text
@@ -37,16 +37,17 @@ def main(path: str) -> int:
     save_heatmap(Profile.load(model), picture)
 
     llm = Llama(str(model), n_ctx=8192, verbose=False)
-    prompt = f"{long_text()}\n\nQuestion: {QUESTION}\nAnswer: The secret code of the lighthouse is"
+    prompt = f"{long_text()}\n\nThe magic number is"
     rows = []
     for arm in ("dense", "FASA"):
         llm.set_fasa("off" if arm == "dense" else "auto")
         llm.reset_fasa_stats()
         text = ""
-        for piece in llm.create_completion(prompt, max_tokens=16, temperature=0, stop=["\n", "."], stream=True):
+        for piece in llm.create_completion(prompt, max_tokens=12, temperature=0, stop=["\n", "."], stream=True):
             text += piece["choices"][0]["text"]
+        if arm == "FASA" and not llm.fasa_stats()["steps_sparse"]:
+            raise FasaError(f"no step of the FASA answer was sparse: {llm.fasa_stats()['step_reason']}")
         # the answer is short: time the decode at this depth with 32 tokens more
-        s = llm.fasa_stats()
         depth = llm.n_tokens
         start = time.perf_counter()
         for i in range(32):
@@ -54,8 +55,6 @@ def main(path: str) -> int:
         rows.append((arm, text.strip(), 32 / (time.perf_counter() - start), depth, llm.fasa_stats()))
         llm.n_tokens = depth
         llm._ctx.kv_cache_seq_rm(-1, depth, -1)
-        if arm == "FASA" and not s["steps_sparse"]:
-            raise FasaError(f"no step of the FASA answer was sparse: {s['step_reason']}")
 
     print(f"\n{QUESTION}   (hidden in a text of {rows[0][3]} tokens)\n")
     for arm, text, *_ in rows:
