@@ -16,14 +16,14 @@ from typing import Any, Callable
 
 import numpy as np
 
-from . import native, reference
+from . import __version__, native, reference
 from .embed import weights_sha256
 from .errors import FasaError
 from .gguf_file import GGUFFile
 from .profile import METHODS, Profile
 from .session import Session
 
-TOOL = "fasa_gguf 0.1.0"
+TOOL = f"fasa_gguf {__version__}"
 
 
 @dataclass(frozen=True)

@@ -269,8 +269,9 @@ const char * fasa_layer_reason(const llama_context * ctx, int32_t il) {
             if (!cache->state->params.enabled) {
                 return "FASA is off";
             }
-            const auto & reason = cache->layer(il).reason;
-            return reason.empty() ? nullptr : reason.c_str();
+            const auto & layer = cache->layer(il);
+            return !layer.reason.empty() ? layer.reason.c_str() : layer.asked ? nullptr :
+                "no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its attention by another path";
         }
     }
     return "it has no KV cache that FASA knows";

@@ -35,7 +35,7 @@ struct fasa_state {
     uint64_t epoch = 0; // goes up with every change that a built graph depends on
 
     uint64_t    steps_sparse = 0, steps_dense = 0, steps_prefill = 0, cells_refreshed = 0, rebuilds = 0;
-    std::string step_reason = "nothing was decoded yet";
+    std::string step_reason = "no attention layer has asked FASA yet";
 
     bool has_profile() const { return !n_chunk.empty(); }
 };
@@ -45,6 +45,7 @@ struct fasa_layer {
     ggml_tensor * dims   = nullptr; // i32 [n_dom, n_head_kv]
     ggml_tensor * weight = nullptr; // f32 [n_dom, n_head_kv]
     std::string   reason;           // why it is dense, "" when it is not
+    bool          asked = false;    // fasa_build_attn was called for it: a graph builds this attention where the hook is
 };
 
 struct fasa_cache {

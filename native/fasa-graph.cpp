@@ -131,6 +131,7 @@ ggml_tensor * fasa_build_attn(
         return nullptr;
     }
     auto & layer = cache->layer(il);
+    layer.asked = true;
     if (layer.reason.empty()) {
         layer.reason = fasa_attn_dense_reason(graph, q, k, kq_b, kq_mask, v_mla);
     }

@@ -73,12 +73,12 @@ def unpack(target: Path) -> None:
 
 
 def prepare(target: Path, source: Path | None, patched: bool) -> None:
-    """A source tree ready to build; made anew only when the pin, the patches or the local tree changed."""
+    """A source tree ready to build; made anew when the pin or the patches changed, and always from a local tree."""
     stamp = hashlib.sha256(repr((upstream(), str(source), patched)).encode())
     for p in patches() if patched else []:
         stamp.update(p.read_bytes())
     mark = target / ".fasa-prepared"
-    if mark.exists() and mark.read_text() == stamp.hexdigest():
+    if not source and mark.exists() and mark.read_text() == stamp.hexdigest():
         return
     fresh = target.with_name(target.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
