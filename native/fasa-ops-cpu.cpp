@@ -574,7 +574,7 @@ extern "C" void fasa_cpu_op(ggml_tensor * dst, int ith, int nth, void * userdata
         case FASA_OP_TIP:     fasa_tip      (dst, p, ith, nth); break;
         case FASA_OP_SELECT:  fasa_select_op(dst, p, ith, nth); break;
         case FASA_OP_FAC:     fasa_fac      (dst, p, ith, nth); break;
-        case FASA_OP_OBSERVE: fasa_observe  (dst, p);           break;
+        case FASA_OP_OBSERVE: if (ith == 0) { fasa_observe(dst, p); } break; // ggml calls every thread, whatever n_tasks says
         default: GGML_ABORT("unknown FASA op");
     }
 }
