@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import os
 import sys
@@ -11,6 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
+from . import __version__
 from .errors import FasaError
 from .params import FasaParams
 
@@ -31,14 +33,37 @@ def _bar() -> Callable[[str, int, int], None]:
     return report
 
 
+def _whole(low: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from `low` on."""
+    def whole(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}") from None
+        if not low <= value < 2**31:
+            raise argparse.ArgumentTypeError(f"expected a number from {low} to {2**31 - 1}, found {value}")
+        return value
+
+    return whole
+
+
+def _list(low: int) -> Callable[[str], list[int]]:
+    """An argparse type: a comma list of whole numbers from `low` on."""
+    return lambda text: [_whole(low)(part) for part in text.split(",")]
+
+
 def _model(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", nargs="?", metavar="MODEL", help="GGUF file")
     p.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="the same, as llama.cpp spells it")
 
 
+def _machine_flags(p: argparse.ArgumentParser) -> None:
+    p.add_argument("-t", "--threads", type=_whole(0), default=0, help="CPU threads; 0: all cores")
+    p.add_argument("-ngl", "--n-gpu-layers", type=_whole(-1), default=0, help="layers on the GPU; -1: all")
+
+
 def _run_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("-t", "--threads", type=int, default=0, help="CPU threads; 0: all cores")
-    p.add_argument("-ngl", "--n-gpu-layers", type=int, default=0, help="layers on the GPU")
+    _machine_flags(p)
     p.add_argument("-ctk", "--cache-type-k", default="f16", help="type of the K cache: f16, q8_0, ...")
     p.add_argument("-ctv", "--cache-type-v", default="f16", help="type of the V cache")
 
@@ -82,6 +107,8 @@ def cmd_embed_profile(a: argparse.Namespace) -> None:
     from .embed import rewrite
     from .profile import Profile
 
+    if a.profile and (a.remove or a.file):
+        raise FasaError(f"--profile was given, and {'--remove' if a.remove else '-f'} needs none; leave one of them away")
     if a.remove:
         profile = None
     else:
@@ -102,38 +129,79 @@ def cmd_inspect(a: argparse.Namespace) -> None:
         print(f"heat map: {a.png}", file=sys.stderr)
 
 
-def cmd_run(a: argparse.Namespace) -> None:
+def _load(a: argparse.Namespace) -> tuple[Any, bool]:
+    """(model for `run`, were FASA settings given): settings or a profile on the command line make FASA a must."""
+    from .gguf_file import GGUFFile
     from .llama import Llama
     from .profile import Profile
+    from .session import cache_type, last_log, quiet
 
+    asked = not a.no_fasa and (bool(a.profile) or any(getattr(a, "fasa_" + f.name) is not None for f in fields(FasaParams)))
+    fasa: Any = "off" if a.no_fasa else "auto"
+    profile = None
+    if asked:
+        profile = Profile.load(a.profile or a.model)
+        fasa = _params(a, profile.params())
+    elif not a.no_fasa:
+        Profile.from_gguf(GGUFFile(a.model))  # none is fine, a bad one is an error
+    types = cache_type(a.cache_type_k), cache_type(a.cache_type_v)
+    threads = a.threads or os.cpu_count()
+    quiet()
+    try:
+        return Llama(a.model, fasa=fasa, fasa_profile=profile, n_ctx=-(-a.ctx_size // 256) * 256,  # llama.cpp rounds up too
+                     n_batch=a.batch_size, n_ubatch=min(a.ubatch_size, a.batch_size), n_threads=threads, n_threads_batch=threads,
+                     n_gpu_layers=a.n_gpu_layers, type_k=types[0], type_v=types[1], flash_attn=True, verbose=False), asked
+    except (ValueError, RuntimeError) as e:
+        raise FasaError(f"{a.model}: {e}; llama.cpp says: {last_log()}") from None
+
+
+def cmd_run(a: argparse.Namespace) -> None:
     prompt = (_text(a.file)[1] if a.file else "") + (a.prompt or "")
     if not prompt:
         raise FasaError("nothing to run: give -p PROMPT or -f FILE")
-    asked = any(getattr(a, "fasa_" + f.name) is not None for f in fields(FasaParams)) or a.profile
-    profile = Profile.load(a.profile) if a.profile else None
-    fasa: Any = "off" if a.no_fasa else "auto"
-    if asked and not a.no_fasa:
-        profile = profile or Profile.load(a.model)
-        fasa = _params(a, profile.params())
-    llm = Llama(a.model, fasa=fasa, fasa_profile=profile, n_ctx=a.ctx_size, n_batch=a.batch_size, n_threads=a.threads or os.cpu_count(),
-                n_threads_batch=a.threads or os.cpu_count(), n_gpu_layers=a.n_gpu_layers, verbose=False)
-    start, first, n = time.perf_counter(), 0.0, 0
-    for piece in llm.create_completion(prompt, max_tokens=a.n_predict, temperature=a.temp, stream=True):
-        first = first or time.perf_counter()
-        n += 1
-        print(piece["choices"][0]["text"], end="", flush=True)
-    print()
-    end = time.perf_counter()
+    llm, asked = _load(a)
+    tokens = llm.tokenize(prompt.encode(), special=True)
+    room = llm.n_ctx() - len(tokens)
+    if room < 1:
+        raise FasaError(f"the prompt has {len(tokens)} tokens and the context {llm.n_ctx()}; use -c {len(tokens) + max(a.n_predict, 256)}")
+    most = min(a.n_predict, room) if a.n_predict > 0 else room
+    text = codecs.getincrementaldecoder("utf-8")("replace")                       # a character may be several tokens
+    start = first = end = time.perf_counter()
+    n = 0
+    for token in llm.generate(tokens, temp=a.temp):
+        end = time.perf_counter()
+        first, n = (end, 1) if n == 0 else (first, n + 1)
+        if _ends(llm, token):
+            break
+        print(text.decode(llm.detokenize([token])), end="", flush=True)
+        if n == most:
+            break
+    print(text.decode(b"", True))
     s = llm.fasa_stats()
-    line = f"prompt {llm.n_tokens - n} tokens in {first - start:.1f} s, then {(n - 1) / max(end - first, 1e-9):.1f} tokens/s"
-    if s["steps_sparse"]:
-        share = (s["bytes_fac"] + s["bytes_tip"]) / s["bytes_dense"]
-        line += f"; FASA in {s['steps_sparse']} steps, {s['rows_attended'] / s['lists']:.0f} of {s['rows_visible'] / s['lists']:.0f} tokens attended, {100 * share:.1f}% of the KV bytes read"
-    else:
-        line += f"; dense: {s['step_reason']}"
-    print(line, file=sys.stderr)
-    if asked and not a.no_fasa and not s["steps_sparse"]:
-        raise FasaError(f"FASA was asked for and no step used it: {s['step_reason']}")
+    print(_figures(s, len(tokens), first - start, n, end - first), file=sys.stderr)
+    if asked and not s["steps_sparse"]:
+        raise FasaError(f"FASA was asked for and no step used it: {_why_dense(s, n)}")
+
+
+def _ends(llm: Any, token: int) -> bool:
+    from .native import load
+
+    return bool(load().llama_vocab_is_eog(llm._model.vocab, token))
+
+
+def _why_dense(s: dict[str, Any], n: int) -> str:
+    return s["step_reason"] or ("one token was written, which comes from the prompt's own step" if n < 2 else "no layer could; see layer_reasons")
+
+
+def _figures(s: dict[str, Any], n_prompt: int, prompt_s: float, n: int, decode_s: float) -> str:
+    """One line about a run: n tokens in decode_s seconds after the first of them."""
+    line = f"prompt {n_prompt} tokens in {prompt_s:.1f} s ({n_prompt / max(prompt_s, 1e-9):.1f} t/s)"
+    line += f"; {n} tokens at {(n - 1) / decode_s:.1f} t/s" if n > 1 and decode_s > 0 else f"; {n} tokens"
+    if not s["steps_sparse"]:
+        return f"{line}; dense: {_why_dense(s, n)}"
+    share = (s["bytes_fac"] + s["bytes_tip"]) / s["bytes_dense"]
+    return (f"{line}; FASA in {s['steps_sparse']} steps, {s['steps_dense']} dense; {s['rows_attended'] / s['lists']:.0f} of "
+            f"{s['rows_visible'] / s['lists']:.0f} tokens attended, {100 * share:.1f}% of the KV bytes read")
 
 
 def cmd_eval(a: argparse.Namespace) -> None:
@@ -145,7 +213,7 @@ def cmd_eval(a: argparse.Namespace) -> None:
         text = detokenize_wikitext(text)
     profile = Profile.load(a.profile or a.model)
     base = _params(a, profile.params())
-    budgets = [int(b) for b in a.budgets.split(",")] if a.budgets else [base.budget]
+    budgets = a.budgets or [base.budget]
     arms = [Arm(f"fasa k={base.chunks or 'auto'} {base.k_dom} B={b}", base.replace(budget=b).check()) for b in budgets]
     rows = evaluate(a.model, text, arms, a.windows, a.window, a.score, a.threads, a.n_gpu_layers, a.cache_type_k, a.cache_type_v,
                     not a.dense_steps, profile, _bar())
@@ -165,13 +233,14 @@ def cmd_bench(a: argparse.Namespace) -> None:
         model = a.output_model or f"random-{a.shape}.gguf"
         if not os.path.exists(model):
             print(f"writing {model}", file=sys.stderr)
-            write_model(model, a.shape)
+            write_model(f"{model}.partial", a.shape)
+            os.replace(f"{model}.partial", model)
         profile = synthetic_profile(*model_shape(GGUFFile(model)))
     elif a.profile:
         profile = Profile.load(a.profile)
     profile = profile or Profile.load(model)
     params = _params(a, profile.params())
-    rows = bench(model, [int(d) for d in a.n_depth.split(",")], params, a.n_gen, a.repetitions, a.threads, a.n_gpu_layers,
+    rows = bench(model, a.n_depth, params, a.n_gen, a.repetitions, a.threads, a.n_gpu_layers,
                  a.cache_type_k, a.cache_type_v, a.fill, profile, _bar())
     print(json.dumps(as_json(rows, model, params), indent=1) if a.json else table(rows, model))
 
@@ -179,6 +248,7 @@ def cmd_bench(a: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     ap = argparse.ArgumentParser(prog="fasa-gguf", description="Frequency-aware sparse attention for llama.cpp.")
     ap.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    ap.add_argument("--version", action="version", version=f"fasa-gguf {__version__}")
     sub = ap.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, run: Callable, help: str, example: str) -> argparse.ArgumentParser:
@@ -189,10 +259,9 @@ def parser() -> argparse.ArgumentParser:
     def calibration(p: argparse.ArgumentParser) -> None:
         p.add_argument("-f", "--file", help="text to calibrate on; default: the pydoc topics of this Python")
         p.add_argument("-o", "--output", help="file to write")
-        p.add_argument("-c", "--ctx-size", type=int, default=4096, help="window in tokens")
+        p.add_argument("-c", "--ctx-size", type=_whole(256), default=4096, help="window in tokens")
         p.add_argument("--method", default="recall", choices=("recall", "energy", "ca"), help="how chunks are ranked")
-        p.add_argument("-t", "--threads", type=int, default=0, help="CPU threads; 0: all cores")
-        p.add_argument("-ngl", "--n-gpu-layers", type=int, default=0, help="layers on the GPU")
+        _machine_flags(p)
 
     p = command("calibrate", cmd_calibrate, "Find the dominant chunks of a model and save them as JSON.", "model.gguf -o profile.json")
     _model(p)
@@ -213,9 +282,10 @@ def parser() -> argparse.ArgumentParser:
     _fasa_flags(p)
     p.add_argument("-p", "--prompt", help="prompt; goes behind the file's text")
     p.add_argument("-f", "--file", help="file with the prompt")
-    p.add_argument("-n", "--n-predict", type=int, default=128, help="tokens to write")
-    p.add_argument("-c", "--ctx-size", type=int, default=8192, help="context in tokens")
-    p.add_argument("-b", "--batch-size", type=int, default=512, help="tokens per prefill batch")
+    p.add_argument("-n", "--n-predict", type=_whole(-1), default=128, help="tokens to write; -1: until the context is full")
+    p.add_argument("-c", "--ctx-size", type=_whole(0), default=8192, help="context in tokens; 0: the model's own")
+    p.add_argument("-b", "--batch-size", type=_whole(1), default=512, help="tokens per prefill batch")
+    p.add_argument("-ub", "--ubatch-size", type=_whole(1), default=512, help="tokens computed at once in prefill")
     p.add_argument("--temp", type=float, default=0.0, help="temperature; 0: greedy")
     p.add_argument("--no-fasa", action="store_true", help="dense")
     p = command("eval", cmd_eval, "Perplexity, KL and same-top-token of FASA beside dense, teacher-forced.", "model.gguf -f text.txt --budgets 256,512")
@@ -224,19 +294,19 @@ def parser() -> argparse.ArgumentParser:
     _fasa_flags(p)
     p.add_argument("-f", "--file", required=True, help="text")
     p.add_argument("--detokenize", choices=("wikitext",), help="undo a corpus' word tokenisation")
-    p.add_argument("--windows", type=int, default=10, help="windows")
-    p.add_argument("--window", type=int, default=4096, help="tokens per window")
-    p.add_argument("--score", type=int, default=384, help="last tokens of a window that are decoded and scored")
-    p.add_argument("--budgets", help="comma list; one arm each")
+    p.add_argument("--windows", type=_whole(1), default=10, help="windows")
+    p.add_argument("--window", type=_whole(2), default=4096, help="tokens per window")
+    p.add_argument("--score", type=_whole(2), default=384, help="last tokens of a window that are decoded and scored")
+    p.add_argument("--budgets", type=_list(1), help="comma list; one arm each")
     p.add_argument("--dense-steps", action="store_true", help="decode the dense arm token by token too")
     p.add_argument("--json", action="store_true", help="figures as JSON")
     p = command("bench", cmd_bench, "Tokens per second of dense and FASA, alternating in one process.", "model.gguf -d 0,4096,8192")
     _model(p)
     _run_flags(p)
     _fasa_flags(p)
-    p.add_argument("-d", "--n-depth", default="0,4096,8192", help="comma list of cache depths in tokens")
-    p.add_argument("-n", "--n-gen", type=int, default=32, help="tokens per repetition")
-    p.add_argument("-r", "--repetitions", type=int, default=5, help="repetitions per arm")
+    p.add_argument("-d", "--n-depth", type=_list(0), default="0,4096,8192", help="comma list of cache depths in tokens")
+    p.add_argument("-n", "--n-gen", type=_whole(1), default=32, help="tokens per repetition")
+    p.add_argument("-r", "--repetitions", type=_whole(1), default=5, help="repetitions per arm")
     p.add_argument("--fill", choices=("auto", "prefill", "state"), default="auto", help="how the cache gets its depth")
     p.add_argument("--shape", choices=("8b", "3b", "1b", "tiny"), help="make and use a random model of this shape")
     p.add_argument("--output-model", help="where --shape writes its model; kept")
@@ -258,9 +328,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"fasa-gguf: error: {e}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("fasa-gguf: interrupted", file=sys.stderr)
-        return 130
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:
+        if a.debug:
+            raise
+        print(f"fasa-gguf: error: {f'{e.filename}: ' if e.filename else ''}{e.strerror or e}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("fasa-gguf: interrupted", file=sys.stderr)
+        return 130

@@ -17,8 +17,9 @@ _log_callback: Any = None
 
 
 def quiet() -> None:
-    """Keep llama.cpp's log out of the terminal; its last errors go into our exceptions."""
+    """Keep llama.cpp's log out of the terminal; its last errors, from now on, go into our exceptions."""
     global _log_callback
+    _log.clear()
     if _log_callback is None:
         def keep(level: int, text: bytes, _user: Any) -> None:
             if level in (3, 4):  # warning, error
@@ -28,6 +29,13 @@ def quiet() -> None:
         llama = native.load()
         _log_callback = llama.llama_log_callback(keep)
         llama.llama_log_set(_log_callback, None)
+
+
+def cache_type(name: str) -> int:
+    """ggml's number of a cache type. Raises FasaError for an unknown name."""
+    if name not in CACHE_TYPES:
+        raise FasaError(f"cache type {name!r}: expected one of {', '.join(CACHE_TYPES)}")
+    return CACHE_TYPES[name]
 
 
 def last_log() -> str:
@@ -46,36 +54,32 @@ class Session:
                  flash_attn: bool = True, type_k: str = "f16", type_v: str = "f16", n_seq_max: int = 1, kv_unified: bool = False,
                  n_gpu_layers: int = 0, swa_full: bool = True) -> None:
         self.llama = llama = native.load()
-        self.model = self.ctx = None
+        self.path = str(model_path)
+        self._model = self._ctx = None
         quiet()
-        for t in (type_k, type_v):
-            if t not in CACHE_TYPES:
-                raise FasaError(f"cache type {t!r}: expected one of {', '.join(CACHE_TYPES)}")
+        types = cache_type(type_k), cache_type(type_v)
         if not os.path.exists(model_path):
             raise FasaError(f"{model_path}: no such file")
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
-        self.model = llama.llama_model_load_from_file(os.fsencode(model_path), params)
-        if not self.model:
+        self._model = llama.llama_model_load_from_file(os.fsencode(model_path), params)
+        if not self._model:
             raise FasaError(f"{model_path}: llama.cpp cannot load this model: {last_log()}")
         params = llama.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_batch, min(n_ubatch, n_batch), n_seq_max
         params.n_threads = params.n_threads_batch = n_threads or os.cpu_count() or 1
         params.flash_attn_type = 1 if flash_attn else 0
-        params.type_k, params.type_v = CACHE_TYPES[type_k], CACHE_TYPES[type_v]
+        params.type_k, params.type_v = types
         params.kv_unified, params.swa_full = kv_unified, swa_full
-        self.ctx = llama.llama_init_from_model(self.model, params)
-        if not self.ctx:
+        self._ctx = llama.llama_init_from_model(self._model, params)
+        if not self._ctx:
             self.close()
             raise FasaError(f"{model_path}: llama.cpp cannot make a context of {n_ctx} tokens: {last_log()}")
-        self.path = str(model_path)
         self.n_ctx, self.n_batch = llama.llama_n_ctx(self.ctx), n_batch
         self.n_ctx_train = llama.llama_model_n_ctx_train(self.model)
-        self.vocab = llama.llama_model_get_vocab(self.model)
         self.n_vocab = llama.llama_vocab_n_tokens(self.vocab)
-        self.memory = llama.llama_get_memory(self.ctx)
-        self.fasa = native.Context(ctypes.cast(self.ctx, ctypes.c_void_p).value)
+        self._fasa = native.Context(ctypes.cast(self.ctx, ctypes.c_void_p).value)
 
     def __enter__(self) -> "Session":
         return self
@@ -84,11 +88,39 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        if self.ctx:
-            self.llama.llama_free(self.ctx)
-        if self.model:
-            self.llama.llama_model_free(self.model)
-        self.ctx = self.model = None
+        if self._ctx:
+            self.llama.llama_free(self._ctx)
+        if self._model:
+            self.llama.llama_model_free(self._model)
+        self._ctx = self._model = None
+
+    # llama.cpp does not survive a pointer that was freed
+
+    def _live(self, pointer: Any) -> Any:
+        if not pointer:
+            raise FasaError(f"{self.path}: this session is closed")
+        return pointer
+
+    @property
+    def model(self) -> Any:
+        return self._live(self._model)
+
+    @property
+    def ctx(self) -> Any:
+        return self._live(self._ctx)
+
+    @property
+    def fasa(self) -> native.Context:
+        self._live(self._ctx)
+        return self._fasa
+
+    @property
+    def vocab(self) -> Any:
+        return self.llama.llama_model_get_vocab(self.model)
+
+    @property
+    def memory(self) -> Any:
+        return self.llama.llama_get_memory(self.ctx)
 
     def tokenize(self, text: str, bos: bool = True, special: bool = True) -> list[int]:
         data = text.encode()

@@ -1,0 +1,158 @@
+"""The drop-in's edges: switching, closing, pickling, enable(), what it refuses. What it computes is in test_laws.py."""
+
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+from fasa_gguf import FasaError, FasaParams, embed
+from fasa_gguf.gguf_file import GGUFFile
+from fasa_gguf.synthetic import synthetic_profile
+
+from conftest import ROOT
+
+ON = FasaParams(chunks=4, budget=64, min_context=0)
+
+
+@pytest.fixture(scope="module")
+def profiled(library, tiny, tmp_path_factory):
+    profile = synthetic_profile(*embed.model_shape(GGUFFile(tiny)))
+    return str(embed.rewrite(tiny, profile, tmp_path_factory.mktemp("llama") / "tiny.gguf"))
+
+
+@pytest.fixture
+def make(library):
+    """A Llama of the drop-in that the test need not close."""
+    from fasa_gguf import Llama
+
+    made = []
+
+    def llama(path, **kwargs):
+        made.append(Llama(path, verbose=False, **{"n_ctx": 512, **kwargs}))
+        return made[-1]
+
+    yield llama
+    for llm in made:
+        llm.close()
+
+
+def steps(llm, prompt):
+    llm.reset_fasa_stats()
+    llm.create_completion(prompt, max_tokens=5, temperature=0)
+    return llm.fasa_stats()["steps_sparse"]
+
+
+def test_a_live_model_switches(make, profiled):
+    llm = make(profiled, fasa=ON)
+    assert llm.fasa == ON and steps(llm, "a" * 200) > 0
+    llm.fasa = "off"
+    assert llm.fasa == "off" and steps(llm, "b" * 200) == 0
+    llm.fasa = ON.replace(budget=99)
+    assert llm.fasa.budget == 99 and steps(llm, "c" * 200) > 0
+    with pytest.raises(FasaError, match="fasa='on': expected \"auto\", \"off\" or FasaParams"):
+        llm.fasa = "on"
+    assert llm.fasa.budget == 99
+
+
+def test_auto_takes_settings_from_the_environment(make, profiled, monkeypatch):
+    monkeypatch.setenv("FASA_BUDGET", "77")
+    assert make(profiled).fasa.budget == 77
+    assert make(profiled, fasa=ON).fasa.budget == ON.budget
+
+
+def test_a_model_loaded_off_can_be_switched_on(make, profiled, tiny):
+    assert make(profiled, fasa="off").context_params.flash_attn_type == 0      # llama_cpp's own default
+    with pytest.raises(FasaError, match="loaded without flash attention"):
+        make(profiled, fasa="off").set_fasa("auto")
+    llm = make(profiled, fasa="off", flash_attn=True)
+    llm.set_fasa(ON)
+    assert steps(llm, "a" * 200) > 0
+    with pytest.raises(FasaError, match="no FASA profile in .*tiny.gguf; run"):
+        make(str(tiny), fasa="off", flash_attn=True).set_fasa(ON)
+
+
+def test_a_closed_model_says_so(make, profiled):
+    llm = make(profiled)
+    llm.close()
+    for use in (llm.fasa_stats, llm.reset_fasa_stats, lambda: llm.fasa, lambda: llm.set_fasa("off")):
+        with pytest.raises(FasaError, match="this model is closed"):
+            use()
+
+
+def test_a_closed_session_says_so(library, profiled):
+    from fasa_gguf.session import Session
+
+    s = Session(profiled, n_ctx=256)
+    s.close()
+    s.close()
+    for use in (lambda: s.decode([1], 0), lambda: s.tokenize("a"), s.clear, s.state, lambda: s.fasa):
+        with pytest.raises(FasaError, match="tiny.gguf: this session is closed"):
+            use()
+
+
+def test_a_pickle_keeps_the_settings(make, profiled):
+    llm = make(profiled, fasa=ON)
+    assert pickle.loads(pickle.dumps(llm)).fasa == ON
+    llm.fasa = "off"
+    assert pickle.loads(pickle.dumps(llm)).fasa == "off"
+
+
+def test_drafts_do_not_change_the_text(make, profiled):
+    """Prompt lookup decodes several tokens in a step; with all tokens attended the greedy text is the same."""
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    on = ON.replace(chunks=8, budget=512)
+    texts = []
+    for draft in (None, LlamaPromptLookupDecoding(num_pred_tokens=4)):
+        llm = make(profiled, fasa=on, draft_model=draft)
+        texts.append(llm.create_completion("abcab" * 40, max_tokens=30, temperature=0)["choices"][0]["text"])
+        assert llm.fasa_stats()["steps_sparse"] > 0
+    assert texts[0] == texts[1]
+
+
+def test_auto_never_refuses_what_llama_cpp_takes(make, profiled, tiny, tmp_path, capfd):
+    from fasa_gguf import Llama
+
+    with pytest.raises(ValueError, match="Model path does not exist"):           # llama_cpp's own
+        Llama(str(tmp_path / "none.gguf"))
+    data = bytearray(open(profiled, "rb").read())
+    at = data.index(b"fasa.version") + len("fasa.version") + 4                   # behind the key and its type
+    data[at] = 99
+    bad = tmp_path / "newer.gguf"
+    bad.write_bytes(data)
+    assert make(bad).fasa == "off"                                               # a Path, too
+    err = capfd.readouterr().err
+    assert "newer.gguf: key fasa.version: expected 1, found 99" in err and "decoding is dense" in err
+    with pytest.raises(FasaError, match="key fasa.version"):
+        make(bad, fasa=ON)
+    other = synthetic_profile([2] * 2, [8] * 2)
+    with pytest.raises(FasaError, match="2 layers"):
+        make(profiled, fasa_profile=other)                                       # a profile that was given must fit
+    assert make(profiled, vocab_only=True).fasa == "off" and "fasa_gguf" not in capfd.readouterr().err
+
+
+def test_vision_is_refused(library):
+    from fasa_gguf import Llama
+    from llama_cpp import llama_chat_format
+
+    for name in ("Llava15ChatHandler", "MTMDChatHandler", "Qwen25VLChatHandler"):
+        with pytest.raises(FasaError, match="vision needs libmtmd"):
+            getattr(llama_chat_format, name)(clip_model_path="mmproj.gguf")
+    handler = type("Handler", (), {"clip_model_path": "mmproj.gguf"})()
+    with pytest.raises(FasaError, match="vision needs libmtmd"):
+        Llama("m.gguf", chat_handler=handler)
+
+
+def test_enable_serves_code_that_is_not_ours(profiled):
+    """llama_cpp.server hands flash_attn=False on when nobody asked for it; enable() must not be dense for that."""
+    code = ("import sys, fasa_gguf\n"
+            "fasa_gguf.enable(fasa_gguf.FasaParams(chunks=4, budget=70, min_context=0))\n"
+            "import llama_cpp\nfrom llama_cpp import Llama\n"
+            "m = Llama(model_path=sys.argv[1], n_ctx=512, flash_attn=False, verbose=False)\n"
+            "m.create_completion('a' * 200, max_tokens=5, temperature=0)\n"
+            "print(m.fasa.budget, m.fasa_stats()['steps_sparse'] > 0, Llama is llama_cpp.llama.Llama is fasa_gguf.Llama)")
+    run = subprocess.run([sys.executable, "-c", code, profiled], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout.split() == ["70", "True", "True"], run.stderr
+    run = subprocess.run([sys.executable, "-c", "import fasa_gguf; fasa_gguf.enable('on')"], capture_output=True, text=True, cwd=ROOT)
+    assert "fasa='on': expected" in run.stderr
