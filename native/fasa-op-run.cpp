@@ -79,7 +79,7 @@ int fasa_op_run(const fasa_op_case * c) {
     const fasa_layer_nodes nodes = fasa_build_layer(ctx.get(), op, nullptr);
     ggml_cgraph * graph = ggml_new_graph(ctx.get());
     ggml_build_forward_expand(graph, nodes.fac);
-    for (ggml_tensor * t : { nodes.refresh, nodes.tip, nodes.select, nodes.fac }) {
+    for (ggml_tensor * t : { nodes.tip, nodes.select, nodes.fac }) {
         if (!ggml_backend_supports_op(backend.get(), t)) {
             return fasa_set_error("fasa_op_case: backend %s does not support %s for these shapes and types", c->backend, t->name);
         }
@@ -115,7 +115,17 @@ int fasa_op_run(const fasa_op_case * c) {
 
     const auto get = [](ggml_tensor * t, void * data) { if (data) { ggml_backend_tensor_get(t, data, 0, ggml_nbytes(t)); } };
     get(nodes.fac, c->out);
-    get(nodes.tip, c->out_est); // [n_kv, n_head, n_tokens, n_stream], as the caller's
+    if (c->out_est) {
+        std::vector<float> tip(ggml_nelements(nodes.tip));
+        get(nodes.tip, tip.data());
+        const int64_t n_row = ggml_nrows(nodes.tip);
+        for (int64_t i = 0; i < n_row; ++i) {
+            const float * e = tip.data() + i*nodes.tip->ne[0];
+            for (int64_t j = 0; j < c->n_kv; ++j) {
+                c->out_est[i*c->n_kv + j] = e[j] < 0 ? -INFINITY : logf(e[j]) + e[c->n_kv + j/FASA_SPAN]*0.69314718f;
+            }
+        }
+    }
     std::vector<int32_t> lists(ggml_nelements(nodes.select));
     get(nodes.select, lists.data());
     const int64_t length = nodes.select->ne[0] - 1;

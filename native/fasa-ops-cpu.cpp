@@ -54,9 +54,10 @@ static inline void fasa_f32_nibbles(const char * p, fasa_f32x16 & lo, fasa_f32x1
 #endif
 }
 
-// e^x for x <= 0, relative error below 2e-7; 0 below -87 (so e^-inf = 0)
-static inline fasa_f32x16 fasa_exp(fasa_f32x16 x) {
-    const fasa_i32x16 keep = x > -87.0f;
+// e^x/2^e, relative error below 2e-7; 0 where that is below 2^-126 (so e^-inf = 0). x <= 2^20; the bits of the result are
+// those of e^x but for the exponent.
+static inline fasa_f32x16 fasa_exp(fasa_f32x16 x, float e) {
+    const fasa_i32x16 keep = x*1.44269504f > e - 125.0f;
     x = (fasa_f32x16) ((fasa_i32x16) x & keep);
     const fasa_f32x16 shift = x*1.44269504f + 12582912.0f;   // 1.5*2^23: the integer part lands in the low bits
     const fasa_f32x16 n     = shift - 12582912.0f;
@@ -67,8 +68,21 @@ static inline fasa_f32x16 fasa_exp(fasa_f32x16 x) {
     p = p*r + 1.6666665459e-1f;
     p = p*r + 5.0000001201e-1f;
     p = p*r*r + r + 1.0f;
-    const fasa_i32x16 pow2 = (((fasa_i32x16) shift - 0x4b400000) + 127) << 23;
+    const fasa_i32x16 pow2 = (((fasa_i32x16) shift - 0x4b400000) + (127 - (int32_t) e)) << 23;
     return (fasa_f32x16) ((fasa_i32x16) (p*(fasa_f32x16) pow2) & keep);
+}
+
+typedef float fasa_f32x8 __attribute__((vector_size(32)));
+typedef float fasa_f32x4 __attribute__((vector_size(16)));
+
+static inline float fasa_sum(fasa_f32x16 v) {
+    fasa_f32x8 h[2];
+    memcpy(h, &v, sizeof(v));
+    h[0] += h[1];
+    fasa_f32x4 q[2];
+    memcpy(q, h, sizeof(h[0]));
+    q[0] += q[1];
+    return (q[0][0] + q[0][2]) + (q[0][1] + q[0][3]);
 }
 
 static inline float fasa_max(const float * x, int64_t n) {
@@ -91,11 +105,21 @@ static inline float fasa_max(const float * x, int64_t n) {
 // ---- rows ----
 
 // dst [n] f32 from n elements of any ggml type that can be read back
-static void fasa_row_to_f32(const void * src, float * dst, ggml_type type, int64_t n) {
+static inline void fasa_row_to_f32(const void * src, float * dst, ggml_type type, int64_t n) {
     if (type == GGML_TYPE_F32) {
         memcpy(dst, src, n*sizeof(float));
     } else if (type == GGML_TYPE_F16) {
+#if defined(__AVX512F__)
+        int64_t i = 0;
+        for (; i + 16 <= n; i += 16) {
+            _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) ((const char *) src + 2*i))));
+        }
+        for (; i < n; ++i) {
+            dst[i] = GGML_CPU_FP16_TO_FP32(((const ggml_fp16_t *) src)[i]);
+        }
+#else
         ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) src, dst, n);
+#endif
     } else {
         ggml_get_type_traits(type)->to_float(src, dst, n);
     }
@@ -166,31 +190,32 @@ static void fasa_k_dom_write(int k_dom, int n_dom, const float * x, char * block
     }
 }
 
-static void fasa_refresh(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth) {
-    const ggml_tensor * k      = dst->src[1];
-    const ggml_tensor * dims   = dst->src[2];
-    const ggml_tensor * ranges = dst->src[3];
+// the stale cells of [first, last)
+static void fasa_refresh(const ggml_tensor * tip, const fasa_op_params & p, int64_t first, int64_t last) {
+    const ggml_tensor * k_dom  = tip->src[0];
+    const ggml_tensor * k      = tip->src[1];
+    const ggml_tensor * ranges = tip->src[2];
+    const ggml_tensor * dims   = tip->src[4];
 
-    const int64_t d_k = k->ne[0], n_head_kv = k->ne[1], n_kv = k->ne[2], n_dom = dims->ne[0];
+    const int64_t d_k = k->ne[0], n_head_kv = k->ne[1], n_dom = dims->ne[0];
 
     std::vector<float> row(d_k), x(n_dom);
     for (int64_t s = 0; s < k->ne[3]; ++s) {
         const int32_t * range = (const int32_t *) ((const char *) ranges->data + s*ranges->nb[1]);
         for (int r = 0; r < FASA_MAX_RANGES; ++r) {
-            const int64_t from = range[2*r], to = std::min<int64_t>(range[2*r + 1], n_kv);
-            int64_t first, last;
-            fasa_split(std::max<int64_t>(0, to - from)*n_head_kv, ith, nth, first, last);
-            for (int64_t i = first; i < last; ++i) {
-                const int64_t cell = from + i/n_head_kv, h = i%n_head_kv;
-                fasa_row_to_f32(fasa_at(k, h, cell, s), row.data(), k->type, d_k);
-                if (p.n_hadamard > 0) {
-                    fasa_hadamard(row.data(), d_k, p.n_hadamard);
+            const int64_t from = std::max<int64_t>(range[2*r], first), to = std::min<int64_t>(range[2*r + 1], last);
+            for (int64_t cell = from; cell < to; ++cell) {
+                for (int64_t h = 0; h < n_head_kv; ++h) {
+                    fasa_row_to_f32(fasa_at(k, h, cell, s), row.data(), k->type, d_k);
+                    if (p.n_hadamard > 0) {
+                        fasa_hadamard(row.data(), d_k, p.n_hadamard);
+                    }
+                    const int32_t * dim = (const int32_t *) ((const char *) dims->data + h*dims->nb[1]);
+                    for (int64_t d = 0; d < n_dom; ++d) {
+                        x[d] = dim[d] < 0 ? 0.0f : row[dim[d]];
+                    }
+                    fasa_k_dom_write(p.k_dom, n_dom, x.data(), fasa_at(k_dom, cell/FASA_TILE, h, s), cell%FASA_TILE);
                 }
-                const int32_t * dim = (const int32_t *) ((const char *) dims->data + h*dims->nb[1]);
-                for (int64_t d = 0; d < n_dom; ++d) {
-                    x[d] = dim[d] < 0 ? 0.0f : row[dim[d]];
-                }
-                fasa_k_dom_write(p.k_dom, n_dom, x.data(), fasa_at(dst, cell/FASA_TILE, h, s), cell%FASA_TILE);
             }
         }
     }
@@ -270,58 +295,92 @@ static fasa_tip_tile_t fasa_tip_tile_get(int k_dom, int64_t m) {
            k_dom == FASA_K_DOM_Q8  ? fasa_tip_tile_of<FASA_K_DOM_Q8>(m)  : fasa_tip_tile_of<FASA_K_DOM_Q4>(m);
 }
 
-static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth) {
-    const ggml_tensor * k_dom  = dst->src[0];
-    const ggml_tensor * q      = dst->src[1];
-    const ggml_tensor * dims   = dst->src[2];
-    const ggml_tensor * weight = dst->src[3];
-    const ggml_tensor * mask   = dst->src[4];
+// the dominant values of all queries of a token, times weight and scale: qd [n_head, n_dom]; q_sum [n_head, n_dom/FASA_GROUP]
+static void fasa_tip_query(const ggml_tensor * tip, const fasa_op_params & p, int64_t token, float * qd, float * q_sum) {
+    const ggml_tensor * q = tip->src[3], * dims = tip->src[4], * weight = tip->src[5];
 
-    const int64_t n_kv = dst->ne[0], n_head = dst->ne[1], n_tps = dst->ne[2], n_stream = dst->ne[3];
-    const int64_t n_head_kv = dims->ne[1], n_group = n_head/n_head_kv, n_dom = dims->ne[0], d_k = q->ne[0];
+    const int64_t d_k = q->ne[0], n_head = q->ne[1], n_dom = dims->ne[0], n_group = n_head/dims->ne[1];
+
+    std::vector<float> row(d_k);
+    for (int64_t head = 0; head < n_head; ++head, qd += n_dom) {
+        const int32_t * dim = (const int32_t *) ((const char *) dims->data   + head/n_group*dims->nb[1]);
+        const float   * w   = (const float   *) ((const char *) weight->data + head/n_group*weight->nb[1]);
+        memcpy(row.data(), fasa_at(q, head, token, 0), d_k*sizeof(float));
+        if (p.n_hadamard > 0) {
+            fasa_hadamard(row.data(), d_k, p.n_hadamard);
+        }
+        for (int64_t d = 0; d < n_dom; ++d) {
+            qd[d] = dim[d] < 0 ? 0.0f : row[dim[d]]*w[d]*p.scale;
+            *q_sum = (d % FASA_GROUP ? *q_sum : 0.0f) + qd[d];
+            q_sum += d % FASA_GROUP == FASA_GROUP - 1;
+        }
+    }
+}
+
+// logits x [FASA_SPAN] of n cells -> exp(x)/2^e, their e and their sum; hide [FASA_SPAN]: the mask, -inf behind n
+static void fasa_tip_span(float * x, const float * hide, float soft_cap, int64_t n, float * out, float * e, float * sum) {
+    if (soft_cap > 0) {
+        for (int64_t c = 0; c < n; ++c) {
+            x[c] = soft_cap*tanhf(x[c]/soft_cap);
+        }
+    }
+    fasa_f32x16 most = fasa_f32x16 {} - INFINITY;
+    for (int64_t c = 0; c < n; c += 16) {
+        const fasa_f32x16 v = fasa_load<fasa_f32x16>(x + c) + fasa_load<fasa_f32x16>(hide + c);
+        memcpy(x + c, &v, sizeof(v));
+        most = v > most ? v : most;
+    }
+    float top = -INFINITY;
+    for (int l = 0; l < 16; ++l) {
+        top = std::max(top, most[l]);
+    }
+    *e = top == -INFINITY ? -INFINITY : rintf(top*1.44269504f);
+    fasa_f32x16 sums = {};
+    for (int64_t c = 0; c < n; c += 16) {
+        const fasa_f32x16 v    = top == -INFINITY ? fasa_f32x16 {} : fasa_exp(fasa_load<fasa_f32x16>(x + c), *e);
+        const fasa_i32x16 seen = fasa_load<fasa_f32x16>(hide + c) > -INFINITY;
+        const fasa_f32x16 y    = seen ? v : fasa_f32x16 {} - 1.0f;
+        memcpy(x + c, &y, sizeof(y));
+        sums += seen ? v : fasa_f32x16 {};
+    }
+    *sum = fasa_sum(sums);
+    memcpy(out, x, n*sizeof(float));
+}
+
+static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth) {
+    const ggml_tensor * k_dom = dst->src[0], * dims = dst->src[4], * mask = dst->src[6];
+
+    const int64_t n_kv = fasa_tip_n_kv(dst), n_head = dst->ne[1], n_tps = dst->ne[2], n_stream = dst->ne[3];
+    const int64_t n_head_kv = dims->ne[1], n_group = n_head/n_head_kv, n_dom = dims->ne[0];
+    const int64_t n_span = fasa_n_span(n_kv), n_sum = n_dom/FASA_GROUP;
 
     int64_t first, last;
-    fasa_split((n_kv + FASA_TILE - 1)/FASA_TILE, ith, nth, first, last);
+    fasa_split(n_span, ith, nth, first, last);
+    fasa_refresh(dst, p, first*FASA_SPAN, std::min(n_kv, last*FASA_SPAN)); // the cells that this thread scores
 
-    const int64_t n_sum = n_dom/FASA_GROUP;
-    std::vector<float> row(d_k), qd(n_group*n_dom), q_sum(n_group*n_sum);
-    float hide[FASA_TILE], out[4*FASA_TILE];
+    thread_local std::vector<float> qd, q_sum; // the op has no work buffer
+    qd.resize(n_head*n_dom);
+    q_sum.resize(n_head*n_sum);
+    float hide[FASA_SPAN], x[4][FASA_SPAN], tile[4*FASA_TILE];
     for (int64_t s = 0; s < n_stream; ++s) {
         for (int64_t t = 0; t < n_tps; ++t) {
-            const ggml_fp16_t * visible = (const ggml_fp16_t *) fasa_at(mask, t, 0, s);
-            for (int64_t h = 0; h < n_head_kv; ++h) {
-                const int32_t * dim = (const int32_t *) ((const char *) dims->data + h*dims->nb[1]);
-                const float   * w   = (const float   *) ((const char *) weight->data + h*weight->nb[1]);
-                for (int64_t g = 0; g < n_group; ++g) {
-                    memcpy(row.data(), fasa_at(q, h*n_group + g, s*n_tps + t, 0), d_k*sizeof(float));
-                    if (p.n_hadamard > 0) {
-                        fasa_hadamard(row.data(), d_k, p.n_hadamard);
-                    }
-                    for (int64_t d = 0; d < n_dom; ++d) {
-                        qd[g*n_dom + d] = dim[d] < 0 ? 0.0f : row[dim[d]]*w[d]*p.scale;
-                        q_sum[g*n_sum + d/FASA_GROUP] = (d % FASA_GROUP ? q_sum[g*n_sum + d/FASA_GROUP] : 0.0f) + qd[g*n_dom + d];
-                    }
-                }
-                for (int64_t tile = first; tile < last; ++tile) {
-                    const char  * block = fasa_at(k_dom, tile, h, s);
-                    const int64_t cell  = tile*FASA_TILE;
-                    const int64_t n     = std::min<int64_t>(FASA_TILE, n_kv - cell);
-                    ggml_cpu_fp16_to_fp32(visible + cell, hide, n);
-                    for (int64_t g = 0; g < n_group; g += 4) {
-                        const int64_t m  = std::min<int64_t>(4, n_group - g);
-                        fasa_tip_tile_get(p.k_dom, m)(n_dom, block, qd.data() + g*n_dom, q_sum.data() + g*n_sum, out);
+            fasa_tip_query(dst, p, s*n_tps + t, qd.data(), q_sum.data());
+            for (int64_t span = first; span < last; ++span) {
+                const int64_t cell = span*FASA_SPAN, n = std::min<int64_t>(FASA_SPAN, n_kv - cell);
+                fasa_row_to_f32((const ggml_fp16_t *) fasa_at(mask, t, 0, s) + cell, hide, GGML_TYPE_F16, n);
+                std::fill(hide + n, hide + FASA_SPAN, -INFINITY);
+                for (int64_t head = 0; head < n_head;) {
+                    const int64_t m = std::min<int64_t>(4, n_group - head%n_group);
+                    const auto    f = fasa_tip_tile_get(p.k_dom, m);
+                    for (int64_t c = 0; c < n; c += FASA_TILE) {
+                        f(n_dom, fasa_at(k_dom, (cell + c)/FASA_TILE, head/n_group, s), qd.data() + head*n_dom, q_sum.data() + head*n_sum, tile);
                         for (int64_t i = 0; i < m; ++i) {
-                            float * est = (float *) fasa_at(dst, h*n_group + g + i, t, s) + cell;
-                            float * x   = out + i*FASA_TILE;
-                            if (p.soft_cap > 0) {
-                                for (int64_t c = 0; c < n; ++c) {
-                                    x[c] = p.soft_cap*tanhf(x[c]/p.soft_cap);
-                                }
-                            }
-                            for (int64_t c = 0; c < n; ++c) {
-                                est[c] = x[c] + hide[c];
-                            }
+                            memcpy(x[i] + c, tile + i*FASA_TILE, FASA_TILE*sizeof(float));
                         }
+                    }
+                    for (int64_t i = 0; i < m; ++i, ++head) {
+                        float * row = (float *) fasa_at(dst, head, t, s);
+                        fasa_tip_span(x[i], hide, p.soft_cap, n, row + cell, row + n_kv + span, row + n_kv + n_span + span);
                     }
                 }
             }
@@ -331,30 +390,36 @@ static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
 
 // ---- SELECT ----
 
-// score [n] += softmax of est [n]; tmp [n]
-static void fasa_add_softmax(const float * est, float * tmp, float * score, int64_t n) {
-    const float most = fasa_max(est, n);
-    if (most == -INFINITY) {
-        return;
+// key and score of every cell [n_kv, rounded up to 16] from n_group rows of TIP; the group's score is the sum of their softmaxes
+static void fasa_select_score(const ggml_tensor * tip, int64_t head, int64_t n_group, int64_t t, int64_t s, float * score, uint32_t * key) {
+    const int64_t n_kv = fasa_tip_n_kv(tip), n_span = fasa_n_span(n_kv);
+    const float * row0 = (const float *) fasa_at(tip, head, t, s);
+    for (int64_t g = 0; g < n_group; ++g) {
+        const float * row = (const float *) fasa_at(tip, head + g, t, s);
+        const float * e   = row + n_kv, * sum = e + n_span;
+        const float  most = *std::max_element(e, e + n_span);
+        float total = 0.0f;
+        for (int64_t i = 0; i < n_span; ++i) {
+            total += e[i] == -INFINITY ? 0.0f : ldexpf(sum[i], int(e[i] - most));
+        }
+        const float inv = total > 0.0f ? 1.0f/total : 0.0f;
+        for (int64_t i = 0; i < n_span; ++i) {
+            const float   f    = e[i] == -INFINITY ? 0.0f : ldexpf(inv, int(e[i] - most));
+            const int64_t last = std::min(n_kv, (i + 1)*FASA_SPAN);
+            if (g == 0) {
+                for (int64_t j = i*FASA_SPAN; j < last; ++j) {
+                    score[j] = std::max(row[j], 0.0f)*f;
+                }
+            } else {
+                for (int64_t j = i*FASA_SPAN; j < last; ++j) {
+                    score[j] += std::max(row[j], 0.0f)*f;
+                }
+            }
+        }
     }
-    fasa_f32x16 sums = {};
-    int64_t j = 0;
-    for (; j + 16 <= n; j += 16) {
-        const fasa_f32x16 e = fasa_exp(fasa_load<fasa_f32x16>(est + j) - most);
-        memcpy(tmp + j, &e, sizeof(e));
-        sums += e;
-    }
-    float sum = 0.0f;
-    for (; j < n; ++j) {
-        tmp[j] = expf(est[j] - most);
-        sum += tmp[j];
-    }
-    for (int i = 0; i < 16; ++i) {
-        sum += sums[i];
-    }
-    const float inv = 1.0f/sum;
-    for (j = 0; j < n; ++j) {
-        score[j] += tmp[j]*inv;
+    for (int64_t j = 0; j < n_kv; ++j) {
+        const uint32_t k = fasa_key(score[j]);
+        key[j] = row0[j] < 0 ? FASA_KEY_HIDDEN : k;
     }
 }
 
@@ -362,28 +427,21 @@ static void fasa_select_op(ggml_tensor * dst, const fasa_op_params & p, int ith,
     const ggml_tensor * tip    = dst->src[0];
     const ggml_tensor * forced = dst->src[1];
 
-    const int64_t n_kv = tip->ne[0], n_head_kv = dst->ne[1], n_tps = dst->ne[2], n_stream = dst->ne[3];
+    const int64_t n_kv = fasa_tip_n_kv(tip), n_head_kv = dst->ne[1], n_tps = dst->ne[2], n_stream = dst->ne[3];
     const int64_t n_group = tip->ne[1]/n_head_kv;
 
-    thread_local std::vector<float>    score, tmp; // the op has no work buffer
+    thread_local std::vector<float>    score;
     thread_local std::vector<uint32_t> key, scratch;
     thread_local fasa_keys_view        view;
     score.resize(n_kv);
-    tmp.resize(n_kv);
     key.resize(n_kv);
     uint64_t attended = 0, visible = 0, lists = 0;
     for (int64_t i = ith; i < n_head_kv*n_tps*n_stream; i += nth) {
         const int64_t h = i%n_head_kv, t = i/n_head_kv%n_tps, s = i/n_head_kv/n_tps;
-        std::fill(score.begin(), score.end(), 0.0f);
-        for (int64_t g = 0; g < n_group; ++g) {
-            fasa_add_softmax((const float *) fasa_at(tip, h*n_group + g, t, s), tmp.data(), score.data(), n_kv);
-        }
-        const float * est = (const float *) fasa_at(tip, h*n_group, t, s);
+        fasa_select_score(tip, h*n_group, n_group, t, s, score.data(), key.data());
         uint64_t seen = 0;
         for (int64_t j = 0; j < n_kv; ++j) {
-            const bool shown = est[j] != -INFINITY;
-            key[j] = shown ? fasa_key(score[j]) : FASA_KEY_HIDDEN;
-            seen += shown;
+            seen += key[j] != FASA_KEY_HIDDEN;
         }
         const int32_t * cells = (const int32_t *) fasa_at(forced, t, s, 0);
         for (int64_t j = 0; j < forced->ne[0]; ++j) {
@@ -413,12 +471,9 @@ static inline float fasa_dot(const float * a, const float * b, int64_t n) {
     for (; i + 16 <= n; i += 16) {
         acc += fasa_load<fasa_f32x16>(a + i)*fasa_load<fasa_f32x16>(b + i);
     }
-    float sum = 0.0f;
+    float sum = fasa_sum(acc);
     for (; i < n; ++i) {
         sum += a[i]*b[i];
-    }
-    for (int l = 0; l < 16; ++l) {
-        sum += acc[l];
     }
     return sum;
 }
@@ -433,7 +488,7 @@ static void fasa_softmax(float * x, int64_t n, float sink) {
     float sum = expf(sink - most);
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) {
-        const fasa_f32x16 e = fasa_exp(fasa_load<fasa_f32x16>(x + i) - most);
+        const fasa_f32x16 e = fasa_exp(fasa_load<fasa_f32x16>(x + i) - most, 0.0f);
         memcpy(x + i, &e, sizeof(e));
         sums += e;
     }
@@ -441,9 +496,7 @@ static void fasa_softmax(float * x, int64_t n, float sink) {
         x[i] = expf(x[i] - most);
         sum += x[i];
     }
-    for (int l = 0; l < 16; ++l) {
-        sum += sums[l];
-    }
+    sum += fasa_sum(sums);
     ggml_vec_scale_f32(n, x, 1.0f/sum);
 }
 
@@ -570,7 +623,6 @@ extern "C" void fasa_cpu_op(ggml_tensor * dst, int ith, int nth, void * userdata
     GGML_UNUSED(userdata);
     const fasa_op_params p = *fasa_op_get(dst);
     switch (p.kind) {
-        case FASA_OP_REFRESH: fasa_refresh  (dst, p, ith, nth); break;
         case FASA_OP_TIP:     fasa_tip      (dst, p, ith, nth); break;
         case FASA_OP_SELECT:  fasa_select_op(dst, p, ith, nth); break;
         case FASA_OP_FAC:     fasa_fac      (dst, p, ith, nth); break;

@@ -38,17 +38,8 @@ fasa_layer_nodes fasa_build_layer(ggml_context * ctx, const fasa_layer_op & op, 
 
     fasa_layer_nodes nodes;
     {
-        ggml_tensor * src[] = { op.k, op.dims, op.ranges };
-        nodes.refresh = ggml_custom_inplace(ctx, op.k_dom, src, 3, fasa_cpu_op_get(), GGML_N_TASKS_MAX, stats);
-
-        fasa_op_params p = fasa_op_make(FASA_OP_REFRESH, stats);
-        p.k_dom      = op.k_dom_type;
-        p.n_hadamard = op.n_hadamard;
-        fasa_op_set(nodes.refresh, p, "fasa_refresh");
-    }
-    {
-        ggml_tensor * src[] = { nodes.refresh, op.q, op.dims, op.weight, op.mask };
-        nodes.tip = ggml_custom_4d(ctx, GGML_TYPE_F32, n_kv, n_head, n_tps, n_stream, src, 5, fasa_cpu_op_get(), GGML_N_TASKS_MAX, stats);
+        ggml_tensor * src[] = { op.k_dom, op.k, op.ranges, op.q, op.dims, op.weight, op.mask };
+        nodes.tip = ggml_custom_4d(ctx, GGML_TYPE_F32, fasa_tip_length(n_kv), n_head, n_tps, n_stream, src, 7, fasa_cpu_op_get(), GGML_N_TASKS_MAX, stats);
 
         fasa_op_params p = fasa_op_make(FASA_OP_TIP, stats);
         p.scale      = op.scale;

@@ -5,12 +5,12 @@
 //
 // One layer's decode step, in this order. d: head dimension, n_tps: tokens per stream.
 //
-//   REFRESH  K_dom of the stale cells, derived from the stored K
-//            dst  i8  [block, n_tile, n_head_kv, n_stream]  (view of K_dom)
-//            src  K_dom, k [d, n_head_kv, n_kv, n_stream], dims i32 [n_dom, n_head_kv], ranges i32 [2*FASA_MAX_RANGES, n_stream]
-//   TIP      estimated logits from the dominant dimensions
-//            dst  f32 [n_kv, n_head, n_tps, n_stream], -inf where the mask hides the cell
-//            src  REFRESH, q f32 [d, n_head, n_tokens], dims, weight f32 [n_dom, n_head_kv], mask f16 [n_kv, n_tps, 1, n_stream]
+//   TIP      refreshes K_dom of the stale cells from the stored K, then estimates logits from the dominant dimensions
+//            dst  f32 [n_kv + 2*n_span, n_head, n_tps, n_stream]: exp(logit)/2^e of every cell, e the exponent of its span
+//                 of FASA_SPAN cells, or -1 where the mask hides the cell; then e of every span; then the sum of every span
+//            src  K_dom i8 [block, n_tile, n_head_kv, n_stream], k [d, n_head_kv, n_kv, n_stream],
+//                 ranges i32 [2*FASA_MAX_RANGES, n_stream], q f32 [d, n_head, n_tokens], dims i32 [n_dom, n_head_kv],
+//                 weight f32 [n_dom, n_head_kv], mask f16 [n_kv, n_tps, 1, n_stream]
 //   SELECT   the cells to attend, per KV head and token
 //            dst  i32 [1 + length, n_head_kv, n_tps, n_stream]: the count, then the cells, ascending
 //            src  TIP, forced i32 [n_forced, n_tps, n_stream], -1: none
@@ -29,7 +29,17 @@
 #include <atomic>
 #include <cstdint>
 
-enum fasa_op_kind { FASA_OP_REFRESH = 1, FASA_OP_TIP, FASA_OP_SELECT, FASA_OP_FAC, FASA_OP_OBSERVE };
+enum fasa_op_kind { FASA_OP_TIP = 1, FASA_OP_SELECT, FASA_OP_FAC, FASA_OP_OBSERVE };
+
+// The softmax over all cells is put together from spans that different threads, or thread blocks, work on. A span's exponent
+// is a whole number, so that putting it together rounds nothing: equal logits get equal scores, wherever they lie.
+static constexpr int FASA_SPAN = 256; // cells
+
+constexpr int64_t fasa_n_span(int64_t n_kv) { return (n_kv + FASA_SPAN - 1)/FASA_SPAN; }
+constexpr int64_t fasa_tip_length(int64_t n_kv) { return n_kv + 2*fasa_n_span(n_kv); }
+
+// n_kv of a TIP node
+inline int64_t fasa_tip_n_kv(const ggml_tensor * tip) { return tip->src[1]->ne[2]; }
 
 static constexpr uint32_t FASA_OP_MAGIC = 0x41534146; // "FASA"
 
@@ -90,7 +100,6 @@ struct fasa_layer_op {
 };
 
 struct fasa_layer_nodes {
-    ggml_tensor * refresh;
     ggml_tensor * tip;
     ggml_tensor * select;
     ggml_tensor * fac;

@@ -60,7 +60,8 @@ def test_identity(smollm2, profile, text, cache):
 
 def test_greedy_text_of_500_tokens_is_equal(smollm2, profile):
     with open_session(smollm2, profile) as s:
-        prompt = s.tokenize("The days of the week, again and again: " + "Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday, " * 12)
+        # a text that the model continues with certainty (its two best logits stay 1.9 apart), for rounding alone moves a logit by 0.7
+        prompt = s.tokenize("".join(f"{i}, {i + 1}, {i + 2}, " for i in range(1, 10)) * 12)
         texts = []
         for params in (None, ALL):
             s.fasa.set_params(params)
