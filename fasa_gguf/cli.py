@@ -72,7 +72,7 @@ def _fasa_flags(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("FASA settings (each is also an environment variable, FASA_BUDGET and so on)")
     for f in fields(FasaParams):
         group.add_argument("--fasa-" + f.name.replace("_", "-"), metavar="X", default=None, help=f"{f.metadata['help']} [{f.metadata['unit']}; {f.default}]")
-    group.add_argument("--profile", help="a profile's JSON file instead of the one in the model")
+    group.add_argument("--profile", help="a profile's JSON file instead of the one in the model (eval: a comma list, one arm each)")
 
 
 def _params(a: argparse.Namespace, base: FasaParams | None = None) -> FasaParams:
@@ -104,15 +104,18 @@ def cmd_calibrate(a: argparse.Namespace) -> None:
 
 
 def cmd_embed_profile(a: argparse.Namespace) -> None:
-    from .embed import rewrite
+    from .embed import check_embeddable, rewrite
     from .profile import Profile
 
     if a.profile and (a.remove or a.file):
         raise FasaError(f"--profile was given, and {'--remove' if a.remove else '-f'} needs none; leave one of them away")
     if a.remove:
         profile = None
+    elif a.profile:
+        profile = Profile.load(a.profile)
     else:
-        profile = Profile.load(a.profile) if a.profile else _calibrate(a, None)
+        check_embeddable(a.model, a.output, a.force)                                  # not after a minute of calibration
+        profile = _calibrate(a, None)
     bar = _bar()
     print(rewrite(a.model, profile, a.output, a.force, lambda done, total: bar("writing", done, total)))
 
@@ -211,38 +214,43 @@ def cmd_eval(a: argparse.Namespace) -> None:
     text = _text(a.file)[1]
     if a.detokenize == "wikitext":
         text = detokenize_wikitext(text)
-    profile = Profile.load(a.profile or a.model)
-    base = _params(a, profile.params())
-    budgets = a.budgets or [base.budget]
-    arms = [Arm(f"fasa k={base.chunks or 'auto'} {base.k_dom} B={b}", base.replace(budget=b).check()) for b in budgets]
+    arms = []
+    for path in (a.profile or a.model).split(","):
+        profile = Profile.load(path)
+        base = _params(a, profile.params())
+        for b in a.budgets or [base.budget]:
+            name = f"{profile.ranking_method} k={base.chunks or 'auto'} {base.k_dom} " + (f"mass={base.mass:g}" if base.mass > 0 else f"B={b}")
+            arms.append(Arm(name, base.replace(budget=b).check(), profile))
     rows = evaluate(a.model, text, arms, a.windows, a.window, a.score, a.threads, a.n_gpu_layers, a.cache_type_k, a.cache_type_v,
-                    not a.dense_steps, profile, _bar())
+                    not a.dense_steps, None, _bar())
     print(json.dumps(rows, indent=1) if a.json else table(rows))
 
 
 def cmd_bench(a: argparse.Namespace) -> None:
-    from .bench import as_json, bench, table
+    from .bench import bench, crossover_text, find_crossover, render
     from .profile import Profile
 
     model, profile = a.model, None
     if a.shape:
         from .embed import model_shape
         from .gguf_file import GGUFFile
-        from .synthetic import synthetic_profile, write_model
+        from .synthetic import cached_model, synthetic_profile, write_model
 
-        model = a.output_model or f"random-{a.shape}.gguf"
+        model = a.output_model or cached_model(a.shape, lambda text: print(text, file=sys.stderr))
         if not os.path.exists(model):
-            print(f"writing {model}", file=sys.stderr)
-            write_model(f"{model}.partial", a.shape)
-            os.replace(f"{model}.partial", model)
+            print(f"writing a random {a.shape} model to {model}", file=sys.stderr)
+            write_model(model, a.shape)
         profile = synthetic_profile(*model_shape(GGUFFile(model)))
-    elif a.profile:
-        profile = Profile.load(a.profile)
-    profile = profile or Profile.load(model)
+    profile = profile or Profile.load(a.profile or model)
     params = _params(a, profile.params())
-    rows = bench(model, a.n_depth, params, a.n_gen, a.repetitions, a.threads, a.n_gpu_layers,
-                 a.cache_type_k, a.cache_type_v, a.fill, profile, _bar())
-    print(json.dumps(as_json(rows, model, params), indent=1) if a.json else table(rows, model))
+    setup = dict(n_gen=a.n_gen, repetitions=a.repetitions, n_threads=a.threads, n_gpu_layers=a.n_gpu_layers, type_k=a.cache_type_k,
+                 type_v=a.cache_type_v, fill=a.fill, profile=profile, progress=_bar())
+    if a.find_crossover:
+        depth, rows = find_crossover(model, params, **({"depths": a.n_depth} if a.n_depth else {}), **setup)
+        print(crossover_text(depth, rows), file=sys.stderr)
+    else:
+        rows = bench(model, a.n_depth or [0, 4096, 8192], params, **setup)
+    print(render(rows, str(model), params, "json" if a.json else a.output))
 
 
 def parser() -> argparse.ArgumentParser:
@@ -304,13 +312,15 @@ def parser() -> argparse.ArgumentParser:
     _model(p)
     _run_flags(p)
     _fasa_flags(p)
-    p.add_argument("-d", "--n-depth", type=_list(0), default="0,4096,8192", help="comma list of cache depths in tokens")
+    p.add_argument("-d", "--n-depth", type=_list(0), help="comma list of cache depths in tokens [0,4096,8192]")
     p.add_argument("-n", "--n-gen", type=_whole(1), default=32, help="tokens per repetition")
     p.add_argument("-r", "--repetitions", type=_whole(1), default=5, help="repetitions per arm")
     p.add_argument("--fill", choices=("auto", "prefill", "state"), default="auto", help="how the cache gets its depth")
     p.add_argument("--shape", choices=("8b", "3b", "1b", "tiny"), help="make and use a random model of this shape")
-    p.add_argument("--output-model", help="where --shape writes its model; kept")
-    p.add_argument("--json", action="store_true", help="rows as JSON")
+    p.add_argument("--output-model", help="where --shape writes its model; default: the user's cache folder")
+    p.add_argument("--find-crossover", action="store_true", help="the depth from which on FASA is no slower than dense: what --fasa-min-context should be")
+    p.add_argument("-o", "--output", choices=("md", "json", "jsonl", "csv"), default="md", help="format of the rows")
+    p.add_argument("--json", action="store_true", help="the same as -o json")
     return ap
 
 

@@ -2,7 +2,8 @@
 
 Of every window the prefix is prefilled, dense as always; then each arm decodes the same last tokens, one per step, from the
 same cache (the scored tail is forgotten between arms). The dense arm takes its tail as one batch: the same attention, up to
-rounding (`batched_dense=False` decodes it step by step). Figures as llama-perplexity defines them.
+rounding (`batched_dense=False` decodes it step by step): for one token on several threads upstream sums f16 values in f16, for
+a batch in f32, and a quantised model's products differ too. Figures as llama-perplexity defines them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, Callable, Sequence
 
 import numpy as np
 
+from . import native
 from .errors import FasaError
 from .params import FasaParams
 from .profile import Profile
@@ -53,19 +55,21 @@ class Score:
 
     def row(self, dense: "Score") -> dict[str, Any]:
         """The figures of one arm by name; *_se is the standard error over tokens."""
+        def se(x: np.ndarray) -> float:
+            return float(x.std(ddof=1)) / math.sqrt(len(x)) if len(x) > 1 else 0.0
+
         nll, base = np.concatenate(self.nll), np.concatenate(dense.nll)
         kl, hit = np.concatenate(self.kl), np.concatenate(self.hit)
-        root = math.sqrt(len(nll))
-        ratio = math.exp(float((nll - base).mean()))
+        ppl, ratio = math.exp(float(nll.mean())), math.exp(float((nll - base).mean()))
         c = self.counters
         sparse = c.get("layers_sparse", 0) > 0
-        return {"arm": self.arm, "n_scored": len(nll), "ppl": math.exp(float(nll.mean())), "ppl_se": math.exp(float(nll.mean())) * float(nll.std(ddof=1)) / root,
-                "ppl_ratio": ratio, "ppl_ratio_se": ratio * float((nll - base).std(ddof=1)) / root,
-                "kl": float(kl.mean()), "kl_se": float(kl.std(ddof=1)) / root, "same_top": float(hit.mean()), "same_top_se": float(hit.std(ddof=1)) / root,
+        return {"arm": self.arm, "n_scored": len(nll), "ppl": ppl, "ppl_se": ppl * se(nll), "ppl_ratio": ratio, "ppl_ratio_se": ratio * se(nll - base),
+                "kl": float(kl.mean()), "kl_se": se(kl), "same_top": float(hit.mean()), "same_top_se": se(hit),
                 "tokens_attended": c["rows_attended"] / c["lists"] if sparse else None,
                 "kv_read_share": (c["bytes_fac"] + c["bytes_tip"]) / c["bytes_dense"] if sparse else 1.0,
                 "k_dom_share": c["bytes_k_dom"] / c["bytes_kv"] if sparse else 0.0,
-                "steps_sparse": c.get("steps_sparse", 0), "steps_dense": c.get("steps_dense", 0)}
+                "steps_sparse": c.get("steps_sparse", 0), "steps_dense": c.get("steps_dense", 0),
+                "layers_sparse": c.get("layers_sparse", 0), "layers_dense": c.get("layers_dense", 0)}
 
 
 def log_softmax(x: np.ndarray) -> np.ndarray:
@@ -81,16 +85,18 @@ def score_tokens(dense: np.ndarray, arm: np.ndarray, target: np.ndarray) -> tupl
     return nll, kl, (dense.argmax(-1) == arm.argmax(-1)).astype(np.float64)
 
 
-def cut_windows(session: Session, text: str, windows: int, window: int) -> list[list[int]]:
-    """Token windows of window + 1 tokens, spread evenly over the text."""
-    size, out = len(text), []
-    span = max(1, size - 8 * window)
+def cut_windows(session: Session, text: str, windows: int, window: int, score: int = 1) -> list[list[int]]:
+    """Token windows of window + 1 tokens, spread evenly over the text; their last `score` tokens do not overlap."""
+    span = max(1, len(text) - 8 * window)                                           # a token has 8 characters at the most, taken together
+    first = min(2000, span // 4)
+    stride, out = (span - first) / windows, []
     for i in range(windows):
-        at = min(2000, span // 4) + int(i * (span - min(2000, span // 4)) / max(1, windows))
-        tokens = session.tokenize(text[at : at + 8 * window])[: window + 1]
-        if len(tokens) < window + 1:
-            raise FasaError(f"the text has {size} characters, which is too short for {windows} windows of {window} tokens; use a longer -f TEXT, fewer --windows or a shorter --window")
-        out.append(tokens)
+        part = text[first + int(i * stride) :][: 8 * window]
+        tokens = session.tokenize(part)
+        if len(tokens) < window + 1 or (windows > 1 and stride < score * len(part) / len(tokens)):
+            raise FasaError(f"the text has {len(text)} characters, which is too short for {windows} windows of {window} tokens; "
+                            "use a longer -f TEXT, fewer --windows or a shorter --window")
+        out.append(tokens[: window + 1])
     return out
 
 
@@ -101,6 +107,8 @@ def evaluate(model: str | os.PathLike, text: str, arms: Sequence[Arm], windows: 
 
     Raises FasaError when the text is too short, when no profile is there, and when an arm that asked for FASA ran no sparse step.
     """
+    if windows < 1:
+        raise FasaError(f"--windows {windows}: expected at least 1")
     if not 1 <= score < window:
         raise FasaError(f"--score {score}: expected 1 to {window - 1} (shorter than the window)")
     if profile is None and any(a.params and not a.profile for a in arms):
@@ -108,7 +116,9 @@ def evaluate(model: str | os.PathLike, text: str, arms: Sequence[Arm], windows: 
     results = [Score("dense")] + [Score(a.name) for a in arms]
     report = progress or (lambda what, n, total: None)
     with Session(model, n_ctx=window, n_threads=n_threads, n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v) as s:
-        texts = cut_windows(s, text, windows, window)
+        if window > s.n_ctx_train:
+            raise FasaError(f"--window {window}: {model} was trained on {s.n_ctx_train} tokens of context; use a shorter --window")
+        texts = cut_windows(s, text, windows, window, score)
         prefix, total, done = window - score, windows * (1 + len(arms)), 0
         attached: Profile | None = None
         for tokens in texts:
@@ -143,15 +153,26 @@ def evaluate(model: str | os.PathLike, text: str, arms: Sequence[Arm], windows: 
                 result.hit.append(hit)
                 done += 1
                 report("evaluating", done, total)
-    return [r.row(results[0]) for r in results]
+        setup = {"build_commit": f"fasa_gguf {native.version()}, llama-cpp-python {native.LLAMA_CPP_VERSION}", "model_filename": str(model),
+                 "n_threads": n_threads or os.cpu_count() or 1, "n_gpu_layers": n_gpu_layers, "type_k": type_k, "type_v": type_v, "flash_attn": True,
+                 "n_ctx": window, "n_windows": windows, "dense": "batch" if batched_dense else "steps"}
+    return [{**setup, **r.row(results[0]), "fasa": None if a is None or a.params is None else dict(a.params.__dict__)}
+            for r, a in zip(results, [None, *arms])]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """For people: one line an arm, +- is the standard error."""
-    head = f"{'arm':<28} {'tokens':>7} {'ppl':>8} {'ppl ratio':>16} {'KL':>16} {'same top':>15} {'KV read':>8} {'K_dom/KV':>9}"
-    lines = [head]
+    """For people: one line an arm, +- is the standard error; below it, what was dense in an arm that asked for FASA."""
+    head = ["arm", "tokens", "ppl", "ppl ratio", "KL", "same top", "KV read", "K_dom/KV"]
+    lines, notes = [head], []
     for r in rows:
-        tokens = "all" if r["tokens_attended"] is None else f"{r['tokens_attended']:.0f}"
-        lines.append(f"{r['arm']:<28} {tokens:>7} {r['ppl']:>8.3f} {100 * (r['ppl_ratio'] - 1):>+8.2f} +-{100 * r['ppl_ratio_se']:.2f} %"
-                     f" {r['kl']:>8.4f} +-{r['kl_se']:.4f} {r['same_top']:>7.3f} +-{r['same_top_se']:.3f} {100 * r['kv_read_share']:>7.1f}% {100 * r['k_dom_share']:>8.1f}%")
-    return "\n".join(lines)
+        dense, steps, layers = r["steps_dense"], r["steps_sparse"] + r["steps_dense"], r["layers_sparse"] + r["layers_dense"]
+        if dense and r["steps_sparse"]:
+            notes.append(f"{r['arm']}: {dense} of {steps} steps were dense")
+        if r["layers_dense"]:
+            notes.append(f"{r['arm']}: {100 * r['layers_dense'] / layers:.0f}% of the layers were dense; tokens and KV read are the sparse layers'")
+        lines.append([r["arm"], "all" if r["tokens_attended"] is None else f"{r['tokens_attended']:.0f}", f"{r['ppl']:.3f} +-{r['ppl_se']:.3f}",
+                      f"{100 * (r['ppl_ratio'] - 1):+.2f} +-{100 * r['ppl_ratio_se']:.2f}%", f"{r['kl']:.4f} +-{r['kl_se']:.4f}",
+                      f"{r['same_top']:.3f} +-{r['same_top_se']:.3f}", f"{100 * r['kv_read_share']:.1f}%", f"{100 * r['k_dom_share']:.1f}%"])
+    width = [max(len(line[i]) for line in lines) for i in range(len(head))]
+    text = ["  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(line, width))) for line in lines]
+    return "\n".join(text + notes)

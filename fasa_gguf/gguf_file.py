@@ -6,8 +6,10 @@ Format: the pinned llama.cpp's gguf-py/gguf/constants.py and ggml/src/gguf.cpp.
 
 from __future__ import annotations
 
+import math
 import mmap
 import os
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +31,19 @@ TENSOR_TYPES = {
 }
 
 MAX_KEYS = 1 << 16
-MAX_TENSORS = 1 << 20
+MAX_TENSORS = 1 << 17
+MAX_NAME = 1 << 16         # bytes of a key or a tensor name
 MAX_STRING = 1 << 26       # bytes; a chat template is far below
-MAX_ARRAY = 1 << 26        # elements; the largest vocabularies have 2^18
+MAX_ARRAY = 1 << 24        # elements; the largest vocabularies have 2^18
+MAX_HEADER = 1 << 28       # bytes of all keys and tensor infos together; a tokenizer has 2^23
+MAX_ALIGNMENT = 1 << 20
 NEXT = "download or convert the model again"
+
+
+def printable(name: str, most: int = 80) -> str:
+    """A name from a file, safe in a message: one line, no control characters, not too long."""
+    text = "".join(c if c.isprintable() else "?" for c in name[:most])
+    return text if len(name) <= most else text + "..."
 
 
 @dataclass
@@ -64,6 +75,11 @@ class KeyValue:
         return out
 
     @property
+    def count(self) -> int:
+        """Elements of an array, without decoding it; 1 for anything else."""
+        return struct.unpack_from("<Q", self.raw, self._value_at + 4)[0] if self.type == ARR else 1
+
+    @property
     def type_name(self) -> str:
         return f"array of {TYPE_NAMES[self.item_type]}" if self.type == ARR else TYPE_NAMES[self.type]
 
@@ -78,15 +94,19 @@ class TensorInfo:
 
 
 class _Reader:
+    """Reads forward through a header. Nothing is read, copied or multiplied before its length is known to be in the file."""
+
     def __init__(self, data: mmap.mmap | bytes, where: str) -> None:
-        self.data, self.where, self.at = data, where, 0
+        self.data, self.where, self.at, self.end = data, where, 0, len(data)
 
     def fail(self, what: str) -> FasaError:
         return FasaError(f"{self.where}: not a usable GGUF file: {what}; {NEXT}")
 
     def need(self, n: int, what: str) -> None:
-        if n > len(self.data) - self.at:
-            raise self.fail(f"{what} at byte {self.at} needs {n} bytes and the file has {len(self.data) - self.at} left")
+        if n > self.end - self.at:
+            raise self.fail(f"{what} at byte {self.at} needs {n} bytes and the file has {self.end - self.at} left")
+        if self.at + n > MAX_HEADER:
+            raise self.fail(f"{what} takes the header past {MAX_HEADER} bytes")
 
     def number(self, code: str, what: str) -> Any:
         size = struct.calcsize("<" + code)
@@ -95,53 +115,57 @@ class _Reader:
         self.at += size
         return value
 
-    def string(self, what: str) -> bytes:
+    def string(self, what: str, most: int = MAX_STRING) -> bytes:
         n = self.number("Q", f"the length of {what}")
-        if n > MAX_STRING:
-            raise self.fail(f"{what} claims {n} bytes")
+        if n > most:
+            raise self.fail(f"{what} claims {n} bytes, expected at most {most}")
         self.need(n, what)
         value = self.data[self.at:self.at + n]
         self.at += n
         return value
 
     def name(self, what: str) -> str:
-        """A key or a tensor name: short and printable, so that messages can show it."""
-        raw = self.string(what)
-        text = raw.decode("utf-8", "replace")
-        if not 0 < len(raw) <= 256 or not text.isprintable():
-            raise self.fail(f"{what} at byte {self.at - len(raw)} is no readable name")
-        return text
+        name = self.string(what, MAX_NAME).decode("utf-8", "replace")
+        if not name:
+            raise self.fail(f"{what} is empty")
+        return name
 
     def skip_value(self, kind: int, key: str) -> int:
         """Step over a value; returns the element type."""
         if kind in SIZES:
-            self.need(SIZES[kind], f"key {key}")
+            self.need(SIZES[kind], key)
             self.at += SIZES[kind]
         elif kind == STR:
-            self.string(f"key {key}")
+            self.string(key)
         elif kind == ARR:
-            item = self.number("I", f"key {key}")
-            n = self.number("Q", f"key {key}")
-            if n > MAX_ARRAY:
-                raise self.fail(f"key {key} claims {n} elements")
-            if item in SIZES:
-                self.need(n * SIZES[item], f"key {key}")
-                self.at += n * SIZES[item]
-            elif item == STR:
-                self.need(n * 8, f"key {key}")
-                unpack, data, at, end = struct.Struct("<Q").unpack_from, self.data, self.at, len(self.data)
-                for _ in range(n):
-                    if at + 8 > end:
-                        raise self.fail(f"key {key} runs past the end of the file")
-                    at += 8 + unpack(data, at)[0]
-                self.at = at
-                self.need(0, f"key {key}")
-            else:
-                raise self.fail(f"key {key} is an array of the unknown type {item}")
-            return item
+            return self.skip_array(key)
         else:
-            raise self.fail(f"key {key} has the unknown type {kind}")
+            raise self.fail(f"{key} has the unknown type {kind}")
         return kind
+
+    def skip_array(self, key: str) -> int:
+        item = self.number("I", key)
+        n = self.number("Q", key)
+        if n > MAX_ARRAY:
+            raise self.fail(f"{key} claims {n} elements, expected at most {MAX_ARRAY}")
+        if item in SIZES:
+            self.need(n * SIZES[item], key)
+            self.at += n * SIZES[item]
+        elif item == STR:
+            self.need(n * 8, key)
+            unpack, data, at = struct.Struct("<Q").unpack_from, self.data, self.at
+            last = min(self.end, MAX_HEADER) - 8
+            place = "file" if self.end <= MAX_HEADER else "header"
+            for i in range(n):
+                if at > last:
+                    raise self.fail(f"string {i} of {n} of {key} runs past the end of the {place}")
+                at += 8 + unpack(data, at)[0]
+            if at > last + 8:
+                raise self.fail(f"the last string of {key} runs past the end of the {place}")
+            self.at = at
+        else:
+            raise self.fail(f"{key} is an array of the unknown type {item}")
+        return item
 
 
 class GGUFFile:
@@ -154,66 +178,81 @@ class GGUFFile:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
         try:
+            if not stat.S_ISREG(os.stat(self.path).st_mode):  # opening a pipe would wait for a writer
+                raise FasaError(f"{self.path}: not a GGUF file: expected a regular file; give the path of a model in GGUF format")
             with open(self.path, "rb") as f:
                 self.size = os.fstat(f.fileno()).st_size
                 if self.size < 24:
-                    raise FasaError(f"{self.path}: not a GGUF file: it has {self.size} bytes; expected a model in GGUF format")
+                    raise FasaError(f"{self.path}: not a GGUF file: it has {self.size} bytes, expected at least 24; give a model in GGUF format")
                 with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
                     self._parse(_Reader(data, str(self.path)))
         except OSError as e:
-            raise FasaError(f"{self.path}: cannot be read: {e.strerror or e}") from None
+            raise FasaError(f"{self.path}: cannot be read: {e.strerror or e}; check the path") from None
 
     def _parse(self, r: _Reader) -> None:
         magic = r.data[:4]
         if magic != b"GGUF":
-            raise FasaError(f"{self.path}: not a GGUF file: it begins with {magic!r}; convert the model to GGUF first")
+            raise FasaError(f"{self.path}: not a GGUF file: expected it to begin with b'GGUF', found {magic!r}; convert the model to GGUF first")
         r.at = 4
         self.version = r.number("I", "the version")
         if self.version & 0xFFFF == 0 and self.version != 0:
-            raise r.fail("it is big-endian, and only little-endian files are supported")
+            raise FasaError(f"{self.path}: a big-endian GGUF file, expected little-endian; convert it with gguf_convert_endian.py of llama.cpp")
         if self.version not in (2, 3):
-            raise r.fail(f"version {self.version}, expected 2 or 3")
+            raise r.fail(f"it has version {self.version}, expected 2 or 3")
         n_tensors = r.number("Q", "the tensor count")
         n_kv = r.number("Q", "the key count")
-        if n_kv > MAX_KEYS or n_tensors > MAX_TENSORS:
-            raise r.fail(f"it claims {n_kv} keys and {n_tensors} tensors")
+        # a key takes at least 14 bytes, a tensor info 25
+        if n_kv > min(MAX_KEYS, self.size // 14) or n_tensors > min(MAX_TENSORS, self.size // 25):
+            raise r.fail(f"it claims {n_kv} keys and {n_tensors} tensors in {self.size} bytes")
         self.kv: dict[str, KeyValue] = {}
-        for _ in range(n_kv):
+        for i in range(n_kv):
             start = r.at
-            key = r.name("a key")
-            kind = r.number("I", f"key {key}")
+            key = r.name(f"the name of key {i}")
+            shown = f"key {printable(key)}"
+            kind = r.number("I", shown)
             value_at = r.at - start
-            item = r.skip_value(kind, key)
+            item = r.skip_value(kind, shown)
             if key in self.kv:
-                raise r.fail(f"key {key} appears twice")
+                raise r.fail(f"{shown} appears twice")
             self.kv[key] = KeyValue(key, kind, item, bytes(r.data[start:r.at]), value_at)
-        info_start = r.at
-        self.tensors: list[TensorInfo] = []
-        for _ in range(n_tensors):
-            name = r.name("a tensor name")
-            n_dims = r.number("I", f"tensor {name}")
-            if not 1 <= n_dims <= 4:
-                raise r.fail(f"tensor {name} has {n_dims} dimensions")
-            shape = tuple(r.number("Q", f"tensor {name}") for _ in range(n_dims))
-            kind = r.number("I", f"tensor {name}")
-            offset = r.number("Q", f"tensor {name}")
-            n = 1
-            for d in shape:
-                n *= d
-            if kind not in TENSOR_TYPES or n >= 1 << 48:
-                raise r.fail(f"tensor {name} has type {kind} and shape {list(shape)}")
-            per, size = TENSOR_TYPES[kind]
-            if n % per:
-                raise r.fail(f"tensor {name} has {n} values, no multiple of its block of {per}")
-            self.tensors.append(TensorInfo(name, shape, kind, offset, n // per * size))
-        self.info_raw = bytes(r.data[info_start:r.at])
         self.alignment = self.get("general.alignment", U32, default=32)
-        if self.alignment == 0 or self.alignment & (self.alignment - 1) or self.alignment > 1 << 20:
-            raise r.fail(f"key general.alignment is {self.alignment}, expected a power of two")
-        self.data_offset = -(-r.at // self.alignment) * self.alignment
+        if not 1 <= self.alignment <= MAX_ALIGNMENT or self.alignment & (self.alignment - 1):
+            raise r.fail(f"key general.alignment is {self.alignment}, expected a power of two up to {MAX_ALIGNMENT}")
+        start = r.at
+        self.tensors = [self._tensor(r, i) for i in range(n_tensors)]
+        self.info_raw = bytes(r.data[start:r.at])
+        self.data_offset = r.at + -r.at % self.alignment
+        at, names = 0, set()  # at: where the next tensor must begin
         for t in self.tensors:
-            if t.offset % self.alignment or self.data_offset + t.offset + t.n_bytes > self.size:
-                raise r.fail(f"tensor {t.name} needs bytes up to {self.data_offset + t.offset + t.n_bytes} and the file has {self.size}: it is cut short")
+            shown = f"tensor {printable(t.name)}"
+            if t.name in names:
+                raise r.fail(f"{shown} appears twice")
+            names.add(t.name)
+            if t.offset != at:
+                raise r.fail(f"{shown} begins at byte {t.offset} of the tensor data, expected {at}")
+            if self.data_offset + at + t.n_bytes > self.size:
+                raise r.fail(f"{shown} needs bytes up to {self.data_offset + at + t.n_bytes} and the file has {self.size}: it is cut short")
+            at += t.n_bytes + -t.n_bytes % self.alignment
+
+    @staticmethod
+    def _tensor(r: _Reader, i: int) -> TensorInfo:
+        name = r.name(f"the name of tensor {i}")
+        shown = f"tensor {printable(name)}"
+        n_dims = r.number("I", shown)
+        if n_dims > 4:
+            raise r.fail(f"{shown} has {n_dims} dimensions, expected at most 4")
+        shape = tuple(r.number("Q", shown) for _ in range(n_dims))
+        kind = r.number("I", shown)
+        offset = r.number("Q", shown)
+        if kind not in TENSOR_TYPES:
+            raise r.fail(f"{shown} has the unknown type {kind}")
+        n = math.prod(shape)
+        if max(shape, default=1) >= 1 << 48 or n >= 1 << 48:
+            raise r.fail(f"{shown} claims the shape {list(shape)}")
+        per, size = TENSOR_TYPES[kind]
+        if (shape[0] if shape else 1) % per:
+            raise r.fail(f"{shown} has rows of {shape[0] if shape else 1} values, no multiple of its type's block of {per}")
+        return TensorInfo(name, shape, kind, offset, n // per * size)
 
     def get(self, key: str, *types: int, default: Any = None) -> Any:
         """The value of `key`; FasaError when it has another type, `default` when it is missing (FasaError if that is ...)."""

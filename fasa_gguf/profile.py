@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import stat
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Sequence
@@ -11,12 +13,16 @@ from typing import Any, Sequence
 import numpy as np
 
 from .errors import FasaError
-from .gguf_file import ARR, F32, STR, TYPE_NAMES, U8, U16, U32, GGUFFile
+from .gguf_file import ARR, F32, STR, TYPE_NAMES, U8, U16, U32, GGUFFile, printable
 from .params import FasaParams
 
 VERSION = 1
 METHODS = ("recall", "energy", "ca", "synthetic")
 MAX_LAYERS, MAX_HEADS, MAX_CHUNKS = 4096, 4096, 4096
+MAX_NUMBERS = 1 << 22      # elements of one array; 80 layers of 8 KV heads of 64 chunks have 41,000
+MAX_JSON = 1 << 26         # bytes
+MAX_TEXT = 4096            # characters
+MAX_F32 = float(np.finfo(np.float32).max)
 REMAKE = "make the profile anew with `fasa-gguf embed-profile MODEL`"
 
 # The one table of keys: name, type, meaning. A type in brackets is an array's element type.
@@ -100,12 +106,8 @@ class Profile:
         """The opposite of to_flat; every value is checked: type, length, range, chunks ranked twice."""
 
         def fail(key: str, expected: str, found: Any) -> FasaError:
-            text = repr(found)
-            return FasaError(f"{where}: key fasa.{key}: expected {expected}, found {text if len(text) < 60 else text[:57] + '...'}; {REMAKE}")
-
-        for key in values:
-            if "fasa." + key not in _TYPES:
-                raise FasaError(f"{where}: key fasa.{key} is unknown; expected one of the keys of format version {VERSION}; {REMAKE}")
+            text = "nothing" if found is None else found if isinstance(found, _Said) else _brief(found)
+            return FasaError(f"{where}: key fasa.{key}: expected {expected}, found {text}; {REMAKE}")
 
         def get(key: str, default: Any = ...) -> Any:
             kind = _TYPES["fasa." + key]
@@ -114,82 +116,118 @@ class Profile:
                     raise fail(key, kind, None)
                 return default
             value = values[key]
-            number = lambda x, integer: not isinstance(x, bool) and isinstance(x, int if integer else (int, float))
+            good = _is_f32 if "f32" in kind else _is_u32
             if kind == "str":
-                good = isinstance(value, str) and len(value) < 4096
+                if not isinstance(value, str) or len(value) >= MAX_TEXT:
+                    raise fail(key, f"text of fewer than {MAX_TEXT} characters", value)
             elif kind.startswith("["):
-                good = isinstance(value, list) and all(number(x, kind != "[f32]") for x in value)
-            else:
-                good = number(value, kind != "f32") and (kind == "f32" or 0 <= value < 2**32)
-            if not good:
+                if not isinstance(value, list):
+                    raise fail(key, f"an array, {kind}", value)
+                bad = next((i for i, x in enumerate(value) if not good(x)), None)
+                if bad is not None:
+                    raise fail(key, f"an array, {kind}", _Said(f"{_brief(value[bad])} at index {bad}"))
+            elif not good(value):
                 raise fail(key, kind, value)
             return value
 
-        version = get("version")
-        if version > VERSION or version < 1:
-            raise FasaError(f"{where}: key fasa.version: expected {VERSION}, found {version}; install a newer fasa_gguf, or {REMAKE}")
+        version = get("version")  # first: a newer format may have keys and types that are unknown here
+        if version > VERSION:
+            raise FasaError(f"{where}: key fasa.version: expected at most {VERSION}, found {version}; install a newer fasa_gguf, or {REMAKE}")
+        if version < 1:
+            raise fail("version", str(VERSION), version)
+        for key in values:
+            if "fasa." + key not in _TYPES:
+                raise FasaError(f"{where}: key fasa.{printable(key)}: expected one of the keys of format version {VERSION}, found an unknown one; {REMAKE}")
         n_layer = get("n_layer")
         n_head_kv, n_chunk = get("n_head_kv"), get("n_chunk")
         if not 1 <= n_layer <= MAX_LAYERS:
             raise fail("n_layer", f"1 to {MAX_LAYERS}", n_layer)
         for key, list_, most in (("n_head_kv", n_head_kv, MAX_HEADS), ("n_chunk", n_chunk, MAX_CHUNKS)):
-            if len(list_) != n_layer or not all(0 <= x <= most for x in list_):
-                raise fail(key, f"{n_layer} numbers from 0 to {most}", list_)
-        if any(c and not h for h, c in zip(n_head_kv, n_chunk)):
-            raise fail("n_head_kv", "KV heads in every layer that has chunks", n_head_kv)
+            if len(list_) != n_layer:
+                raise fail(key, f"{n_layer} numbers, one a layer", _Said(f"{len(list_)} numbers"))
+            il = next((il for il, x in enumerate(list_) if x > most), None)
+            if il is not None:
+                raise fail(key, f"numbers from 0 to {most}", _Said(f"{list_[il]} in layer {il}"))
+        if not any(n_chunk):
+            raise fail("n_chunk", "chunks in at least one layer", _Said("none in any"))
+        il = next((il for il, (h, c) in enumerate(zip(n_head_kv, n_chunk)) if c and not h), None)
+        if il is not None:
+            raise fail("n_head_kv", "KV heads in every layer that has chunks", _Said(f"0 in layer {il}"))
+        least = min(c for c in n_chunk if c)
         method = get("ranking_method")
         if method not in METHODS:
             raise fail("ranking_method", " or ".join(METHODS), method)
 
-        def layers(key: str, per_head: Sequence[int], dtype: type) -> list[np.ndarray]:
+        def layers(key: str, per_head: Sequence[int], dtype: Any) -> list[np.ndarray]:
             flat, sizes = get(key), [h * n if c else 0 for h, n, c in zip(n_head_kv, per_head, n_chunk)]
             if len(flat) != sum(sizes):
-                raise fail(key, f"{sum(sizes)} numbers", f"{len(flat)} numbers")
-            if dtype is np.float32 and not np.isfinite(np.asarray(flat, np.float64)).all():
-                raise fail(key, "finite numbers", "NaN or infinity")
-            parts = np.split(np.asarray(flat, np.float64), np.cumsum(sizes)[:-1])
+                raise fail(key, f"{sum(sizes)} numbers for this shape", _Said(f"{len(flat)} numbers"))
+            parts = np.split(np.asarray(flat, dtype), np.cumsum(sizes)[:-1])
             return [p.reshape((h, n) if c else (0, 0)) for p, h, n, c in zip(parts, n_head_kv, per_head, n_chunk)]
 
-        ranking = layers("ranking", n_chunk, np.uint16)
+        ranking = layers("ranking", n_chunk, np.uint32)
         for il, rows in enumerate(ranking):
             for h, row in enumerate(rows):
                 if not np.array_equal(np.sort(row), np.arange(len(row))):
-                    bad = next((int(x) for x in row if not 0 <= x < len(row) or (row == x).sum() > 1), 0)
-                    what = f"chunk {bad} twice" if 0 <= bad < len(row) else f"chunk {bad}"
-                    raise fail("ranking", f"each chunk from 0 to {len(row) - 1} once in layer {il}, KV head {h}", what)
+                    bad = next(int(x) for x in row if x >= len(row) or (row == x).sum() > 1)
+                    what = f"chunk {bad} twice" if bad < len(row) else f"chunk {bad}"
+                    raise fail("ranking", f"each chunk from 0 to {len(row) - 1} once in layer {il}, KV head {h}", _Said(what))
         out = cls(n_head_kv, n_chunk, [r.astype(np.uint16) for r in ranking], method)
         for key in ("weight", "recall"):
             n = get(key + "_k", 0)
             if n > 0 or key in values:
-                if not 1 <= n <= max(n_chunk):
-                    raise fail(key + "_k", f"1 to {max(n_chunk)}", n)
+                if not 1 <= n <= least:
+                    raise fail(key + "_k", f"1 to {least}", n)
                 setattr(out, key + "_k", n)
-                setattr(out, key, [x.astype(np.float32) for x in layers(key, [n] * n_layer, np.float32)])
+                setattr(out, key, layers(key, [n] * n_layer, np.float32))
+        for il, kept in enumerate(out.recall or []):
+            if kept.size and not (kept.min() >= 0 and kept.max() <= 1.001):  # 1 up to rounding
+                raise fail("recall", "shares from 0 to 1", _Said(f"{kept.min():.4g} to {kept.max():.4g} in layer {il}"))
         out.recall_budget = get("recall_budget", 0)
         if "layer_budget" in values:
             shares = np.asarray(get("layer_budget"), np.float32)
             if len(shares) != n_layer or not ((shares > 0) & (shares < 100)).all():
-                raise fail("layer_budget", f"{n_layer} shares above 0", values["layer_budget"])
+                raise fail("layer_budget", f"{n_layer} shares above 0 and below 100", values["layer_budget"])
             out.layer_budget = shares
         for group in ("rope", "default", "calibration"):
             found = {k.split(".", 1)[1]: get(k) for k in values if k.startswith(group + ".")}
             setattr(out, "defaults" if group == "default" else group, found)
         if out.rope.get("layout", "norm") not in ("norm", "neox"):
             raise fail("rope.layout", "norm or neox", out.rope["layout"])
-        FasaParams.from_mapping(out.defaults, f"{where}: fasa.default")
+        for key in ("base", "scale"):
+            if out.rope.get(key, 1.0) <= 0:
+                raise fail("rope." + key, "a number above 0", out.rope[key])
+        try:
+            FasaParams.from_mapping(out.defaults, "fasa.default")
+        except FasaError as e:
+            raise FasaError(f"{where}: keys fasa.default.*: {e}; {REMAKE}") from None
         return out
+
+    def check_values(self, where: str) -> None:
+        """Raises FasaError when any value could not be read back: what a file must not get."""
+        Profile.from_flat(self.to_flat(), where)
 
     # ---- JSON ----
 
     def to_json(self) -> str:
-        """Readable, one key a line."""
+        """Readable, one key a line; floats have 5 digits."""
         body = ",\n".join(f"  {json.dumps(k)}: {json.dumps(_short(v))}" for k, v in self.to_flat().items())
         return "{\n" + body + "\n}\n"
 
     @classmethod
     def from_json(cls, text: str, where: str) -> "Profile":
+        """The opposite of to_json; raises FasaError naming `where`."""
+
+        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            found = dict(pairs)
+            if len(found) < len(pairs):
+                names = [name for name, _ in pairs]
+                twice = next(name for name in names if names.count(name) > 1)
+                raise FasaError(f"{where}: key fasa.{printable(twice)}: expected it once, found it twice; {REMAKE}")
+            return found
+
         try:
-            values = json.loads(text)
+            values = json.loads(text, object_pairs_hook=unique)
         except (ValueError, RecursionError) as e:
             raise FasaError(f"{where}: not a FASA profile: expected JSON, found {e}; {REMAKE}") from None
         if not isinstance(values, dict):
@@ -197,27 +235,38 @@ class Profile:
         return cls.from_flat(values, where)
 
     def save(self, path: str | os.PathLike) -> None:
+        """To a JSON file, whole or not at all. Raises FasaError when a value is out of range or the file cannot be written."""
+        self.check_values(str(path))
         temporary = Path(f"{path}.tmp-{os.getpid()}")
         try:
             temporary.write_text(self.to_json())
             os.replace(temporary, path)
         except OSError as e:
-            temporary.unlink(missing_ok=True)
-            raise FasaError(f"{path}: cannot be written: {e.strerror or e}") from None
+            raise FasaError(f"{path}: cannot be written: {e.strerror or e}; give another path with -o") from None
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Profile":
         """From a JSON file, or from a GGUF that has a profile embedded."""
         try:
+            if not stat.S_ISREG(os.stat(path).st_mode):
+                raise FasaError(f"{path}: not a FASA profile: expected a regular file, JSON or GGUF; {REMAKE}")
             with open(path, "rb") as f:
-                if f.read(4) == b"GGUF":
-                    found = cls.from_gguf(GGUFFile(path))
-                    if found is None:
-                        raise FasaError(f"{path}: there is no FASA profile in this model; run `fasa-gguf embed-profile {path}`")
-                    return found
-            text = Path(path).read_text()
+                data = f.read(4)
+                if data != b"GGUF":
+                    data += f.read(MAX_JSON)
+            if data == b"GGUF":
+                found = cls.from_gguf(GGUFFile(path))
+                if found is None:
+                    raise FasaError(f"{path}: there is no FASA profile in this model; run `fasa-gguf embed-profile {path}`")
+                return found
+            if len(data) > MAX_JSON:
+                raise FasaError(f"{path}: not a FASA profile: expected at most {MAX_JSON} bytes of JSON, found more; {REMAKE}")
+            text = data.decode()
         except OSError as e:
-            raise FasaError(f"{path}: cannot be read: {e.strerror or e}") from None
+            raise FasaError(f"{path}: cannot be read: {e.strerror or e}; check the path") from None
         except UnicodeDecodeError:
             raise FasaError(f"{path}: not a FASA profile: expected JSON or GGUF, found other bytes; {REMAKE}") from None
         return cls.from_json(text, str(path))
@@ -239,29 +288,60 @@ class Profile:
     @classmethod
     def from_gguf(cls, model: GGUFFile) -> "Profile | None":
         """The embedded profile; None when there is none. A key of the wrong type raises FasaError."""
+        entries = {key[5:]: entry for key, entry in model.kv.items() if key.startswith("fasa.")}
+        if not entries:
+            return None
+        version = entries.get("version")
+        if version is not None and version.type == U32 and version.value > VERSION:
+            return cls.from_flat({"version": version.value}, str(model.path))  # refused there, whatever the other keys are
         values: dict[str, Any] = {}
-        for key, entry in model.kv.items():
-            if not key.startswith("fasa."):
-                continue
-            kind = _TYPES.get(key)
-            if kind is not None:
-                is_array = entry.type == ARR
-                name = f"[{TYPE_NAMES[entry.item_type]}]" if is_array else TYPE_NAMES[entry.type]
-                if name not in kind.split(" or "):
-                    raise FasaError(f"{model.path}: key {key}: expected {kind}, found {entry.type_name}; {REMAKE}")
-                if is_array and len(entry.raw) > 1 << 26:
-                    raise FasaError(f"{model.path}: key {key}: expected a small array, found {len(entry.raw)} bytes; {REMAKE}")
-            values[key[5:]] = entry.value
-        return cls.from_flat(values, str(model.path)) if values else None
+        for key, entry in entries.items():
+            kind = _TYPES.get("fasa." + key)
+            if kind is None:
+                raise FasaError(f"{model.path}: key fasa.{printable(key)}: expected one of the keys of format version {VERSION}, found an unknown one; {REMAKE}")
+            name = f"[{TYPE_NAMES[entry.item_type]}]" if entry.type == ARR else TYPE_NAMES[entry.type]
+            if name not in kind.split(" or "):
+                raise FasaError(f"{model.path}: key fasa.{key}: expected {kind}, found {entry.type_name}; {REMAKE}")
+            if entry.count > MAX_NUMBERS:
+                raise FasaError(f"{model.path}: key fasa.{key}: expected at most {MAX_NUMBERS} elements, found {entry.count}; {REMAKE}")
+            values[key] = entry.value
+        return cls.from_flat(values, str(model.path))
 
     def check(self, n_head_kv: Sequence[int], n_chunk: Sequence[int], where: str) -> None:
-        """Raises FasaError naming both shapes when the profile is for another model; arguments per layer."""
+        """Raises FasaError naming both shapes when the profile is for another model; arguments per layer, n_chunk -1: not known."""
+        bad = [il for il, (h, c, mh, mc) in enumerate(zip(self.n_head_kv, self.n_chunk, n_head_kv, n_chunk))
+               if c and (h != mh or mc not in (c, -1))]
+        if len(self.n_chunk) == len(n_chunk) and not bad:
+            return
         mine = f"{len(self.n_chunk)} layers, {_span(self.n_head_kv)} KV heads, {_span(self.n_chunk)} chunks"
         theirs = f"{len(n_chunk)} layers, {_span(n_head_kv)} KV heads, {_span(n_chunk)} chunks"
-        fits = len(self.n_chunk) == len(n_chunk) and all(
-            c == 0 or (h == mh and c == mc) for h, c, mh, mc in zip(self.n_head_kv, self.n_chunk, n_head_kv, n_chunk))
-        if not fits:
-            raise FasaError(f"{where}: the profile is for another model: it has {mine}, the model {theirs}; {REMAKE}")
+        if mine == theirs:
+            il = bad[0]
+            mine = f"{self.n_head_kv[il]} KV heads and {self.n_chunk[il]} chunks in layer {il}"
+            theirs = f"{n_head_kv[il]} and {n_chunk[il]}"
+        raise FasaError(f"{where}: the profile is for another model: it has {mine}, the model {theirs}; {REMAKE}")
+
+
+class _Said(str):
+    """Text of a message, not a value to be shown in quotes."""
+
+
+def _brief(value: Any) -> str:
+    """A value as it was found, at most 60 characters; big numbers and long lists are not spelt out."""
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        return "a number of more than 64 bits"
+    if isinstance(value, (list, dict)):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    text = ascii(value[:60] if isinstance(value, str) else value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _is_u32(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 1 << 32
+
+
+def _is_f32(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and -MAX_F32 <= x <= MAX_F32  # false for NaN
 
 
 def _short(value: Any) -> Any:

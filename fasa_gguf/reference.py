@@ -8,6 +8,8 @@ cached tokens almost as the whole head does. One decode step of one KV head with
     select   the best `budget` tokens; sinks and recent ones always in         forced_cells, select
     FAC      focused attention computation: exact, over the selected tokens    attend
 
+`decode_step` is the four in a row.
+
 Source: FASA, arXiv 2602.03152, sections 3 and 4; what differs from it (one selection per KV head, forced tokens, the ranking
 of chunks as a set) is explained in docs/method.md.
 """
@@ -15,6 +17,8 @@ of chunks as a set) is explained in docs/method.md.
 from __future__ import annotations
 
 import numpy as np
+
+from .params import FasaParams
 
 GROUP = 8  # dominant dimensions that share one scale
 
@@ -122,6 +126,23 @@ def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, cells: np.ndarray, scale
     return (softmax(logits)[:, : len(cells)] @ v[cells]).astype(np.float32)      # [G, d_v]
 
 
+def decode_step(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, visible: np.ndarray, ranking: np.ndarray,
+                dims: np.ndarray, p: FasaParams, scale: float, soft_cap: float = 0, weight: np.ndarray | None = None,
+                sink: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """One token, one KV head: (output f32 [G, d_v], the cells attended, ascending). q [G, head_dim], k [n_kv, head_dim],
+    v [n_kv, d_v], positions and visible [n_kv], ranking [n_chunk], dims [n_chunk, 2]; weight [m] of the m leading chunks,
+    the others have 1."""
+    chosen = dominant_dims(ranking, p.chunks, dims)                              # [n_dom]
+    w = np.ones(len(chosen), np.float32)                                         # [n_dom]
+    if weight is not None:
+        known = np.repeat(weight[: p.chunks], 2)                                 # [2*m]
+        w[: len(known)] = known
+    est = estimate(q, quantize_k_dom(k, chosen, p.k_dom), chosen, w, scale, soft_cap)           # [G, n_kv]
+    forced = forced_cells(positions, visible, p.sink, p.recent)                  # [n_kv]
+    cells = select(group_score(est, visible), visible, forced, len(q), p.budget, p.mass, p.floor, p.cap)
+    return attend(q, k, v, cells, scale, soft_cap, sink), cells
+
+
 # ---- ranking the chunks (calibration) ----
 
 
@@ -138,16 +159,14 @@ def chunk_scores(q: np.ndarray, k: np.ndarray, dims: np.ndarray, scale: float) -
 def rank_ca(q: np.ndarray, k: np.ndarray, q_pos: np.ndarray, dims: np.ndarray, scale: float, budget: int) -> np.ndarray:
     """As published, by contextual agreement: the share of the head's top `budget` tokens that the chunk's top tokens hit, mean
     over the group's heads and the queries. Best first."""
-    parts = chunk_scores(q, k, dims, scale)                                      # [n_chunk, G, n_query, n_kv]
-    full = np.einsum("gqd,nd->gqn", q, k)                                        # [G, n_query, n_kv]
     agree = np.zeros(len(dims))                                                  # [n_chunk]
     for i, pos in enumerate(q_pos):
-        n = min(budget, pos + 1)
-        true = np.argpartition(-full[:, i, : pos + 1], n - 1, -1)[:, :n]         # [G, n]
-        hit = np.zeros((len(full), pos + 1), bool)                               # [G, n_visible]
+        seen, n = k[: pos + 1], min(budget, pos + 1)                             # [n_visible, head_dim]
+        true = np.argpartition(-(q[:, i] @ seen.T), n - 1, -1)[:, :n]            # [G, n]
+        hit = np.zeros((len(q), pos + 1), bool)                                  # [G, n_visible]
         np.put_along_axis(hit, true, True, -1)
-        for c in range(len(dims)):
-            top = np.argpartition(-parts[c][:, i, : pos + 1], n - 1, -1)[:, :n]  # [G, n]
+        for c, part in enumerate(chunk_scores(q[:, i : i + 1], seen, dims, scale)[:, :, 0]):
+            top = np.argpartition(-part, n - 1, -1)[:, :n]                       # [G, n]
             agree[c] += np.take_along_axis(hit, top, -1).mean()
     return np.argsort(-agree, kind="stable")
 
@@ -183,15 +202,16 @@ def rank_recall(q: np.ndarray, k: np.ndarray, q_pos: np.ndarray, dims: np.ndarra
     return np.array(order, np.int32), np.array(recall, np.float32)
 
 
-def fit_weights(q: np.ndarray, k: np.ndarray, q_pos: np.ndarray, dims: np.ndarray, chosen: np.ndarray, scale: float) -> np.ndarray:
-    """A weight per chosen chunk, f32 [len(chosen)], >= 0: weighted least squares of the true logits on the chunks' logits, each
-    centred per query, the weight of a cell being the root of its true attention."""
+def fit_weights(q: np.ndarray, k: np.ndarray, q_pos: np.ndarray, dims: np.ndarray, chosen: np.ndarray, scale: float,
+                soft_cap: float = 0) -> np.ndarray:
+    """A weight per chosen chunk, f32 [len(chosen)], >= 0: weighted least squares of the true logits (before soft-capping) on
+    the chunks' logits, each centred per query and head, the weight of a cell being the root of its true attention."""
     a = np.zeros((len(chosen), len(chosen)))                                     # [m, m]
     b = np.zeros(len(chosen))                                                    # [m]
     for i, pos in enumerate(q_pos):
         x = chunk_scores(q[:, i : i + 1], k[: pos + 1], dims[chosen], scale)[:, :, 0]     # [m, G, n]
         y = np.einsum("gd,nd->gn", q[:, i], k[: pos + 1]) * scale                # [G, n]
-        w = np.sqrt(softmax(y))                                                  # [G, n]
+        w = np.sqrt(softmax(capped(y, soft_cap)))                                # [G, n]
         w /= w.sum(-1, keepdims=True)
         x = x - (x * w).sum(-1, keepdims=True)
         y = y - (y * w).sum(-1, keepdims=True)

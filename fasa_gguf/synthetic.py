@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from pathlib import Path
+from typing import Any, Callable
 
 import numpy as np
 
@@ -26,17 +27,33 @@ def _q4_0(rng: np.random.Generator, rows: int, cols: int) -> np.ndarray:
     return np.resize(block, (n, 18)).reshape(rows, -1)
 
 
+def _tensors(shape: str) -> list[tuple[str, int, int]]:
+    """(name, rows, columns) in file order; 0 rows: a vector of ones."""
+    n_embd, n_ff, n_layer, n_head, n_head_kv, width, n_vocab = SHAPES[shape]
+    q, kv = n_head * width, n_head_kv * width
+    out = [("token_embd", n_vocab, n_embd), ("output_norm", 0, n_embd), ("output", n_vocab, n_embd)]
+    for i in range(n_layer):
+        out += [(f"blk.{i}.{part}", rows, cols) for part, rows, cols in (
+            ("attn_norm", 0, n_embd), ("attn_q", q, n_embd), ("attn_k", kv, n_embd), ("attn_v", kv, n_embd), ("attn_output", n_embd, q),
+            ("ffn_norm", 0, n_embd), ("ffn_gate", n_ff, n_embd), ("ffn_up", n_ff, n_embd), ("ffn_down", n_embd, n_ff))]
+    return out
+
+
 def write_model(path: str | os.PathLike, shape: str, seed: int = 0) -> None:
-    """A GGUF of one of SHAPES. Raises FasaError for an unknown shape, or when the gguf package is missing."""
+    """A GGUF of one of SHAPES, one tensor in memory at a time; `path` is there when it is whole.
+
+    Raises FasaError for an unknown shape, a file that cannot be written, or when the gguf package is missing.
+    """
     try:
         from gguf import GGMLQuantizationType, GGUFWriter
     except ImportError:
-        raise FasaError("making a random model needs the gguf package; run `pip install gguf`") from None
+        raise FasaError("making a random model needs the gguf package; run `pip install 'fasa_gguf[test]'`") from None
     if shape not in SHAPES:
         raise FasaError(f"shape {shape!r}: expected one of {', '.join(SHAPES)}")
     n_embd, n_ff, n_layer, n_head, n_head_kv, width, n_vocab = SHAPES[shape]
     rng = np.random.default_rng(seed)
-    w: Any = GGUFWriter(path, "llama")
+    temporary = Path(f"{path}.tmp-{os.getpid()}")
+    w: Any = GGUFWriter(temporary, "llama")
     w.add_name(f"random-{shape}")
     w.add_vocab_size(n_vocab)
     w.add_context_length(131072)
@@ -52,32 +69,49 @@ def write_model(path: str | os.PathLike, shape: str, seed: int = 0) -> None:
     w.add_layer_norm_rms_eps(1e-5)
     w.add_tokenizer_model("no_vocab")
     w.add_file_type(2)
+    tensors = _tensors(shape)
+    for name, rows, cols in tensors:
+        if rows:
+            n_bytes = cols // 32 * 18
+            w.add_tensor_info(name + ".weight", (rows, n_bytes), np.dtype(np.uint8), rows * n_bytes, GGMLQuantizationType.Q4_0)
+        else:
+            w.add_tensor_info(name + ".weight", (cols,), np.dtype(np.float32), 4 * cols)
+    try:
+        try:
+            w.write_header_to_file()
+            w.write_kv_data_to_file()
+            w.write_ti_data_to_file()
+            for _, rows, cols in tensors:
+                w.write_tensor_data(_q4_0(rng, rows, cols) if rows else np.ones(cols, np.float32))
+        finally:
+            w.close()
+        os.replace(temporary, path)
+    except OSError as e:
+        raise FasaError(f"{path}: cannot be written: {e.strerror or e}; a {shape} model takes {model_bytes(shape) / 1e9:.1f} GB") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
-    def matrix(name: str, rows: int, cols: int) -> None:
-        w.add_tensor(name + ".weight", _q4_0(rng, rows, cols), raw_dtype=GGMLQuantizationType.Q4_0)
 
-    def norm(name: str) -> None:
-        w.add_tensor(name + ".weight", np.ones(n_embd, np.float32))
-
-    matrix("token_embd", n_vocab, n_embd)
-    norm("output_norm")
-    matrix("output", n_vocab, n_embd)
-    for i in range(n_layer):
-        for part in ("attn_norm", "ffn_norm"):
-            norm(f"blk.{i}.{part}")
-        for part, rows, cols in (("attn_q", n_head * width, n_embd), ("attn_k", n_head_kv * width, n_embd), ("attn_v", n_head_kv * width, n_embd),
-                                 ("attn_output", n_embd, n_head * width), ("ffn_gate", n_ff, n_embd), ("ffn_up", n_ff, n_embd), ("ffn_down", n_embd, n_ff)):
-            matrix(f"blk.{i}.{part}", rows, cols)
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
+def model_bytes(shape: str) -> int:
+    """Bytes of the tensors of a shape."""
+    return sum(rows * cols // 32 * 18 if rows else 4 * cols for _, rows, cols in _tensors(shape))
 
 
 def synthetic_profile(n_head_kv: list[int], n_chunk: list[int], seed: int | None = None) -> Profile:
-    """A ranking that knows nothing: chunks in order, or shuffled by a seed."""
+    """A ranking that knows nothing, method "synthetic": chunks in order, or shuffled by a seed. n_head_kv, n_chunk per layer."""
     rng = np.random.default_rng(seed)
     order = (lambda n: np.arange(n)) if seed is None else rng.permutation
     ranking = [np.array([order(n) for _ in range(h)], np.uint16).reshape(h, n) if n else np.zeros((0, 0), np.uint16)
                for h, n in zip(n_head_kv, n_chunk)]
     return Profile(list(n_head_kv), list(n_chunk), ranking, "synthetic")
+
+
+def cached_model(shape: str, say: Callable[[str], None] = lambda text: None) -> Path:
+    """The random model of a shape in the user's cache folder, written when it is not there; `say` is told so."""
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fasa_gguf" / f"random-{shape}.gguf"
+    if shape in SHAPES and not path.exists():
+        say(f"writing a random {shape} model, {model_bytes(shape) / 1e9:.1f} GB, to {path}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        write_model(path, shape)
+    return path

@@ -2,10 +2,11 @@
 // The hot loops run over cells and are written so that the compiler vectorises them for several instruction sets.
 
 #include "fasa-error.h"
-#include "fasa-select.h"
+#include "fasa.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <thread>
 #include <vector>
@@ -77,10 +78,65 @@ FASA_CLONES static void fasa_add_chunk(float * __restrict out, const float * __r
     }
 }
 
-FASA_CLONES static void fasa_keys(const float * __restrict score, uint32_t * __restrict key, int n) {
+// Order of a cell as a positive integer: the bits of its score, which is not negative, and one more; forced cells come first.
+static constexpr int32_t KEY_FORCED = INT32_MAX;
+
+FASA_CLONES static void fasa_keys(const float * __restrict score, int32_t * __restrict key, int n) {
     for (int j = 0; j < n; ++j) {
-        key[j] = fasa_key(score[j]);
+        int32_t bits;
+        memcpy(&bits, score + j, sizeof(bits));
+        key[j] = bits + 1;
     }
+}
+
+FASA_CLONES static int fasa_count(const int32_t * key, int32_t least, int n) {
+    int count = 0;
+    for (int j = 0; j < n; ++j) {
+        count += key[j] >= least;
+    }
+    return count;
+}
+
+// mass of the cells whose key is at least `least`
+FASA_CLONES static double fasa_sum(const float * __restrict mass, const int32_t * __restrict key, int32_t least, int n) {
+    double lane[LANES] = {};
+    int j = 0;
+    for (; j + LANES <= n; j += LANES) {
+        for (int l = 0; l < LANES; ++l) {
+            lane[l] += key[j + l] >= least ? mass[j + l] : 0.0f;
+        }
+    }
+    double sum = 0.0;
+    for (; j < n; ++j) {
+        sum += key[j] >= least ? mass[j] : 0.0f;
+    }
+    for (const double x : lane) {
+        sum += x;
+    }
+    return sum;
+}
+
+// mass of the n_take best cells, n_forced < n_take <= n, ties to the lower cell. The threshold is found by halving: counting
+// a row is a few hundred vector compares, less than any partial sort of it.
+static double fasa_best_mass(const float * mass, const int32_t * key, int n, int n_take) {
+    int32_t low = 1, high = KEY_FORCED; // n_take or more cells are at least `low`, fewer are at least `high`
+    while (high - low > 1) {
+        const int32_t mid   = low + (high - low)/2;
+        const int     count = fasa_count(key, mid, n);
+        if (count == n_take) {
+            return fasa_sum(mass, key, mid, n);
+        }
+        (count > n_take ? low : high) = mid;
+    }
+    double sum = fasa_sum(mass, key, high, n);
+    int n_equal = n_take - fasa_count(key, high, n);
+    for (int j = 0; j < n && n_equal > 0; ++j) {
+        if (key[j] == low) {
+            sum += mass[j];
+            n_equal--;
+        }
+    }
+    return sum;
 }
 
 namespace {
@@ -139,7 +195,7 @@ struct ranker {
     }
 
     // true mass held by the budget's tokens when `chunk` joins the set, for query i
-    double kept(int i, int chunk, std::vector<float> & x, std::vector<float> & score, std::vector<uint32_t> & key, fasa_keys_view & view, std::vector<uint32_t> & scratch) {
+    double kept(int i, int chunk, std::vector<float> & x, std::vector<float> & score, std::vector<int32_t> & key) {
         const int n = c.q_pos[i] + 1;
         std::fill(score.begin(), score.begin() + n, 0.0f);
         for (int g = 0; g < c.n_group; ++g) {
@@ -148,23 +204,11 @@ struct ranker {
             fasa_add_softmax(x.data(), score.data(), n);
         }
         fasa_keys(score.data(), key.data(), n);
-        std::fill(key.begin(), key.begin() + std::min(n, c.sink), FASA_KEY_FORCED);
-        std::fill(key.begin() + std::max(0, n - c.recent), key.begin() + n, FASA_KEY_FORCED);
-        const int n_forced = std::min(n, c.sink + c.recent);
-        const int n_take   = std::min(n, std::max(c.budget, n_forced));
-        view.set(key.data(), n);
-        fasa_threshold t = n_take == n ? fasa_threshold { FASA_KEY_HIDDEN, 0 } : fasa_find_threshold(view, n_take, scratch);
-        const float * m = mass.data() + size_t(i)*n_pad;
-        double sum = 0.0;
-        view.for_each(t.key, [&](uint32_t j, uint32_t k) {
-            if (k > t.key) {
-                sum += m[j];
-            } else if (t.n_equal > 0) {
-                sum += m[j];
-                t.n_equal--;
-            }
-        });
-        return sum;
+        std::fill(key.begin(), key.begin() + std::min(n, c.sink), KEY_FORCED);
+        std::fill(key.begin() + std::max(0, n - c.recent), key.begin() + n, KEY_FORCED);
+        const int     n_forced = std::min<int64_t>(n, int64_t(c.sink) + c.recent);
+        const float * m        = mass.data() + size_t(i)*n_pad;
+        return c.budget > n_forced ? fasa_best_mass(m, key.data(), n, std::min(n, c.budget)) : fasa_sum(m, key.data(), KEY_FORCED, n);
     }
 
     // f(query) for every query, on all threads
@@ -190,13 +234,12 @@ struct ranker {
         std::vector<double> held(size_t(c.n_chunk)*c.n_query); // summed in one order, so threads do not matter
         for (int r = 0; r < c.n_rank; ++r) {
             for_queries([&](int first, int last) {
-                std::vector<float>    x(n_pad), score(n_pad);
-                std::vector<uint32_t> key(n_pad), scratch;
-                fasa_keys_view        view;
+                std::vector<float>   x(n_pad), score(n_pad);
+                std::vector<int32_t> key(n_pad);
                 for (int i = first; i < last; ++i) {
                     for (int chunk = 0; chunk < c.n_chunk; ++chunk) {
                         if (!chosen[chunk] && (c.candidate == nullptr || c.candidate[chunk])) {
-                            held[size_t(chunk)*c.n_query + i] = kept(i, chunk, x, score, key, view, scratch);
+                            held[size_t(chunk)*c.n_query + i] = kept(i, chunk, x, score, key);
                         }
                     }
                 }

@@ -56,7 +56,7 @@ def test_usage_errors_exit_2(capsys, argv, message):
 
 def test_lists_and_the_two_ways_to_name_the_model():
     a = cli.parser().parse_args(["bench", "-m", "m.gguf"])
-    assert a.model_flag == "m.gguf" and a.n_depth == [0, 4096, 8192]
+    assert a.model_flag == "m.gguf" and a.n_depth is None
     a = cli.parser().parse_args(["bench", "m.gguf", "-d", "1,22"])
     assert a.model == "m.gguf" and a.n_depth == [1, 22]
 
@@ -141,6 +141,6 @@ def test_a_reader_that_goes_away_is_no_error(profiled):
 
 
 def test_calibrate_into_a_missing_folder(capsys, tiny, library):
-    assert "No such file or directory" in error(capsys, "calibrate", str(tiny), "-c", "512", "-o", "/nowhere/p.json")
+    assert "/nowhere/p.json: the folder does not exist; make it, or give another -o" in error(capsys, "calibrate", str(tiny), "-c", "512", "-o", "/nowhere/p.json")
     with pytest.raises(FasaError):
         cli.main(["--debug", "inspect", "/nowhere/p.json"])

@@ -123,7 +123,7 @@ def test_auto_never_refuses_what_llama_cpp_takes(make, profiled, tiny, tmp_path,
     bad.write_bytes(data)
     assert make(bad).fasa == "off"                                               # a Path, too
     err = capfd.readouterr().err
-    assert "newer.gguf: key fasa.version: expected 1, found 99" in err and "decoding is dense" in err
+    assert "newer.gguf: key fasa.version: expected at most 1, found 99" in err and "decoding is dense" in err
     with pytest.raises(FasaError, match="key fasa.version"):
         make(bad, fasa=ON)
     other = synthetic_profile([2] * 2, [8] * 2)

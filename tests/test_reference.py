@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fasa_gguf import reference as R
+from fasa_gguf import FasaParams, reference as R
 
 
 def test_chunk_dims_pair_as_rope_does():
@@ -79,3 +79,103 @@ def test_attention_over_all_cells_is_dense():
     assert np.allclose(R.attend(q, k, v, np.arange(30), 0.3), R.softmax(q @ k.T * 0.3) @ v, atol=1e-6)
     half = R.attend(q, k, v, np.arange(30), 0.3, sink=np.log(np.exp(q @ k.T * 0.3).sum(-1)))
     assert np.allclose(half, 0.5 * R.attend(q, k, v, np.arange(30), 0.3), atol=1e-6)
+
+
+def test_quantised_values_by_hand():
+    x = np.zeros((1, 8), np.float32)
+    x[0, :4] = [12.7, -6.35, 0.05, 0.0]             # q8: the step is 0.1 as f16
+    step = np.float32(np.float16(0.1))
+    assert np.allclose(R.quantize_k_dom(x, np.arange(8), "q8")[0, :4], np.array([127, -64, 1, 0]) * step)
+    x[0, :4] = [-8.0, 3.4, 3.6, 7.9]                # q4: the step is 1, from the value of largest magnitude; 8 is out of reach
+    assert R.quantize_k_dom(x, np.arange(8), "q4")[0, :4].tolist() == [-8, 3, 4, 7]
+    x[0, :4] = [4.0, -4.0, 0, 0]                    # equal magnitudes: the first gives the sign
+    assert R.quantize_k_dom(x, np.arange(8), "q4")[0, :2].tolist() == [4.0, -3.5]
+
+
+def test_q4_is_ggmls_arithmetic():
+    from gguf import GGMLQuantizationType, quants
+
+    x = np.zeros((40, 32), np.float32)
+    x[:, :8] = np.random.default_rng(2).standard_normal((40, 8))     # one group of ours in a block of q4_0
+    theirs = quants.dequantize(quants.quantize(x, GGMLQuantizationType.Q4_0), GGMLQuantizationType.Q4_0)[:, :8]
+    ours = R.quantize_k_dom(x, np.arange(8), "q4")
+    step = np.abs(x).max(-1, keepdims=True) / 8
+    assert (np.abs(ours - theirs) < 1e-6).mean() > 0.99 and (np.abs(ours - theirs) < 1.01 * step).all()  # the rounded f16 step
+
+
+def brute_step(q, k, v, visible, forced, dims, weight, n, scale, cap):
+    """The same step with loops over heads and cells and one sort of (not forced, -score, cell)."""
+    score = np.zeros(len(k))
+    for head in q:
+        est = [cap * np.tanh(scale * sum(head[d] * w * key[d] for d, w in zip(dims, weight)) / cap) for key in k]
+        e = [np.exp(x) if see else 0.0 for x, see in zip(est, visible)]
+        score += np.array(e) / sum(e)
+    order = sorted((not forced[j], -score[j], j) for j in range(len(k)) if visible[j])
+    cells = sorted(j for _, _, j in order[:n])
+    out = []
+    for head in q:
+        e = {j: np.exp(cap * np.tanh(scale * sum(head * k[j]) / cap)) for j in cells}
+        out.append(sum(e[j] * v[j] for j in cells) / sum(e.values()))
+    return np.array(out), cells
+
+
+def test_decode_step_is_the_brute_force_step():
+    rng = np.random.default_rng(6)
+    d, n = 12, 60
+    q, k, v = (rng.standard_normal(s) for s in ((3, d), (n, d), (n, 5)))
+    k = k.astype(np.float16).astype(np.float32)
+    positions = rng.permutation(n)                                   # a cell's position is not its index
+    visible = positions < 50
+    forced = visible & ((positions < 2) | (positions >= 47))
+    dims = R.chunk_dims(d, 8, "neox")
+    ranking, weight = np.array([4, 1, 3, 0, 5, 2]), np.array([0.5, 2.0], np.float32)
+    p = FasaParams(chunks=3, budget=14, sink=2, recent=3, k_dom="f16")
+    out, cells = R.decode_step(q, k, v, positions, visible, ranking, dims, p, 0.4, 2.0, weight)
+    want, expected = brute_step(q, k, v, visible, forced, [8, 9, 1, 5, 3, 7], [0.5, 0.5, 2, 2, 1, 1], 14, 0.4, 2.0)
+    assert cells.tolist() == expected and set(np.flatnonzero(forced)) <= set(cells)
+    assert np.allclose(out, want, atol=1e-5)
+
+
+def test_decode_step_with_every_cell_is_dense_attention():
+    rng = np.random.default_rng(7)
+    q, k, v = (rng.standard_normal(s).astype(np.float32) for s in ((2, 16), (40, 16), (40, 8)))
+    out, cells = R.decode_step(q, k, v, np.arange(40), np.ones(40, bool), np.arange(8), R.chunk_dims(16, 16, "norm"),
+                               FasaParams(chunks=2, budget=40), 0.25)
+    assert cells.tolist() == list(range(40)) and np.allclose(out, R.softmax(q @ k.T * 0.25) @ v, atol=1e-6)
+
+
+def test_energy_ranks_by_the_product():
+    assert R.rank_energy(np.array([1.0, 3.0, 2.0, 2.0]), np.array([5.0, 1.0, 2.0, 2.0])).tolist() == [0, 2, 3, 1]
+
+
+def test_agreement_ranks_the_chunk_that_decides_first():
+    rng = np.random.default_rng(8)
+    dims = R.chunk_dims(16, 16, "norm")
+    q = np.full((2, 3, 16), 0.1, np.float32)
+    k = rng.standard_normal((120, 16)).astype(np.float32)
+    q[:, :, dims[6]], q[:, :, dims[2]] = 5.0, 1.0
+    assert R.rank_ca(q, k, np.arange(117, 120), dims, 0.25, 20)[:2].tolist() == [6, 2]
+
+
+def test_weights_of_all_chunks_are_one_and_silent_partners_are_weighed_in():
+    rng = np.random.default_rng(9)
+    dims, pos = R.chunk_dims(8, 8, "norm"), np.arange(196, 200)
+    q, k = rng.standard_normal((2, 4, 8)).astype(np.float32), rng.standard_normal((200, 8)).astype(np.float32)
+    assert np.allclose(R.fit_weights(q, k, pos, dims, np.arange(4), 0.35), 1, atol=0.02)
+    q[..., dims[1]], k[:, dims[1]] = 2 * q[..., dims[0]], k[:, dims[0]]     # chunk 1 is twice chunk 0, so chunk 0 stands for both
+    q[..., dims[2]] = -3 * q[..., dims[3]]
+    k[:, dims[2]] = k[:, dims[3]]                                            # chunk 3 stands for -2 of itself: clipped to 0
+    w = R.fit_weights(q, k, pos, dims, np.array([0, 3]), 0.35)
+    assert np.allclose(w, [3, 0], atol=0.1)
+
+
+def test_greedy_set_prefers_a_complement_over_a_twin():
+    """Chunk 1 says the same as chunk 0; chunk 3 alone says less but finds the other needle."""
+    n, pos = 100, np.array([99])
+    dims = R.chunk_dims(8, 8, "norm")
+    k = np.zeros((n, 8), np.float32)
+    k[40, [0, 1, 2, 3]] = 4.0
+    k[60, [6, 7]] = 5.0
+    order, kept = R.rank_recall(np.ones((1, 1, 8), np.float32), k, pos, dims, 1.0, 0, 3, 2, 0, 0)
+    assert order[:2].tolist() == [0, 3] and kept[0] < kept[1] and kept[1] > 0.99
+    assert order[2] == 1                             # nothing left to gain: the lowest id
