@@ -42,6 +42,16 @@ static inline fasa_f32x16 fasa_f32_i8(const char * p) {
 #endif
 }
 
+static inline fasa_f32x16 fasa_f32_f16(const void * p) {
+#if defined(__AVX512F__)
+    return (fasa_f32x16) _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) p));
+#else
+    float x[16];
+    ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) p, x, 16);
+    return fasa_load<fasa_f32x16>(x);
+#endif
+}
+
 static inline void fasa_f32_nibbles(const char * p, fasa_f32x16 & lo, fasa_f32x16 & hi) {
 #if defined(__AVX512F__)
     const __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p));
@@ -112,7 +122,8 @@ static inline void fasa_row_to_f32(const void * src, float * dst, ggml_type type
 #if defined(__AVX512F__)
         int64_t i = 0;
         for (; i + 16 <= n; i += 16) {
-            _mm512_storeu_ps(dst + i, _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *) ((const char *) src + 2*i))));
+            const fasa_f32x16 x = fasa_f32_f16((const ggml_fp16_t *) src + i);
+            memcpy(dst + i, &x, sizeof(x));
         }
         for (; i < n; ++i) {
             dst[i] = GGML_CPU_FP16_TO_FP32(((const ggml_fp16_t *) src)[i]);
@@ -223,14 +234,13 @@ static void fasa_refresh(const ggml_tensor * tip, const fasa_op_params & p, int6
 
 // ---- TIP ----
 
-// logits [M][FASA_TILE] of M query heads over one tile; q [M][n_dom], q_sum [M][n_dom/FASA_GROUP] the groups' sums of q
+// logits [M][FASA_SPAN], of which FASA_TILE are written, of M query heads over one tile; q [M][n_dom], q_sum [M][n_dom/FASA_GROUP] the groups' sums of q
 template <int M, int K_DOM>
 static void fasa_tip_tile(int n_dom, const char * block, const float * q, const float * q_sum, float * out) {
     fasa_f32x16 acc[M][2] = {};
     const ggml_fp16_t * scale = (const ggml_fp16_t *) block;
     const char        * data  = block + fasa_block_scales(K_DOM, n_dom);
     const int           n_group = n_dom/FASA_GROUP;
-    float f32[FASA_TILE];
     for (int g = 0; g < n_group; ++g) {
         fasa_f32x16 sum[M][2];
         #pragma GCC unroll 4
@@ -252,9 +262,8 @@ static void fasa_tip_tile(int n_dom, const char * block, const float * q, const 
                         x[j][0] = fasa_f32_i8(data + (d + j)*FASA_TILE);
                         x[j][1] = fasa_f32_i8(data + (d + j)*FASA_TILE + 16);
                     } else {
-                        ggml_cpu_fp16_to_fp32((const ggml_fp16_t *) data + (d + j)*FASA_TILE, f32, FASA_TILE);
-                        x[j][0] = fasa_load<fasa_f32x16>(f32);
-                        x[j][1] = fasa_load<fasa_f32x16>(f32 + 16);
+                        x[j][0] = fasa_f32_f16((const ggml_fp16_t *) data + (d + j)*FASA_TILE);
+                        x[j][1] = fasa_f32_f16((const ggml_fp16_t *) data + (d + j)*FASA_TILE + 16);
                     }
                 }
             }
@@ -266,9 +275,8 @@ static void fasa_tip_tile(int n_dom, const char * block, const float * q, const 
         }
         fasa_f32x16 s0 = fasa_f32x16 {} + 1.0f, s1 = s0;
         if (K_DOM != FASA_K_DOM_F16) {
-            ggml_cpu_fp16_to_fp32(scale + g*FASA_TILE, f32, FASA_TILE);
-            s0 = fasa_load<fasa_f32x16>(f32);
-            s1 = fasa_load<fasa_f32x16>(f32 + 16);
+            s0 = fasa_f32_f16(scale + g*FASA_TILE);
+            s1 = fasa_f32_f16(scale + g*FASA_TILE + 16);
         }
         #pragma GCC unroll 4
         for (int m = 0; m < M; ++m) {
@@ -276,7 +284,9 @@ static void fasa_tip_tile(int n_dom, const char * block, const float * q, const 
             acc[m][1] += sum[m][1]*s1;
         }
     }
-    memcpy(out, acc, sizeof(acc));
+    for (int m = 0; m < M; ++m) {
+        memcpy(out + m*FASA_SPAN, acc[m], sizeof(acc[m]));
+    }
 }
 
 typedef void (*fasa_tip_tile_t)(int n_dom, const char * block, const float * q, const float * q_sum, float * out);
@@ -358,10 +368,8 @@ static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
     fasa_split(n_span, ith, nth, first, last);
     fasa_refresh(dst, p, first*FASA_SPAN, std::min(n_kv, last*FASA_SPAN)); // the cells that this thread scores
 
-    thread_local std::vector<float> qd, q_sum; // the op has no work buffer
-    qd.resize(n_head*n_dom);
-    q_sum.resize(n_head*n_sum);
-    float hide[FASA_SPAN], x[4][FASA_SPAN], tile[4*FASA_TILE];
+    std::vector<float> qd(n_head*n_dom), q_sum(n_head*n_sum);
+    float hide[FASA_SPAN], x[4][FASA_SPAN];
     for (int64_t s = 0; s < n_stream; ++s) {
         for (int64_t t = 0; t < n_tps; ++t) {
             fasa_tip_query(dst, p, s*n_tps + t, qd.data(), q_sum.data());
@@ -373,10 +381,7 @@ static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
                     const int64_t m = std::min<int64_t>(4, n_group - head%n_group);
                     const auto    f = fasa_tip_tile_get(p.k_dom, m);
                     for (int64_t c = 0; c < n; c += FASA_TILE) {
-                        f(n_dom, fasa_at(k_dom, (cell + c)/FASA_TILE, head/n_group, s), qd.data() + head*n_dom, q_sum.data() + head*n_sum, tile);
-                        for (int64_t i = 0; i < m; ++i) {
-                            memcpy(x[i] + c, tile + i*FASA_TILE, FASA_TILE*sizeof(float));
-                        }
+                        f(n_dom, fasa_at(k_dom, (cell + c)/FASA_TILE, head/n_group, s), qd.data() + head*n_dom, q_sum.data() + head*n_sum, x[0] + c);
                     }
                     for (int64_t i = 0; i < m; ++i, ++head) {
                         float * row = (float *) fasa_at(dst, head, t, s);
@@ -430,19 +435,19 @@ static void fasa_select_op(ggml_tensor * dst, const fasa_op_params & p, int ith,
     const int64_t n_kv = fasa_tip_n_kv(tip), n_head_kv = dst->ne[1], n_tps = dst->ne[2], n_stream = dst->ne[3];
     const int64_t n_group = tip->ne[1]/n_head_kv;
 
-    thread_local std::vector<float>    score;
-    thread_local std::vector<uint32_t> key, scratch;
-    thread_local fasa_keys_view        view;
+    struct work { // of a thread: the op has no work buffer
+        std::vector<float>    score;
+        std::vector<uint32_t> key, scratch;
+        fasa_keys_view        view;
+    };
+    thread_local work of_thread;
+    auto & [score, key, scratch, view] = of_thread;
     score.resize(n_kv);
     key.resize(n_kv);
     uint64_t attended = 0, visible = 0, lists = 0;
     for (int64_t i = ith; i < n_head_kv*n_tps*n_stream; i += nth) {
         const int64_t h = i%n_head_kv, t = i/n_head_kv%n_tps, s = i/n_head_kv/n_tps;
         fasa_select_score(tip, h*n_group, n_group, t, s, score.data(), key.data());
-        uint64_t seen = 0;
-        for (int64_t j = 0; j < n_kv; ++j) {
-            seen += key[j] != FASA_KEY_HIDDEN;
-        }
         const int32_t * cells = (const int32_t *) fasa_at(forced, t, s, 0);
         for (int64_t j = 0; j < forced->ne[0]; ++j) {
             if (cells[j] >= 0 && cells[j] < n_kv && key[cells[j]] != FASA_KEY_HIDDEN) {
@@ -453,7 +458,7 @@ static void fasa_select_op(ggml_tensor * dst, const fasa_op_params & p, int ith,
         view.set(key.data(), n_kv);
         list[0] = fasa_select(view, score.data(), n_group, { p.budget, p.mass, p.floor, p.cap }, list + 1, scratch);
         attended += list[0];
-        visible  += seen;
+        visible  += view.n_visible;
         lists    += 1;
     }
     if (auto * stats = (fasa_stats *) p.userdata) {
@@ -563,7 +568,9 @@ static void fasa_fac(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
 
     const int64_t n_head = dst->ne[1], n_tps = dst->ne[2], n_stream = dst->ne[3], n_head_kv = k->ne[1], n_group = n_head/n_head_kv;
 
-    thread_local std::vector<float> logit, row;
+    thread_local std::vector<float> logit_of_thread, row_of_thread;
+    auto & logit = logit_of_thread;
+    auto & row   = row_of_thread;
     int64_t first, last;
     fasa_split(n_head*n_tps*n_stream, ith, nth, first, last);
     for (int64_t i = first; i < last;) {

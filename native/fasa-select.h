@@ -56,23 +56,36 @@ static constexpr uint32_t FASA_BLOCK = 8;
 struct fasa_keys_view {
     const uint32_t *      key; // [n_kv]
     uint32_t              n_kv;
+    uint32_t              n_visible;
+    uint32_t              n_forced;
     std::vector<uint32_t> most; // [n_kv/FASA_BLOCK, rounded up]
 
     void set(const uint32_t * keys, uint32_t n) {
         key  = keys;
         n_kv = n;
+        n_visible = n_forced = 0;
         most.resize((n + FASA_BLOCK - 1)/FASA_BLOCK);
-        const uint32_t n_whole = n/FASA_BLOCK;
-        for (uint32_t b = 0; b < n_whole; ++b) {
-            uint32_t m = 0;
-            for (uint32_t i = 0; i < FASA_BLOCK; ++i) {
-                m = std::max(m, key[b*FASA_BLOCK + i]);
+        for (uint32_t b = 0; b < most.size(); ++b) {
+            const uint32_t end = std::min(n, (b + 1)*FASA_BLOCK);
+            if (end % FASA_BLOCK == 0) {
+                add_block(b, FASA_BLOCK); // a constant, so the compiler vectorises it
+            } else {
+                add_block(b, end - b*FASA_BLOCK);
             }
-            most[b] = m;
         }
-        if (n_whole < most.size()) {
-            most[n_whole] = *std::max_element(key + n_whole*FASA_BLOCK, key + n);
+    }
+
+    inline void add_block(uint32_t b, uint32_t n) {
+        const uint32_t * k = key + b*FASA_BLOCK;
+        uint32_t m = 0, visible = 0, forced = 0;
+        for (uint32_t i = 0; i < n; ++i) {
+            m        = std::max(m, k[i]);
+            visible += k[i] != FASA_KEY_HIDDEN;
+            forced  += k[i] == FASA_KEY_FORCED;
         }
+        most[b]    = m;
+        n_visible += visible;
+        n_forced  += forced;
     }
 
     // f(cell, key) for every cell whose key is at least `low`, ascending
@@ -149,11 +162,7 @@ struct fasa_budget { uint32_t budget; float mass; uint32_t floor; uint32_t cap; 
 
 inline uint32_t fasa_select(const fasa_keys_view & v, const float * score, int n_group, fasa_budget b, int32_t * list,
         std::vector<uint32_t> & scratch) {
-    uint32_t n_visible = 0, n_forced = 0;
-    for (uint32_t j = 0; j < v.n_kv; ++j) {
-        n_visible += v.key[j] != FASA_KEY_HIDDEN;
-        n_forced  += v.key[j] == FASA_KEY_FORCED;
-    }
+    const uint32_t n_visible = v.n_visible, n_forced = v.n_forced;
     if (n_visible == 0) {
         return 0;
     }

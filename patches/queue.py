@@ -83,7 +83,8 @@ def prepare(target: Path, source: Path | None, patched: bool) -> None:
     fresh = target.with_name(target.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     if source:
-        shutil.copytree(source, fresh, ignore=shutil.ignore_patterns(".git", "build*"))
+        build_folders = lambda folder, names: [n for n in names if n == ".git" or (Path(folder) / n / "CMakeCache.txt").exists()]
+        shutil.copytree(source, fresh, ignore=build_folders)
     else:
         unpack(fresh)
     if patched:

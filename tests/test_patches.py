@@ -71,3 +71,15 @@ def test_the_series_applies_to_the_pinned_source_and_refresh_keeps_it(tmp_path):
     finally:
         for p, text in before.items():
             p.write_text(text)
+
+
+def test_a_local_tree_is_copied_whole_without_its_builds(monkeypatch, tmp_path):
+    queue(monkeypatch, tmp_path, GOOD)
+    (tmp_path / "UPSTREAM").write_text("package = pkg\nversion = 1\nsha256 = 00\nfolder = v\n")
+    source, target = tmp_path / "source", tmp_path / "target"
+    for name in ("f", "cmake/build-info.cmake", "build-gpu/CMakeCache.txt", ".git/HEAD"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("a\n")
+    Q.prepare(target, source, True)
+    assert sorted(str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()) == [".fasa-prepared", "cmake/build-info.cmake", "f"]
+    assert (target / "f").read_text() == "a\nb\n" and (source / "f").read_text() == "a\n"
