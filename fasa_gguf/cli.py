@@ -215,7 +215,7 @@ def cmd_eval(a: argparse.Namespace) -> None:
     if a.detokenize == "wikitext":
         text = detokenize_wikitext(text)
     arms = []
-    for path in (a.profile or a.model).split(","):
+    for path in a.profile.split(",") if a.profile else [a.model]:
         profile = Profile.load(path)
         base = _params(a, profile.params())
         for b in a.budgets or [base.budget]:
@@ -333,18 +333,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         a.run(a)
         sys.stdout.flush()
         return 0
-    except FasaError as e:
-        if a.debug:
-            raise
-        print(f"fasa-gguf: error: {e}", file=sys.stderr)
-        return 1
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except OSError as e:
+    except (FasaError, OSError) as e:
         if a.debug:
             raise
-        print(f"fasa-gguf: error: {f'{e.filename}: ' if e.filename else ''}{e.strerror or e}", file=sys.stderr)
+        text = f"{f'{e.filename}: ' if e.filename else ''}{e.strerror or e}" if isinstance(e, OSError) else e
+        print(f"fasa-gguf: error: {text}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("fasa-gguf: interrupted", file=sys.stderr)
