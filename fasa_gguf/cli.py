@@ -15,6 +15,7 @@ from typing import Any, Callable, Sequence
 from . import __version__
 from .errors import FasaError
 from .params import FasaParams
+from .profile import PRESETS, Profile
 
 
 def _bar() -> Callable[[str, int, int], None]:
@@ -72,12 +73,15 @@ def _fasa_flags(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("FASA settings (each is also an environment variable, FASA_BUDGET and so on)")
     for f in fields(FasaParams):
         group.add_argument("--fasa-" + f.name.replace("_", "-"), metavar="X", default=None, help=f"{f.metadata['help']} [{f.metadata['unit']}; {f.default}]")
+    group.add_argument("--fasa-preset", choices=PRESETS, default=None, help="where the settings above begin: `paper` is FASA as published, for a profile ranked by ca")
     group.add_argument("--profile", help="a profile's JSON file instead of the one in the model (eval: a comma list, one arm each)")
 
 
-def _params(a: argparse.Namespace, base: FasaParams | None = None) -> FasaParams:
+def _params(a: argparse.Namespace, profile: Profile) -> tuple[FasaParams, Profile]:
+    """Settings: the preset's, then the environment's, then the command line's; and the profile as the preset wants it."""
+    base, profile = profile.preset(a.fasa_preset or "default")
     given = {f.name: getattr(a, "fasa_" + f.name) for f in fields(FasaParams) if getattr(a, "fasa_" + f.name) is not None}
-    return FasaParams.from_mapping(given, "command line", FasaParams.from_env(base))
+    return FasaParams.from_mapping(given, "command line", FasaParams.from_env(base)), profile
 
 
 def _text(path: str) -> tuple[str, str]:
@@ -105,7 +109,6 @@ def cmd_calibrate(a: argparse.Namespace) -> None:
 
 def cmd_embed_profile(a: argparse.Namespace) -> None:
     from .embed import check_embeddable, rewrite
-    from .profile import Profile
 
     if a.profile and (a.remove or a.file):
         raise FasaError(f"--profile was given, and {'--remove' if a.remove else '-f'} needs none; leave one of them away")
@@ -136,15 +139,13 @@ def _load(a: argparse.Namespace) -> tuple[Any, bool]:
     """(model for `run`, were FASA settings given): settings or a profile on the command line make FASA a must."""
     from .gguf_file import GGUFFile
     from .llama import Llama
-    from .profile import Profile
     from .session import cache_type, last_log, quiet
 
-    asked = not a.no_fasa and (bool(a.profile) or any(getattr(a, "fasa_" + f.name) is not None for f in fields(FasaParams)))
+    asked = not a.no_fasa and (bool(a.profile) or bool(a.fasa_preset) or any(getattr(a, "fasa_" + f.name) is not None for f in fields(FasaParams)))
     fasa: Any = "off" if a.no_fasa else "auto"
     profile = None
     if asked:
-        profile = Profile.load(a.profile or a.model)
-        fasa = _params(a, profile.params())
+        fasa, profile = _params(a, Profile.load(a.profile or a.model))
     elif not a.no_fasa:
         Profile.from_gguf(GGUFFile(a.model))  # none is fine, a bad one is an error
     types = cache_type(a.cache_type_k), cache_type(a.cache_type_v)
@@ -209,17 +210,15 @@ def _figures(s: dict[str, Any], n_prompt: int, prompt_s: float, n: int, decode_s
 
 def cmd_eval(a: argparse.Namespace) -> None:
     from .evaluate import Arm, detokenize_wikitext, evaluate, table
-    from .profile import Profile
 
     text = _text(a.file)[1]
     if a.detokenize == "wikitext":
         text = detokenize_wikitext(text)
     arms = []
     for path in a.profile.split(",") if a.profile else [a.model]:
-        profile = Profile.load(path)
-        base = _params(a, profile.params())
+        base, profile = _params(a, Profile.load(path))
         for b in a.budgets or [base.budget]:
-            name = f"{profile.ranking_method} k={base.chunks or 'auto'} {base.k_dom} " + (f"mass={base.mass:g}" if base.mass > 0 else f"B={b}")
+            name = f"{a.fasa_preset + ' ' if a.fasa_preset else ''}{profile.ranking_method} k={base.chunks or 'auto'} {base.k_dom} " + (f"mass={base.mass:g}" if base.mass > 0 else f"B={b}")
             arms.append(Arm(name, base.replace(budget=b).check(), profile))
     rows = evaluate(a.model, text, arms, a.windows, a.window, a.score, a.threads, a.n_gpu_layers, a.cache_type_k, a.cache_type_v,
                     not a.dense_steps, None, _bar())
@@ -228,7 +227,6 @@ def cmd_eval(a: argparse.Namespace) -> None:
 
 def cmd_bench(a: argparse.Namespace) -> None:
     from .bench import bench, crossover_text, find_crossover, render
-    from .profile import Profile
 
     model, profile = a.model, None
     if a.shape:
@@ -242,7 +240,7 @@ def cmd_bench(a: argparse.Namespace) -> None:
             write_model(model, a.shape)
         profile = synthetic_profile(*model_shape(GGUFFile(model)))
     profile = profile or Profile.load(a.profile or model)
-    params = _params(a, profile.params())
+    params, profile = _params(a, profile)
     setup = dict(n_gen=a.n_gen, repetitions=a.repetitions, n_threads=a.threads, n_gpu_layers=a.n_gpu_layers, type_k=a.cache_type_k,
                  type_v=a.cache_type_v, fill=a.fill, profile=profile, progress=_bar())
     if a.find_crossover:
