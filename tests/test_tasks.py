@@ -45,21 +45,24 @@ def text_entry(key, value):
 def test_every_answer_token_is_a_decode_step(library, tiny, profile):
     samples = run_jobs(tiny, JOBS, [Arm("f", ON), Arm("steps"), Arm("all", ON.replace(budget=700))], SETUP, profile)
     for r in samples:
-        dense, f, steps, everything = r["arms"]
+        dense, f, plain, everything = r["arms"]
         assert [a["arm"] for a in r["arms"]] == ["dense", "f", "steps", "all"]
         for a in (f, everything):                                    # also the first token, which comes from the prompt's last one
-            assert a["counters"]["steps_sparse"] == 12 == a["n_tokens"] and a["counters"]["steps_dense"] == 0
-        assert dense["counters"]["steps_sparse"] == 0 and steps["text"] == dense["text"]
+            steps = a["n_tokens"] + (a["n_tokens"] < 12)             # one more finds the end of the generation
+            assert a["counters"]["steps_sparse"] == steps > 1 and a["counters"]["steps_dense"] == 0
+        assert dense["counters"]["steps_sparse"] == 0 and plain["text"] == dense["text"]
         assert f["counters"]["rows_attended"] == 60 * f["counters"]["lists"] and f["text"] != dense["text"]
         n = r["n_prompt"]
-        assert everything["counters"]["rows_attended"] / everything["counters"]["lists"] == np.mean(np.arange(n, n + 12))
+        assert everything["counters"]["rows_attended"] / everything["counters"]["lists"] == np.mean(np.arange(n, n + steps))
         assert 680 < n + 12 <= 700 == r["length"] and r["task"] == "niah_single_2"
 
 
-def test_a_budget_of_everything_writes_dense_text(library, tiny, profile):
-    wide = Setup(TEXT, n_predict=6, n_threads=1, type_k="f32", type_v="f32")
-    for r in run_jobs(tiny, JOBS, [Arm("all", ON.replace(budget=700))], wide, profile):
-        assert r["arms"][0]["text"] == r["arms"][1]["text"]
+def test_a_budget_of_everything_writes_dense_token(library, tiny, profile):
+    """Of prompts after which dense's best token leads by more than rounding (0.09 and 0.3)."""
+    jobs = [Job("niah_single_2", 700, i) for i in (0, 2)]
+    for setup in (Setup(TEXT, n_predict=6, n_threads=1), Setup(TEXT, n_predict=6, n_threads=1, type_k="f32", type_v="f32")):
+        for r in run_jobs(tiny, jobs, [Arm("all", ON.replace(budget=700))], setup, profile):
+            assert r["arms"][0]["text"][0] == r["arms"][1]["text"][0]
 
 
 def test_the_answer_is_what_the_session_writes_by_itself(library, tiny, profile):
@@ -153,9 +156,10 @@ def test_chat_template(library, tiny, tmp_path):
     template = "{% for m in messages %}<s>[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[me]{% endif %}"
     chat = insert(tiny, tmp_path / "chat.gguf", text_entry("tokenizer.chat_template", template))
     with Session(chat, n_ctx=256) as s:
-        assert s.detokenize(Prompter(s)("hi", " so:")) == s.detokenize([1]) + "[user]hi[me] so:"           # one BOS, the template's
+        told = s.detokenize(Prompter(s)("hi", " so:")).replace("\u2581", "")                              # this tokenizer's space
+        assert told == "<s>[user]hi[me]so:"                                                               # one BOS, the template's
         assert Prompter(s)("hi")[0] == 1 and Prompter(s)("hi").count(1) == 1
-        assert s.detokenize(Prompter(s, raw=True)("hi", " so:")[1:]).strip() == "hi so:"
+        assert s.detokenize(Prompter(s, raw=True)("hi", " so:")).replace("\u2581", "") == "<s>hiso:"
     with Session(tiny, n_ctx=256) as s:
         assert Prompter(s)("hi", " so:") == Prompter(s, raw=True)("hi", " so:")
     for i, bad in enumerate(("{% for %}", "{{ raise_exception('no user') }}")):
