@@ -221,7 +221,8 @@ def _figures(s: dict[str, Any], n_prompt: int, prompt_s: float, n: int, decode_s
 # what each task of eval takes, besides what all take, with its default
 EVAL_FLAGS: dict[str, dict[str, Any]] = {
     "ppl": {"windows": 10, "window": 4096, "score": 384, "dense_steps": False},
-    "ruler": {"tasks": None, "lengths": [4096], "samples": 10, "seed": 42, "raw": False, "n_predict": 0, "records": None, "save_records": None},
+    "ruler": {"tasks": None, "lengths": [4096], "samples": 10, "seed": 42, "raw": False, "n_predict": 0, "records": None,
+              "save_records": None},
     "needle": {"lengths": [1000, 2000, 4000, 7000], "depths": 5, "samples": 1, "seed": 42, "raw": False, "n_predict": 0, "png": None},
     "long": {"windows": 1, "window": 2048, "n_predict": 2000},
 }
@@ -251,7 +252,8 @@ def _arms(a: argparse.Namespace) -> list[Any]:
         profile = Profile.load(path)
         base = _params(a, profile.params())
         fixed = a.budgets or ([] if a.masses else [base.budget])
-        for p in [base.replace(budget=b, mass=0.0 if a.masses else base.mass) for b in fixed] + [base.replace(mass=m) for m in a.masses or []]:
+        settings = [base.replace(budget=b, mass=0.0 if a.masses else base.mass) for b in fixed]
+        for p in settings + [base.replace(mass=m) for m in a.masses or []]:
             name = f"{profile.ranking_method} k={p.chunks or 'auto'} {p.k_dom} " + (f"mass={p.mass:g}" if p.mass > 0 else f"B={p.budget}")
             arms.append(Arm(name, p.check(), profile))
     return arms
@@ -293,7 +295,8 @@ def _eval_answers(a: argparse.Namespace, arms: list[Any], setup: Any) -> None:
     elif a.records:
         jobs = tasks.record_jobs(a.model, ruler.read_records(a.records), setup)
     else:
-        jobs = [tasks.Job(name, length, i) for length in a.lengths for name in (a.tasks or ",".join(ruler.TASKS)).split(",") for i in range(a.samples)]
+        names = a.tasks.split(",") if a.tasks else list(ruler.TASKS)
+        jobs = [tasks.Job(name, length, i) for length in a.lengths for name in names for i in range(a.samples)]
     if a.task == "ruler" and a.save_records:
         ruler.write_records(a.save_records, tasks.make_records(a.model, jobs, setup))
     samples = tasks.run_jobs(a.model, jobs, arms, setup, None, _bar(), a.resume)
@@ -305,7 +308,10 @@ def _eval_answers(a: argparse.Namespace, arms: list[Any], setup: Any) -> None:
 
             save_needle_map(out["grid"], a.png)
             print(f"needle map: {a.png}", file=sys.stderr)
-    print(json.dumps(out, indent=1) if a.json else tasks.needle_table(out["rows"], out["grid"]) if a.task == "needle" else tasks.table(out["rows"]))
+    if a.json:
+        print(json.dumps(out, indent=1))
+    else:
+        print(tasks.needle_table(out["rows"], out["grid"]) if a.task == "needle" else tasks.table(out["rows"]))
 
 
 def cmd_bench(a: argparse.Namespace) -> None:
@@ -339,9 +345,11 @@ def _eval_parser(p: argparse.ArgumentParser) -> None:
     _model(p)
     _run_flags(p)
     _fasa_flags(p)
-    p.add_argument("--task", choices=tuple(EVAL_FLAGS), default="ppl", help="ppl: perplexity and KL, teacher-forced; ruler: RULER's synthetic tasks; "
-                   "needle: single needles, depth x length; long: a long continuation [ppl]")
-    p.add_argument("-f", "--file", help="text: to score (ppl), to hide needles in (ruler, needle; RULER's noise without it), to continue (long)")
+    p.add_argument("--task", choices=tuple(EVAL_FLAGS), default="ppl",
+                   help="ppl: perplexity and KL, teacher-forced; ruler: RULER's synthetic tasks; needle: single needles, depth x length; "
+                   "long: a long continuation [ppl]")
+    p.add_argument("-f", "--file", help="text: to score (ppl), to hide needles in (ruler, needle; RULER's noise without it), "
+                   "to continue (long)")
     p.add_argument("--detokenize", choices=("wikitext",), help="undo a corpus' word tokenisation")
     p.add_argument("--budgets", type=_list(1), help="comma list; one arm each")
     p.add_argument("--masses", type=_shares, help="comma list of target masses; one arm each")
@@ -357,7 +365,8 @@ def _eval_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--samples", type=_whole(1), help="ruler: per task and length [10]; needle: per cell [1]")
     p.add_argument("--seed", type=_whole(0), help="ruler, needle: another seed, other samples [42]")
     p.add_argument("--raw", action="store_true", default=None, help="ruler, needle: no chat template")
-    p.add_argument("-n", "--n-predict", type=_whole(1), help="ruler, needle: most tokens of an answer [RULER's]; long: tokens to write [2000]")
+    p.add_argument("-n", "--n-predict", type=_whole(1), 
+                   help="ruler, needle: most tokens of an answer [RULER's]; long: tokens to write [2000]")
     p.add_argument("--records", metavar="FILE.jsonl", help="ruler: run these records of RULER's format instead")
     p.add_argument("--save-records", metavar="FILE.jsonl", help="ruler: write the records")
     p.add_argument("--png", help="needle: write the map")

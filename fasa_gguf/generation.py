@@ -18,7 +18,7 @@ from .evaluate import Arm, ArmSwitch, columns, cut_windows
 from .journal import Journal
 from .profile import Profile
 from .session import Session
-from .tasks import Progress, Setup
+from .tasks import COUNTERS, Progress, Setup
 
 BLOCK = 500  # tokens
 
@@ -96,13 +96,12 @@ def _figures(arm: str, pieces: Sequence[dict[str, Any]], dense: Sequence[Sequenc
     """One row: figures of every text, agreement over all of them."""
     agree = np.array([[a == b for a, b in zip(p["forced"], d)] for p, d in zip(pieces, dense)], float)   # [n_text, n]
     texts = [p["tokens"] for p in pieces]
-    c = {k: sum(p["counters"].get(k, 0) for p in pieces) for k in ("rows_attended", "lists", "steps_sparse", "steps_dense", "layers_dense")}
+    c = {k: sum(p["counters"].get(k, 0) for p in pieces) for k in COUNTERS}
     return {"arm": arm, "n": agree.shape[1], "n_texts": len(texts), "agreement": float(agree.mean()),
             "agreement_blocks": [float(agree[:, i : i + BLOCK].mean()) for i in range(0, agree.shape[1], BLOCK)],
             "equal_prefix": [next((i for i, (a, b) in enumerate(zip(t, d)) if a != b), len(d)) for t, d in zip(texts, dense)],
             "distinct_4": [distinct_share(t) for t in texts], "longest_repeat": [longest_repeat(t) for t in texts],
-            "tokens_attended": c["rows_attended"] / c["lists"] if c["lists"] else None, "steps_sparse": c["steps_sparse"], "steps_dense": c["steps_dense"],
-            "layers_dense": c["layers_dense"]}
+            "tokens_attended": c["rows_attended"] / c["lists"] if c["lists"] else None, **{k: c[k] for k in COUNTERS[:4]}}
 
 
 def run_long(model: str | os.PathLike, arms: Sequence[Arm], n: int = 2000, context: int = 2048, texts: int = 1, setup: Setup = Setup(),
@@ -120,7 +119,8 @@ def run_long(model: str | os.PathLike, arms: Sequence[Arm], n: int = 2000, conte
     kept: list[list[dict[str, Any]]] = [[] for _ in range(1 + len(arms))]           # [arm][text]
     with Journal(resume, settings) as journal, setup.session(model, context + n) as s:
         if context + n > s.n_ctx_train:
-            raise FasaError(f"{context} tokens of text and {n} written: {model} was trained on {s.n_ctx_train} tokens of context; use a smaller --window or -n")
+            raise FasaError(f"{context} tokens of text and {n} written: {model} was trained on {s.n_ctx_train} tokens of context; "
+                            "use a smaller --window or -n")
         prompts = [w[:context] for w in cut_windows(s, setup.text, texts, context)]
         switch, w = ArmSwitch(s, profile), _Writer(s, progress, texts * n * (1 + 2 * len(arms)))
         for i, prompt in enumerate(prompts):
@@ -151,11 +151,12 @@ def run_long(model: str | os.PathLike, arms: Sequence[Arm], n: int = 2000, conte
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """For people: one line an arm; figures of several texts are means, the equal prefix is the shortest."""
-    blocks = len(rows[0]["agreement_blocks"])
-    lines = [["arm", "tokens", "equal prefix", "same top", *(f"-{min((i + 1) * BLOCK, rows[0]['n'])}" for i in range(blocks)), "distinct 4-grams", "longest repeat"]]
+    ends = [min(i + BLOCK, rows[0]["n"]) for i in range(0, rows[0]["n"], BLOCK)]
+    lines = [["arm", "tokens", "equal prefix", "same top", *(f"to {end}" for end in ends), "distinct 4-grams", "longest repeat"]]
     for i, r in enumerate(rows):
         used = "all" if i == 0 else "all" if r["tokens_attended"] is None else f"{r['tokens_attended']:.0f}"
-        same = ["", "", *[""] * blocks] if i == 0 else [str(min(r["equal_prefix"])), f"{r['agreement']:.3f}", *(f"{b:.3f}" for b in r["agreement_blocks"])]
-        lines.append([r["arm"], used, *same, f"{np.mean(r['distinct_4']):.3f}", f"{np.mean(r['longest_repeat']):.0f}"])
-    dense = [f"{r['arm']}: {r['steps_dense']} of {r['steps_sparse'] + r['steps_dense']} steps were dense" for r in rows[1:] if r["steps_sparse"] and r["steps_dense"]]
+        same = [str(min(r["equal_prefix"])), *(f"{share:.3f}" for share in [r["agreement"], *r["agreement_blocks"]])]
+        lines.append([r["arm"], used, *(same if i else [""] * len(same)), f"{np.mean(r['distinct_4']):.3f}", f"{np.mean(r['longest_repeat']):.0f}"])
+    dense = [f"{r['arm']}: {r['steps_dense']} of {r['steps_sparse'] + r['steps_dense']} steps were dense"
+             for r in rows[1:] if r["steps_sparse"] and r["steps_dense"]]
     return "\n".join(columns(lines) + dense)

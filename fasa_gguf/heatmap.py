@@ -43,7 +43,8 @@ def save_needle_map(grid: dict[str, Any], path: str | os.PathLike) -> None:
     import matplotlib.pyplot as plt
 
     n_depth, n_length, arms = len(grid["depths"]), len(grid["lengths"]), grid["arms"]
-    fig, axes = plt.subplots(1, len(arms), figsize=(len(arms) * max(3.5, 0.9 * n_length) + 1, max(3, 0.5 * n_depth + 1.8)), squeeze=False, layout="constrained")
+    size = len(arms) * max(3.5, 0.9 * n_length) + 1, max(3, 0.5 * n_depth + 1.8)   # inches
+    fig, axes = plt.subplots(1, len(arms), figsize=size, squeeze=False, layout="constrained")
     for ax, arm in zip(axes[0], arms):
         found = np.array(arm["found"], float)                                    # [n_depth, n_length]
         image = ax.imshow(found, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1, interpolation="nearest")

@@ -35,7 +35,9 @@ def _differences(a: Any, b: Any, name: str = "") -> list[str]:
         return [d for key in {**a, **b} for d in _differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)]
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
         return [d for i, (x, y) in enumerate(zip(a, b)) for d in _differences(x, y, f"{name}[{i}]")]
-    return [] if a == b else [f"{name}: {len(a)} there, {len(b)} here" if isinstance(a, list) and isinstance(b, list) else f"{name}: {a} there, {b} here"]
+    if isinstance(a, list) and isinstance(b, list) and a != b:
+        a, b = len(a), len(b)
+    return [] if a == b else [f"{name}: {a} there, {b} here"]
 
 
 class Journal:

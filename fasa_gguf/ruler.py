@@ -38,7 +38,8 @@ NIAH = ("Some special magic {kind} are hidden within the following text. Make su
         " The special magic {kind} for {query} mentioned in the provided text are")
 VT = ("Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: Find all variables "
       "that are assigned the value {query} in the text above.",
-      " Answer: According to the chain(s) of variable assignment in the text above, {n} variables are assgined the value {query}, they are: ")
+      " Answer: According to the chain(s) of variable assignment in the text above, {n} variables are assgined the value {query}, "
+      "they are: ")
 CWE = ("Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most often.\n"
        "{context}\nQuestion: What are the 10 most common words in the above list?",
        " Answer: The top 10 words that appear most often in the list are:")
@@ -148,7 +149,8 @@ def _haystack(task: Task, rng: random.Random, words: Sequence[str] | None, taken
     """(sentences by size, what joins them). An essay without a text is noise."""
     if task.haystack == "needle":
         keys, values = _drawer(task.key, rng), _drawer(task.value, rng)
-        fillers = _Endless(NEEDLE.format(kind=task.value, key=k, value=v) for k, v in zip(keys, values) if k not in taken and v not in taken)
+        pairs = ((k, v) for k, v in zip(keys, values) if k not in taken and v not in taken)
+        fillers = _Endless(NEEDLE.format(kind=task.value, key=k, value=v) for k, v in pairs)
         return fillers.first, "\n"
     if task.haystack == "essay" and words:
         start = rng.randrange(len(words))
@@ -182,8 +184,8 @@ def _niah(task: Task, rng: random.Random, words: Sequence[str] | None, depths: S
     sentences, glue = _haystack(task, rng, words, keys + sum(values, []))
 
     def build(size: int) -> Parts:
-        context = glue.join(_insert(sentences(size), needles, places))
-        return template[0].format(kind=kind, context=context, query=query), template[1].format(kind=kind, query=query), [v for i in asked for v in values[i]]
+        names = dict(kind=kind, context=glue.join(_insert(sentences(size), needles, places)), query=query)
+        return template[0].format(**names), template[1].format(**names), [v for i in asked for v in values[i]]
 
     return build
 
@@ -280,9 +282,7 @@ def make_record(name: str, index: int, length: int, count: Count, seed: int = 42
     it; n_predict: tokens for the answer, 0 is the task's own. The same arguments give the same record. Raises FasaError for an
     unknown task and for a length that the task does not fit in.
     """
-    if name not in TASKS:
-        raise FasaError(f"task {name!r}: expected one of {', '.join(TASKS)}")
-    task = TASKS[name]
+    task = check_task(name)
     n_predict = n_predict or task.n_predict
     room, key = length - n_predict, f"{seed}/{name}/{length}/{index}" + ("" if depth is None else f"/{depth:g}")
     extra: dict[str, Any] = {} if depth is None else {"depth": depth}
@@ -300,7 +300,15 @@ def make_record(name: str, index: int, length: int, count: Count, seed: int = 42
             form, build = "6/1", _cwe(random.Random(key), "6/1")
         extra["form"] = form
     text, prefix, outputs = build(_fit(build, count, room, name, 40 if task.kind == "fwe" else 1))
-    return {"task": name, "index": index, "input": text, "answer_prefix": prefix, "outputs": outputs, "length": count(text, prefix) + n_predict, **extra}
+    return {"task": name, "index": index, "input": text, "answer_prefix": prefix, "outputs": outputs,
+            "length": count(text, prefix) + n_predict, **extra}
+
+
+def check_task(name: str) -> Task:
+    """The task of this name, or FasaError."""
+    if name not in TASKS:
+        raise FasaError(f"task {name!r}: expected one of {', '.join(TASKS)}")
+    return TASKS[name]
 
 
 def essay_words(text: str) -> list[str]:

@@ -27,6 +27,7 @@ from .profile import Profile
 from .session import Session
 
 Progress = Callable[[str, int, int], None]
+COUNTERS = ("steps_sparse", "steps_dense", "layers_sparse", "layers_dense", "rows_attended", "lists", "bytes_fac", "bytes_tip", "bytes_dense")
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class Setup:
     type_v: str = "f16"
 
     def session(self, model: str | os.PathLike, n_ctx: int) -> Session:
-        return Session(model, n_ctx=-(-n_ctx // 256) * 256, n_threads=self.n_threads, n_gpu_layers=self.n_gpu_layers, type_k=self.type_k, type_v=self.type_v)
+        """A session with room for n_ctx tokens."""
+        return Session(model, n_ctx=-(-n_ctx // 256) * 256, n_threads=self.n_threads, n_gpu_layers=self.n_gpu_layers, type_k=self.type_k,
+                       type_v=self.type_v)
 
     def settings(self, model: str | os.PathLike, arms: Sequence[Arm], profile: Profile | None) -> dict[str, Any]:
         """What a finished sample depends on besides its key."""
@@ -113,7 +116,8 @@ def greedy(session: Session, token: int, pos: int, n_predict: int, finished: Cal
     return out
 
 
-def _run_sample(s: Session, switch: ArmSwitch, arms: Sequence[Arm], prompt: Sequence[int], record: dict[str, Any], n_predict: int) -> dict[str, Any]:
+def _run_sample(s: Session, switch: ArmSwitch, arms: Sequence[Arm], prompt: Sequence[int], record: dict[str, Any],
+                n_predict: int) -> dict[str, Any]:
     """Answer, score and counters of every arm for one prompt."""
     def mark(out: Sequence[int]) -> float:
         return ruler.score(record["task"], s.detokenize(out), record["outputs"])
@@ -131,7 +135,12 @@ def _run_sample(s: Session, switch: ArmSwitch, arms: Sequence[Arm], prompt: Sequ
             raise FasaError(f"arm {arm.name}: FASA was asked for and no step used it: {s.fasa.step_reason()}")
         results.append({"arm": arm.name, "text": s.detokenize(out), "n_tokens": len(out), "score": mark(out), "counters": counters,
                         "min_context": arm.params.min_context if arm.params else None})
-    return {"task": record["task"], "index": record["index"], "haystack": record.get("haystack"), "n_prompt": len(prompt), "outputs": record["outputs"], "arms": results}
+    return {"task": record["task"], "index": record["index"], "haystack": record.get("haystack"), "n_prompt": len(prompt),
+            "outputs": record["outputs"], "arms": results}
+
+
+def _record(job: Job, prompter: Prompter, setup: Setup, words: Sequence[str] | None) -> dict[str, Any]:
+    return ruler.make_record(job.task, job.index, job.length, lambda *x: len(prompter(*x)), setup.seed, words, job.depth, setup.n_predict)
 
 
 def _check_used(arms: Sequence[Arm], longest: int, samples: Sequence[dict[str, Any]] | None) -> None:
@@ -141,8 +150,8 @@ def _check_used(arms: Sequence[Arm], longest: int, samples: Sequence[dict[str, A
             continue
         if samples is None and -(-longest // 256) * 256 < arm.params.min_context or \
                 samples is not None and not any(r["arms"][1 + i]["counters"]["steps_sparse"] for r in samples):
-            raise FasaError(f"arm {arm.name}: FASA was asked for and no step could use it: no prompt reaches min_context, {arm.params.min_context}; "
-                            "use a smaller --fasa-min-context or larger --lengths")
+            raise FasaError(f"arm {arm.name}: FASA was asked for and no step could use it: no prompt reaches min_context, "
+                            f"{arm.params.min_context}; use a smaller --fasa-min-context or larger --lengths")
 
 
 def run_jobs(model: str | os.PathLike, jobs: Sequence[Job], arms: Sequence[Arm], setup: Setup = Setup(), profile: Profile | None = None,
@@ -152,6 +161,8 @@ def run_jobs(model: str | os.PathLike, jobs: Sequence[Job], arms: Sequence[Arm],
     resume: a file that keeps finished samples; a rerun skips those. Raises FasaError when a prompt does not fit, when no profile
     is there, when an arm that asked for FASA ran no sparse step, and when `resume` was begun with other settings.
     """
+    for name in {j.task for j in jobs if not j.record}:                          # before anything was run
+        ruler.check_task(name)
     if not jobs:
         raise FasaError("nothing to evaluate: no samples were asked for")
     if profile is None and any(a.params and not a.profile for a in arms):
@@ -168,7 +179,7 @@ def run_jobs(model: str | os.PathLike, jobs: Sequence[Job], arms: Sequence[Arm],
         for n, job in enumerate(jobs):
             result = journal.get(job.key)
             if result is None:
-                record = job.record or ruler.make_record(job.task, job.index, job.length, lambda *x: len(prompter(*x)), setup.seed, words, job.depth, setup.n_predict)
+                record = job.record or _record(job, prompter, setup, words)
                 prompt = prompter(record["input"], record["answer_prefix"])
                 result = _run_sample(s, switch, arms, prompt, record, setup.n_predict or predicts(job.task))
                 journal.add(job.key, result)
@@ -189,7 +200,7 @@ def make_records(model: str | os.PathLike, jobs: Sequence[Job], setup: Setup) ->
     words = ruler.essay_words(setup.text) if setup.text is not None else None
     with setup.session(model, 256) as s:
         prompter = Prompter(s, setup.raw)
-        return [ruler.make_record(j.task, j.index, j.length, lambda *x: len(prompter(*x)), setup.seed, words, j.depth, setup.n_predict) for j in jobs]
+        return [j.record or _record(j, prompter, setup, words) for j in jobs]
 
 
 def record_jobs(model: str | os.PathLike, records: Iterable[dict[str, Any]], setup: Setup) -> list[Job]:
@@ -240,13 +251,11 @@ def _arm_figures(samples: Sequence[dict[str, Any]], i: int) -> dict[str, Any]:
         half = t_quantile(len(diff) - len(groups)) * math.sqrt(sum(g.var(ddof=1) / len(g) for g in groups)) / len(groups)
         low, high = max(-1.0, mean - half), min(1.0, mean + half)
     lost, gained = int((diff < 0).sum()), int((diff > 0).sum())
-    c = {k: sum(r["arms"][i]["counters"][k] for r in samples) for k in
-         ("steps_sparse", "steps_dense", "rows_attended", "lists", "bytes_fac", "bytes_tip", "bytes_dense", "layers_sparse", "layers_dense")}
+    c = {k: sum(r["arms"][i]["counters"][k] for r in samples) for k in COUNTERS}
     scores = [np.mean([r["arms"][i]["score"] for r, o in zip(samples, of) if o == g]) for g in dict.fromkeys(of)]
     first = samples[0]["arms"][i]
-    return {"arm": first["arm"], "min_context": first["min_context"], "score": 100 * float(np.mean(scores)), "diff": 100 * mean, "diff_ci": [100 * low, 100 * high],
-            "lost": lost, "gained": gained, "sign_p": sign_test(lost, gained), "steps_sparse": c["steps_sparse"], "steps_dense": c["steps_dense"],
-            "layers_sparse": c["layers_sparse"], "layers_dense": c["layers_dense"],
+    return {"arm": first["arm"], "min_context": first["min_context"], "score": 100 * float(np.mean(scores)), "diff": 100 * mean,
+            "diff_ci": [100 * low, 100 * high], "lost": lost, "gained": gained, "sign_p": sign_test(lost, gained), **{k: c[k] for k in COUNTERS[:4]},
             "tokens_attended": c["rows_attended"] / c["lists"] if c["lists"] else None,
             "kv_read_share": (c["bytes_fac"] + c["bytes_tip"]) / c["bytes_dense"] if c["lists"] else 1.0}
 
@@ -258,7 +267,8 @@ def summarize(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """
     def row(task: str, length: int | None, part: Sequence[dict[str, Any]]) -> dict[str, Any]:
         return {"task": task, "length": length, "n": len(part), "haystack": part[0]["haystack"],
-                "n_prompt": float(np.mean([r["n_prompt"] for r in part])), "arms": [_arm_figures(part, i) for i in range(len(part[0]["arms"]))]}
+                "n_prompt": float(np.mean([r["n_prompt"] for r in part])),
+                "arms": [_arm_figures(part, i) for i in range(len(part[0]["arms"]))]}
 
     rows, lengths = [], sorted({r["length"] for r in samples})
     for length in lengths:
@@ -276,9 +286,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         for i, a in enumerate(row["arms"]):
             first = [row["task"], str(row["length"] or "all"), str(row["n"])] if i == 0 else ["", "", ""]
-            used = "all" if a["min_context"] is None else f"dense (< {a['min_context']})" if a["tokens_attended"] is None else f"{a['tokens_attended']:.0f}"
-            rest = ["", "", "", "", ""] if i == 0 else [f"{a['diff']:+.1f}", f"{a['diff_ci'][0]:+.1f} to {a['diff_ci'][1]:+.1f}", str(a["lost"]),
-                                                         str(a["gained"]), f"{a['sign_p']:.2g}"]
+            used = "all" if a["min_context"] is None else f"dense (< {a['min_context']})"
+            if a["tokens_attended"] is not None:
+                used = f"{a['tokens_attended']:.0f}"
+            rest = [f"{a['diff']:+.1f}", "{:+.1f} to {:+.1f}".format(*a["diff_ci"]), str(a["lost"]), str(a["gained"]), f"{a['sign_p']:.2g}"]
+            rest = rest if i else [""] * len(rest)
             lines.append([*first, a["arm"], used, f"{100 * a['kv_read_share']:.1f}%", f"{a['score']:.1f}", *rest])
     return "\n".join(columns(lines, 4) + notes(rows))
 
@@ -314,8 +326,8 @@ def needle_grid(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     cells = {(d, n): [r for r in samples if r["depth"] == d and r["length"] == n] for d in depths for n in lengths}
     arms = [a["arm"] for a in samples[0]["arms"]]
     return {"lengths": lengths, "depths": depths, "n": len(next(iter(cells.values()))),
-            "arms": [{"arm": name, "found": [[float(np.mean([r["arms"][i]["score"] for r in cells[d, n]])) for n in lengths] for d in depths]}
-                     for i, name in enumerate(arms)]}
+            "arms": [{"arm": name, "found": [[float(np.mean([r["arms"][i]["score"] for r in cells[d, n]])) for n in lengths]
+                                             for d in depths]} for i, name in enumerate(arms)]}
 
 
 def needle_table(rows: Sequence[dict[str, Any]], grid: dict[str, Any]) -> str:
@@ -323,12 +335,14 @@ def needle_table(rows: Sequence[dict[str, Any]], grid: dict[str, Any]) -> str:
     lines = [["length", "arm", "found", *(f"{100 * d:.0f}%" for d in grid["depths"])]]
     for j, length in enumerate(grid["lengths"]):
         for i, arm in enumerate(grid["arms"]):
-            cells = [share[j] for share in arm["found"]]
-            lines.append([str(length) if i == 0 else "", arm["arm"], f"{sum(cells) * grid['n']:.0f}/{len(cells) * grid['n']}", *(f"{c * grid['n']:.0f}" for c in cells)])
+            cells = [share[j] * grid["n"] for share in arm["found"]]
+            found = f"{sum(cells):.0f}/{len(cells) * grid['n']}"
+            lines.append([str(length) if i == 0 else "", arm["arm"], found, *(f"{c:.0f}" for c in cells)])
     return "\n".join(columns(lines, 2)) + "\n\n" + table(rows)
 
 
-def result(model: str | os.PathLike, arms: Sequence[Arm], setup: Setup, samples: Sequence[dict[str, Any]], profile: Profile | None = None) -> dict[str, Any]:
+def result(model: str | os.PathLike, arms: Sequence[Arm], setup: Setup, samples: Sequence[dict[str, Any]],
+           profile: Profile | None = None) -> dict[str, Any]:
     """Everything for --json: the config, the rows of figures and every answer."""
     profile = profile or (Profile.load(model) if any(a.params and not a.profile for a in arms) else None)
     config = {**setup.settings(model, arms, profile), "llama_cpp_python": native.LLAMA_CPP_VERSION}

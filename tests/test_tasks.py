@@ -132,6 +132,8 @@ def test_what_is_refused(library, tiny, profile):
         run_jobs(tiny, JOBS, [Arm("f", ON)], SETUP)
     with pytest.raises(FasaError, match="--lengths 5000: .* was trained on 4096 tokens of context; use a shorter one"):
         run_jobs(tiny, [Job("fwe", 5000, 0)], [], SETUP)
+    with pytest.raises(FasaError, match="task 'fewe': expected one of"):
+        run_jobs(tiny, [JOBS[0], Job("fewe", 700, 0)], [], SETUP)
     with pytest.raises(FasaError, match="no samples were asked for"):
         run_jobs(tiny, [], [], SETUP)
     unranked = synthetic_profile(profile.n_head_kv, profile.n_chunk)
@@ -291,7 +293,7 @@ def test_long_generation(library, tiny, profile, monkeypatch, tmp_path):
     assert np.isclose(np.dot(f["agreement_blocks"], [10, 10, 5]) / 25, f["agreement"]) and len(out["texts"][1]["texts"]) == 2
     again = run_long(tiny, [Arm("f", ON), Arm("steps")], 25, 300, 2, setup, profile, None, tmp_path / "long.jsonl")
     assert again == out and len((tmp_path / "long.jsonl").read_text().splitlines()) == 7
-    assert generation.table(out["rows"]).splitlines()[0].split()[:8] == ["arm", "tokens", "equal", "prefix", "same", "top", "-10", "-20"]
+    assert generation.table(out["rows"]).splitlines()[0].split()[:8] == ["arm", "tokens", "equal", "prefix", "same", "top", "to", "10"]
 
     with Session(tiny, n_ctx=512, n_threads=1) as s:                                                       # the arm's own text, written by itself
         prompt = generation.cut_windows(s, TEXT, 2, 300)[0][:300]
