@@ -53,6 +53,17 @@ def _list(low: int) -> Callable[[str], list[int]]:
     return lambda text: [_whole(low)(part) for part in text.split(",")]
 
 
+def _shares(text: str) -> list[float]:
+    """An argparse type: a comma list of shares above 0."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        values = [0.0]
+    if not all(0 < v <= 1 for v in values):
+        raise argparse.ArgumentTypeError(f"expected numbers above 0, up to 1, found {text!r}")
+    return values
+
+
 def _model(p: argparse.ArgumentParser) -> None:
     p.add_argument("model", nargs="?", metavar="MODEL", help="GGUF file")
     p.add_argument("-m", "--model", dest="model_flag", metavar="MODEL", help="the same, as llama.cpp spells it")
@@ -208,21 +219,98 @@ def _figures(s: dict[str, Any], n_prompt: int, prompt_s: float, n: int, decode_s
             f"{s['rows_visible'] / s['lists']:.0f} tokens attended, {100 * share:.1f}% of the KV bytes read")
 
 
-def cmd_eval(a: argparse.Namespace) -> None:
-    from .evaluate import Arm, detokenize_wikitext, evaluate, table
+# what each task of eval takes, besides what all take, with its default
+EVAL_FLAGS: dict[str, dict[str, Any]] = {
+    "ppl": {"windows": 10, "window": 4096, "score": 384, "dense_steps": False},
+    "ruler": {"tasks": None, "lengths": [4096], "samples": 10, "seed": 42, "raw": False, "n_predict": 0, "records": None,
+              "save_records": None},
+    "needle": {"lengths": [1000, 2000, 4000, 7000], "depths": 5, "samples": 1, "seed": 42, "raw": False, "n_predict": 0, "png": None},
+    "long": {"windows": 1, "window": 2048, "n_predict": 2000},
+}
 
-    text = _text(a.file)[1]
-    if a.detokenize == "wikitext":
-        text = detokenize_wikitext(text)
+
+def _eval_flags(a: argparse.Namespace) -> None:
+    """Defaults of the task; a flag of another task is an error."""
+    mine = EVAL_FLAGS[a.task]
+    for name in {name for flags in EVAL_FLAGS.values() for name in flags}:
+        given = getattr(a, name)
+        if given is not None and name not in mine:
+            users = " and ".join(f"--task {task}" for task, flags in EVAL_FLAGS.items() if name in flags)
+            raise FasaError(f"--{name.replace('_', '-')} is for {users}, not for --task {a.task}; leave it away")
+        if given is None and name in mine:
+            setattr(a, name, mine[name])
+    if a.file is None and a.task in ("ppl", "long"):
+        raise FasaError(f"--task {a.task} needs a text; give -f FILE")
+
+
+def _arms(a: argparse.Namespace) -> list[Any]:
+    """One arm for each profile and budget or mass."""
+    from .evaluate import Arm
+
     arms = []
     for path in a.profile.split(",") if a.profile else [a.model]:
         base, profile = _params(a, Profile.load(path))
-        for b in a.budgets or [base.budget]:
-            name = f"{a.fasa_preset + ' ' if a.fasa_preset else ''}{profile.ranking_method} k={base.chunks or 'auto'} {base.k_dom} " + (f"mass={base.mass:g}" if base.mass > 0 else f"B={b}")
-            arms.append(Arm(name, base.replace(budget=b).check(), profile))
-    rows = evaluate(a.model, text, arms, a.windows, a.window, a.score, a.threads, a.n_gpu_layers, a.cache_type_k, a.cache_type_v,
-                    not a.dense_steps, None, _bar())
-    print(json.dumps(rows, indent=1) if a.json else table(rows))
+        fixed = a.budgets or ([] if a.masses else [base.budget])
+        settings = [base.replace(budget=b, mass=0.0 if a.masses else base.mass) for b in fixed]
+        for p in settings + [base.replace(mass=m) for m in a.masses or []]:
+            name = f"{a.fasa_preset + ' ' if a.fasa_preset else ''}{profile.ranking_method} k={p.chunks or 'auto'} {p.k_dom} " + (f"mass={p.mass:g}" if p.mass > 0 else f"B={p.budget}")
+            arms.append(Arm(name, p.check(), profile))
+    return arms
+
+
+def cmd_eval(a: argparse.Namespace) -> None:
+    from .evaluate import detokenize_wikitext
+
+    _eval_flags(a)
+    text = _text(a.file)[1] if a.file else None
+    if text and a.detokenize == "wikitext":
+        text = detokenize_wikitext(text)
+    arms = _arms(a)
+    if a.task == "ppl":
+        from .evaluate import evaluate, table
+
+        rows = evaluate(a.model, text, arms, a.windows, a.window, a.score, a.threads, a.n_gpu_layers, a.cache_type_k, a.cache_type_v,
+                        not a.dense_steps, None, _bar(), a.resume)
+        print(json.dumps(rows, indent=1) if a.json else table(rows))
+        return
+    from .tasks import Setup
+
+    machine = dict(n_threads=a.threads, n_gpu_layers=a.n_gpu_layers, type_k=a.cache_type_k, type_v=a.cache_type_v)
+    if a.task == "long":
+        from .generation import run_long, table
+
+        out = run_long(a.model, arms, a.n_predict, a.window, a.windows, Setup(text, **machine), None, _bar(), a.resume)
+        print(json.dumps(out, indent=1) if a.json else table(out["rows"]))
+    else:
+        _eval_answers(a, arms, Setup(text, a.seed, a.raw, a.n_predict, **machine))
+
+
+def _eval_answers(a: argparse.Namespace, arms: list[Any], setup: Any) -> None:
+    """--task ruler and needle."""
+    from . import ruler, tasks
+
+    if a.task == "needle":
+        jobs = tasks.needle_jobs(a.lengths, a.depths, a.samples)
+    elif a.records:
+        jobs = tasks.record_jobs(a.model, ruler.read_records(a.records), setup)
+    else:
+        names = a.tasks.split(",") if a.tasks else list(ruler.TASKS)
+        jobs = [tasks.Job(name, length, i) for length in a.lengths for name in names for i in range(a.samples)]
+    if a.task == "ruler" and a.save_records:
+        ruler.write_records(a.save_records, tasks.make_records(a.model, jobs, setup))
+    samples = tasks.run_jobs(a.model, jobs, arms, setup, None, _bar(), a.resume)
+    out = tasks.result(a.model, arms, setup, samples)
+    if a.task == "needle":
+        out["grid"] = tasks.needle_grid(samples)
+        if a.png:
+            from .heatmap import save_needle_map
+
+            save_needle_map(out["grid"], a.png)
+            print(f"needle map: {a.png}", file=sys.stderr)
+    if a.json:
+        print(json.dumps(out, indent=1))
+    else:
+        print(tasks.needle_table(out["rows"], out["grid"]) if a.task == "needle" else tasks.table(out["rows"]))
 
 
 def cmd_bench(a: argparse.Namespace) -> None:
@@ -249,6 +337,37 @@ def cmd_bench(a: argparse.Namespace) -> None:
     else:
         rows = bench(model, a.n_depth or [0, 4096, 8192], params, **setup)
     print(render(rows, str(model), params, "json" if a.json else a.output))
+
+
+def _eval_parser(p: argparse.ArgumentParser) -> None:
+    _model(p)
+    _run_flags(p)
+    _fasa_flags(p)
+    p.add_argument("--task", choices=tuple(EVAL_FLAGS), default="ppl",
+                   help="ppl: perplexity and KL, teacher-forced; ruler: RULER's synthetic tasks; needle: single needles, depth x length; "
+                   "long: a long continuation [ppl]")
+    p.add_argument("-f", "--file", help="text: to score (ppl), to hide needles in (ruler, needle; RULER's noise without it), "
+                   "to continue (long)")
+    p.add_argument("--detokenize", choices=("wikitext",), help="undo a corpus' word tokenisation")
+    p.add_argument("--budgets", type=_list(1), help="comma list; one arm each")
+    p.add_argument("--masses", type=_shares, help="comma list of target masses; one arm each")
+    p.add_argument("--resume", metavar="FILE.jsonl", help="keep every finished sample here, and skip those that are there")
+    p.add_argument("--json", action="store_true", help="figures as JSON")
+    p.add_argument("--windows", type=_whole(1), help="ppl: windows [10]; long: texts [1]")
+    p.add_argument("--window", type=_whole(2), help="ppl: tokens per window [4096]; long: tokens of text before the continuation [2048]")
+    p.add_argument("--score", type=_whole(2), help="ppl: last tokens of a window that are decoded and scored [384]")
+    p.add_argument("--dense-steps", action="store_true", default=None, help="ppl: decode the dense arm token by token too")
+    p.add_argument("--tasks", metavar="NAMES", help="ruler: comma list of niah_single_1 ... vt, cwe, fwe [all]")
+    p.add_argument("--lengths", type=_list(64), help="ruler, needle: comma list of tokens, prompt and answer [4096; 1000,2000,4000,7000]")
+    p.add_argument("--depths", type=_whole(1), help="needle: depths from 0 to 100%% [5]")
+    p.add_argument("--samples", type=_whole(1), help="ruler: per task and length [10]; needle: per cell [1]")
+    p.add_argument("--seed", type=_whole(0), help="ruler, needle: another seed, other samples [42]")
+    p.add_argument("--raw", action="store_true", default=None, help="ruler, needle: no chat template")
+    p.add_argument("-n", "--n-predict", type=_whole(1), 
+                   help="ruler, needle: most tokens of an answer [RULER's]; long: tokens to write [2000]")
+    p.add_argument("--records", metavar="FILE.jsonl", help="ruler: run these records of RULER's format instead")
+    p.add_argument("--save-records", metavar="FILE.jsonl", help="ruler: write the records")
+    p.add_argument("--png", help="needle: write the map")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -294,18 +413,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("-ub", "--ubatch-size", type=_whole(1), default=512, help="tokens computed at once in prefill")
     p.add_argument("--temp", type=float, default=0.0, help="temperature; 0: greedy")
     p.add_argument("--no-fasa", action="store_true", help="dense")
-    p = command("eval", cmd_eval, "Perplexity, KL and same-top-token of FASA beside dense, teacher-forced.", "model.gguf -f text.txt --budgets 256,512")
-    _model(p)
-    _run_flags(p)
-    _fasa_flags(p)
-    p.add_argument("-f", "--file", required=True, help="text")
-    p.add_argument("--detokenize", choices=("wikitext",), help="undo a corpus' word tokenisation")
-    p.add_argument("--windows", type=_whole(1), default=10, help="windows")
-    p.add_argument("--window", type=_whole(2), default=4096, help="tokens per window")
-    p.add_argument("--score", type=_whole(2), default=384, help="last tokens of a window that are decoded and scored")
-    p.add_argument("--budgets", type=_list(1), help="comma list; one arm each")
-    p.add_argument("--dense-steps", action="store_true", help="decode the dense arm token by token too")
-    p.add_argument("--json", action="store_true", help="figures as JSON")
+    _eval_parser(command("eval", cmd_eval, "Quality of FASA beside dense: perplexity, RULER's tasks, needles, long generation.",
+                         "model.gguf -f text.txt --budgets 256,512"))
     p = command("bench", cmd_bench, "Tokens per second of dense and FASA, alternating in one process.", "model.gguf -d 0,4096,8192")
     _model(p)
     _run_flags(p)

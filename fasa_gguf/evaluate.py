@@ -12,12 +12,13 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 
 from . import native
 from .errors import FasaError
+from .journal import Journal, model_print, text_print
 from .params import FasaParams
 from .profile import Profile
 from .session import Session
@@ -39,6 +40,34 @@ class Arm:
     profile: Profile | None = None
 
 
+def describe(model: str | os.PathLike, arms: Sequence[Arm], profile: Profile | None, text: str | None, n_threads: int, n_gpu_layers: int,
+             type_k: str, type_v: str) -> dict[str, Any]:
+    """What a finished sample depends on, whatever the task: a file to resume must agree in all of it."""
+    return {"model": model_print(model), "library": native.version(), "text": text_print(text),
+            "arms": [{"arm": a.name, "fasa": None if a.params is None else dict(a.params.__dict__),
+                      "profile": None if a.params is None else text_print((a.profile or profile).to_json())} for a in arms],
+            "threads": n_threads or os.cpu_count() or 1, "n_gpu_layers": n_gpu_layers, "type_k": type_k, "type_v": type_v}
+
+
+class ArmSwitch:
+    """Turns a session from one arm to the next; `profile` serves the arms that bring none."""
+
+    def __init__(self, session: Session, profile: Profile | None) -> None:
+        self.fasa, self.profile = session.fasa, profile
+        self.attached: Profile | None = None
+
+    def use(self, arm: Arm | None) -> None:
+        """Settings and profile of this arm, counters at zero; None is dense."""
+        params = arm.params if arm else None
+        wanted = (arm.profile if arm else None) or self.profile
+        if params is not None and self.attached is not wanted:
+            self.fasa.set_params(None)
+            self.fasa.set_profile(wanted)
+            self.attached = wanted
+        self.fasa.set_params(params)
+        self.fasa.reset_counters()
+
+
 @dataclass
 class Score:
     """Per scored token, then summed up: nll and kl in nats, hit: the arm's best token is dense's."""
@@ -53,6 +82,12 @@ class Score:
         for key, n in new.items():
             self.counters[key] = n if key in ("bytes_k_dom", "bytes_kv") else self.counters.get(key, 0) + n
 
+    def add(self, part: dict[str, Any]) -> None:
+        """One more window: nll, kl and hit, lists of numbers, and counters."""
+        for name in ("nll", "kl", "hit"):
+            getattr(self, name).append(np.array(part[name]))
+        self.add_counters(part["counters"])
+
     def row(self, dense: "Score") -> dict[str, Any]:
         """The figures of one arm by name; *_se is the standard error over tokens."""
         def se(x: np.ndarray) -> float:
@@ -61,10 +96,14 @@ class Score:
         nll, base = np.concatenate(self.nll), np.concatenate(dense.nll)
         kl, hit = np.concatenate(self.kl), np.concatenate(self.hit)
         ppl, ratio = math.exp(float(nll.mean())), math.exp(float((nll - base).mean()))
+        dp = np.exp(-nll) - np.exp(-base)                                             # change of the true token's probability
+        rms = math.sqrt(float((dp**2).mean()))
         c = self.counters
         sparse = c.get("layers_sparse", 0) > 0
         return {"arm": self.arm, "n_scored": len(nll), "ppl": ppl, "ppl_se": ppl * se(nll), "ppl_ratio": ratio, "ppl_ratio_se": ratio * se(nll - base),
-                "kl": float(kl.mean()), "kl_se": se(kl), "same_top": float(hit.mean()), "same_top_se": se(hit),
+                "kl": float(kl.mean()), "kl_se": se(kl), "kl_median": float(np.median(kl)), "kl_99": float(np.quantile(kl, 0.99)),
+                "dp_mean": float(dp.mean()), "dp_mean_se": se(dp), "dp_rms": rms, "dp_rms_se": 0.5 / rms * se(dp**2) if rms > 0 else 0.0,
+                "same_top": float(hit.mean()), "same_top_se": se(hit),
                 "tokens_attended": c["rows_attended"] / c["lists"] if sparse else None,
                 "kv_read_share": (c["bytes_fac"] + c["bytes_tip"]) / c["bytes_dense"] if sparse else 1.0,
                 "k_dom_share": c["bytes_k_dom"] / c["bytes_kv"] if sparse else 0.0,
@@ -100,10 +139,35 @@ def cut_windows(session: Session, text: str, windows: int, window: int, score: i
     return out
 
 
+def _score_window(s: Session, switch: ArmSwitch, arms: Sequence[Arm], tokens: Sequence[int], prefix: int,
+                  batched_dense: bool) -> Iterator[dict[str, Any]]:
+    """nll, kl, hit and counters of one window's tail, dense first and then every arm. tokens: the window and one more."""
+    switch.use(None)
+    s.clear()
+    s.decode(tokens[:prefix], 0, logits="none")
+    tail, target = tokens[prefix:-1], np.array(tokens[prefix + 1 :])
+
+    def by_steps() -> np.ndarray:
+        return log_softmax(np.stack([s.decode([t], prefix + i) for i, t in enumerate(tail)]))
+
+    dense = log_softmax(s.decode(tail, prefix, logits="all")) if batched_dense else by_steps()
+    for arm in [None, *arms]:
+        logp, counters = dense, {}
+        if arm is not None:
+            s.remove(0, prefix)
+            switch.use(arm)
+            logp, counters = by_steps(), s.fasa.counters()
+            if arm.params is not None and counters["steps_sparse"] == 0:
+                raise FasaError(f"arm {arm.name}: FASA was asked for and no step used it: {s.fasa.step_reason()}")
+        nll, kl, hit = score_tokens(dense, logp, target)
+        yield {"nll": nll.tolist(), "kl": kl.tolist(), "hit": hit.tolist(), "counters": counters}
+
+
 def evaluate(model: str | os.PathLike, text: str, arms: Sequence[Arm], windows: int = 10, window: int = 4096, score: int = 384,
              n_threads: int = 0, n_gpu_layers: int = 0, type_k: str = "f16", type_v: str = "f16", batched_dense: bool = True,
-             profile: Profile | None = None, progress: Callable[[str, int, int], None] | None = None) -> list[dict[str, Any]]:
-    """One row of figures per arm, dense first. window and score in tokens.
+             profile: Profile | None = None, progress: Callable[[str, int, int], None] | None = None,
+             resume: str | os.PathLike | None = None) -> list[dict[str, Any]]:
+    """One row of figures per arm, dense first. window and score in tokens; resume: a file that keeps finished windows.
 
     Raises FasaError when the text is too short, when no profile is there, and when an arm that asked for FASA ran no sparse step.
     """
@@ -115,44 +179,28 @@ def evaluate(model: str | os.PathLike, text: str, arms: Sequence[Arm], windows: 
         profile = Profile.load(model)
     results = [Score("dense")] + [Score(a.name) for a in arms]
     report = progress or (lambda what, n, total: None)
-    with Session(model, n_ctx=window, n_threads=n_threads, n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v) as s:
+    journal = Journal(resume, {"task": "ppl", **describe(model, arms, profile, text, n_threads, n_gpu_layers, type_k, type_v),
+                               "windows": windows, "window": window, "score": score, "batched_dense": batched_dense})
+    with journal, Session(model, n_ctx=window, n_threads=n_threads, n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v) as s:
         if window > s.n_ctx_train:
             raise FasaError(f"--window {window}: {model} was trained on {s.n_ctx_train} tokens of context; use a shorter --window")
         texts = cut_windows(s, text, windows, window, score)
         prefix, total, done = window - score, windows * (1 + len(arms)), 0
-        attached: Profile | None = None
-        for tokens in texts:
-            s.fasa.set_params(None)
-            s.clear()
-            s.decode(tokens[:prefix], 0, logits="none")
-            tail, target = tokens[prefix:window], np.array(tokens[prefix + 1 : window + 1])
-
-            def by_steps() -> np.ndarray:
-                return log_softmax(np.stack([s.decode([t], prefix + i) for i, t in enumerate(tail)]))
-
-            dense = log_softmax(s.decode(tail, prefix, logits="all")) if batched_dense else by_steps()
-            for result, arm in zip(results, [None, *arms]):
-                if arm is None:
-                    logp = dense
-                else:
-                    s.remove(0, prefix)
-                    wanted = arm.profile or profile
-                    if arm.params is not None and attached is not wanted:
-                        s.fasa.set_params(None)
-                        s.fasa.set_profile(wanted)
-                        attached = wanted
-                    s.fasa.set_params(arm.params)
-                    s.fasa.reset_counters()
-                    logp = by_steps()
-                    result.add_counters(s.fasa.counters())
-                    if arm.params is not None and result.counters["steps_sparse"] == 0:
-                        raise FasaError(f"arm {arm.name}: FASA was asked for and no step used it: {s.fasa.step_reason()}")
-                nll, kl, hit = score_tokens(dense, logp, target)
-                result.nll.append(nll)
-                result.kl.append(kl)
-                result.hit.append(hit)
+        switch = ArmSwitch(s, profile)
+        for i_window, tokens in enumerate(texts):
+            if done_before := journal.get(str(i_window)):
+                for result, part in zip(results, done_before):
+                    result.add(part)
+                done += len(results)
+                report("evaluating", done, total)
+                continue
+            parts = []
+            for part in _score_window(s, switch, arms, tokens, prefix, batched_dense):
+                parts.append(part)
+                results[len(parts) - 1].add(part)
                 done += 1
                 report("evaluating", done, total)
+            journal.add(str(i_window), parts)
         setup = {"build_commit": f"fasa_gguf {native.version()}, llama-cpp-python {native.LLAMA_CPP_VERSION}", "model_filename": str(model),
                  "n_threads": n_threads or os.cpu_count() or 1, "n_gpu_layers": n_gpu_layers, "type_k": type_k, "type_v": type_v, "flash_attn": True,
                  "n_ctx": window, "n_windows": windows, "dense": "batch" if batched_dense else "steps"}
@@ -162,7 +210,7 @@ def evaluate(model: str | os.PathLike, text: str, arms: Sequence[Arm], windows: 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """For people: one line an arm, +- is the standard error; below it, what was dense in an arm that asked for FASA."""
-    head = ["arm", "tokens", "ppl", "ppl ratio", "KL", "same top", "KV read", "K_dom/KV"]
+    head = ["arm", "tokens", "ppl", "ppl ratio", "KL", "same top", "KV read", "K_dom/KV", "RMS dp", "KL median", "KL 99%"]
     lines, notes = [head], []
     for r in rows:
         dense, steps, layers = r["steps_dense"], r["steps_sparse"] + r["steps_dense"], r["layers_sparse"] + r["layers_dense"]
@@ -172,7 +220,12 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             notes.append(f"{r['arm']}: {100 * r['layers_dense'] / layers:.0f}% of the layers were dense; tokens and KV read are the sparse layers'")
         lines.append([r["arm"], "all" if r["tokens_attended"] is None else f"{r['tokens_attended']:.0f}", f"{r['ppl']:.3f} +-{r['ppl_se']:.3f}",
                       f"{100 * (r['ppl_ratio'] - 1):+.2f} +-{100 * r['ppl_ratio_se']:.2f}%", f"{r['kl']:.4f} +-{r['kl_se']:.4f}",
-                      f"{r['same_top']:.3f} +-{r['same_top_se']:.3f}", f"{100 * r['kv_read_share']:.1f}%", f"{100 * r['k_dom_share']:.1f}%"])
-    width = [max(len(line[i]) for line in lines) for i in range(len(head))]
-    text = ["  ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(line, width))) for line in lines]
-    return "\n".join(text + notes)
+                      f"{r['same_top']:.3f} +-{r['same_top_se']:.3f}", f"{100 * r['kv_read_share']:.1f}%", f"{100 * r['k_dom_share']:.1f}%",
+                      f"{100 * r['dp_rms']:.2f} +-{100 * r['dp_rms_se']:.2f}%", f"{r['kl_median']:.4f}", f"{r['kl_99']:.4f}"])
+    return "\n".join(columns(lines) + notes)
+
+
+def columns(lines: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Cells in columns; the first `left` columns are flush left."""
+    width = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return ["  ".join(x.ljust(w) if i < left else x.rjust(w) for i, (x, w) in enumerate(zip(line, width))) for line in lines]

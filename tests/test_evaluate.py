@@ -9,6 +9,7 @@ from fasa_gguf.embed import model_shape
 from fasa_gguf.evaluate import Arm, Score, cut_windows, detokenize_wikitext, evaluate, log_softmax, score_tokens, table
 from fasa_gguf.gguf_file import GGUFFile
 from fasa_gguf.profile import Profile
+from fasa_gguf.session import Session
 from fasa_gguf.synthetic import synthetic_profile
 
 ON = FasaParams(chunks=4, budget=60, sink=4, recent=8, min_context=0)
@@ -47,6 +48,11 @@ def test_means_and_standard_errors():
     assert np.isclose(row["ppl_ratio"], np.exp(0.1)) and row["ppl_ratio_se"] < 1e-12       # paired: every token is worse by the same
     assert np.isclose(row["kl"], 0.1) and np.isclose(row["kl_se"], np.std([0, 0.2, 0, 0.2], ddof=1) / 2)
     assert row["same_top"] == 0.5 and np.isclose(row["same_top_se"], np.std([1, 0, 1, 0], ddof=1) / 2)
+    dp = np.exp(-nll - 0.1) - np.exp(-nll)
+    assert np.isclose(row["dp_rms"], np.sqrt(np.mean(dp**2))) and np.isclose(row["dp_mean"], dp.mean())
+    spread = np.mean(dp**4) - np.mean(dp**2) ** 2                                           # llama-perplexity's mean_and_uncertainty
+    assert np.isclose(row["dp_rms_se"], 0.5 / row["dp_rms"] * np.sqrt(spread / 3))
+    assert np.isclose(row["kl_median"], 0.1) and np.isclose(row["kl_99"], 0.2) and dense.row(dense)["dp_rms_se"] == 0
     assert row["tokens_attended"] is None and row["kv_read_share"] == 1.0
     single = Score("one", [np.array([1.0])], [np.array([0.5])], [np.array([1.0])])
     assert single.row(single)["ppl_se"] == 0 and single.row(single)["kl"] == 0.5
@@ -86,6 +92,26 @@ def test_windows_are_spread_evenly():
     assert len(cut_windows(Letters(), text[:12000], 4, 1000, score=100)) == 4
     with pytest.raises(FasaError, match="too short for 4 windows"):                      # the same tokens would be scored twice
         cut_windows(Letters(), text[:12000], 4, 1000, score=300)
+
+
+def test_a_run_that_was_cut_off_goes_on(library, tiny, text, profile, tmp_path, monkeypatch):
+    whole = evaluate(tiny, text, [Arm("a", ON)], profile=profile, **SIZE)
+    path, clear, calls = tmp_path / "r.jsonl", Session.clear, []
+
+    def stop(self):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        clear(self)
+
+    monkeypatch.setattr(Session, "clear", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tiny, text, [Arm("a", ON)], profile=profile, resume=path, **SIZE)
+    assert len(path.read_text().splitlines()) == 2                                          # the settings and one window
+    assert evaluate(tiny, text, [Arm("a", ON)], profile=profile, resume=path, **SIZE) == whole and len(calls) == 3
+    assert evaluate(tiny, text, [Arm("a", ON)], profile=profile, resume=path, **SIZE) == whole and len(calls) == 3
+    with pytest.raises(FasaError, match=r"r.jsonl: was begun with other settings \(arms\[0\].fasa.budget: 60 there, 61 here\); use the same"):
+        evaluate(tiny, text, [Arm("a", ON.replace(budget=61))], profile=profile, resume=path, **SIZE)
 
 
 # ---- arms ----
@@ -138,7 +164,8 @@ def test_the_table(library, tiny, text, profile):
     rows = evaluate(tiny, text, [Arm("a", ON), Arm("half", ON, half)], profile=profile, **SIZE)
     lines = table(rows).splitlines()
     assert len(lines) == 5 and len({len(line) for line in lines[:4]}) == 1
-    assert lines[0].split() == ["arm", "tokens", "ppl", "ppl", "ratio", "KL", "same", "top", "KV", "read", "K_dom/KV"]
+    assert lines[0].split() == ["arm", "tokens", "ppl", "ppl", "ratio", "KL", "same", "top", "KV", "read", "K_dom/KV",
+                                "RMS", "dp", "KL", "median", "KL", "99%"]
     assert lines[1].split()[:2] == ["dense", "all"] and lines[2].split()[:2] == ["a", "60"]
     assert lines[4] == "half: 33% of the layers were dense; tokens and KV read are the sparse layers'"
 
