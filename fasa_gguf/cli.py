@@ -106,14 +106,25 @@ def _calibrate(a: argparse.Namespace, out: str | None) -> Any:
     from .calibrate import CalibrationParams, calibrate
 
     params = CalibrationParams(method=a.method, context=a.ctx_size)
+    corpus = _text(a.file) if a.file else None
+    hf = getattr(a, "hf", None) or (a.model if os.path.isdir(a.model) else None)
     start = time.perf_counter()
-    profile = calibrate(a.model, _text(a.file) if a.file else None, params, out, a.threads, a.n_gpu_layers, _bar())
+    if hf:
+        from .hf import calibrate_hf
+
+        if a.n_gpu_layers:
+            raise FasaError("-ngl is for a GGUF; Hugging Face weights take --device")
+        profile = calibrate_hf(hf, corpus, params, out, a.threads, a.device, a.dtype, None if hf == a.model else a.model, _bar())
+    else:
+        if a.device or a.dtype != "auto":
+            raise FasaError(f"{'--device' if a.device else '--dtype'} is for Hugging Face weights; a GGUF takes -ngl")
+        profile = calibrate(a.model, corpus, params, out, a.threads, a.n_gpu_layers, _bar())
     print(f"calibrated in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return profile
 
 
 def cmd_calibrate(a: argparse.Namespace) -> None:
-    out = a.output or str(Path(a.model).with_suffix(".fasa.json"))
+    out = a.output or (f"{a.model.rstrip('/')}.fasa.json" if os.path.isdir(a.model) else str(Path(a.model).with_suffix(".fasa.json")))
     _calibrate(a, out)
     print(out)
 
@@ -121,8 +132,8 @@ def cmd_calibrate(a: argparse.Namespace) -> None:
 def cmd_embed_profile(a: argparse.Namespace) -> None:
     from .embed import check_embeddable, rewrite
 
-    if a.profile and (a.remove or a.file):
-        raise FasaError(f"--profile was given, and {'--remove' if a.remove else '-f'} needs none; leave one of them away")
+    if a.profile and (a.remove or a.file or a.hf):
+        raise FasaError(f"--profile was given, and {'--remove' if a.remove else '-f' if a.file else '--hf'} needs none; leave one of them away")
     if a.remove:
         profile = None
     elif a.profile:
@@ -138,7 +149,13 @@ def cmd_inspect(a: argparse.Namespace) -> None:
     from .profile import Profile, inspect_table
 
     profile = Profile.load(a.model)
-    print(profile.to_json() if a.json else inspect_table(profile))
+    if a.against:
+        from .compare import compare_profiles
+
+        found = compare_profiles(profile, Profile.load(a.against), a.top)
+        print(json.dumps(found.as_dict()) if a.json else found.table())
+    else:
+        print(profile.to_json() if a.json else inspect_table(profile))
     if a.png:
         from .heatmap import save_heatmap
 
@@ -386,20 +403,26 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("-o", "--output", help="file to write")
         p.add_argument("-c", "--ctx-size", type=_whole(256), default=4096, help="window in tokens")
         p.add_argument("--method", default="recall", choices=("recall", "energy", "ca"), help="how chunks are ranked")
+        p.add_argument("--device", help="Hugging Face weights: cpu, cuda, cuda:1, or auto for several GPUs; default: GPUs where there are any")
+        p.add_argument("--dtype", default="auto", choices=("auto", "f32", "f16", "bf16"), help="Hugging Face weights: auto is f32 on a CPU, the weights' own on a GPU")
         _machine_flags(p)
 
-    p = command("calibrate", cmd_calibrate, "Find the dominant chunks of a model and save them as JSON.", "model.gguf -o profile.json")
+    p = command("calibrate", cmd_calibrate, "Find the dominant chunks of a model, a GGUF or a folder of Hugging Face weights, and save them as JSON.",
+                "model.gguf -o profile.json")
     _model(p)
     calibration(p)
     p = command("embed-profile", cmd_embed_profile, "Put a profile into a model's GGUF; calibrates first when none is given.", "model.gguf")
     _model(p)
     calibration(p)
+    p.add_argument("--hf", metavar="HF_DIR", help="calibrate from the model's Hugging Face weights in this folder")
     p.add_argument("--profile", help="a profile's JSON file, or a GGUF that has one")
     p.add_argument("--force", action="store_true", help="overwrite OUTPUT")
     p.add_argument("--remove", action="store_true", help="take the profile out")
     p = command("inspect", cmd_inspect, "Show the profile of a GGUF or JSON file.", "model.gguf --png heatmap.png")
     _model(p)
-    p.add_argument("--json", action="store_true", help="the whole profile as JSON")
+    p.add_argument("--json", action="store_true", help="the whole profile, or the comparison, as JSON")
+    p.add_argument("--against", metavar="OTHER", help="compare with another profile: rank correlation and overlap of the dominant chunks")
+    p.add_argument("--top", type=_whole(0), default=0, help="chunks that count as dominant in the comparison; 0: 3/8 of the head's")
     p.add_argument("--png", help="write a heat map of layer x chunk")
     p = command("run", cmd_run, "Stream a completion, decoded with FASA when the model has a profile.", 'model.gguf -f long.txt -p "In short:" -c 16384')
     _model(p)
