@@ -39,7 +39,7 @@ class Method:
                 raise FasaError(f"method {self.name}: unknown option {name!r}; known are {', '.join(known)}")
         for name, value in {**known, **options}.items():
             setattr(self, name, value)
-        if self.budgeted and budget < self.sink + self.recent + 1:
+        if self.budgeted and not getattr(self, "mass", 0) and budget < self.sink + self.recent + 1:
             raise FasaError(f"method {self.name}: budget {budget}: expected at least {self.sink + self.recent + 1}, {self.sink} sinks, "
                             f"{self.recent} recent tokens and one more")
 
@@ -253,7 +253,7 @@ class SnapKV(Method):
 
 class Fasa(Method):
     """The project's own (fasa_gguf/reference.py): the profile's chunks, one selection per KV head. mass > 0: its own count, at
-    least `floor` and at most `cap` tokens (0: a quarter of, and four times the budget)."""
+    least `floor` and at most `cap` tokens (0: a quarter of, and four times the budget; without one 64 and 1,024)."""
 
     name = "fasa"
     about = "K_dom of every token, scales included"
@@ -272,7 +272,9 @@ class Fasa(Method):
         return [{"k": k, "k_dom": t} for k, t in ((n // 4, "q4"), (n // 4, "q8"), (3 * n // 8, "q4"), (3 * n // 8, "q8"), (n // 2, "q4"))]
 
     def bounds(self) -> tuple[int, int]:
-        """floor and cap."""
+        """floor and cap, in tokens."""
+        if not self.budget:
+            return self.floor or 64, self.cap or 1024
         return self.floor or max(self.budget // 4, 1), self.cap or 4 * self.budget
 
     def chunks(self) -> int:
