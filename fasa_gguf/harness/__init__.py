@@ -9,3 +9,13 @@
 
 It is about selections, not speed: every method runs as a mask on dense attention. Needs torch (`pip install 'fasa_gguf[harness]'`).
 """
+
+from ..errors import FasaError
+
+
+def require_torch() -> None:
+    """Raises FasaError when torch is not installed."""
+    try:
+        import torch  # noqa: F401
+    except ImportError:
+        raise FasaError("the comparison needs torch; run `pip install 'fasa_gguf[harness]'`") from None

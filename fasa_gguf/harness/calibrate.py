@@ -37,7 +37,7 @@ def rank_ca(q: torch.Tensor, k: torch.Tensor, start: int, shape: Shape, budget: 
         return (q[..., d] @ k[..., d].transpose(1, 2)).masked_fill(hidden, -torch.inf).topk(budget, -1).indices
 
     hit = torch.zeros(len(k), q.shape[1], n_kv, dtype=torch.bool, device=q.device).scatter_(-1, best(slice(None)), True)
-    agree = torch.stack([hit.gather(-1, best(d)).double().mean(-1).view(shape.n_head, -1).mean(-1) for d in dims], -1)
+    agree = torch.stack([hit.gather(-1, best(d)).sum(-1).view(shape.n_head, -1).sum(-1) for d in dims], -1)   # [n_head, n_chunk], hits
     return np.argsort(-agree.cpu().numpy(), axis=-1, kind="stable").tolist()                 # [n_head, n_chunk]
 
 
@@ -45,7 +45,7 @@ def rank_channels(q: torch.Tensor, k: torch.Tensor, shape: Shape) -> list[list[i
     """Double Sparsity's label channels of every KV head: dimensions by the mean of |q_d k_d| over tokens, query and key of the
     same token, and over the group's query heads (one label cache a KV head). q [n_head, n, d], k [n_head_kv, n, d], post-RoPE."""
     both = (q.view(shape.n_head_kv, shape.group, *k.shape[1:]) * k[:, None]).abs().mean((1, 2))  # [n_head_kv, d]
-    return both.argsort(-1, descending=True, stable=True).tolist()
+    return both.argsort(dim=-1, descending=True, stable=True).tolist()
 
 
 def read_text(decoder: Decoder, tokens: list[int], budget: int = 256, queries: int = 96) -> dict[str, Any]:
