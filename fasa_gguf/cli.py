@@ -438,6 +438,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-fasa", action="store_true", help="dense")
     _eval_parser(command("eval", cmd_eval, "Quality of FASA beside dense: perplexity, RULER's tasks, needles, long generation.",
                          "model.gguf -f text.txt --budgets 256,512"))
+    from .cli_quality import add_commands
+
+    add_commands(command)
     p = command("bench", cmd_bench, "Tokens per second of dense and FASA, alternating in one process.", "model.gguf -d 0,4096,8192")
     _model(p)
     _run_flags(p)

@@ -106,6 +106,7 @@ class Score:
                 "same_top": float(hit.mean()), "same_top_se": se(hit),
                 "tokens_attended": c["rows_attended"] / c["lists"] if sparse else None,
                 "kv_read_share": (c["bytes_fac"] + c["bytes_tip"]) / c["bytes_dense"] if sparse else 1.0,
+                "kv_bytes_per_token": (c["bytes_fac"] + c["bytes_tip"]) / max(c.get("steps_sparse", 0), 1) if sparse else None,
                 "k_dom_share": c["bytes_k_dom"] / c["bytes_kv"] if sparse else 0.0,
                 "steps_sparse": c.get("steps_sparse", 0), "steps_dense": c.get("steps_dense", 0),
                 "layers_sparse": c.get("layers_sparse", 0), "layers_dense": c.get("layers_dense", 0)}

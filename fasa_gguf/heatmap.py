@@ -1,4 +1,4 @@
-"""Pictures: a profile, layer x frequency chunk, and needles found, depth x length."""
+"""Pictures: a profile, layer x frequency chunk; needles found, depth x length; a sweep, chunks x budget."""
 
 from __future__ import annotations
 
@@ -57,6 +57,36 @@ def save_needle_map(grid: dict[str, Any], path: str | os.PathLike) -> None:
         ax.set_xlabel("length in tokens")
     axes[0][0].set_ylabel("depth of the needle")
     fig.colorbar(image, ax=axes[0].tolist(), label=f"share found, {grid['n']} a cell")
+    _save(fig, path)
+
+
+def save_sweep_map(result: dict[str, Any], path: str | os.PathLike) -> None:
+    """PNG of sweep.sweep: perplexity loss, chunks x budgets and masses; under it the share of dense's KV bytes read. The
+    recommended setting has a frame."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows, best = result["rows"], result["best"]
+    chunks = sorted({r["chunks"] for r in rows})
+    columns = sorted({(r["mass"], r["budget"]) for r in rows})                   # fixed budgets first, then masses
+    at = {(r["chunks"], (r["mass"], r["budget"])): r for r in rows}
+    loss = np.array([[100 * (at[k, c]["ppl_ratio"] - 1) for c in columns] for k in chunks])   # [n_chunks, n_columns]
+    fig, ax = plt.subplots(figsize=(max(5, 1.1 * len(columns) + 2), max(3, 0.7 * len(chunks) + 1.8)), layout="constrained")
+    top = max(float(loss.max()), 1e-6)
+    image = ax.imshow(loss, aspect="auto", cmap="RdYlGn_r", vmin=min(0.0, float(loss.min())), vmax=min(top, 5 * 100 * result["max_loss"]))
+    for i, k in enumerate(chunks):
+        for j, c in enumerate(columns):
+            row = at[k, c]
+            ax.text(j, i, f"{loss[i, j]:+.2f}%\n{100 * row['kv_read_share']:.0f}% read", ha="center", va="center", fontsize="small")
+            if best and row["arm"] == best["arm"]:
+                ax.add_patch(plt.Rectangle((j - 0.48, i - 0.47), 0.96, 0.94, fill=False, lw=2.5))
+    ax.set_xticks(range(len(columns)), [f"mass {m:g}" if m else f"{b:,}" for m, b in columns])
+    ax.set_yticks(range(len(chunks)), [str(k) for k in chunks])
+    ax.set_xlabel("budget in tokens, or target mass")
+    ax.set_ylabel("chunks")
+    fig.colorbar(image, label="perplexity against dense, %")
     _save(fig, path)
 
 
