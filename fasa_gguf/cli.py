@@ -120,6 +120,8 @@ def cmd_embed_profile(a: argparse.Namespace) -> None:
 
     if a.profile and (a.remove or a.file or a.hf):
         raise FasaError(f"--profile was given, and {'--remove' if a.remove else '-f' if a.file else '--hf'} needs none; leave one of them away")
+    if a.remove and a.hf:
+        raise FasaError("--hf was given, and --remove needs none; leave one of them away")
     if a.remove:
         profile = None
     elif a.profile:

@@ -22,17 +22,16 @@ def main(tree, *folders):
     with torch.inference_mode():
         for folder in map(Path, folders):
             config = json.loads((folder / "config.json").read_text())
-            if "rotary_pct" not in config and config["model_type"] == "gpt_neox":   # where transformers 4 wrote it
-                config["rotary_pct"] = config["rope_parameters"]["partial_rotary_factor"]
-                (folder / "config.json").write_text(json.dumps(config))
             words = {"model": {"vocab": {str(i): i for i in range(config["vocab_size"])}}, "added_tokens": []}
             stub = folder / "tokenizer.json"
             if not stub.exists():                                    # one family counts the words there
                 stub.write_text(json.dumps(words))
             hparams = ModelBase.load_hparams(folder, False)
+            if config["model_type"] == "gpt_neox":                    # transformers 4 had this name for it
+                hparams["rotary_pct"] = config["rope_parameters"]["partial_rotary_factor"]
             found = get_model_class(get_model_architecture(hparams, ModelType.TEXT))
             found.set_vocab = no_vocabulary
-            found(folder, gguf.LlamaFileType.ALL_F32, folder.with_suffix(".gguf")).write()
+            found(folder, gguf.LlamaFileType.ALL_F32, folder.with_suffix(".gguf"), hparams=hparams).write()
             if json.loads(stub.read_text()) == words:
                 stub.unlink()
 

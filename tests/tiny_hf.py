@@ -35,7 +35,7 @@ MODELS = {
                                                              original_max_position_embeddings=1024, short_factor=[1.0] * 6,
                                                              long_factor=[4.0] * 6)), 12, "neox"),
     "gptneox": ("GPTNeoXConfig", dict(rotary_pct=0.5, max_position_embeddings=N_CTX), 8, "neox"),                           # partial, fused per head, MHA
-    "smollm3": ("SmolLM3Config", dict(num_key_value_heads=N_HEAD_KV, no_rope_layers=[1, 0]), 16, "neox"),  # layer 1 has no RoPE
+    "smollm3": ("SmolLM3Config", dict(num_key_value_heads=N_HEAD_KV, num_hidden_layers=4), 16, "neox"),   # layer 3 has no RoPE
     "glm4": ("Glm4Config", {**GQA, "partial_rotary_factor": 0.5}, 16, "norm"),               # neighbours rotate
     "cohere": ("CohereConfig", dict(num_key_value_heads=N_HEAD_KV), 16, "norm"),
 }
