@@ -105,12 +105,12 @@ def _config(folder: str) -> Any:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as e:  # whatever transformers makes of a bad file
         raise _loading(folder, e) from None
-    _check_config(config, folder)
+    _check_config(config, folder, (getattr(config, "architectures", None) or [config.model_type])[0])
     return config
 
 
-def _check_config(config: Any, where: str) -> None:
-    text, arch = _text(config), _arch(config)
+def _check_config(config: Any, where: str, arch: str) -> None:
+    text = _text(config)
     if getattr(text, "kv_lora_rank", None):
         raise FasaError(f"{where}: architecture {arch} has multi-head latent attention, which has no keys per head to rank; FASA does not apply")
     if not getattr(text, "rope_parameters", None) or getattr(text, "alibi", False):
@@ -126,10 +126,6 @@ def _loading(folder: str, e: Exception) -> FasaError:
 def _text(config: Any) -> Any:
     """The part of a config that is about the text decoder."""
     return config.get_text_config(decoder=True)
-
-
-def _arch(config: Any) -> str:
-    return (getattr(config, "architectures", None) or [config.model_type])[0]
 
 
 def load_model(folder: str | os.PathLike, device_map: str | dict | None = None, dtype: str = "auto") -> Any:
@@ -270,8 +266,9 @@ class HFCalibration(Calibrator):
         super().__init__(params, n_threads)
         _modules()
         self.model, self.folder = model, folder
-        self.where, self.arch, self.text = str(folder or _arch(model.config)), _arch(model.config), _text(model.config)
-        _check_config(model.config, self.where)
+        self.arch, self.text = type(model).__name__, _text(model.config)
+        self.where = str(folder or self.arch)
+        _check_config(model.config, self.where, self.arch)
         probe = _Probe(self._forward, self.text.vocab_size)
         self._shape(probe)
         rope = self._rope_of(self._full_layer())

@@ -46,7 +46,7 @@ def _planted_chunks(rng, n_rot, width):
     return np.sort(rng.choice(n_rot // 2, PLANTED, replace=False))
 
 
-def build(name, seed=0):
+def build(name):
     """(model in f32, [n_layer, n_head_kv, PLANTED] planted chunks)."""
     import torch
     import transformers
@@ -55,6 +55,7 @@ def build(name, seed=0):
 
     kind, settings, n_rot, layout = MODELS[name]
     config = getattr(transformers, kind)(**{**COMMON, **settings})
+    seed = list(MODELS).index(name)
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -65,6 +66,8 @@ def build(name, seed=0):
         for key, w in model.named_parameters():
             if w.ndim == 2:
                 w.normal_(0, 1.0 if "embed" in key else 0.25)
+            else:
+                w.add_(torch.randn_like(w), alpha=0.1)                                       # norms, biases
         for layer in model.base_model.layers:
             attention = getattr(layer, "self_attn", None) or layer.attention
             planted.append([_planted_chunks(rng, n_rot, width) for _ in range(n_kv)])
