@@ -189,7 +189,7 @@ def test_what_a_wrong_config_says_is_measured(llama, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, settings, message", [
-    ("GPT2Config", dict(n_embd=64, n_layer=2, n_head=4), "GPT2LMHeadModel has no RoPE, so it has no frequency chunks"),
+    ("GPT2Config", dict(n_embd=64, n_layer=2, n_head=4), r"GPT2LMHeadModel has no RoPE \(no rope_parameters in its config\), so it has no frequency chunks"),
     ("BloomConfig", dict(n_layer=2, n_head=4), "BloomForCausalLM has no RoPE"),
     ("FalconConfig", dict(alibi=True), "FalconForCausalLM has no RoPE"),
     ("DeepseekV2Config", dict(kv_lora_rank=16, q_lora_rank=None, n_routed_experts=2),
@@ -208,7 +208,14 @@ def test_keys_that_do_not_rotate_are_refused():
     """A config with RoPE parameters, and layers that use none."""
     model = transformers.AutoModelForCausalLM.from_config(
         transformers.SmolLM3Config(**tiny_hf.COMMON, num_key_value_heads=2, no_rope_layers=[0, 0]), dtype=torch.float32).eval()
-    with pytest.raises(FasaError, match="architecture SmolLM3ForCausalLM has no RoPE"):
+    with pytest.raises(FasaError, match="architecture SmolLM3ForCausalLM has no RoPE, so"):
+        HFCalibration(model, IDS, SMALL)
+
+
+def test_attention_that_cannot_be_seen_is_refused():
+    """Falcon attends by code of its own."""
+    model = transformers.AutoModelForCausalLM.from_config(transformers.FalconConfig(**tiny_hf.COMMON), dtype=torch.float32).eval()
+    with pytest.raises(FasaError, match="FalconForCausalLM shows no attention layer through .* AttentionInterface; calibrate its GGUF instead"):
         HFCalibration(model, IDS, SMALL)
 
 
@@ -266,6 +273,18 @@ def test_half_precision(models):
     """The checkpoint in bf16 gives the same dominant chunks."""
     profiles = [calibrate_hf(models["llama"][2], IDS, SMALL, dtype=d) for d in ("f32", "bf16")]
     assert compare_profiles(*profiles, k=3).mean()[1] == 1
+
+
+def test_a_device_map(models):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    a, b = (calibrate_hf(models["qwen3"][2], IDS, SMALL, dtype="f32", device_map=d) for d in ({"": "cpu"}, "cpu"))
+    assert a.to_flat() == b.to_flat()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_gives_the_same(models):
+    a, b = (calibrate_hf(models["llama"][2], IDS, SMALL, dtype="f32", device_map=d) for d in ("cuda", "cpu"))
+    assert compare_profiles(a, b, k=3).mean()[1] == 1
 
 
 def test_progress(llama):
