@@ -239,7 +239,7 @@ def test_refusals(llama, tiny, tmp_path, monkeypatch):
         calibrate_hf(llama, ("t", "some text"), SMALL)
     with pytest.raises(FasaError, match="ids: the text has 100 tokens; calibration needs at least 256"):
         calibrate_hf(llama, ("ids", IDS[1][:100]), SMALL)
-    with pytest.raises(FasaError, match="the profile is for another model: it has 2 layers, 2 KV heads, 16 chunks, the model 3 layers, 2 KV heads, 8 chunks"):
+    with pytest.raises(FasaError, match="for another model: it has 2 layers, 2 KV heads, 16 chunks, the model 3 layers, 2 KV heads, 8 chunks"):
         HFCalibration(llama, IDS, SMALL, gguf=tiny)
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(FasaError, match=r"need torch, transformers 5 and safetensors .*; run `pip install 'fasa_gguf\[hf\]'`"):

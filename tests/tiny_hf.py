@@ -16,7 +16,8 @@ COMMON = dict(hidden_size=N_EMBD, intermediate_size=96, num_hidden_layers=N_LAYE
               max_position_embeddings=N_CTX, bos_token_id=1, eos_token_id=2, pad_token_id=0)
 GQA = dict(num_key_value_heads=N_HEAD_KV, head_dim=WIDTH)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=256, rope_theta=10000.0)
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=256, rope_theta=10000.0)
+LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=256, rope_theta=10000.0)
 LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=10000.0)
 
 # name: (config class, settings, rotated dims, layout)
