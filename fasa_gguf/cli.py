@@ -134,6 +134,8 @@ def cmd_embed_profile(a: argparse.Namespace) -> None:
 
     if a.profile and (a.remove or a.file or a.hf):
         raise FasaError(f"--profile was given, and {'--remove' if a.remove else '-f' if a.file else '--hf'} needs none; leave one of them away")
+    if a.remove and a.hf:
+        raise FasaError("--hf was given, and --remove needs none; leave one of them away")
     if a.remove:
         profile = None
     elif a.profile:
@@ -404,7 +406,8 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("-c", "--ctx-size", type=_whole(256), default=4096, help="window in tokens")
         p.add_argument("--method", default="recall", choices=("recall", "energy", "ca"), help="how chunks are ranked")
         p.add_argument("--device", help="Hugging Face weights: cpu, cuda, cuda:1, or auto for several GPUs; default: GPUs where there are any")
-        p.add_argument("--dtype", default="auto", choices=("auto", "f32", "f16", "bf16"), help="Hugging Face weights: auto is f32 on a CPU, the weights' own on a GPU")
+        p.add_argument("--dtype", default="auto", choices=("auto", "f32", "f16", "bf16"),
+                       help="Hugging Face weights: auto is f32 on a CPU, the weights' own on a GPU")
         _machine_flags(p)
 
     p = command("calibrate", cmd_calibrate, "Find the dominant chunks of a model, a GGUF or a folder of Hugging Face weights, and save them as JSON.",

@@ -105,16 +105,17 @@ def _config(folder: str) -> Any:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     except Exception as e:  # whatever transformers makes of a bad file
         raise _loading(folder, e) from None
-    _check_config(config, folder)
+    _check_config(config, folder, (getattr(config, "architectures", None) or [config.model_type])[0])
     return config
 
 
-def _check_config(config: Any, where: str) -> None:
-    text, arch = _text(config), _arch(config)
+def _check_config(config: Any, where: str, arch: str) -> None:
+    text = _text(config)
     if getattr(text, "kv_lora_rank", None):
         raise FasaError(f"{where}: architecture {arch} has multi-head latent attention, which has no keys per head to rank; FASA does not apply")
     if not getattr(text, "rope_parameters", None) or getattr(text, "alibi", False):
-        raise FasaError(f"{where}: architecture {arch} has no RoPE, so it has no frequency chunks; FASA does not apply")
+        raise FasaError(f"{where}: architecture {arch} has no RoPE (no rope_parameters in its config), so it has no frequency chunks; "
+                        "FASA does not apply")
     if getattr(config, "is_encoder_decoder", False):
         raise FasaError(f"{where}: architecture {arch} is no decoder; FASA does not apply")
 
@@ -126,10 +127,6 @@ def _loading(folder: str, e: Exception) -> FasaError:
 def _text(config: Any) -> Any:
     """The part of a config that is about the text decoder."""
     return config.get_text_config(decoder=True)
-
-
-def _arch(config: Any) -> str:
-    return (getattr(config, "architectures", None) or [config.model_type])[0]
 
 
 def load_model(folder: str | os.PathLike, device_map: str | dict | None = None, dtype: str = "auto") -> Any:
@@ -203,13 +200,13 @@ def weights_hash(folder: str | os.PathLike) -> str | None:
 
 
 class _Probe:
-    """What single tokens show of every layer, at position 0 and at a later one.
+    """What single tokens show of every layer, at one position and at a later one (not at 0, which resets some recurrent layers).
 
     A token that is alone attends itself alone, so that its hidden states do not depend on its position, and in every layer the
     keys of the two passes differ by RoPE only. The pairing that keeps the length of each pair is the layout.
     """
 
-    TOKENS, POSITION = 16, 1000
+    TOKENS, POSITIONS = 16, (1, 1001)
 
     def __init__(self, run: Callable[..., None], n_vocab: int) -> None:
         self.keys: list[dict[int, np.ndarray]] = []      # per position {layer: [n_token, n_head_kv, head_dim]}
@@ -217,7 +214,7 @@ class _Probe:
         self.windows: dict[int, int] = {}
         self.both_ways = False
         ids = (np.arange(self.TOKENS) * 37 % n_vocab)[:, None]                       # [n_token, 1]
-        for position in (0, self.POSITION):
+        for position in self.POSITIONS:
             found: dict[int, np.ndarray] = {}
 
             def watch(module: Any, q: Any, k: Any, scale: float, soft_cap: float, window: int) -> None:
@@ -270,8 +267,9 @@ class HFCalibration(Calibrator):
         super().__init__(params, n_threads)
         _modules()
         self.model, self.folder = model, folder
-        self.where, self.arch, self.text = str(folder or _arch(model.config)), _arch(model.config), _text(model.config)
-        _check_config(model.config, self.where)
+        self.arch, self.text = type(model).__name__, _text(model.config)
+        self.where = str(folder or self.arch)
+        _check_config(model.config, self.where, self.arch)
         probe = _Probe(self._forward, self.text.vocab_size)
         self._shape(probe)
         rope = self._rope_of(self._full_layer())
@@ -291,7 +289,8 @@ class HFCalibration(Calibrator):
         own = n_layer - (getattr(self.text, "num_kv_shared_layers", None) or 0)      # the last ones attend to keys of these
         seen = {il: k for il, k in probe.keys[0].items() if il < own}
         if not seen:
-            raise self._refuse("shows no attention layer through transformers' AttentionInterface")
+            raise FasaError(f"{self.where}: architecture {self.arch} shows no attention layer through transformers' AttentionInterface; "
+                            "calibrate its GGUF instead")
         if probe.both_ways:
             raise self._refuse("attends both ways, and nothing is cached")
         layout = probe.layout(lambda il: self._n_rot(il, probe.keys[0][il].shape[-1]))

@@ -39,12 +39,18 @@ def patches() -> list[Path]:
 # ---- the source ----
 
 
-def fetch() -> Path:
-    """The sdist that UPSTREAM names, from the configured package index, hash checked, kept in the user's cache."""
+def cached() -> Path:
+    """Where the sdist lies once it was fetched."""
     up = upstream()
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fasa_gguf"
-    path = cache / f"{up['package'].replace('-', '_')}-{up['version']}.tar.gz"
+    return cache / f"{up['package'].replace('-', '_')}-{up['version']}.tar.gz"
+
+
+def fetch() -> Path:
+    """The sdist that UPSTREAM names, from the configured package index, hash checked, kept in the user's cache."""
+    up, path = upstream(), cached()
     if not path.exists():
+        cache = path.parent
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
             command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps", "--no-binary", up["package"],
