@@ -15,6 +15,7 @@ from typing import Any, Callable, Sequence
 from . import __version__
 from .errors import FasaError
 from .params import FasaParams
+from .profile import PRESETS, Profile
 
 
 def _bar() -> Callable[[str, int, int], None]:
@@ -83,12 +84,15 @@ def _fasa_flags(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("FASA settings (each is also an environment variable, FASA_BUDGET and so on)")
     for f in fields(FasaParams):
         group.add_argument("--fasa-" + f.name.replace("_", "-"), metavar="X", default=None, help=f"{f.metadata['help']} [{f.metadata['unit']}; {f.default}]")
+    group.add_argument("--fasa-preset", choices=PRESETS, default=None, help="where the settings above begin: `paper` is FASA as published, for a profile ranked by ca")
     group.add_argument("--profile", help="a profile's JSON file instead of the one in the model (eval: a comma list, one arm each)")
 
 
-def _params(a: argparse.Namespace, base: FasaParams | None = None) -> FasaParams:
+def _params(a: argparse.Namespace, profile: Profile) -> tuple[FasaParams, Profile]:
+    """Settings: the preset's, then the environment's, then the command line's; and the profile as the preset wants it."""
+    base, profile = profile.preset(a.fasa_preset or "default")
     given = {f.name: getattr(a, "fasa_" + f.name) for f in fields(FasaParams) if getattr(a, "fasa_" + f.name) is not None}
-    return FasaParams.from_mapping(given, "command line", FasaParams.from_env(base))
+    return FasaParams.from_mapping(given, "command line", FasaParams.from_env(base)), profile
 
 
 def _text(path: str) -> tuple[str, str]:
@@ -102,24 +106,34 @@ def _calibrate(a: argparse.Namespace, out: str | None) -> Any:
     from .calibrate import CalibrationParams, calibrate
 
     params = CalibrationParams(method=a.method, context=a.ctx_size)
+    corpus = _text(a.file) if a.file else None
+    hf = getattr(a, "hf", None) or (a.model if os.path.isdir(a.model) else None)
     start = time.perf_counter()
-    profile = calibrate(a.model, _text(a.file) if a.file else None, params, out, a.threads, a.n_gpu_layers, _bar())
+    if hf:
+        from .hf import calibrate_hf
+
+        if a.n_gpu_layers:
+            raise FasaError("-ngl is for a GGUF; Hugging Face weights take --device")
+        profile = calibrate_hf(hf, corpus, params, out, a.threads, a.device, a.dtype, None if hf == a.model else a.model, _bar())
+    else:
+        if a.device or a.dtype != "auto":
+            raise FasaError(f"{'--device' if a.device else '--dtype'} is for Hugging Face weights; a GGUF takes -ngl")
+        profile = calibrate(a.model, corpus, params, out, a.threads, a.n_gpu_layers, _bar())
     print(f"calibrated in {time.perf_counter() - start:.0f} s", file=sys.stderr)
     return profile
 
 
 def cmd_calibrate(a: argparse.Namespace) -> None:
-    out = a.output or str(Path(a.model).with_suffix(".fasa.json"))
+    out = a.output or (f"{a.model.rstrip('/')}.fasa.json" if os.path.isdir(a.model) else str(Path(a.model).with_suffix(".fasa.json")))
     _calibrate(a, out)
     print(out)
 
 
 def cmd_embed_profile(a: argparse.Namespace) -> None:
     from .embed import check_embeddable, rewrite
-    from .profile import Profile
 
-    if a.profile and (a.remove or a.file):
-        raise FasaError(f"--profile was given, and {'--remove' if a.remove else '-f'} needs none; leave one of them away")
+    if a.profile and (a.remove or a.file or a.hf):
+        raise FasaError(f"--profile was given, and {'--remove' if a.remove else '-f' if a.file else '--hf'} needs none; leave one of them away")
     if a.remove:
         profile = None
     elif a.profile:
@@ -135,7 +149,13 @@ def cmd_inspect(a: argparse.Namespace) -> None:
     from .profile import Profile, inspect_table
 
     profile = Profile.load(a.model)
-    print(profile.to_json() if a.json else inspect_table(profile))
+    if a.against:
+        from .compare import compare_profiles
+
+        found = compare_profiles(profile, Profile.load(a.against), a.top)
+        print(json.dumps(found.as_dict()) if a.json else found.table())
+    else:
+        print(profile.to_json() if a.json else inspect_table(profile))
     if a.png:
         from .heatmap import save_heatmap
 
@@ -147,15 +167,13 @@ def _load(a: argparse.Namespace) -> tuple[Any, bool]:
     """(model for `run`, were FASA settings given): settings or a profile on the command line make FASA a must."""
     from .gguf_file import GGUFFile
     from .llama import Llama
-    from .profile import Profile
     from .session import cache_type, last_log, quiet
 
-    asked = not a.no_fasa and (bool(a.profile) or any(getattr(a, "fasa_" + f.name) is not None for f in fields(FasaParams)))
+    asked = not a.no_fasa and (bool(a.profile) or bool(a.fasa_preset) or any(getattr(a, "fasa_" + f.name) is not None for f in fields(FasaParams)))
     fasa: Any = "off" if a.no_fasa else "auto"
     profile = None
     if asked:
-        profile = Profile.load(a.profile or a.model)
-        fasa = _params(a, profile.params())
+        fasa, profile = _params(a, Profile.load(a.profile or a.model))
     elif not a.no_fasa:
         Profile.from_gguf(GGUFFile(a.model))  # none is fine, a bad one is an error
     types = cache_type(a.cache_type_k), cache_type(a.cache_type_v)
@@ -245,16 +263,14 @@ def _eval_flags(a: argparse.Namespace) -> None:
 def _arms(a: argparse.Namespace) -> list[Any]:
     """One arm for each profile and budget or mass."""
     from .evaluate import Arm
-    from .profile import Profile
 
     arms = []
     for path in a.profile.split(",") if a.profile else [a.model]:
-        profile = Profile.load(path)
-        base = _params(a, profile.params())
+        base, profile = _params(a, Profile.load(path))
         fixed = a.budgets or ([] if a.masses else [base.budget])
         settings = [base.replace(budget=b, mass=0.0 if a.masses else base.mass) for b in fixed]
         for p in settings + [base.replace(mass=m) for m in a.masses or []]:
-            name = f"{profile.ranking_method} k={p.chunks or 'auto'} {p.k_dom} " + (f"mass={p.mass:g}" if p.mass > 0 else f"B={p.budget}")
+            name = f"{a.fasa_preset + ' ' if a.fasa_preset else ''}{profile.ranking_method} k={p.chunks or 'auto'} {p.k_dom} " + (f"mass={p.mass:g}" if p.mass > 0 else f"B={p.budget}")
             arms.append(Arm(name, p.check(), profile))
     return arms
 
@@ -316,7 +332,6 @@ def _eval_answers(a: argparse.Namespace, arms: list[Any], setup: Any) -> None:
 
 def cmd_bench(a: argparse.Namespace) -> None:
     from .bench import bench, crossover_text, find_crossover, render
-    from .profile import Profile
 
     model, profile = a.model, None
     if a.shape:
@@ -330,7 +345,7 @@ def cmd_bench(a: argparse.Namespace) -> None:
             write_model(model, a.shape)
         profile = synthetic_profile(*model_shape(GGUFFile(model)))
     profile = profile or Profile.load(a.profile or model)
-    params = _params(a, profile.params())
+    params, profile = _params(a, profile)
     setup = dict(n_gen=a.n_gen, repetitions=a.repetitions, n_threads=a.threads, n_gpu_layers=a.n_gpu_layers, type_k=a.cache_type_k,
                  type_v=a.cache_type_v, fill=a.fill, profile=profile, progress=_bar())
     if a.find_crossover:
@@ -388,20 +403,26 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("-o", "--output", help="file to write")
         p.add_argument("-c", "--ctx-size", type=_whole(256), default=4096, help="window in tokens")
         p.add_argument("--method", default="recall", choices=("recall", "energy", "ca"), help="how chunks are ranked")
+        p.add_argument("--device", help="Hugging Face weights: cpu, cuda, cuda:1, or auto for several GPUs; default: GPUs where there are any")
+        p.add_argument("--dtype", default="auto", choices=("auto", "f32", "f16", "bf16"), help="Hugging Face weights: auto is f32 on a CPU, the weights' own on a GPU")
         _machine_flags(p)
 
-    p = command("calibrate", cmd_calibrate, "Find the dominant chunks of a model and save them as JSON.", "model.gguf -o profile.json")
+    p = command("calibrate", cmd_calibrate, "Find the dominant chunks of a model, a GGUF or a folder of Hugging Face weights, and save them as JSON.",
+                "model.gguf -o profile.json")
     _model(p)
     calibration(p)
     p = command("embed-profile", cmd_embed_profile, "Put a profile into a model's GGUF; calibrates first when none is given.", "model.gguf")
     _model(p)
     calibration(p)
+    p.add_argument("--hf", metavar="HF_DIR", help="calibrate from the model's Hugging Face weights in this folder")
     p.add_argument("--profile", help="a profile's JSON file, or a GGUF that has one")
     p.add_argument("--force", action="store_true", help="overwrite OUTPUT")
     p.add_argument("--remove", action="store_true", help="take the profile out")
     p = command("inspect", cmd_inspect, "Show the profile of a GGUF or JSON file.", "model.gguf --png heatmap.png")
     _model(p)
-    p.add_argument("--json", action="store_true", help="the whole profile as JSON")
+    p.add_argument("--json", action="store_true", help="the whole profile, or the comparison, as JSON")
+    p.add_argument("--against", metavar="OTHER", help="compare with another profile: rank correlation and overlap of the dominant chunks")
+    p.add_argument("--top", type=_whole(0), default=0, help="chunks that count as dominant in the comparison; 0: 3/8 of the head's")
     p.add_argument("--png", help="write a heat map of layer x chunk")
     p = command("run", cmd_run, "Stream a completion, decoded with FASA when the model has a profile.", 'model.gguf -f long.txt -p "In short:" -c 16384')
     _model(p)

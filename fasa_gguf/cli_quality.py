@@ -63,9 +63,9 @@ def cmd_sweep(a: argparse.Namespace) -> None:
     from .profile import Profile
     from .sweep import Grid, sweep, table
 
-    profile = Profile.load(a.profile or a.model)
+    params, profile = _params(a, Profile.load(a.profile or a.model))
     grid = Grid(a.chunks or (), a.budgets or (() if a.masses else Grid.budgets), a.masses or ())
-    result = sweep(a.model, _read(a.file, a.detokenize), a.output, grid, a.max_loss, _params(a, profile.params()), profile, a.windows, a.window,
+    result = sweep(a.model, _read(a.file, a.detokenize), a.output, grid, a.max_loss, params, profile, a.windows, a.window,
                    a.score, _bar(), n_threads=a.threads, n_gpu_layers=a.n_gpu_layers, type_k=a.cache_type_k, type_v=a.cache_type_v)
     print(json.dumps(result, indent=1) if a.json else table(result))
     print(f"{a.output}: sweep.json, sweep.png", file=sys.stderr)

@@ -35,6 +35,9 @@ NORM = frozenset("""arcee arctic baichuan bailingmoe bailingmoe3 chameleon chatg
 # architectures that keep latent keys when the metadata say so (kv_lora_rank, key_length_mla)
 LATENT = frozenset("""bailingmoe3 deepseek2 deepseek2-ocr deepseek32 dots3note glm-dsa glm5-next hy_v4 kimi-k3 kimi-linear minicpm3 mistral4
     plm""".split())
+# where llama.cpp keeps a sliding window, the period of its layers when the metadata have no pattern: every n-th attends to all
+SWA_PERIOD = {"afmoe": 4, "cohere2": 4, "exaone-moe": 4, "exaone4": 4, "gemma2": 2, "gemma3": 6, "gemma3n": 5, "gpt-oss": 2,
+              "mellum": 4, "muse-glimmer": 4, "olmo2": 4, "plamo3": 8}
 # encoders and diffusion models: attention looks both ways and nothing is cached
 NO_CACHE = frozenset("""bert dream eurobert gemma-embedding jina-bert-v3 llada llada-moe llama-embed modern-bert neo-bert nomic-bert
     nomic-bert-moe rnd1""".split())
@@ -126,6 +129,18 @@ def model_shape(model: GGUFFile) -> tuple[list[int], list[int]]:
     return shape.n_head_kv, shape.n_chunk
 
 
+def sliding_windows(model: GGUFFile, n_layer: int) -> list[int]:
+    """[n_layer] the last tokens that a query of each layer attends, 0: all; as llama.cpp runs the model."""
+    key = f"{model.arch}.attention.sliding_window"
+    window, pattern = model.get(key, U32, default=0), model.kv.get(key + "_pattern")
+    if pattern is not None and pattern.type == ARR:
+        local = [pattern.item_type != STR and il < pattern.count and bool(pattern.value[il]) for il in range(n_layer)]
+    else:
+        period = pattern.value if pattern is not None and pattern.type == U32 else SWA_PERIOD.get(model.arch, 1)
+        local = [period == 0 or il % period < period - 1 for il in range(n_layer)]
+    return [window if x and (pattern is not None or model.arch in SWA_PERIOD) else 0 for x in local]
+
+
 # ---- split models ----
 
 
@@ -175,7 +190,7 @@ def doubts(model: GGUFFile, profile: Profile) -> list[str]:
     if abs(base - shape.rope_base) > 1e-3 * shape.rope_base:
         out.append(f"{model.path}: the profile was made under a RoPE base of {base:g}, and the model has {shape.rope_base:g}")
     expected = profile.calibration.get("weights_sha256")
-    if expected:
+    if expected and profile.calibration.get("source") != "hf":                       # those are stored otherwise, and often permuted
         try:
             found = weights_sha256(model)
         except FasaError as e:

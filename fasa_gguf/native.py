@@ -263,11 +263,12 @@ def rank_recall(q: np.ndarray, k: np.ndarray, q_pos: Sequence[int], chunk_dims: 
 def op_run(*, q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, dims: np.ndarray, weight: np.ndarray,
            forced: np.ndarray, budget: int, scale: float, mass: float = 0.0, floor: int = 64, cap: int = 1024,
            soft_cap: float = 0.0, k_dom: str = "q4", type_k: str = "f16", type_v: str = "f16", n_hadamard: int = 0,
-           sinks: np.ndarray | None = None, backend: str = "CPU", n_threads: int = 2) -> dict[str, np.ndarray]:
+           sinks: np.ndarray | None = None, per_head: bool = False, backend: str = "CPU", n_threads: int = 2) -> dict[str, np.ndarray]:
     """The ops of one layer on host arrays, shapes as in struct fasa_op_case; returns est, count, list and out."""
     ffi, lib = _api()
     n_stream, n_tokens, n_head, d_k = q.shape
     _, n_kv, n_head_kv, d_v = v.shape
+    n_list = n_head if per_head else n_head_kv
     longest = min(n_kv, max(cap if mass > 0 else budget, forced.shape[-1]))
     keep: list[np.ndarray] = []
 
@@ -278,14 +279,14 @@ def op_run(*, q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, dim
 
     text = [ffi.new("char[]", s.encode()) for s in (backend, type_k, type_v)]
     out = {"est": np.full((n_stream, n_tokens, n_head, n_kv), np.nan, np.float32),
-           "count": np.full((n_stream, n_tokens, n_head_kv), -1, np.int32),
-           "list": np.full((n_stream, n_tokens, n_head_kv, longest), -1, np.int32),
+           "count": np.full((n_stream, n_tokens, n_list), -1, np.int32),
+           "list": np.full((n_stream, n_tokens, n_list, longest), -1, np.int32),
            "out": np.full((n_stream, n_tokens, n_head, d_v), np.nan, np.float32)}
     c = _struct("fasa_op_case", backend=text[0], n_threads=n_threads, n_head=n_head, n_head_kv=n_head_kv, n_embd_head_k=d_k,
                 n_embd_head_v=d_v, n_kv=n_kv, n_tokens=n_tokens, n_stream=n_stream, n_hadamard=n_hadamard, type_k=text[1],
                 type_v=text[2], k_dom=K_DOM_TYPES.index(k_dom), n_dom=dims.shape[-1], dims=array("int32_t", dims, np.int32),
                 weight=array("float", weight, np.float32), scale=scale, soft_cap=soft_cap, budget=budget, mass=mass,
-                floor=floor, cap=cap, n_forced=forced.shape[-1], forced=array("int32_t", forced, np.int32),
+                floor=floor, cap=cap, per_head=per_head, n_forced=forced.shape[-1], forced=array("int32_t", forced, np.int32),
                 q=array("float", q, np.float32), k=array("float", k, np.float32), v=array("float", v, np.float32),
                 mask=array("float", mask, np.float32), out_est=array("float", out["est"], np.float32),
                 out_count=array("int32_t", out["count"], np.int32), out_list=array("int32_t", out["list"], np.int32),

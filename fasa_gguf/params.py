@@ -34,6 +34,7 @@ class FasaParams:
     min_context: int = _setting(1536, "cells", "a step that sees fewer cached cells than this is dense")
     max_tokens: int = _setting(8, "tokens per sequence", "a batch with more tokens than this is prefill, and dense")
     k_dom: str = _setting("q4", "f16, q8 or q4", "how the dominant keys are stored")
+    per_head: int = _setting(0, "0 or 1", "1: every query head selects for itself, as published; 0: those of a KV head together")
 
     def replace(self, **changes: Any) -> "FasaParams":
         """A copy with some settings changed."""

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import stat
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Sequence
 
@@ -18,6 +18,7 @@ from .params import FasaParams
 
 VERSION = 1
 METHODS = ("recall", "energy", "ca", "synthetic")
+PRESETS = ("default", "paper")
 MAX_LAYERS, MAX_HEADS, MAX_CHUNKS = 4096, 4096, 4096
 MAX_NUMBERS = 1 << 22      # elements of one array; 80 layers of 8 KV heads of 64 chunks have 41,000
 MAX_JSON = 1 << 26         # bytes
@@ -77,6 +78,20 @@ class Profile:
     def params(self) -> FasaParams:
         """The profile's default settings on top of the package's."""
         return FasaParams.from_mapping(self.defaults, "profile defaults")
+
+    def preset(self, name: str) -> tuple[FasaParams, "Profile"]:
+        """(settings, profile) of a named way to decode: `default` is `params` and this profile; `paper` is FASA as published
+        (arXiv 2602.03152): chunks ranked one by one by contextual agreement, a quarter of them, in f16 and unweighted, a
+        selection per query head, no forced tokens. Raises FasaError for another name, or a ranking that is not `ca`."""
+        if name == "default":
+            return self.params(), self
+        if name != "paper":
+            raise FasaError(f"preset {name!r}: expected one of {', '.join(PRESETS)}")
+        if self.ranking_method != "ca":
+            raise FasaError(f"preset paper: expected a profile ranked by ca, found {self.ranking_method}; "
+                            "make one with `fasa-gguf calibrate MODEL --method ca -o ca.json`, and give it with --profile ca.json")
+        params = FasaParams(chunks=max(max(self.n_chunk) // 4, 1), sink=0, recent=0, k_dom="f16", per_head=1)
+        return params, replace(self, weight=None, weight_k=0)
 
     # ---- flat form: names of KEYS without "fasa." ----
 

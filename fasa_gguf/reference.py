@@ -73,10 +73,22 @@ def capped(x: np.ndarray, soft_cap: float) -> np.ndarray:
     return soft_cap * np.tanh(x / soft_cap) if soft_cap > 0 else x
 
 
-def estimate(q: np.ndarray, k_dom: np.ndarray, dims: np.ndarray, weight: np.ndarray, scale: float, soft_cap: float = 0) -> np.ndarray:
-    """TIP: estimated logits f32 [G, n_kv] of the query heads q [G, head_dim]; weight [n_dom], k_dom [n_kv, n_dom]."""
-    qd = np.where(dims >= 0, q[:, np.maximum(dims, 0)], 0) * weight              # [G, n_dom]
-    return capped((qd @ k_dom.T * scale).astype(np.float32), soft_cap)           # [G, n_kv]
+def quantize_query(x: np.ndarray, kind: str) -> np.ndarray:
+    """The dominant part of the queries f32 [G, n_dom] as TIP uses it: beside q8 and q4 keys in 8 bits, a scale for every 8."""
+    if kind == "f16":
+        return x
+    g = x.reshape(len(x), -1, GROUP)                                             # [G, n_group, 8]
+    scale = np.abs(g).max(-1, keepdims=True) / np.float32(127)                   # [G, n_group, 1]
+    inv = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
+    q = np.clip(np.trunc(g * inv + np.copysign(np.float32(0.5), g)), -127, 127)
+    return (q * scale).reshape(x.shape).astype(np.float32)                       # [G, n_dom]
+
+
+def estimate(q: np.ndarray, k_dom: np.ndarray, dims: np.ndarray, weight: np.ndarray, scale: float, soft_cap: float = 0,
+             kind: str = "f16") -> np.ndarray:
+    """TIP: estimated logits f32 [G, n_kv] of the query heads q [G, head_dim]; weight [n_dom], k_dom [n_kv, n_dom] of `kind`."""
+    x = np.where(dims >= 0, q[:, np.maximum(dims, 0)], 0) * weight * np.float32(scale)          # [G, n_dom]
+    return capped((quantize_query(x.astype(np.float32), kind) @ k_dom.T).astype(np.float32), soft_cap)   # [G, n_kv]
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -137,7 +149,7 @@ def decode_step(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarr
     if weight is not None:
         known = np.repeat(weight[: p.chunks], 2)                                 # [2*m]
         w[: len(known)] = known
-    est = estimate(q, quantize_k_dom(k, chosen, p.k_dom), chosen, w, scale, soft_cap)           # [G, n_kv]
+    est = estimate(q, quantize_k_dom(k, chosen, p.k_dom), chosen, w, scale, soft_cap, p.k_dom)  # [G, n_kv]
     forced = forced_cells(positions, visible, p.sink, p.recent)                  # [n_kv]
     cells = select(group_score(est, visible), visible, forced, len(q), p.budget, p.mass, p.floor, p.cap)
     return attend(q, k, v, cells, scale, soft_cap, sink), cells

@@ -48,6 +48,7 @@ fasa_params fasa_params_default(void) {
     p.min_context = 1536;
     p.max_tokens  = 8;
     p.k_dom       = FASA_K_DOM_Q4;
+    p.per_head    = 0;
     return p;
 }
 

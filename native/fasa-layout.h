@@ -3,13 +3,14 @@
 // How the dominant keys (K_dom) lie in memory; shared by the CPU and the CUDA ops.
 //
 // K_dom of a layer is a tensor of bytes [block, n_tile, n_head_kv, n_stream]. A block holds FASA_TILE cells of one KV head
-// with the cells innermost, because a SIMD register and a warp both score many cells against one query dimension:
+// with the cells innermost, because a SIMD register and a warp both score many cells against one piece of the query:
 //
 //   f16   half   value[n_dom][FASA_TILE]
-//   q8    half   scale[n_dom/8][FASA_TILE]; int8  value[n_dom][FASA_TILE]
-//   q4    half   scale[n_dom/8][FASA_TILE]; uint8 pair [n_dom/2][FASA_TILE]   low nibble: even dim, high nibble: odd dim
+//   q8    half   scale[n_dom/8][FASA_TILE]; int8  value[n_dom/4][FASA_TILE][4]
+//   q4    half   scale[n_dom/8][FASA_TILE]; uint8 pair [n_dom/8][FASA_TILE][4]   low nibble: dim j, high nibble: dim j + 4
 //
-// A scale covers FASA_GROUP consecutive dominant dimensions of one cell.
+// A scale covers FASA_GROUP consecutive dominant dimensions of one cell. Four bytes of a cell are one operand of the
+// four-way dot products that CPUs (VNNI) and GPUs (dp4a) have; a nibble n stands for n - 8.
 
 #include "fasa.h"
 

@@ -10,9 +10,10 @@
 
 #include <cmath>
 #include <cstring>
+#include <memory>
 #include <vector>
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 #    if defined(__GNUC__) && !defined(__clang__)
 #        pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // gcc 12 warns about its own intrinsics
 #    endif
@@ -23,7 +24,6 @@
 
 typedef float   fasa_f32x16 __attribute__((vector_size(64)));
 typedef int32_t fasa_i32x16 __attribute__((vector_size(64)));
-typedef int8_t  fasa_i8x16  __attribute__((vector_size(16)));
 
 static_assert(FASA_TILE == 32, "the kernels below take a tile as two vectors of 16 cells");
 
@@ -31,15 +31,6 @@ template <typename V, typename T> static inline V fasa_load(const T * p) {
     V v;
     memcpy(&v, p, sizeof(v));
     return v;
-}
-
-// 16 bytes as floats: signed, or the low or high nibbles as 0..15
-static inline fasa_f32x16 fasa_f32_i8(const char * p) {
-#if defined(__AVX512F__)
-    return (fasa_f32x16) _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *) p)));
-#else
-    return __builtin_convertvector(__builtin_convertvector(fasa_load<fasa_i8x16>(p), fasa_i32x16), fasa_f32x16);
-#endif
 }
 
 static inline fasa_f32x16 fasa_f32_f16(const void * p) {
@@ -52,15 +43,32 @@ static inline fasa_f32x16 fasa_f32_f16(const void * p) {
 #endif
 }
 
-static inline void fasa_f32_nibbles(const char * p, fasa_f32x16 & lo, fasa_f32x16 & hi) {
-#if defined(__AVX512F__)
-    const __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *) p));
-    lo = (fasa_f32x16) _mm512_cvtepi32_ps(_mm512_and_si512(v, _mm512_set1_epi32(15)));
-    hi = (fasa_f32x16) _mm512_cvtepi32_ps(_mm512_srli_epi32(v, 4));
+// sum [16] + the dot product of 4 unsigned bytes of each x with the 4 signed bytes of q
+static inline fasa_i32x16 fasa_dot4(fasa_i32x16 sum, fasa_i32x16 x, int32_t q) {
+#if defined(__AVX512VNNI__)
+    return (fasa_i32x16) _mm512_dpbusd_epi32((__m512i) sum, (__m512i) x, _mm512_set1_epi32(q));
+#elif defined(__AVX2__)
+    const __m256i even = _mm256_set1_epi32((uint16_t) (int8_t) q         | (uint32_t) (int8_t) (q >> 16) << 16);
+    const __m256i odd  = _mm256_set1_epi32((uint16_t) (int8_t) (q >> 8)  | (uint32_t) (int8_t) (q >> 24) << 16);
+    __m256i half[2], acc[2];
+    memcpy(half, &x, sizeof(x));
+    memcpy(acc, &sum, sizeof(sum));
+    for (int i = 0; i < 2; ++i) {
+        const __m256i lo = _mm256_and_si256(half[i], _mm256_set1_epi16(255)), hi = _mm256_srli_epi16(half[i], 8);
+        acc[i] = _mm256_add_epi32(acc[i], _mm256_add_epi32(_mm256_madd_epi16(lo, even), _mm256_madd_epi16(hi, odd)));
+    }
+    memcpy(&sum, acc, sizeof(sum));
+    return sum;
 #else
-    const fasa_i32x16 v = __builtin_convertvector(fasa_load<fasa_i8x16>(p), fasa_i32x16);
-    lo = __builtin_convertvector(v & 15, fasa_f32x16);
-    hi = __builtin_convertvector((v >> 4) & 15, fasa_f32x16);
+    return sum + (x & 255)*(int8_t) q + ((x >> 8) & 255)*(int8_t) (q >> 8) + ((x >> 16) & 255)*(int8_t) (q >> 16) + ((x >> 24) & 255)*(int8_t) (q >> 24);
+#endif
+}
+
+static inline fasa_f32x16 fasa_f32_i32(fasa_i32x16 x) {
+#if defined(__AVX512F__)
+    return (fasa_f32x16) _mm512_cvtepi32_ps((__m512i) x);
+#else
+    return __builtin_convertvector(x, fasa_f32x16);
 #endif
 }
 
@@ -69,17 +77,24 @@ static inline void fasa_f32_nibbles(const char * p, fasa_f32x16 & lo, fasa_f32x1
 static inline fasa_f32x16 fasa_exp(fasa_f32x16 x, float e) {
     const fasa_i32x16 keep = x*1.44269504f > e - 125.0f;
     x = (fasa_f32x16) ((fasa_i32x16) x & keep);
+#if defined(__AVX512F__)
+    const fasa_f32x16 n = (fasa_f32x16) _mm512_roundscale_ps((__m512) (x*1.44269504f), 0);
+#else
     const fasa_f32x16 shift = x*1.44269504f + 12582912.0f;   // 1.5*2^23: the integer part lands in the low bits
     const fasa_f32x16 n     = shift - 12582912.0f;
-    const fasa_f32x16 r     = (x - n*0.693359375f) + n*2.12194440e-4f;
-    fasa_f32x16 p = r*1.9875691500e-4f + 1.3981999507e-3f;
-    p = p*r + 8.3334519073e-3f;
-    p = p*r + 4.1665795894e-2f;
-    p = p*r + 1.6666665459e-1f;
-    p = p*r + 5.0000001201e-1f;
-    p = p*r*r + r + 1.0f;
+#endif
+    const fasa_f32x16 r = (x*1.44268798828125f - n) + x*7.05259771e-6f; // 2^r, r in [-0.5, 0.5]
+    fasa_f32x16 p = r*1.32647272e-3f + 9.67151315e-3f;
+    p = p*r + 5.55073375e-2f;
+    p = p*r + 2.40222421e-1f;
+    p = p*r + 6.93146978e-1f;
+    p = p*r + 1.0f;
+#if defined(__AVX512F__)
+    return (fasa_f32x16) _mm512_maskz_scalef_ps(_mm512_movepi32_mask((__m512i) keep), (__m512) p, (__m512) (n - e));
+#else
     const fasa_i32x16 pow2 = (((fasa_i32x16) shift - 0x4b400000) + (127 - (int32_t) e)) << 23;
     return (fasa_f32x16) ((fasa_i32x16) (p*(fasa_f32x16) pow2) & keep);
+#endif
 }
 
 typedef float fasa_f32x8 __attribute__((vector_size(32)));
@@ -189,13 +204,13 @@ static void fasa_k_dom_write(int k_dom, int n_dom, const float * x, char * block
         if (k_dom == FASA_K_DOM_Q8) {
             for (int d = 0; d < FASA_GROUP; ++d) {
                 const float q = std::min(127.0f, std::max(-127.0f, roundf(x[d]*inv)));
-                ((int8_t *) data)[(g*FASA_GROUP + d)*FASA_TILE + lane] = (int8_t) q;
+                ((int8_t *) data)[((2*g + d/4)*FASA_TILE + lane)*4 + d%4] = (int8_t) q;
             }
         } else {
-            for (int d = 0; d < FASA_GROUP; d += 2) {
+            for (int d = 0; d < 4; ++d) {
                 const int lo = (int) std::min(15.0f, std::max(0.0f, floorf(x[d    ]*inv + 8.5f)));
-                const int hi = (int) std::min(15.0f, std::max(0.0f, floorf(x[d + 1]*inv + 8.5f)));
-                ((uint8_t *) data)[(g*FASA_GROUP + d)/2*FASA_TILE + lane] = (uint8_t) (lo | hi << 4);
+                const int hi = (int) std::min(15.0f, std::max(0.0f, floorf(x[d + 4]*inv + 8.5f)));
+                ((uint8_t *) data)[(g*FASA_TILE + lane)*4 + d] = (uint8_t) (lo | hi << 4);
             }
         }
     }
@@ -234,54 +249,101 @@ static void fasa_refresh(const ggml_tensor * tip, const fasa_op_params & p, int6
 
 // ---- TIP ----
 
-// logits [M][FASA_SPAN], of which FASA_TILE are written, of M query heads over one tile; q [M][n_dom], q_sum [M][n_dom/FASA_GROUP] the groups' sums of q
-template <int M, int K_DOM>
-static void fasa_tip_tile(int n_dom, const char * block, const float * q, const float * q_sum, float * out) {
-    fasa_f32x16 acc[M][2] = {};
-    const ggml_fp16_t * scale = (const ggml_fp16_t *) block;
-    const char        * data  = block + fasa_block_scales(K_DOM, n_dom);
-    const int           n_group = n_dom/FASA_GROUP;
-    for (int g = 0; g < n_group; ++g) {
-        fasa_f32x16 sum[M][2];
-        #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) { // a nibble n stands for n - 8
-            const fasa_f32x16 base = fasa_f32x16 {} + (K_DOM == FASA_K_DOM_Q4 ? -8.0f*q_sum[m*n_group + g] : 0.0f);
-            sum[m][0] = sum[m][1] = base;
-        }
-        #pragma GCC unroll 8
-        for (int i = 0; i < FASA_GROUP; i += 2) {
-            const int d = g*FASA_GROUP + i;
-            fasa_f32x16 x[2][2]; // [dim][half of the tile]
-            if (K_DOM == FASA_K_DOM_Q4) {
-                fasa_f32_nibbles(data + d/2*FASA_TILE,      x[0][0], x[1][0]);
-                fasa_f32_nibbles(data + d/2*FASA_TILE + 16, x[0][1], x[1][1]);
-            } else {
-                #pragma GCC unroll 2
-                for (int j = 0; j < 2; ++j) {
-                    if (K_DOM == FASA_K_DOM_Q8) {
-                        x[j][0] = fasa_f32_i8(data + (d + j)*FASA_TILE);
-                        x[j][1] = fasa_f32_i8(data + (d + j)*FASA_TILE + 16);
-                    } else {
-                        x[j][0] = fasa_f32_f16((const ggml_fp16_t *) data + (d + j)*FASA_TILE);
-                        x[j][1] = fasa_f32_f16((const ggml_fp16_t *) data + (d + j)*FASA_TILE + 16);
-                    }
-                }
+// the dominant part of the query heads of one token, times weight and scale; for K_dom in q8 and q4 in 8 bits
+struct fasa_tip_query {
+    std::vector<float>   x;     // [n_head][n_dom]
+    std::vector<int32_t> word;  // [n_head][n_dom/4] 4 int8 each
+    std::vector<float>   scale; // [n_head][n_dom/FASA_GROUP]
+    std::vector<int32_t> sum;   // [n_head][n_dom/FASA_GROUP] of the int8 values
+
+    fasa_tip_query(int64_t n_head, int64_t n_dom) : x(n_head*n_dom), word(n_head*n_dom/4), scale(n_head*n_dom/FASA_GROUP), sum(scale.size()) {
+    }
+
+    void set(const ggml_tensor * tip, const fasa_op_params & p, int64_t token) {
+        const ggml_tensor * q = tip->src[3], * dims = tip->src[4], * weight = tip->src[5];
+
+        const int64_t d_k = q->ne[0], n_head = q->ne[1], n_dom = dims->ne[0], n_group = n_head/dims->ne[1];
+
+        row.resize(d_k);
+        for (int64_t head = 0; head < n_head; ++head) {
+            const int32_t * dim = (const int32_t *) ((const char *) dims->data   + head/n_group*dims->nb[1]);
+            const float   * w   = (const float   *) ((const char *) weight->data + head/n_group*weight->nb[1]);
+            memcpy(row.data(), fasa_at(q, head, token, 0), d_k*sizeof(float));
+            if (p.n_hadamard > 0) {
+                fasa_hadamard(row.data(), d_k, p.n_hadamard);
             }
+            for (int64_t d = 0; d < n_dom; ++d) {
+                x[head*n_dom + d] = dim[d] < 0 ? 0.0f : row[dim[d]]*w[d]*p.scale;
+            }
+        }
+        for (size_t g = 0; g < scale.size(); ++g) {
+            quantize(g);
+        }
+    }
+
+private:
+    std::vector<float> row;
+
+    void quantize(size_t g) {
+        float most = 0.0f;
+        for (int d = 0; d < FASA_GROUP; ++d) {
+            most = std::max(most, fabsf(x[g*FASA_GROUP + d]));
+        }
+        scale[g] = most/127.0f;
+        const float inv = scale[g] > 0.0f ? 1.0f/scale[g] : 0.0f;
+        int8_t v[FASA_GROUP];
+        sum[g] = 0;
+        for (int d = 0; d < FASA_GROUP; ++d) {
+            v[d]    = (int8_t) std::min(127.0f, std::max(-127.0f, roundf(x[g*FASA_GROUP + d]*inv)));
+            sum[g] += v[d];
+        }
+        memcpy(&word[2*g], v, sizeof(v));
+    }
+};
+
+// logits [M][FASA_SPAN], of which FASA_TILE are written, of the query heads from `head` on over one tile
+template <int M, int K_DOM>
+static void fasa_tip_tile(int n_dom, const char * block, const fasa_tip_query & q, int64_t head, float * out) {
+    fasa_f32x16 acc[M][2] = {};
+    const char * data = block + fasa_block_scales(K_DOM, n_dom);
+    if constexpr (K_DOM == FASA_K_DOM_F16) {
+        const float * x = q.x.data() + head*n_dom;
+        for (int d = 0; d < n_dom; ++d) {
+            const fasa_f32x16 k0 = fasa_f32_f16((const ggml_fp16_t *) data + d*FASA_TILE);
+            const fasa_f32x16 k1 = fasa_f32_f16((const ggml_fp16_t *) data + d*FASA_TILE + 16);
             #pragma GCC unroll 4
             for (int m = 0; m < M; ++m) {
-                sum[m][0] += x[0][0]*q[m*n_dom + d] + x[1][0]*q[m*n_dom + d + 1];
-                sum[m][1] += x[0][1]*q[m*n_dom + d] + x[1][1]*q[m*n_dom + d + 1];
+                acc[m][0] += k0*x[m*n_dom + d];
+                acc[m][1] += k1*x[m*n_dom + d];
             }
         }
-        fasa_f32x16 s0 = fasa_f32x16 {} + 1.0f, s1 = s0;
-        if (K_DOM != FASA_K_DOM_F16) {
-            s0 = fasa_f32_f16(scale + g*FASA_TILE);
-            s1 = fasa_f32_f16(scale + g*FASA_TILE + 16);
-        }
-        #pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) {
-            acc[m][0] += sum[m][0]*s0;
-            acc[m][1] += sum[m][1]*s1;
+    } else {
+        const int n_group = n_dom/FASA_GROUP;
+        const int32_t * word  = q.word.data()  + head*n_group*2;
+        const int32_t * sum   = q.sum.data()   + head*n_group;
+        const float   * scale = q.scale.data() + head*n_group;
+        constexpr int   zero  = K_DOM == FASA_K_DOM_Q4 ? 8 : 128; // what an unsigned value stands for 0 at
+        for (int g = 0; g < n_group; ++g) {
+            #pragma GCC unroll 2
+            for (int half = 0; half < 2; ++half) { // 16 cells each
+                fasa_i32x16 lo, hi;                // dims 0 to 3 and 4 to 7 of the group, unsigned
+                if (K_DOM == FASA_K_DOM_Q4) {
+                    const fasa_i32x16 v = fasa_load<fasa_i32x16>(data + (g*FASA_TILE + half*16)*4);
+                    lo = v & 0x0f0f0f0f;
+                    hi = (v >> 4) & 0x0f0f0f0f;
+                } else {
+                    lo = fasa_load<fasa_i32x16>(data + (2*g*FASA_TILE + half*16)*4)       ^ (int32_t) 0x80808080;
+                    hi = fasa_load<fasa_i32x16>(data + ((2*g + 1)*FASA_TILE + half*16)*4) ^ (int32_t) 0x80808080;
+                }
+                const fasa_f32x16 s = fasa_f32_f16((const ggml_fp16_t *) block + g*FASA_TILE + half*16);
+                #pragma GCC unroll 4
+                for (int m = 0; m < M; ++m) {
+                    fasa_i32x16 dot = fasa_i32x16 {} - zero*sum[m*n_group + g];
+                    dot = fasa_dot4(dot, lo, word[2*(m*n_group + g)]);
+                    dot = fasa_dot4(dot, hi, word[2*(m*n_group + g) + 1]);
+                    acc[m][half] += fasa_f32_i32(dot)*(s*scale[m*n_group + g]);
+                }
+            }
         }
     }
     for (int m = 0; m < M; ++m) {
@@ -289,42 +351,16 @@ static void fasa_tip_tile(int n_dom, const char * block, const float * q, const 
     }
 }
 
-typedef void (*fasa_tip_tile_t)(int n_dom, const char * block, const float * q, const float * q_sum, float * out);
+typedef void (*fasa_tip_tile_t)(int, const char *, const fasa_tip_query &, int64_t, float *);
 
 template <int K_DOM> static fasa_tip_tile_t fasa_tip_tile_of(int64_t m) {
-    switch (m) {
-        case 1:  return fasa_tip_tile<1, K_DOM>;
-        case 2:  return fasa_tip_tile<2, K_DOM>;
-        case 3:  return fasa_tip_tile<3, K_DOM>;
-        default: return fasa_tip_tile<4, K_DOM>;
-    }
+    static const fasa_tip_tile_t of[] = { fasa_tip_tile<1, K_DOM>, fasa_tip_tile<2, K_DOM>, fasa_tip_tile<3, K_DOM>, fasa_tip_tile<4, K_DOM> };
+    return of[m - 1];
 }
 
 static fasa_tip_tile_t fasa_tip_tile_get(int k_dom, int64_t m) {
     return k_dom == FASA_K_DOM_F16 ? fasa_tip_tile_of<FASA_K_DOM_F16>(m) :
-           k_dom == FASA_K_DOM_Q8  ? fasa_tip_tile_of<FASA_K_DOM_Q8>(m)  : fasa_tip_tile_of<FASA_K_DOM_Q4>(m);
-}
-
-// the dominant values of all queries of a token, times weight and scale: qd [n_head, n_dom]; q_sum [n_head, n_dom/FASA_GROUP]
-static void fasa_tip_query(const ggml_tensor * tip, const fasa_op_params & p, int64_t token, float * qd, float * q_sum) {
-    const ggml_tensor * q = tip->src[3], * dims = tip->src[4], * weight = tip->src[5];
-
-    const int64_t d_k = q->ne[0], n_head = q->ne[1], n_dom = dims->ne[0], n_group = n_head/dims->ne[1];
-
-    std::vector<float> row(d_k);
-    for (int64_t head = 0; head < n_head; ++head, qd += n_dom) {
-        const int32_t * dim = (const int32_t *) ((const char *) dims->data   + head/n_group*dims->nb[1]);
-        const float   * w   = (const float   *) ((const char *) weight->data + head/n_group*weight->nb[1]);
-        memcpy(row.data(), fasa_at(q, head, token, 0), d_k*sizeof(float));
-        if (p.n_hadamard > 0) {
-            fasa_hadamard(row.data(), d_k, p.n_hadamard);
-        }
-        for (int64_t d = 0; d < n_dom; ++d) {
-            qd[d] = dim[d] < 0 ? 0.0f : row[dim[d]]*w[d]*p.scale;
-            *q_sum = (d % FASA_GROUP ? *q_sum : 0.0f) + qd[d];
-            q_sum += d % FASA_GROUP == FASA_GROUP - 1;
-        }
-    }
+           k_dom == FASA_K_DOM_Q8  ? fasa_tip_tile_of<FASA_K_DOM_Q8> (m) : fasa_tip_tile_of<FASA_K_DOM_Q4>(m);
 }
 
 // logits x [FASA_SPAN] of n cells -> exp(x)/2^e, their e and their sum; hide [FASA_SPAN]: the mask, -inf behind n
@@ -350,11 +386,14 @@ static void fasa_tip_span(float * x, const float * hide, float soft_cap, int64_t
         const fasa_f32x16 v    = top == -INFINITY ? fasa_f32x16 {} : fasa_exp(fasa_load<fasa_f32x16>(x + c), *e);
         const fasa_i32x16 seen = fasa_load<fasa_f32x16>(hide + c) > -INFINITY;
         const fasa_f32x16 y    = seen ? v : fasa_f32x16 {} - 1.0f;
-        memcpy(x + c, &y, sizeof(y));
+        if (c + 16 <= n) {
+            memcpy(out + c, &y, sizeof(y));
+        } else {
+            memcpy(out + c, &y, (n - c)*sizeof(float));
+        }
         sums += seen ? v : fasa_f32x16 {};
     }
     *sum = fasa_sum(sums);
-    memcpy(out, x, n*sizeof(float));
 }
 
 static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth) {
@@ -362,17 +401,17 @@ static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
 
     const int64_t n_kv = fasa_tip_n_kv(dst), n_head = dst->ne[1], n_tps = dst->ne[2], n_stream = dst->ne[3];
     const int64_t n_head_kv = dims->ne[1], n_group = n_head/n_head_kv, n_dom = dims->ne[0];
-    const int64_t n_span = fasa_n_span(n_kv), n_sum = n_dom/FASA_GROUP;
+    const int64_t n_span = fasa_n_span(n_kv);
 
     int64_t first, last;
     fasa_split(n_span, ith, nth, first, last);
     fasa_refresh(dst, p, first*FASA_SPAN, std::min(n_kv, last*FASA_SPAN)); // the cells that this thread scores
 
-    std::vector<float> qd(n_head*n_dom), q_sum(n_head*n_sum);
+    fasa_tip_query query(n_head, n_dom);
     float hide[FASA_SPAN], x[4][FASA_SPAN];
     for (int64_t s = 0; s < n_stream; ++s) {
         for (int64_t t = 0; t < n_tps; ++t) {
-            fasa_tip_query(dst, p, s*n_tps + t, qd.data(), q_sum.data());
+            query.set(dst, p, s*n_tps + t);
             for (int64_t span = first; span < last; ++span) {
                 const int64_t cell = span*FASA_SPAN, n = std::min<int64_t>(FASA_SPAN, n_kv - cell);
                 fasa_row_to_f32((const ggml_fp16_t *) fasa_at(mask, t, 0, s) + cell, hide, GGML_TYPE_F16, n);
@@ -381,7 +420,7 @@ static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
                     const int64_t m = std::min<int64_t>(4, n_group - head%n_group);
                     const auto    f = fasa_tip_tile_get(p.k_dom, m);
                     for (int64_t c = 0; c < n; c += FASA_TILE) {
-                        f(n_dom, fasa_at(k_dom, (cell + c)/FASA_TILE, head/n_group, s), qd.data() + head*n_dom, q_sum.data() + head*n_sum, x[0] + c);
+                        f(n_dom, fasa_at(k_dom, (cell + c)/FASA_TILE, head/n_group, s), query, head, x[0] + c);
                     }
                     for (int64_t i = 0; i < m; ++i, ++head) {
                         float * row = (float *) fasa_at(dst, head, t, s);
@@ -395,70 +434,80 @@ static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
 
 // ---- SELECT ----
 
-// key and score of every cell [n_kv, rounded up to 16] from n_group rows of TIP; the group's score is the sum of their softmaxes
-static void fasa_select_score(const ggml_tensor * tip, int64_t head, int64_t n_group, int64_t t, int64_t s, float * score, uint32_t * key) {
-    const int64_t n_kv = fasa_tip_n_kv(tip), n_span = fasa_n_span(n_kv);
-    const float * row0 = (const float *) fasa_at(tip, head, t, s);
+// Score and key of every cell [n_kv] from n_group rows of TIP; the group's score is the sum of their softmaxes.
+// factor [n_group]: room
+static void fasa_select_score(const ggml_tensor * tip, int64_t head, int64_t n_group, int64_t t, int64_t s, float * factor, float * score, uint32_t * key) {
+    const int64_t n_kv = fasa_tip_n_kv(tip), n_span = fasa_n_span(n_kv), stride = tip->nb[1]/sizeof(float);
+    const float * row = (const float *) fasa_at(tip, head, t, s);
+
+    std::vector<float> most(n_group), inv(n_group);
     for (int64_t g = 0; g < n_group; ++g) {
-        const float * row = (const float *) fasa_at(tip, head + g, t, s);
-        const float * e   = row + n_kv, * sum = e + n_span;
-        const float  most = *std::max_element(e, e + n_span);
+        const float * e = row + g*stride + n_kv, * sum = e + n_span;
+        most[g] = *std::max_element(e, e + n_span);
         float total = 0.0f;
         for (int64_t i = 0; i < n_span; ++i) {
-            total += e[i] == -INFINITY ? 0.0f : ldexpf(sum[i], int(e[i] - most));
+            total += e[i] == -INFINITY ? 0.0f : ldexpf(sum[i], int(e[i] - most[g]));
         }
-        const float inv = total > 0.0f ? 1.0f/total : 0.0f;
-        for (int64_t i = 0; i < n_span; ++i) {
-            const float   f    = e[i] == -INFINITY ? 0.0f : ldexpf(inv, int(e[i] - most));
-            const int64_t last = std::min(n_kv, (i + 1)*FASA_SPAN);
-            if (g == 0) {
-                for (int64_t j = i*FASA_SPAN; j < last; ++j) {
-                    score[j] = std::max(row[j], 0.0f)*f;
-                }
-            } else {
-                for (int64_t j = i*FASA_SPAN; j < last; ++j) {
-                    score[j] += std::max(row[j], 0.0f)*f;
-                }
-            }
-        }
+        inv[g] = total > 0.0f ? 1.0f/total : 0.0f;
     }
-    for (int64_t j = 0; j < n_kv; ++j) {
-        const uint32_t k = fasa_key(score[j]);
-        key[j] = row0[j] < 0 ? FASA_KEY_HIDDEN : k;
+    for (int64_t i = 0; i < n_span; ++i) {
+        for (int64_t g = 0; g < n_group; ++g) {
+            const float e = row[g*stride + n_kv + i];
+            factor[g] = e == -INFINITY ? 0.0f : ldexpf(inv[g], int(e - most[g]));
+        }
+        const int64_t last = std::min(n_kv, (i + 1)*FASA_SPAN);
+        int64_t j = i*FASA_SPAN;
+        for (; j + 16 <= last; j += 16) {
+            fasa_f32x16 sum = {};
+            for (int64_t g = 0; g < n_group; ++g) { // a hidden cell is -1 in every row
+                sum += fasa_load<fasa_f32x16>(row + g*stride + j)*factor[g];
+            }
+            const fasa_i32x16 hidden = fasa_load<fasa_f32x16>(row + j) < 0.0f;
+            const fasa_i32x16 bits   = ((fasa_i32x16) sum + 1) & ~hidden; // fasa_key
+            memcpy(score + j, &sum,  sizeof(sum));
+            memcpy(key   + j, &bits, sizeof(bits));
+        }
+        for (; j < last; ++j) {
+            score[j] = 0.0f;
+            for (int64_t g = 0; g < n_group; ++g) {
+                score[j] += row[g*stride + j]*factor[g];
+            }
+            key[j] = row[j] < 0 ? FASA_KEY_HIDDEN : fasa_key(score[j]);
+        }
     }
 }
 
-static void fasa_select_op(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth) {
+struct fasa_select_work { // of a thread: the op has no work buffer
+    std::vector<float>    score, factor;
+    std::vector<uint32_t> key, scratch;
+    fasa_keys_view        view;
+};
+
+static void fasa_select_lists(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth, fasa_select_work & w) {
     const ggml_tensor * tip    = dst->src[0];
     const ggml_tensor * forced = dst->src[1];
 
-    const int64_t n_kv = fasa_tip_n_kv(tip), n_head_kv = dst->ne[1], n_tps = dst->ne[2], n_stream = dst->ne[3];
-    const int64_t n_group = tip->ne[1]/n_head_kv;
+    const int64_t n_kv = fasa_tip_n_kv(tip), n_list = dst->ne[1], n_tps = dst->ne[2], n_stream = dst->ne[3];
+    const int64_t n_group = tip->ne[1]/n_list; // query heads that share a list
 
-    struct work { // of a thread: the op has no work buffer
-        std::vector<float>    score;
-        std::vector<uint32_t> key, scratch;
-        fasa_keys_view        view;
-    };
-    thread_local work of_thread;
-    auto & [score, key, scratch, view] = of_thread;
-    score.resize(n_kv);
-    key.resize(n_kv);
+    w.score.resize(n_kv);
+    w.key.resize(n_kv);
+    w.factor.resize(n_group);
     uint64_t attended = 0, visible = 0, lists = 0;
-    for (int64_t i = ith; i < n_head_kv*n_tps*n_stream; i += nth) {
-        const int64_t h = i%n_head_kv, t = i/n_head_kv%n_tps, s = i/n_head_kv/n_tps;
-        fasa_select_score(tip, h*n_group, n_group, t, s, score.data(), key.data());
+    for (int64_t i = ith; i < n_list*n_tps*n_stream; i += nth) {
+        const int64_t h = i%n_list, t = i/n_list%n_tps, s = i/n_list/n_tps;
+        fasa_select_score(tip, h*n_group, n_group, t, s, w.factor.data(), w.score.data(), w.key.data());
         const int32_t * cells = (const int32_t *) fasa_at(forced, t, s, 0);
         for (int64_t j = 0; j < forced->ne[0]; ++j) {
-            if (cells[j] >= 0 && cells[j] < n_kv && key[cells[j]] != FASA_KEY_HIDDEN) {
-                key[cells[j]] = FASA_KEY_FORCED;
+            if (cells[j] >= 0 && cells[j] < n_kv && w.key[cells[j]] != FASA_KEY_HIDDEN) {
+                w.key[cells[j]] = FASA_KEY_FORCED;
             }
         }
         int32_t * list = (int32_t *) fasa_at(dst, h, t, s);
-        view.set(key.data(), n_kv);
-        list[0] = fasa_select(view, score.data(), n_group, { p.budget, p.mass, p.floor, p.cap }, list + 1, scratch);
+        w.view.set(w.key.data(), n_kv);
+        list[0] = fasa_select(w.view, w.score.data(), n_group, { p.budget, p.mass, p.floor, p.cap }, list + 1, w.scratch);
         attended += list[0];
-        visible  += view.n_visible;
+        visible  += w.view.n_visible;
         lists    += 1;
     }
     if (auto * stats = (fasa_stats *) p.userdata) {
@@ -466,6 +515,11 @@ static void fasa_select_op(ggml_tensor * dst, const fasa_op_params & p, int ith,
         stats->rows_visible  += visible;
         stats->lists         += lists;
     }
+}
+
+static void fasa_select_op(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth) {
+    thread_local const auto work = std::make_unique<fasa_select_work>(); // a pointer: the address of a thread's own is looked up at every access
+    fasa_select_lists(dst, p, ith, nth, *work);
 }
 
 // ---- FAC ----
@@ -523,7 +577,8 @@ static void fasa_fac_heads(const ggml_tensor * t, const fasa_op_params & p, int6
     const int64_t n_group = t->ne[1]/k->ne[1];
     const size_t  k_bytes = ggml_row_size(k->type, d_k), v_bytes = ggml_row_size(v->type, d_v);
 
-    const int32_t     * list = (const int32_t *) fasa_at(t->src[0], h, tok, s);
+    const int64_t       own  = n_group*t->src[0]->ne[1]/t->ne[1]; // query heads of a KV head over those that share a list
+    const int32_t     * list = (const int32_t *) fasa_at(t->src[0], h*own + g0*own/n_group, tok, s);
     const ggml_fp16_t * hide = (const ggml_fp16_t *) fasa_at(mask, tok, 0, s);
     const int64_t       n    = *list++;
 
@@ -567,6 +622,7 @@ static void fasa_fac(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
     const ggml_tensor * list = dst->src[0], * k = dst->src[2], * v = dst->src[3];
 
     const int64_t n_head = dst->ne[1], n_tps = dst->ne[2], n_stream = dst->ne[3], n_head_kv = k->ne[1], n_group = n_head/n_head_kv;
+    const int64_t n_list = list->ne[1], n_shared = n_head/n_list; // query heads that share a list
 
     thread_local std::vector<float> logit_of_thread, row_of_thread;
     auto & logit = logit_of_thread;
@@ -575,7 +631,7 @@ static void fasa_fac(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
     fasa_split(n_head*n_tps*n_stream, ith, nth, first, last);
     for (int64_t i = first; i < last;) {
         const int64_t head = i%n_head, t = i/n_head%n_tps, s = i/n_head/n_tps;
-        const int64_t h = head/n_group, g0 = head%n_group, g1 = std::min(n_group, g0 + last - i);
+        const int64_t h = head/n_group, g0 = head%n_group, g1 = std::min(g0/n_shared*n_shared + n_shared, g0 + last - i);
         fasa_fac_heads(dst, p, h, t, s, g0, g1, logit, row);
         i += g1 - g0;
     }
@@ -583,8 +639,8 @@ static void fasa_fac(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
     if (auto * stats = ith == 0 ? (fasa_stats *) p.userdata : nullptr) {
         const uint64_t row_bytes = ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, v->ne[0]);
         uint64_t rows = 0;
-        for (int64_t j = 0; j < n_head_kv*n_tps*n_stream; ++j) {
-            rows += *(const int32_t *) fasa_at(list, j%n_head_kv, j/n_head_kv%n_tps, j/n_head_kv/n_tps);
+        for (int64_t j = 0; j < n_list*n_tps*n_stream; ++j) {
+            rows += *(const int32_t *) fasa_at(list, j%n_list, j/n_list%n_tps, j/n_list/n_tps);
         }
         const ggml_tensor * k_dom = list->src[0]->src[0];
         stats->layers_sparse += 1;

@@ -11,8 +11,9 @@
 //            src  K_dom i8 [block, n_tile, n_head_kv, n_stream], k [d, n_head_kv, n_kv, n_stream],
 //                 ranges i32 [2*FASA_MAX_RANGES, n_stream], q f32 [d, n_head, n_tokens], dims i32 [n_dom, n_head_kv],
 //                 weight f32 [n_dom, n_head_kv], mask f16 [n_kv, n_tps, 1, n_stream]
-//   SELECT   the cells to attend, per KV head and token
-//            dst  i32 [1 + length, n_head_kv, n_tps, n_stream]: the count, then the cells, ascending
+//   SELECT   the cells to attend, per list and token
+//            dst  i32 [1 + length, n_list, n_tps, n_stream]: the count, then the cells, ascending; n_list is n_head_kv, or n_head
+//                 when every query head has a list of its own (fasa_params::per_head)
 //            src  TIP, forced i32 [n_forced, n_tps, n_stream], -1: none
 //   FAC      exact attention over those cells
 //            dst  f32 [d_v, n_head, n_tps, n_stream]
@@ -95,7 +96,7 @@ struct fasa_layer_op {
     int32_t       n_hadamard;
     float         scale;
     float         soft_cap;
-    fasa_params   params;  // mass, floor, cap
+    fasa_params   params;  // mass, floor, cap, per_head
     uint32_t      budget;  // of this layer
 };
 

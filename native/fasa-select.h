@@ -64,6 +64,10 @@ struct fasa_keys_view {
         key  = keys;
         n_kv = n;
         n_visible = n_forced = 0;
+        for (uint32_t i = 0; i < n; ++i) {
+            n_visible += keys[i] != FASA_KEY_HIDDEN;
+            n_forced  += keys[i] == FASA_KEY_FORCED;
+        }
         most.resize((n + FASA_BLOCK - 1)/FASA_BLOCK);
         for (uint32_t b = 0; b < most.size(); ++b) {
             const uint32_t end = std::min(n, (b + 1)*FASA_BLOCK);
@@ -77,15 +81,11 @@ struct fasa_keys_view {
 
     inline void add_block(uint32_t b, uint32_t n) {
         const uint32_t * k = key + b*FASA_BLOCK;
-        uint32_t m = 0, visible = 0, forced = 0;
+        uint32_t m = 0;
         for (uint32_t i = 0; i < n; ++i) {
-            m        = std::max(m, k[i]);
-            visible += k[i] != FASA_KEY_HIDDEN;
-            forced  += k[i] == FASA_KEY_FORCED;
+            m = std::max(m, k[i]);
         }
-        most[b]    = m;
-        n_visible += visible;
-        n_forced  += forced;
+        most[b] = m;
     }
 
     // f(cell, key) for every cell whose key is at least `low`, ascending
@@ -115,8 +115,10 @@ inline fasa_threshold fasa_find_threshold(const fasa_keys_view & v, uint32_t n, 
         std::nth_element(scratch.begin(), scratch.begin() + (n - 1), scratch.end(), std::greater<uint32_t>());
         low = std::max(low, scratch[n - 1]);
     }
-    scratch.clear();
-    v.for_each(low, [&](uint32_t, uint32_t key) { scratch.push_back(key); });
+    scratch.resize(v.n_kv);
+    uint32_t m = 0;
+    v.for_each(low, [&, to = scratch.data()](uint32_t, uint32_t key) { to[m++] = key; });
+    scratch.resize(m);
     std::nth_element(scratch.begin(), scratch.begin() + (n - 1), scratch.end(), std::greater<uint32_t>());
     const uint32_t k = scratch[n - 1];
     uint32_t greater = 0;

@@ -58,6 +58,7 @@ typedef struct fasa_params {
     uint32_t min_context; // a step whose cache view holds fewer cells than this stays dense
     uint32_t max_tokens;  // a ubatch with more tokens per stream than this is prefill and stays dense
     int32_t  k_dom;       // enum fasa_k_dom_type
+    int32_t  per_head;    // 1: every query head selects for itself, as published; 0: the heads of a KV head select together
 } fasa_params;
 
 // What happened since the context was made or fasa_reset_counters.
@@ -163,6 +164,7 @@ typedef struct fasa_op_case {
     float            mass;
     uint32_t         floor;
     uint32_t         cap;
+    int32_t          per_head;     // n_list below: n_head when 1, n_head_kv when 0
     int32_t          n_forced;     // forced cells per token
     const int32_t  * forced;       // [n_stream, n_tokens, n_forced] cells, -1: none
     const float    * q;            // [n_stream, n_tokens, n_head, n_embd_head_k]
@@ -171,8 +173,8 @@ typedef struct fasa_op_case {
     const float    * mask;         // [n_stream, n_tokens, n_kv] 0 or -inf
     const float    * sinks;        // [n_head] attention sinks or NULL
     float          * out_est;      // [n_stream, n_tokens, n_head, n_kv]
-    int32_t        * out_count;    // [n_stream, n_tokens, n_head_kv]
-    int32_t        * out_list;     // [n_stream, n_tokens, n_head_kv, list length = max(budget, cap, n_forced) clipped to n_kv]
+    int32_t        * out_count;    // [n_stream, n_tokens, n_list]
+    int32_t        * out_list;     // [n_stream, n_tokens, n_list, list length = max(budget, cap, n_forced) clipped to n_kv]
     float          * out;          // [n_stream, n_tokens, n_head, n_embd_head_v]
 } fasa_op_case;
 FASA_API int fasa_op_run(const fasa_op_case * test);

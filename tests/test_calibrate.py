@@ -34,8 +34,8 @@ def test_the_sample_is_the_end_of_the_window(session):
     session.fasa.observe(None)
     session.clear()
     seen = c._pass([1], lambda n: None)
-    assert list(seen) == [1] and seen[1].n == 512 and [x.shape for x in seen[1].q] == [(16, 4, 16)]
-    assert np.array_equal(seen[1].q[0], q[-16:]) and np.array_equal(seen[1].k[0], k[1]) and k[1].any(-1).all()
+    assert list(seen) == [1] and seen[1].n == 512 and seen[1].q.shape == (16, 4, 16)
+    assert np.array_equal(seen[1].q, q[-16:]) and np.array_equal(seen[1].k, k[1]) and k[1].any(-1).all()
     dims = reference.chunk_dims(16, 16, "norm")
     length = np.linalg.norm(q[:, :, dims], axis=-1)                                      # [512, 4, 8]
     assert np.allclose(seen[1].q_sum / 512, length.reshape(512, 2, 2, 8).mean((0, 2)), rtol=1e-5)
@@ -48,9 +48,9 @@ def test_a_ubatch_smaller_than_the_batch_gives_the_same_sample(library, tiny):
         with Session(tiny, n_ctx=512, n_batch=n_batch, n_ubatch=n_ubatch) as s:
             rows.append(Calibration(s, default_corpus(), SMALL)._pass([0, 2], lambda n: None))
     for il in (0, 2):
-        assert np.allclose(rows[0][il].q[0], rows[1][il].q[0], atol=0.1) and rows[1][il].q[0].shape == (16, 4, 16)
+        assert np.allclose(rows[0][il].q, rows[1][il].q, atol=0.1) and rows[1][il].q.shape == (16, 4, 16)
         assert np.allclose(rows[0][il].k_sum, rows[1][il].k_sum, rtol=1e-3)
-        assert np.allclose(rows[0][il].k[0].astype(np.float32), rows[1][il].k[0].astype(np.float32), atol=0.1)
+        assert np.allclose(rows[0][il].k.astype(np.float32), rows[1][il].k.astype(np.float32), atol=0.1)
 
 
 def test_the_ranking_is_the_references(session, tiny):
@@ -58,7 +58,7 @@ def test_the_ranking_is_the_references(session, tiny):
     c = Calibration(session, default_corpus(), SMALL)
     s = c._pass([1], lambda n: None)[1]
     dims, pos = reference.chunk_dims(16, 16, "norm"), np.arange(496, 512)
-    order, kept = reference.rank_recall(s.q[0][:, 2:4].transpose(1, 0, 2), s.k[0][:, 1].astype(np.float32), pos, dims, s.scale, s.soft_cap,
+    order, kept = reference.rank_recall(s.q[:, 2:4].transpose(1, 0, 2), s.k[:, 1].astype(np.float32), pos, dims, s.scale, s.soft_cap,
                                         4, 40, 4, 32)
     assert profile.ranking[1][1][:4].tolist() == order.tolist() and np.allclose(profile.recall[1][1], kept, atol=1e-5)
     energy = reference.rank_energy(s.q_sum[1], s.k_sum[1])

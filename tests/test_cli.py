@@ -65,7 +65,11 @@ def test_a_setting_is_a_flag_over_the_environment_over_the_profile(monkeypatch):
     a = cli.parser().parse_args(["run", "m", "--fasa-budget", "7", "--fasa-k-dom", "q8"])
     monkeypatch.setenv("FASA_BUDGET", "8")
     monkeypatch.setenv("FASA_SINK", "9")
-    assert cli._params(a, FasaParams(budget=1, sink=1, recent=11)) == FasaParams(budget=7, sink=9, recent=11, k_dom="q8")
+    profile = synthetic_profile([2], [8])
+    profile.defaults = {"budget": 1, "sink": 1, "recent": 11}
+    assert cli._params(a, profile) == (FasaParams(budget=7, sink=9, recent=11, k_dom="q8"), profile)
+    a.fasa_preset, profile.ranking_method = "paper", "ca"
+    assert cli._params(a, profile)[0] == FasaParams(budget=7, sink=9, recent=0, k_dom="q8", chunks=2, per_head=1)
 
 
 def test_errors_without_a_model(capsys, tmp_path):

@@ -131,6 +131,12 @@ def test_dense_logits_in_a_batch_and_in_steps_agree(library, tiny, text, kind, m
     assert batch.shape == steps.shape == (20, s.n_vocab) and batch.std() > 1 and np.abs(batch - steps).max() < most
 
 
+def test_a_list_for_every_query_head(library, tiny, text, profile):
+    heads = evaluate(tiny, text, [Arm("kv", ON), Arm("q", ON.replace(per_head=1, sink=0, recent=0))], profile=profile, **SIZE)
+    assert heads[1]["tokens_attended"] == heads[2]["tokens_attended"] == ON.budget and heads[2]["kl"] > 0
+    assert heads[2]["kv_read_share"] > 1.5 * heads[1]["kv_read_share"]                       # two query heads a KV head: rows are read twice
+
+
 def test_a_budget_of_the_whole_context_is_dense(library, tiny, text, profile):
     rows = evaluate(tiny, text, [Arm("all", ON.replace(budget=300))], profile=profile, **SIZE)
     assert rows[1]["steps_sparse"] == 40 and rows[1]["layers_sparse"] == 120 and rows[1]["layers_dense"] == 0

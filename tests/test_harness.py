@@ -348,7 +348,7 @@ def test_fasa_agrees_with_the_shipped_library(library, decoder, profiled, text, 
     assert [r["spec"] for r in out["library"]] == ["dense", "fasa", "fasa:mass=0.8:floor=40:cap=200", "fasa:k=5:k_dom=q8"]
     for ours, theirs in zip(out["rows"][1:], out["library"][1:]):
         assert theirs["kl"] > 0.02 and abs(ours["kl"] / theirs["kl"] - 1) < 0.02, ours["spec"]
-        assert abs(ours["ppl_ratio"] - theirs["ppl_ratio"]) < 2e-3
+        assert abs(ours["ppl_ratio"] - theirs["ppl_ratio"]) < 4e-3
         assert abs(ours["tokens_attended"] / theirs["tokens_attended"] - 1) < 2e-3
         index = C.Job(ours["spec"], 60).method(decoder, Knowledge(synthetic_profile([2] * 3, [8] * 3))).index_bytes()
         read = theirs["kv_bytes_per_token"] - 3 * 2 * index * (512 - 290.5)      # the library's view of the cache has 512 cells

@@ -26,7 +26,7 @@ def full_profile():
     p.recall_k, p.recall_budget, p.recall = 1, 64, [np.full((N_HEAD_KV, 1), 0.75, np.float32)] * N_LAYER
     p.layer_budget = np.array([0.5, 1.5, 1], np.float32)
     p.rope = {"layout": "norm", "dims": WIDTH, "base": 10000.0, "scale": 1.0}
-    p.defaults = {"chunks": 3, "budget": 256, "mass": 0.5, "floor": 8, "cap": 99, "sink": 2, "recent": 9, "min_context": 7, "max_tokens": 4, "k_dom": "q8"}
+    p.defaults = {"chunks": 3, "budget": 256, "mass": 0.5, "floor": 8, "cap": 99, "sink": 2, "recent": 9, "min_context": 7, "max_tokens": 4, "k_dom": "q8", "per_head": 1}
     p.calibration = {"tool": "t", "corpus": "c", "corpus_sha256": "ab", "tokens": 10, "context": 5, "source": "gguf", "weights_sha256": "cd"}
     return p
 
@@ -47,8 +47,21 @@ def test_json_both_ways(tmp_path):
     assert q.to_flat() == p.to_flat() and os.listdir(tmp_path) == ["p.json"]
     assert [r.dtype for r in q.ranking] == [np.uint16] * 3 and q.ranking[2].shape == (N_HEAD_KV, WIDTH // 2)
     assert np.array_equal(q.ranking[2], p.ranking[2]) and q.weight[1].dtype == np.float32 and q.weight[1][0, 0] == 1.5
-    assert q.params() == FasaParams(chunks=3, budget=256, mass=0.5, floor=8, cap=99, sink=2, recent=9, min_context=7, max_tokens=4, k_dom="q8")
+    assert q.params() == FasaParams(chunks=3, budget=256, mass=0.5, floor=8, cap=99, sink=2, recent=9, min_context=7, max_tokens=4, k_dom="q8", per_head=1)
     assert p.to_json().count("\n") == len(p.to_flat()) + 2  # one key a line
+
+
+def test_the_preset_paper_is_fasa_as_published():
+    p = full_profile()
+    assert p.preset("default") == (p.params(), p)
+    with pytest.raises(FasaError, match="preset paper: expected a profile ranked by ca, found synthetic; make one with `fasa-gguf calibrate MODEL --method ca"):
+        p.preset("paper")
+    with pytest.raises(FasaError, match="preset 'x': expected one of default, paper"):
+        p.preset("x")
+    p.ranking_method = "ca"
+    params, plain = p.preset("paper")
+    assert params == FasaParams(chunks=max(WIDTH // 8, 1), sink=0, recent=0, k_dom="f16", per_head=1)
+    assert plain.weight is None and plain.weight_k == 0 and plain.ranking is p.ranking and p.weight_k == 2
 
 
 def test_gguf_both_ways_with_an_independent_reader(tiny, tmp_path):

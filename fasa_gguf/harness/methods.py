@@ -18,7 +18,7 @@ from .. import reference
 from ..errors import FasaError
 from .calibrate import Knowledge
 from .decoder import N_LAST, Shape, Tail
-from .selection import group_score, k_dom_bytes, mass_count, quantize_k_dom, take_dims, top
+from .selection import group_score, k_dom_bytes, mass_count, quantize_k_dom, quantize_query, take_dims, top
 
 
 class Method:
@@ -314,7 +314,7 @@ class Fasa(Method):
         per = self.shape.n_head // len(dims)                                                 # query heads that share a ranking
         k_dom = quantize_k_dom(take_dims(k.repeat_interleave(len(dims) // len(k), 0), dims), self.k_dom)
         q_dom = take_dims(q, dims.repeat_interleave(per, 0)) * weight.repeat_interleave(per, 0)[:, None]
-        return self._logits(q_dom, k_dom) * self.shape.scale
+        return self._logits(quantize_query(q_dom * self.shape.scale, self.k_dom), k_dom)
 
     def select(self, layer: int, q: torch.Tensor, k: torch.Tensor, tail: Tail) -> torch.Tensor:
         est = self.estimate(layer, q, k)

@@ -59,6 +59,16 @@ def quantize_k_dom(x: torch.Tensor, kind: str) -> torch.Tensor:
     return (q * scale).reshape(x.shape)
 
 
+def quantize_query(x: torch.Tensor, kind: str) -> torch.Tensor:
+    """Dominant values of the queries f32 [..., n_dom], times weight and scale, as TIP uses them (reference.quantize_query)."""
+    if kind == "f16":
+        return x
+    g = x.reshape(*x.shape[:-1], -1, GROUP)
+    scale = g.abs().amax(-1, keepdim=True) / 127
+    inv = torch.where(scale != 0, 1 / scale, torch.zeros_like(scale))
+    return ((g * inv + torch.copysign(torch.full_like(g, 0.5), g)).trunc().clamp(-127, 127) * scale).reshape(x.shape)
+
+
 def k_dom_bytes(n_dom: int, kind: str) -> float:
     """Bytes of one token's dominant values (native/fasa-layout.h)."""
     n = -(-n_dom // GROUP) * GROUP
