@@ -235,13 +235,14 @@ def library_arms(jobs: Sequence[Job], decoder: Decoder, profile: Profile | None)
     out = {}
     for job in jobs:
         kind, given = parse_spec(job.spec)
-        if kind.name not in ("fasa", "fasa-mass") or given.keys() & {"weights", "shared", "dense_layers"}:
+        if kind.name not in ("fasa", "fasa-mass") or given.keys() & {"weights", "dense_layers"}:
             continue
         if any((job.spec, job.budget) == (other.spec, other.budget) for other in out):
             continue
         m = job.method(decoder, Knowledge(profile))
         floor, cap = m.bounds()
-        out[job] = Arm(f"{job.spec} {job.budget}", FasaParams(m.chunks(), max(job.budget, 1), m.mass, floor, cap, m.sink, m.recent, 0, 8, m.k_dom), profile)
+        params = FasaParams(m.chunks(), max(job.budget, 1), m.mass, floor, cap, m.sink, m.recent, 0, 8, m.k_dom, int(not m.shared))
+        out[job] = Arm(f"{job.spec} {job.budget}", params, profile)
     return out
 
 
