@@ -26,7 +26,7 @@ from .decoder import Decoder, Prefix
 from .methods import METHODS, Fasa, Method, parse_spec, spec_text
 
 MAX_SCORE_SHARE = 1 / 8  # of dense's bytes that a tuned method may read to choose
-MASS_STEPS = 7           # halvings of the target mass when it is tuned to a mean budget
+MASS_STEPS = 8           # halvings of the target mass when it is tuned to a mean budget
 Report = Callable[[str, int, int], None]
 
 
@@ -67,10 +67,11 @@ class Setup:
 
 @dataclass(frozen=True)
 class Job:
-    """One row of the table: a method with its options at a budget; 0: it counts by itself."""
+    """One row of the table: a method with its options at a budget; 0: it counts by itself. asked: what the user named, a curve."""
 
     spec: str
     budget: int
+    asked: str = ""
 
     def method(self, decoder: Decoder, knowledge: Knowledge | None) -> Method:
         kind, options = parse_spec(self.spec)
@@ -171,7 +172,7 @@ def plain_jobs(setup: Setup) -> list[Job]:
         kind, given = parse_spec(spec)
         options = forced_options(kind, given, setup)
         if kind.name != "dense":
-            out += [Job(spec_text(kind, options), b) for b in ([0] if options.get("mass") else setup.budgets)]
+            out += [Job(spec_text(kind, options), b, spec) for b in ([0] if options.get("mass") else setup.budgets)]
     return out
 
 
@@ -186,9 +187,9 @@ def tune_jobs(runner: Runner, setup: Setup, report: Report) -> tuple[list[Job], 
         options = forced_options(kind, given, setup)
         fixed = bool(options.get("mass"))
         grid = [c for c in kind.candidates(runner.decoder.shape) if not fixed and not set(c) & set(given)] or [{}]
-        grids += [(kind, options, b, grid) for b in ([0] if fixed else setup.budgets)]
+        grids += [(spec, kind, options, b, grid) for b in ([0] if fixed else setup.budgets)]
     n, trials, jobs, done = setup.tune_windows, [], [], 0
-    cost = [n * (MASS_STEPS if kind.tuned and not options.get("mass") else len(grid) if len(grid) > 1 else 0) for kind, options, _, grid in grids]
+    cost = [n * (MASS_STEPS if kind.tuned and not options.get("mass") else len(grid) if len(grid) > 1 else 0) for _, kind, options, _, grid in grids]
 
     def trial(job: Job) -> dict[str, Any]:
         nonlocal done
@@ -203,32 +204,27 @@ def tune_jobs(runner: Runner, setup: Setup, report: Report) -> tuple[list[Job], 
         trials.append(entry)
         return entry
 
-    for i in range(n):                                                                    # window by window: its prefix is shared
-        for kind, options, budget, grid in grids:
-            if len(grid) > 1:
-                for c in grid:
-                    runner.sample("tune", i, Job(spec_text(kind, {**options, **c}), budget))
-    for kind, options, budget, grid in grids:
+    for spec, kind, options, budget, grid in grids:
         if kind.tuned and not options.get("mass"):
-            jobs.append(tune_mass(kind, options, budget, trial))
+            jobs.append(Job(tune_mass(kind, options, budget, trial), budget, spec))
         elif len(grid) == 1:
-            jobs.append(Job(spec_text(kind, options), budget))
+            jobs.append(Job(spec_text(kind, options), budget, spec))
         else:
             tried = [trial(Job(spec_text(kind, {**options, **c}), budget)) for c in grid]
             small = [t for t in tried if t["score_share"] <= MAX_SCORE_SHARE * 1.001] or tried
-            jobs.append(Job(min(small, key=lambda t: t["kl"])["spec"], budget))
+            jobs.append(Job(min(small, key=lambda t: t["kl"])["spec"], budget, spec))
     return jobs, trials
 
 
-def tune_mass(kind: type[Method], options: dict[str, Any], budget: int, trial: Callable[[Job], dict[str, Any]]) -> Job:
-    """The largest target mass, of those that halving tries, whose mean count is within the budget. Searched in -log(1 - mass)."""
+def tune_mass(kind: type[Method], options: dict[str, Any], budget: int, trial: Callable[[Job], dict[str, Any]]) -> str:
+    """The spec with the largest target mass, of those that halving tries, whose mean count is within the budget. Searched in -log(1 - mass)."""
     low, high, best = 0.1, 7.0, None
     for _ in range(MASS_STEPS):
         x = (low + high) / 2
-        job = Job(spec_text(kind, {**options, "mass": float(f"{1 - math.exp(-x):.5g}")}), budget)
-        fits = trial(job)["tokens"] <= budget
-        low, high, best = (x, high, job) if fits else (low, x, best)
-    return best or Job(spec_text(kind, {**options, "mass": 0.1}), budget)
+        spec = spec_text(kind, {**options, "mass": float(f"{1 - math.exp(-x):.5g}")})
+        fits = trial(Job(spec, budget))["tokens"] <= budget
+        low, high, best = (x, high, spec) if fits else (low, x, best)
+    return best or spec_text(kind, {**options, "mass": 0.1})
 
 
 # ---- the shipped library ----
@@ -239,11 +235,14 @@ def library_arms(jobs: Sequence[Job], decoder: Decoder, profile: Profile | None)
     out = {}
     for job in jobs:
         kind, given = parse_spec(job.spec)
-        if kind.name not in ("fasa", "fasa-mass") or given.keys() & {"weights", "shared", "dense_layers"}:
+        if kind.name not in ("fasa", "fasa-mass") or given.keys() & {"weights", "dense_layers"}:
+            continue
+        if any((job.spec, job.budget) == (other.spec, other.budget) for other in out):
             continue
         m = job.method(decoder, Knowledge(profile))
         floor, cap = m.bounds()
-        out[job] = Arm(f"{job.spec} {job.budget}", FasaParams(m.chunks(), max(job.budget, 1), m.mass, floor, cap, m.sink, m.recent, 0, 8, m.k_dom), profile)
+        params = FasaParams(m.chunks(), max(job.budget, 1), m.mass, floor, cap, m.sink, m.recent, 0, 8, m.k_dom, int(not m.shared))
+        out[job] = Arm(f"{job.spec} {job.budget}", params, profile)
     return out
 
 
@@ -262,7 +261,7 @@ def job_row(job: Job, score: Score, dense: Score, n_layer: int) -> dict[str, Any
     """The figures of one job; bytes_per_token: read by one layer for one decoded token."""
     c = score.counters
     kind, options = parse_spec(job.spec)
-    return {"method": kind.name, "spec": job.spec, "options": options, "budget": job.budget, **score.row(dense),
+    return {"method": kind.name, "asked": job.asked or kind.name, "spec": job.spec, "options": options, "budget": job.budget, **score.row(dense),
             "bytes_per_token": (c["bytes_fac"] + c["bytes_tip"]) / (c["steps_sparse"] * n_layer),
             "score_share": c["bytes_tip"] / c["bytes_dense"]}
 

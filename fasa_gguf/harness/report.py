@@ -50,36 +50,43 @@ def agreement(result: dict[str, Any]) -> str:
 def config_lines(c: dict[str, Any]) -> list[str]:
     """What was compared, in sentences."""
     names = c["texts"]
-    tuned = f"tuned on {c['tune_windows']} windows of {names.get('tune', 'another text')}" if c["tuned"] else "not tuned"
-    return [f"Model {c['model'].split()[0]}; {c['windows']} windows of {c['window']:,} tokens of {names.get('text', 'the text')}, the last "
+    def windows(n: int) -> str:
+        return f"{n} window" + "s" * (n > 1)
+
+    tuned = f"tuned on {windows(c['tune_windows'])} of {names.get('tune', 'another text')}" if c["tuned"] else "not tuned"
+    return [f"Model {c['model'].split()[0]}; {windows(c['windows'])} of {c['window']:,} tokens of {names.get('text', 'the text')}, the last "
             f"{c['score']} of each scored; {tuned}; {c['sink']} sinks and {c['recent']} recent tokens in every budget but the paper's.",
             "tokens: mean attended per step and query head, everything forced or dense counted. KiB read: by one layer for one decoded "
             "token, K and V in f16, what is read to choose included; a row that several query heads of a KV head attend is read once.",
             f"fasa_gguf {c['fasa_gguf']}, torch {c['torch']}, {c['device']}, weights dequantised, fp32, K and V rounded to {c['kv_type']}."]
 
 
-def save_curves(rows: Sequence[dict[str, Any]], key: str, label: str, path: Path) -> None:
-    """PNG: KL and perplexity loss of every method against `key`, one point a budget."""
+def save_curves(rows: Sequence[dict[str, Any]], key: str, unit: float, label: str, path: Path) -> None:
+    """PNG: KL and perplexity loss of every method against `key` in `unit`s, one point a budget."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
     fig, axes = plt.subplots(1, 2, figsize=(13, 5.5))
-    names = [n for n in METHODS if n != "dense" and any(r["method"] == n for r in rows)]
-    for i, name in enumerate(names):
-        mine = sorted((r for r in rows if r["method"] == name), key=lambda r: r[key])
-        x = [r[key] for r in mine]
-        style = dict(marker="o", ms=4, color=plt.get_cmap("tab20")(i), label=name, ls="--" if name in NOT_METHODS else "-",
+    for i, name in enumerate(dict.fromkeys(r["asked"] for r in rows if r["method"] != "dense")):
+        mine = sorted((r for r in rows if r["asked"] == name), key=lambda r: r[key])
+        x, loss = [r[key] / unit for r in mine], [100 * (r["ppl_ratio"] - 1) for r in mine]
+        style = dict(marker="o", ms=4, color=plt.get_cmap("tab20")(i % 20), label=name, ls="--" if mine[0]["method"] in NOT_METHODS else "-",
                      lw=2.4 if name.startswith("fasa") else 1.2)
         axes[0].plot(x, [r["kl"] for r in mine], **style)
-        axes[1].errorbar(x, [100 * (r["ppl_ratio"] - 1) for r in mine], [100 * r["ppl_ratio_se"] for r in mine], capsize=2, **style)
+        axes[1].errorbar(x, loss, [100 * r["ppl_ratio_se"] for r in mine], capsize=2, elinewidth=0.8, **style)
     axes[0].set_yscale("log")
     axes[0].set_ylabel("KL to dense, nats")
     axes[1].set_yscale("symlog", linthresh=2)
+    axes[1].yaxis.set_major_locator(FixedLocator([-5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]))
+    axes[1].yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+g}" if v else "0"))
     axes[1].set_ylabel("perplexity against dense, %")
     for ax in axes:
         ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_xlabel(label)
         ax.grid(alpha=0.3, which="both")
     axes[0].legend(fontsize=8)
@@ -102,7 +109,7 @@ def write_results(result: dict[str, Any], out: str | os.PathLike) -> None:
     try:
         (out / "results.json").write_text(json.dumps(result, indent=1) + "\n")
         (out / "results.md").write_text("\n\n".join(parts) + "\n")
-        save_curves(rows, "tokens_attended", "tokens attended per step and query head", out / "budget.png")
-        save_curves(rows, "bytes_per_token", "bytes read by one layer for one token", out / "bytes.png")
+        save_curves(rows, "tokens_attended", 1, "tokens attended per step and query head", out / "budget.png")
+        save_curves(rows, "bytes_per_token", 1024, "KiB read by one layer for one token", out / "bytes.png")
     except OSError as e:
         raise FasaError(f"{out}: cannot be written: {e.strerror or e}") from None
