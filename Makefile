@@ -49,8 +49,10 @@ $(MODEL): $(VENV)/.ready
 demo: build $(MODEL)
 	$(PY) -m fasa_gguf.demo $(MODEL)
 
+# TEST_EXTRAS: packages of the optional extras; without torch and transformers their tests skip, and say so
 test: build stock $(MODEL)
-	$(PY) -m pytest -q
+	$(if $(TEST_EXTRAS),$(PIP) $(TEST_EXTRAS))
+	$(PY) -m pytest -q -rs
 
 check: $(VENV)/.ready
 	$(PY) patches/queue.py check

@@ -84,7 +84,8 @@ def _fasa_flags(p: argparse.ArgumentParser) -> None:
     group = p.add_argument_group("FASA settings (each is also an environment variable, FASA_BUDGET and so on)")
     for f in fields(FasaParams):
         group.add_argument("--fasa-" + f.name.replace("_", "-"), metavar="X", default=None, help=f"{f.metadata['help']} [{f.metadata['unit']}; {f.default}]")
-    group.add_argument("--fasa-preset", choices=PRESETS, default=None, help="where the settings above begin: `paper` is FASA as published, for a profile ranked by ca")
+    group.add_argument("--fasa-preset", choices=PRESETS, default=None,
+                       help="where the settings above begin: `paper` is FASA as published, for a profile ranked by ca")
     group.add_argument("--profile", help="a profile's JSON file instead of the one in the model (eval: a comma list, one arm each)")
 
 
@@ -148,11 +149,11 @@ def cmd_embed_profile(a: argparse.Namespace) -> None:
 
 
 def cmd_inspect(a: argparse.Namespace) -> None:
-    from .profile import Profile, inspect_table
+    from .profile import inspect_table
 
     profile = Profile.load(a.model)
     if a.against:
-        from .compare import compare_profiles
+        from .agreement import compare_profiles
 
         found = compare_profiles(profile, Profile.load(a.against), a.top)
         print(json.dumps(found.as_dict()) if a.json else found.table())
@@ -171,7 +172,8 @@ def _load(a: argparse.Namespace) -> tuple[Any, bool]:
     from .llama import Llama
     from .session import cache_type, last_log, quiet
 
-    asked = not a.no_fasa and (bool(a.profile) or bool(a.fasa_preset) or any(getattr(a, "fasa_" + f.name) is not None for f in fields(FasaParams)))
+    given = [a.profile, a.fasa_preset, *(getattr(a, "fasa_" + f.name) for f in fields(FasaParams))]
+    asked = not a.no_fasa and any(x is not None for x in given)
     fasa: Any = "off" if a.no_fasa else "auto"
     profile = None
     if asked:
@@ -272,8 +274,8 @@ def _arms(a: argparse.Namespace) -> list[Any]:
         fixed = a.budgets or ([] if a.masses else [base.budget])
         settings = [base.replace(budget=b, mass=0.0 if a.masses else base.mass) for b in fixed]
         for p in settings + [base.replace(mass=m) for m in a.masses or []]:
-            name = f"{a.fasa_preset + ' ' if a.fasa_preset else ''}{profile.ranking_method} k={p.chunks or 'auto'} {p.k_dom} " + (f"mass={p.mass:g}" if p.mass > 0 else f"B={p.budget}")
-            arms.append(Arm(name, p.check(), profile))
+            name = [a.fasa_preset, profile.ranking_method, f"k={p.chunks or 'auto'}", p.k_dom, f"mass={p.mass:g}" if p.mass > 0 else f"B={p.budget}"]
+            arms.append(Arm(" ".join(filter(None, name)), p.check(), profile))
     return arms
 
 

@@ -56,6 +56,8 @@ class FasaParams:
             raise FasaError("setting budget: expected at least 1 token, found 0")
         if self.mass > 0 and not 1 <= self.floor <= self.cap:
             raise FasaError(f"settings floor and cap: expected 1 <= floor <= cap, found {self.floor} and {self.cap}")
+        if self.per_head > 1:
+            raise FasaError(f"setting per_head: expected 0 or 1, found {self.per_head}")
         if self.max_tokens < 1:
             raise FasaError("setting max_tokens: expected at least 1, found 0")
         return self

@@ -143,7 +143,7 @@ def decode_step(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarr
                 sink: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """One token, one KV head: (output f32 [G, d_v], the cells attended, ascending). q [G, head_dim], k [n_kv, head_dim],
     v [n_kv, d_v], positions and visible [n_kv], ranking [n_chunk], dims [n_chunk, 2]; weight [m] of the m leading chunks,
-    the others have 1."""
+    the others have 1. With per_head the selection is a query head's own: call it for each, G = 1."""
     chosen = dominant_dims(ranking, p.chunks, dims)                              # [n_dom]
     w = np.ones(len(chosen), np.float32)                                         # [n_dom]
     if weight is not None:

@@ -90,7 +90,7 @@ static inline fasa_f32x16 fasa_exp(fasa_f32x16 x, float e) {
     p = p*r + 6.93146978e-1f;
     p = p*r + 1.0f;
 #if defined(__AVX512F__)
-    return (fasa_f32x16) _mm512_maskz_scalef_ps(_mm512_movepi32_mask((__m512i) keep), (__m512) p, (__m512) (n - e));
+    return (fasa_f32x16) _mm512_maskz_scalef_ps(_mm512_test_epi32_mask((__m512i) keep, (__m512i) keep), (__m512) p, (__m512) (n - e));
 #else
     const fasa_i32x16 pow2 = (((fasa_i32x16) shift - 0x4b400000) + (127 - (int32_t) e)) << 23;
     return (fasa_f32x16) ((fasa_i32x16) (p*(fasa_f32x16) pow2) & keep);
@@ -434,13 +434,12 @@ static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
 
 // ---- SELECT ----
 
-// Score and key of every cell [n_kv] from n_group rows of TIP; the group's score is the sum of their softmaxes.
-// factor [n_group]: room
-static void fasa_select_score(const ggml_tensor * tip, int64_t head, int64_t n_group, int64_t t, int64_t s, float * factor, float * score, uint32_t * key) {
+// score and key of every cell [n_kv] from n_group rows of TIP; the group's score is the sum of their softmaxes
+static void fasa_select_score(const ggml_tensor * tip, int64_t head, int64_t n_group, int64_t t, int64_t s, float * score, uint32_t * key) {
     const int64_t n_kv = fasa_tip_n_kv(tip), n_span = fasa_n_span(n_kv), stride = tip->nb[1]/sizeof(float);
     const float * row = (const float *) fasa_at(tip, head, t, s);
 
-    std::vector<float> most(n_group), inv(n_group);
+    std::vector<float> most(n_group), inv(n_group), factor(n_group);
     for (int64_t g = 0; g < n_group; ++g) {
         const float * e = row + g*stride + n_kv, * sum = e + n_span;
         most[g] = *std::max_element(e, e + n_span);
@@ -478,7 +477,7 @@ static void fasa_select_score(const ggml_tensor * tip, int64_t head, int64_t n_g
 }
 
 struct fasa_select_work { // of a thread: the op has no work buffer
-    std::vector<float>    score, factor;
+    std::vector<float>    score;
     std::vector<uint32_t> key, scratch;
     fasa_keys_view        view;
 };
@@ -492,11 +491,10 @@ static void fasa_select_lists(ggml_tensor * dst, const fasa_op_params & p, int i
 
     w.score.resize(n_kv);
     w.key.resize(n_kv);
-    w.factor.resize(n_group);
     uint64_t attended = 0, visible = 0, lists = 0;
     for (int64_t i = ith; i < n_list*n_tps*n_stream; i += nth) {
         const int64_t h = i%n_list, t = i/n_list%n_tps, s = i/n_list/n_tps;
-        fasa_select_score(tip, h*n_group, n_group, t, s, w.factor.data(), w.score.data(), w.key.data());
+        fasa_select_score(tip, h*n_group, n_group, t, s, w.score.data(), w.key.data());
         const int32_t * cells = (const int32_t *) fasa_at(forced, t, s, 0);
         for (int64_t j = 0; j < forced->ne[0]; ++j) {
             if (cells[j] >= 0 && cells[j] < n_kv && w.key[cells[j]] != FASA_KEY_HIDDEN) {

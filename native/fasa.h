@@ -69,9 +69,9 @@ typedef struct fasa_counters {
     uint64_t steps_prefill;   // ubatches that count as prefill (always dense)
     uint64_t layers_sparse;   // layer executions with FASA, counted by the op that does the work
     uint64_t layers_dense;    // layer executions without FASA in sparse steps
-    uint64_t rows_attended;   // sum over sparse layers, KV heads and tokens of the tokens attended
+    uint64_t rows_attended;   // sum over all selections of the tokens attended
     uint64_t rows_visible;    // the same sum of the tokens that dense attention would have attended
-    uint64_t lists;           // number of selections made (sparse layers x KV heads x tokens)
+    uint64_t lists;           // number of selections made (sparse layers x KV heads, or query heads with per_head, x tokens)
     uint64_t bytes_tip;       // bytes of dominant keys read
     uint64_t bytes_fac;       // bytes of K and V rows read by sparse layers
     uint64_t bytes_dense;     // bytes of K and V rows that dense attention would have read in their place

@@ -18,6 +18,17 @@ def library():
     return native
 
 
+@pytest.fixture(scope="module")
+def one_torch_thread():
+    """Torch on one thread, for modules of small tensors."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def smollm2(library):
     if not SMOLLM2.exists():

@@ -26,12 +26,7 @@ N_KV, N_QUERY, BUDGET = 300, 6, 60
 TAIL = Tail.make(SHAPE, N_KV - N_QUERY, N_QUERY)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def random_qk(seed=0):

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers", minversion="5.0", reason="tra
 import tiny_hf
 from fasa_gguf import FasaError, cli, embed, hf, reference
 from fasa_gguf.calibrate import Calibration, Calibrator, calibrate
-from fasa_gguf.compare import compare_profiles
+from fasa_gguf.agreement import compare_profiles
 from fasa_gguf.gguf_file import GGUFFile
 from fasa_gguf.hf import HFCalibration, calibrate_hf
 from fasa_gguf.profile import Profile
@@ -25,12 +25,7 @@ transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    old = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(old)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module")

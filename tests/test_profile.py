@@ -151,6 +151,7 @@ BAD = [
     (put("default.mass", 1.5), "keys fasa.default..: setting mass: expected a number from 0 to 1, found 1.5"),
     (put("default.cap", 1), "keys fasa.default..: settings floor and cap: expected 1 <= floor <= cap, found 8 and 1"),
     (put("default.k_dom", "q5"), "keys fasa.default..: setting k_dom: expected one of f16, q8, q4, found 'q5'"),
+    (put("default.per_head", 2), "keys fasa.default..: setting per_head: expected 0 or 1, found 2"),
     (put("calibration.corpus", "x" * 5000), "key fasa.calibration.corpus: expected text of fewer than 4096 characters, found 'xxx"),
     (put("surprise", 1), "key fasa.surprise: expected one of the keys of format version 1, found an unknown one"),
     (put("a\nb", 1), r"key fasa.a\?b: expected one of the keys"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fasa_gguf import FasaError, cli
-from fasa_gguf.compare import compare_profiles
+from fasa_gguf.agreement import compare_profiles
 from fasa_gguf.embed import doubts, sliding_windows
 from fasa_gguf.gguf_file import ARR, BOOL, STR, U32, GGUFFile, pack_kv
 from fasa_gguf.profile import Profile
