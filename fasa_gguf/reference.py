@@ -122,8 +122,8 @@ def select(score: np.ndarray, visible: np.ndarray, forced: np.ndarray, n_group: 
     order = np.lexsort((np.arange(len(score)), -score, ~forced, ~visible))[: visible.sum()]     # [n_visible]
     n = budget
     if mass > 0:
-        share = np.floor(score[order].astype(np.float64) / n_group * 2.0**40).astype(np.int64)  # [n_visible]
-        n = int(np.searchsorted(np.cumsum(share), int(np.floor(np.float32(mass) * 2.0**40)))) + 1
+        share = np.floor(score[order].astype(np.float64) * 2.0**40).astype(np.int64)            # [n_visible]
+        n = int(np.searchsorted(np.cumsum(share), int(np.floor(np.float32(mass) * 2.0**40)) * n_group)) + 1
         n = min(max(n, floor), cap)
     return np.sort(order[: max(n, forced.sum())])
 

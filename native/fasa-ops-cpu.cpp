@@ -72,10 +72,10 @@ static inline fasa_f32x16 fasa_f32_i32(fasa_i32x16 x) {
 #endif
 }
 
-// e^x/2^e, relative error below 2e-7; 0 where that is below 2^-126 (so e^-inf = 0). x <= 2^20; the bits of the result are
+// e^x/2^e, relative error below 2e-7; 0 where that is below 2^-FASA_SPAN_RANGE (so e^-inf = 0). x <= 2^20; the bits of the result are
 // those of e^x but for the exponent.
 static inline fasa_f32x16 fasa_exp(fasa_f32x16 x, float e) {
-    const fasa_i32x16 keep = x*1.44269504f > e - 125.0f;
+    const fasa_i32x16 keep = x*1.44269504f > e - FASA_SPAN_RANGE;
     x = (fasa_f32x16) ((fasa_i32x16) x & keep);
 #if defined(__AVX512F__)
     const fasa_f32x16 n = (fasa_f32x16) _mm512_roundscale_ps((__m512) (x*1.44269504f), 0);
@@ -434,7 +434,7 @@ static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
 
 // ---- SELECT ----
 
-// score and key of every cell [n_kv] from n_group rows of TIP; the group's score is the sum of their softmaxes
+// score and key of every cell [n_kv] from n_group rows of TIP; the group's score is the sum of their softmaxes (times 2^60)
 static void fasa_select_score(const ggml_tensor * tip, int64_t head, int64_t n_group, int64_t t, int64_t s, float * score, uint32_t * key) {
     const int64_t n_kv = fasa_tip_n_kv(tip), n_span = fasa_n_span(n_kv), stride = tip->nb[1]/sizeof(float);
     const float * row = (const float *) fasa_at(tip, head, t, s);
@@ -443,16 +443,21 @@ static void fasa_select_score(const ggml_tensor * tip, int64_t head, int64_t n_g
     for (int64_t g = 0; g < n_group; ++g) {
         const float * e = row + g*stride + n_kv, * sum = e + n_span;
         most[g] = *std::max_element(e, e + n_span);
-        float total = 0.0f;
+        float total[32] = {}; // in the order of a warp's sum
         for (int64_t i = 0; i < n_span; ++i) {
-            total += e[i] == -INFINITY ? 0.0f : ldexpf(sum[i], int(e[i] - most[g]));
+            total[i%32] += e[i] - most[g] > -FASA_SPAN_RANGE ? ldexpf(sum[i], int(e[i] - most[g])) : 0.0f;
         }
-        inv[g] = total > 0.0f ? 1.0f/total : 0.0f;
+        for (int half = 16; half > 0; half /= 2) {
+            for (int l = 0; l < half; ++l) {
+                total[l] += total[l + half];
+            }
+        }
+        inv[g] = total[0] > 0.0f ? 1.0f/total[0] : 0.0f;
     }
     for (int64_t i = 0; i < n_span; ++i) {
         for (int64_t g = 0; g < n_group; ++g) {
-            const float e = row[g*stride + n_kv + i];
-            factor[g] = e == -INFINITY ? 0.0f : ldexpf(inv[g], int(e - most[g]));
+            const float e = row[g*stride + n_kv + i] - most[g];
+            factor[g] = e > -FASA_SCORE_RANGE ? ldexpf(inv[g], int(e) + FASA_SCORE_EXP) : 0.0f;
         }
         const int64_t last = std::min(n_kv, (i + 1)*FASA_SPAN);
         int64_t j = i*FASA_SPAN;

@@ -52,8 +52,8 @@ fasa_layer_nodes fasa_build_layer(ggml_context * ctx, const fasa_layer_op & op, 
         const int64_t length = fasa_list_length(op.params, op.budget, op.forced->ne[0], n_kv);
         const int64_t n_list = op.params.per_head ? n_head : op.k->ne[1];
 
-        ggml_tensor * src[] = { nodes.tip, op.forced };
-        nodes.select = ggml_custom_4d(ctx, GGML_TYPE_I32, 1 + length, n_list, n_tps, n_stream, src, 2, fasa_cpu_op_get(), GGML_N_TASKS_MAX, stats);
+        ggml_tensor * src[] = { nodes.tip, op.forced, op.work };
+        nodes.select = ggml_custom_4d(ctx, GGML_TYPE_I32, 1 + length, n_list, n_tps, n_stream, src, op.work ? 3 : 2, fasa_cpu_op_get(), GGML_N_TASKS_MAX, stats);
 
         fasa_op_params p = fasa_op_make(FASA_OP_SELECT, stats);
         p.budget = op.budget;

@@ -14,7 +14,7 @@
 //   SELECT   the cells to attend, per list and token
 //            dst  i32 [1 + length, n_list, n_tps, n_stream]: the count, then the cells, ascending; n_list is n_head_kv, or n_head
 //                 when every query head has a list of its own (fasa_params::per_head)
-//            src  TIP, forced i32 [n_forced, n_tps, n_stream], -1: none
+//            src  TIP, forced i32 [n_forced, n_tps, n_stream], -1: none, work i8 [sizeof(fasa_work)] or none (on the CPU)
 //   FAC      exact attention over those cells
 //            dst  f32 [d_v, n_head, n_tps, n_stream]
 //            src  SELECT, q, k, v [d_v, n_head_kv, n_kv, n_stream], mask, sinks f32 [n_head] or none
@@ -41,6 +41,30 @@ constexpr int64_t fasa_tip_length(int64_t n_kv) { return n_kv + 2*fasa_n_span(n_
 
 // n_kv of a TIP node
 inline int64_t fasa_tip_n_kv(const ggml_tensor * tip) { return tip->src[1]->ne[2]; }
+
+// SELECT adds up a group's shares times 2^FASA_SCORE_EXP and drops what is smaller than 2^-FASA_SCORE_RANGE of a row's largest
+// exponent, so that no float is ever subnormal: machines that flush those take the same cells as machines that do not.
+static constexpr int FASA_SCORE_EXP   = 60;
+static constexpr int FASA_SCORE_RANGE = 64;
+static constexpr int FASA_SPAN_RANGE  = 100; // TIP: a score below 2^-FASA_SPAN_RANGE of its span's exponent is 0
+
+// What the kernels of a device keep across launches: zeroed once, and left zero where it matters (counts, tickets).
+struct fasa_work {
+    static constexpr int BINS = 2048, EDGE = 1024, PARTS = 64, SLOTS = 128, TICKETS = 4096;
+
+    enum { LAYERS_SPARSE, ROWS_ATTENDED, ROWS_VISIBLE, LISTS, BYTES_TIP, BYTES_FAC, BYTES_DENSE, N_COUNTER };
+    uint64_t counter[8];      // as in fasa_stats
+    uint32_t ticket[TICKETS]; // FAC: blocks of a list that are done
+    struct slot {             // SELECT: one list
+        uint64_t mass [BINS];
+        uint32_t count[BINS];
+        uint32_t edge_key [EDGE];
+        int32_t  edge_cell[EDGE];
+        uint32_t part[PARTS];
+        uint32_t n_edge, arrived, generation, result_key, result_n;
+        int32_t  result_cell, unused[2];
+    } slots[SLOTS];
+};
 
 static constexpr uint32_t FASA_OP_MAGIC = 0x41534146; // "FASA"
 
@@ -92,6 +116,7 @@ struct fasa_layer_op {
     ggml_tensor * weight;  // f32 [n_dom, n_head_kv]
     ggml_tensor * ranges;  // i32 [2*FASA_MAX_RANGES, n_stream]
     ggml_tensor * forced;  // i32 [n_forced, n_tps, n_stream]
+    ggml_tensor * work;    // i8  [sizeof(fasa_work)] on the layer's device; nullptr on the CPU
     int32_t       k_dom_type;
     int32_t       n_hadamard;
     float         scale;
@@ -105,6 +130,14 @@ struct fasa_layer_nodes {
     ggml_tensor * select;
     ggml_tensor * fac;
 };
+
+// What a device's kernels must be able to read; a backend with kernels hands out a fasa_dense_reason_t as "fasa_dense_reason".
+struct fasa_layer_shape {
+    ggml_type type_k, type_v;
+    int64_t   n_embd_head_k, n_embd_head_v;
+    int32_t   n_group; // query heads of a KV head
+};
+typedef const char * (*fasa_dense_reason_t)(ggml_backend_dev_t dev, const fasa_layer_shape * shape); // "": it can
 
 // the function that runs our nodes on the CPU, from the CPU backend; nullptr when that backend has none
 ggml_custom_op_t fasa_cpu_op_get(void);

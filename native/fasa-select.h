@@ -45,9 +45,14 @@ inline uint32_t fasa_key(float score) {
     return bits + 1;
 }
 
-// a score's share of the estimated mass in units of 2^-40, exact and so the same in every order of summation
-inline uint64_t fasa_share(float score, int n_group) {
-    return (uint64_t) std::floor(double(score)/n_group*1099511627776.0);
+// a score (times 2^60) in units of 2^-40: whole numbers have the same sum in every order
+inline uint64_t fasa_share(float score) {
+    return (uint64_t) (score*0x1p-20f);
+}
+
+// what the shares of `mass` of the attention of n_group heads add up to
+inline uint64_t fasa_mass_need(float mass, int n_group) {
+    return (uint64_t) std::floor(double(mass)*0x1p40)*n_group;
 }
 
 // Keys with the largest key of every block of FASA_BLOCK cells: most blocks hold nothing that matters, and are skipped whole.
@@ -145,13 +150,13 @@ inline uint32_t fasa_emit(const fasa_keys_view & v, fasa_threshold t, int32_t * 
 // how many of the best cells hold `mass`; cells are taken forced first, then by score, ties to the lower cell
 inline uint32_t fasa_mass_count(const fasa_keys_view & v, const float * score, int n_group, float mass, uint32_t n_most,
         std::vector<uint32_t> & scratch) {
-    const uint64_t need = (uint64_t) std::floor(double(mass)*1099511627776.0);
+    const uint64_t need = fasa_mass_need(mass, n_group);
     std::vector<int32_t> best(n_most);
     best.resize(fasa_emit(v, fasa_find_threshold(v, n_most, scratch), best.data()));
     std::sort(best.begin(), best.end(), [&](int32_t a, int32_t b) { return v.key[a] != v.key[b] ? v.key[a] > v.key[b] : a < b; });
     uint64_t held = 0;
     for (uint32_t i = 0; i < best.size(); ++i) {
-        held += fasa_share(score[best[i]], n_group);
+        held += fasa_share(score[best[i]]);
         if (held >= need) {
             return i + 1;
         }

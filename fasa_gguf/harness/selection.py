@@ -29,8 +29,8 @@ def mass_count(score: torch.Tensor, visible: torch.Tensor, forced: torch.Tensor,
                cap: int) -> torch.Tensor:
     """How many cells hold `mass` of the estimated attention, int64 [n_set, n_query], between floor and cap (reference.select).
     score [n_set, n_query, n_kv]: sums of n_group softmaxes. Shares are summed as integers of 2^-40."""
-    share = (score.double() / n_group * 2.0**40).floor().long()                              # [n_set, n_query, n_kv]
-    need = int(torch.tensor(mass, dtype=torch.float32).double() * 2.0**40)
+    share = (score.double() * 2.0**40).floor().long()                                        # [n_set, n_query, n_kv]
+    need = int(torch.tensor(mass, dtype=torch.float32).double() * 2.0**40) * n_group
     held = share.masked_fill(~forced, 0).sum(-1, keepdim=True)                               # the forced ones come first
     rest = score.masked_fill(forced | ~visible, -1.0).topk(min(cap, score.shape[-1]), -1)
     sums = held + share.gather(-1, rest.indices).masked_fill(rest.values < 0, 0).cumsum(-1)

@@ -1,0 +1,303 @@
+// FAC: exact attention over the cells of a list, rows read in place.
+//
+// A token's row is read by LANES lanes, eight dimensions each, so a warp works on 32/LANES tokens of the list at a time, for
+// up to M query heads of the group. A list is split over blocks; the last block of a list that is done adds the parts up, in
+// the order of the list, so the result does not depend on which one that is.
+
+#include "fasa-cuda.cuh"
+#include "fasa-cuda-row.cuh"
+
+static constexpr int N_WARP = 8;
+
+static constexpr float LOG2E = 1.44269504f;
+
+struct fasa_fac_args {
+    float         * dst;                    // [d, n_head, n_tps, n_stream]
+    const int32_t * list;                   // [n_list_len, n_list, n_tps, n_stream]
+    const char    * q, * k, * v, * mask;
+    const float   * sinks;                  // [n_head] or nullptr
+    fasa_work     * work;
+    float         * part;                   // [row][split][M][d + 2]
+    int64_t q_nb1, q_nb2, k_nb1, k_nb2, k_nb3, v_nb1, v_nb2, v_nb3, mask_nb1, mask_nb3;
+    ggml_type type_k, type_v;
+    int n_list_len, n_list, n_tps, n_head, n_shared, n_group, n_chunk, d;
+    float scale, soft_cap;
+    uint64_t row_bytes, bytes_dense, bytes_tip;
+};
+
+template <int LANES, int M, bool F16>
+static __global__ void __launch_bounds__(32*N_WARP) fasa_fac_kernel(const fasa_fac_args a) {
+    constexpr int TOKENS = 32/LANES; // of a warp, at a time
+    constexpr int AHEAD  = 2;        // tokens of a lane that are read together
+
+    extern __shared__ float smem[]; // [N_WARP][M][d + 2]
+    __shared__ bool last_block;
+
+    const int lane = threadIdx.x % 32, warp = threadIdx.x/32, dim = lane%LANES*8;
+    const int split = blockIdx.x, n_split = gridDim.x, list = blockIdx.y/a.n_chunk, chunk = blockIdx.y%a.n_chunk, token = blockIdx.z;
+    const int head0 = list*a.n_shared + chunk*M, n_m = min(M, a.n_shared - chunk*M), h = head0/a.n_group;
+    const int t = token%a.n_tps, s = token/a.n_tps;
+
+    const int32_t * cells = a.list + ((int64_t) token*a.n_list + list)*a.n_list_len;
+    const int n = *cells++, per = (n + n_split - 1)/n_split, from = split*per, to = min(n, from + per);
+    const char * k = a.k + s*a.k_nb3 + h*a.k_nb1, * v = a.v + s*a.v_nb3 + h*a.v_nb1;
+    const half * mask = (const half *) (a.mask + s*a.mask_nb3 + t*a.mask_nb1);
+    const bool active = dim < a.d;
+
+    float q[M][8], acc[M][8], most[M], sum[M];
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+        most[m] = -INFINITY, sum[m] = 0.0f;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            acc[m][i] = 0.0f;
+            q[m][i] = m < n_m && active ? ((const float *) (a.q + token*a.q_nb2 + (head0 + m)*a.q_nb1))[dim + i]*a.scale : 0.0f;
+        }
+    }
+    for (int i0 = from + warp*TOKENS; i0 < to; i0 += N_WARP*TOKENS*AHEAD) {
+        float x[AHEAD][8], y[AHEAD][8], bias[AHEAD];
+#pragma unroll
+        for (int u = 0; u < AHEAD; ++u) {
+            const int i = i0 + u*N_WARP*TOKENS + lane/LANES;
+            bias[u] = -INFINITY;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                x[u][j] = y[u][j] = 0.0f;
+            }
+            if (i < to) {
+                const int64_t cell = cells[i];
+                bias[u] = __half2float(mask[cell])*LOG2E;
+                if (active) {
+                    if constexpr (F16) {
+                        fasa_load8<GGML_TYPE_F16>(k + cell*a.k_nb2, dim, x[u]);
+                        fasa_load8<GGML_TYPE_F16>(v + cell*a.v_nb2, dim, y[u]);
+                    } else {
+                        fasa_load8(a.type_k, k + cell*a.k_nb2, dim, x[u]);
+                        fasa_load8(a.type_v, v + cell*a.v_nb2, dim, y[u]);
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            float logit[AHEAD], top = most[m];
+#pragma unroll
+            for (int u = 0; u < AHEAD; ++u) {
+                float dot = 0.0f;
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    dot += q[m][j]*x[u][j];
+                }
+                dot = fasa_warp_sum<LANES>(dot);
+                logit[u] = (a.soft_cap > 0.0f ? fasa_soft_cap(dot, a.soft_cap) : dot)*LOG2E + bias[u];
+                top = fmaxf(top, logit[u]);
+            }
+            const float shift = top == -INFINITY ? 0.0f : top, scale = fasa_exp2(most[m] - shift);
+            most[m] = top;
+            sum[m] *= scale;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                acc[m][j] *= scale;
+            }
+#pragma unroll
+            for (int u = 0; u < AHEAD; ++u) {
+                const float w = fasa_exp2(logit[u] - shift);
+                sum[m] += w;
+#pragma unroll
+                for (int j = 0; j < 8; ++j) {
+                    acc[m][j] += w*y[u][j];
+                }
+            }
+        }
+    }
+
+    // the tokens of a warp, then the warps of the block
+    const int stride = a.d + 2;
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+#pragma unroll
+        for (int half_warp = LANES; half_warp < 32; half_warp *= 2) {
+            const float most_b = __shfl_xor_sync(0xffffffff, most[m], half_warp), sum_b = __shfl_xor_sync(0xffffffff, sum[m], half_warp);
+            const float top = fmaxf(most[m], most_b), shift = top == -INFINITY ? 0.0f : top;
+            const float fa = fasa_exp2(most[m] - shift), fb = fasa_exp2(most_b - shift);
+            sum[m] = sum[m]*fa + sum_b*fb;
+            most[m] = top;
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                acc[m][j] = acc[m][j]*fa + __shfl_xor_sync(0xffffffff, acc[m][j], half_warp)*fb;
+            }
+        }
+        float * out = smem + (warp*M + m)*stride;
+        if (lane < LANES && active) {
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
+                out[2 + dim + j] = acc[m][j];
+            }
+        }
+        if (lane == 0) {
+            out[0] = most[m], out[1] = sum[m];
+        }
+    }
+    __syncthreads();
+
+    // x [n_part][M][d + 2] -> their sum: to `part` unfinished, or to dst
+    const auto combine = [&](const float * x, int n_part, float * part) {
+        for (int i = threadIdx.x; i < n_m*a.d; i += blockDim.x) {
+            const int m = i/a.d, j = i%a.d;
+            float top = -INFINITY;
+            for (int b = 0; b < n_part; ++b) {
+                top = fmaxf(top, __ldcg(&x[(b*M + m)*stride]));
+            }
+            const float sink = part == nullptr && a.sinks ? a.sinks[head0 + m]*LOG2E : -INFINITY;
+            const float all  = fmaxf(top, sink), shift = all == -INFINITY ? 0.0f : all;
+            float total = fasa_exp2(sink - shift), value = 0.0f;
+#pragma unroll 4
+            for (int b = 0; b < n_part; ++b) {
+                const float * p = x + (b*M + m)*stride;
+                const float   f = fasa_exp2(__ldcg(&p[0]) - shift);
+                total += f*__ldcg(&p[1]);
+                value += f*__ldcg(&p[2 + j]);
+            }
+            if (part == nullptr) {
+                a.dst[((int64_t) token*a.n_head + head0 + m)*a.d + j] = total > 0.0f ? value/total : 0.0f;
+            } else {
+                part[m*stride + 2 + j] = value;
+                if (j == 0) {
+                    part[m*stride] = all, part[m*stride + 1] = total;
+                }
+            }
+        }
+    };
+    const auto combine_warps = [&](float * part) { // the same from shared memory
+        for (int i = threadIdx.x; i < n_m*a.d; i += blockDim.x) {
+            const int m = i/a.d, j = i%a.d;
+            float top = -INFINITY;
+#pragma unroll
+            for (int b = 0; b < N_WARP; ++b) {
+                top = fmaxf(top, smem[(b*M + m)*stride]);
+            }
+            const float shift = top == -INFINITY ? 0.0f : top;
+            float total = 0.0f, value = 0.0f;
+#pragma unroll
+            for (int b = 0; b < N_WARP; ++b) {
+                const float * p = smem + (b*M + m)*stride;
+                const float   f = fasa_exp2(p[0] - shift);
+                total += f*p[1];
+                value += f*p[2 + j];
+            }
+            part[m*stride + 2 + j] = value;
+            if (j == 0) {
+                part[m*stride] = top, part[m*stride + 1] = total;
+            }
+        }
+    };
+    const int row = token*gridDim.y + blockIdx.y;
+    float * parts = a.part + (int64_t) row*n_split*M*stride;
+    combine_warps(parts + (int64_t) split*M*stride);
+    if (n_split > 1) {
+        __threadfence();
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            last_block = atomicInc(&a.work->ticket[row], n_split - 1) == n_split - 1u; // back to 0 with the last one
+        }
+        __syncthreads();
+        if (!last_block) {
+            return;
+        }
+        __threadfence();
+    } else {
+        __syncthreads();
+    }
+    combine(parts, n_split, nullptr);
+
+    if (threadIdx.x == 0 && chunk == 0) {
+        auto * c = (unsigned long long *) a.work->counter;
+        atomicAdd(&c[fasa_work::BYTES_FAC], n*a.row_bytes);
+        if (list == 0 && token == 0) {
+            atomicAdd(&c[fasa_work::LAYERS_SPARSE], 1ull);
+            atomicAdd(&c[fasa_work::BYTES_DENSE], a.bytes_dense);
+            atomicAdd(&c[fasa_work::BYTES_TIP], a.bytes_tip);
+        }
+    }
+}
+
+template <int LANES, int M, bool F16> static void fasa_fac_launch(ggml_backend_cuda_context & ctx, fasa_fac_args a, int n_token, int n_stream) {
+    GGML_UNUSED(n_stream);
+    a.n_chunk = (a.n_shared + M - 1)/M;
+    const int n_row  = a.n_list*a.n_chunk*n_token;
+    const int n_sm   = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm;
+    const int most   = a.n_list_len - 1; // tokens of a list
+    int n_split = std::max(1, std::min((most + 31)/32, (2*n_sm + n_row - 1)/n_row));
+    if (n_row > fasa_work::TICKETS) {
+        n_split = 1;
+    }
+    const size_t n_part = (size_t) n_row*n_split*M*(a.d + 2);
+    ggml_cuda_pool_alloc<float> part(ctx.pool(), n_part);
+    a.part = part.get();
+
+    const size_t n_byte = N_WARP*M*(a.d + 2)*sizeof(float);
+    const auto kernel = fasa_fac_kernel<LANES, M, F16>;
+    if (n_byte > 48*1024) {
+        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_byte));
+    }
+    kernel<<<dim3(n_split, a.n_list*a.n_chunk, n_token), 32*N_WARP, n_byte, ctx.stream()>>>(a);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+template <int LANES, int M> static void fasa_fac_type(ggml_backend_cuda_context & ctx, const fasa_fac_args & a, int n_token, int n_stream) {
+    if (a.type_k == GGML_TYPE_F16 && a.type_v == GGML_TYPE_F16) {
+        fasa_fac_launch<LANES, M, true>(ctx, a, n_token, n_stream);
+    } else {
+        fasa_fac_launch<LANES, M, false>(ctx, a, n_token, n_stream);
+    }
+}
+
+template <int LANES> static void fasa_fac_heads(ggml_backend_cuda_context & ctx, const fasa_fac_args & a, int n_token, int n_stream) {
+    if (a.n_shared == 1) {
+        fasa_fac_type<LANES, 1>(ctx, a, n_token, n_stream);
+    } else if (a.n_shared == 2) {
+        fasa_fac_type<LANES, 2>(ctx, a, n_token, n_stream);
+    } else {
+        fasa_fac_type<LANES, 4>(ctx, a, n_token, n_stream);
+    }
+}
+
+void fasa_cuda_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p) {
+    const ggml_tensor * list = dst->src[0], * q = dst->src[1], * k = dst->src[2], * v = dst->src[3], * mask = dst->src[4], * sinks = dst->src[5];
+    const ggml_tensor * work = list->src[2], * k_dom = list->src[0]->src[0];
+    fasa_fac_args a = {};
+    a.dst   = (float *) dst->data;
+    a.list  = (const int32_t *) list->data;
+    a.q     = (const char *) q->data;
+    a.k     = (const char *) k->data;
+    a.v     = (const char *) v->data;
+    a.mask  = (const char *) mask->data;
+    a.sinks = sinks ? (const float *) sinks->data : nullptr;
+    a.work  = (fasa_work *) work->data;
+    a.q_nb1 = q->nb[1], a.q_nb2 = q->nb[2];
+    a.k_nb1 = k->nb[1], a.k_nb2 = k->nb[2], a.k_nb3 = k->nb[3];
+    a.v_nb1 = v->nb[1], a.v_nb2 = v->nb[2], a.v_nb3 = v->nb[3];
+    a.mask_nb1 = mask->nb[1], a.mask_nb3 = mask->nb[3];
+    a.type_k = k->type, a.type_v = v->type;
+    a.n_list_len = list->ne[0];
+    a.n_list     = list->ne[1];
+    a.n_tps      = dst->ne[2];
+    a.n_head     = dst->ne[1];
+    a.n_shared   = a.n_head/a.n_list;
+    a.n_group    = a.n_head/k->ne[1];
+    a.d          = k->ne[0];
+    a.scale      = p.scale;
+    a.soft_cap   = p.soft_cap;
+    const int n_stream = dst->ne[3], n_token = a.n_tps*n_stream;
+    const uint64_t n_row = k->ne[1]*n_stream;
+    a.row_bytes   = ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, v->ne[0]);
+    a.bytes_dense = k->ne[2]*n_row*a.row_bytes;
+    a.bytes_tip   = (k->ne[2] + FASA_TILE - 1)/FASA_TILE*k_dom->ne[0]*n_row;
+    if (a.d <= 64) {
+        fasa_fac_heads<8>(ctx, a, n_token, n_stream);
+    } else if (a.d <= 128) {
+        fasa_fac_heads<16>(ctx, a, n_token, n_stream);
+    } else {
+        fasa_fac_heads<32>(ctx, a, n_token, n_stream);
+    }
+}

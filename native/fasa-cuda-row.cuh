@@ -1,0 +1,84 @@
+#pragma once
+
+// Cache rows and sums over a warp, for the FASA kernels.
+
+#include "common.cuh"
+
+// x [8] f32: the values `dim` to `dim` + 7 of a cache row; dim is a multiple of 8
+template <ggml_type TYPE> static __device__ __forceinline__ void fasa_load8(const char * row, int dim, float * x) {
+    if constexpr (TYPE == GGML_TYPE_F32) {
+        *(float4 *) x       = ((const float4 *) row)[dim/4];
+        *(float4 *) (x + 4) = ((const float4 *) row)[dim/4 + 1];
+    } else if constexpr (TYPE == GGML_TYPE_F16) {
+        const uint4 v = ((const uint4 *) row)[dim/8];
+        const uint32_t w[4] = { v.x, v.y, v.z, v.w };
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float2 f = __half22float2(*(const half2 *) &w[i]);
+            x[2*i] = f.x, x[2*i + 1] = f.y;
+        }
+    } else if constexpr (TYPE == GGML_TYPE_BF16) {
+        const uint4 v = ((const uint4 *) row)[dim/8];
+        const uint32_t w[4] = { v.x, v.y, v.z, v.w };
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            x[2*i] = __uint_as_float(w[i] << 16), x[2*i + 1] = __uint_as_float(w[i] & 0xffff0000);
+        }
+    } else if constexpr (TYPE == GGML_TYPE_Q8_0) {
+        const block_q8_0 * b = (const block_q8_0 *) row + dim/QK8_0;
+        const uint16_t   * w = (const uint16_t *) (b->qs + dim%QK8_0); // blocks are 34 bytes: 2 bytes is all that is aligned
+        const float d = __half2float(b->d);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            x[2*i] = d*(int8_t) (w[i] & 255), x[2*i + 1] = d*(int8_t) (w[i] >> 8);
+        }
+    } else {
+        const block_q4_0 * b = (const block_q4_0 *) row + dim/QK4_0;
+        const uint16_t   * w = (const uint16_t *) (b->qs + dim%16);
+        const int shift = dim%QK4_0 < 16 ? 0 : 4; // the first half of a block lies in the low nibbles
+        const float d = __half2float(b->d);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            x[2*i] = d*((w[i] >> shift & 15) - 8), x[2*i + 1] = d*((w[i] >> (8 + shift) & 15) - 8);
+        }
+    }
+}
+
+static __device__ __forceinline__ void fasa_load8(ggml_type type, const char * row, int dim, float * x) {
+    switch (type) {
+        case GGML_TYPE_F32:  fasa_load8<GGML_TYPE_F32> (row, dim, x); break;
+        case GGML_TYPE_F16:  fasa_load8<GGML_TYPE_F16> (row, dim, x); break;
+        case GGML_TYPE_BF16: fasa_load8<GGML_TYPE_BF16>(row, dim, x); break;
+        case GGML_TYPE_Q8_0: fasa_load8<GGML_TYPE_Q8_0>(row, dim, x); break;
+        default:             fasa_load8<GGML_TYPE_Q4_0>(row, dim, x); break;
+    }
+}
+
+// sum and maximum over groups of `WIDTH` neighbouring lanes, the same bits in every lane
+template <int WIDTH = 32, typename T> static __device__ __forceinline__ T fasa_warp_sum(T x) {
+#pragma unroll
+    for (int half = WIDTH/2; half > 0; half /= 2) {
+        x += __shfl_xor_sync(0xffffffff, x, half);
+    }
+    return x;
+}
+
+static __device__ __forceinline__ float fasa_warp_max(float x) {
+#pragma unroll
+    for (int half = 16; half > 0; half /= 2) {
+        x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, half));
+    }
+    return x;
+}
+
+// 2^x; 0 for -inf
+static __device__ __forceinline__ float fasa_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// cap*tanh(x/cap); tanhf itself is too coarse under -use_fast_math
+static __device__ __forceinline__ float fasa_soft_cap(float x, float cap) {
+    return cap*(1.0f - 2.0f/(fasa_exp2(x/cap*2.88539008f) + 1.0f));
+}

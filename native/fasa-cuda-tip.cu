@@ -1,0 +1,397 @@
+// TIP: refreshes K_dom of the stale cells, then estimates the logits of every cell from it.
+//
+// A warp takes a span of FASA_SPAN cells of one KV head, lane = cell, eight tiles in a row; it scores the span for FASA_TIP
+// columns at once (a column is a query head of the group and a token), so K_dom is read once for all of them. No barrier: the
+// warp that refreshes a cell is the one that reads it.
+
+#include "fasa-cuda.cuh"
+#include "fasa-cuda-row.cuh"
+#include "fasa-select.h"
+
+static constexpr int N_WARP = 4;
+static constexpr int N_TILE = FASA_SPAN/FASA_TILE;
+
+static constexpr float LOG2E = 1.44269504f;
+
+struct fasa_tip_args {
+    float         * dst;                     // [n_len, n_head, n_tps, n_stream]
+    char          * k_dom;                   // [block, n_tile, n_head_kv, n_stream]
+    const char    * k;
+    const int32_t * ranges;                  // [2*FASA_MAX_RANGES, n_stream]
+    const char    * q;
+    const int32_t * dims;                    // [n_dom, n_head_kv]
+    const float   * weight;                  // [n_dom, n_head_kv]
+    const char    * mask;
+    int64_t k_dom_nb1, k_dom_nb2, k_dom_nb3; // bytes
+    int64_t k_nb1, k_nb2, k_nb3, q_nb1, q_nb2, mask_nb1, mask_nb3;
+    ggml_type type_k;
+    int n_kv, n_span, n_len, n_head, n_group, n_tps, n_dom, d, n_hadamard;
+    float scale, soft_cap;
+};
+
+// orthonormal Walsh-Hadamard transform of blocks of row [d] in shared memory, by one warp
+static __device__ void fasa_hadamard(float * row, int d, int n_block) {
+    const int lane = threadIdx.x % 32;
+    const float scale = rsqrtf(n_block);
+    for (int h = 1; h < n_block; h *= 2) {
+        __syncwarp();
+        for (int i = lane; i < d/2; i += 32) {
+            const int j = i/h*2*h + i%h;
+            if (j/n_block*n_block + n_block <= d) {
+                const float u = row[j], w = row[j + h];
+                row[j] = u + w, row[j + h] = u - w;
+            }
+        }
+    }
+    __syncwarp();
+    for (int i = lane; i < d/n_block*n_block; i += 32) {
+        row[i] *= scale;
+    }
+    __syncwarp();
+}
+
+// one cell's dominant values, from its row [d] in shared memory to its block, by one warp
+template <int K_DOM> static __device__ void fasa_k_dom_write(int n_dom, const int32_t * dims, const float * row, char * block, int cell) {
+    const int lane = threadIdx.x % 32;
+    char * data = block + fasa_block_scales(K_DOM, n_dom);
+    if (K_DOM == FASA_K_DOM_F16) {
+        for (int i = lane; i < n_dom; i += 32) {
+            ((half *) data)[i*FASA_TILE + cell] = __float2half_rn(dims[i] < 0 ? 0.0f : row[dims[i]]);
+        }
+        return;
+    }
+    for (int g = lane; g < n_dom/FASA_GROUP; g += 32) {
+        float x[FASA_GROUP], most = 0.0f; // the value of largest magnitude, with its sign
+#pragma unroll
+        for (int i = 0; i < FASA_GROUP; ++i) {
+            const int dim = dims[g*FASA_GROUP + i];
+            x[i] = dim < 0 ? 0.0f : row[dim];
+            most = fabsf(x[i]) > fabsf(most) ? x[i] : most;
+        }
+        const half  scale = __float2half_rn(K_DOM == FASA_K_DOM_Q8 ? __fdiv_rn(fabsf(most), 127.0f) : most*-0.125f);
+        const float step  = __half2float(scale);
+        const float inv   = step != 0.0f ? __fdiv_rn(1.0f, step) : 0.0f;
+        ((half *) block)[g*FASA_TILE + cell] = scale;
+        if (K_DOM == FASA_K_DOM_Q8) {
+#pragma unroll
+            for (int i = 0; i < FASA_GROUP; ++i) {
+                ((int8_t *) data)[((2*g + i/4)*FASA_TILE + cell)*4 + i%4] = (int8_t) fminf(127.0f, fmaxf(-127.0f, roundf(x[i]*inv)));
+            }
+        } else {
+            uint32_t word = 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const uint32_t lo = fminf(15.0f, fmaxf(0.0f, floorf(x[i]*inv + 8.5f))), hi = fminf(15.0f, fmaxf(0.0f, floorf(x[i + 4]*inv + 8.5f)));
+                word |= (lo | hi << 4) << 8*i;
+            }
+            ((uint32_t *) data)[g*FASA_TILE + cell] = word;
+        }
+    }
+}
+
+// the stale cells of [first, last), by one warp
+template <int K_DOM> static __device__ void fasa_refresh(const fasa_tip_args & a, int h, int s, int first, int last, float * row) {
+    const int lane = threadIdx.x % 32;
+    const int32_t * range = a.ranges + s*2*FASA_MAX_RANGES;
+    int from = 0, to = 0;
+    if (lane < FASA_MAX_RANGES) {
+        from = max(range[2*lane], first), to = min(range[2*lane + 1], last);
+    }
+    for (uint32_t some = __ballot_sync(0xffffffff, from < to); some != 0; some &= some - 1) {
+        const int r = __ffs(some) - 1;
+        for (int cell = __shfl_sync(0xffffffff, from, r); cell < __shfl_sync(0xffffffff, to, r); ++cell) {
+            const char * src = a.k + s*a.k_nb3 + cell*a.k_nb2 + h*a.k_nb1;
+            __syncwarp();
+            for (int dim = 8*lane; dim < a.d; dim += 256) {
+                float x[8];
+                fasa_load8(a.type_k, src, dim, x);
+#pragma unroll
+                for (int i = 0; i < 8; ++i) {
+                    row[dim + i] = x[i];
+                }
+            }
+            __syncwarp();
+            if (a.n_hadamard > 0) {
+                fasa_hadamard(row, a.d, a.n_hadamard);
+            }
+            fasa_k_dom_write<K_DOM>(a.n_dom, a.dims + h*a.n_dom, row, a.k_dom + s*a.k_dom_nb3 + h*a.k_dom_nb2 + cell/FASA_TILE*a.k_dom_nb1, cell%FASA_TILE);
+        }
+    }
+    __syncwarp();
+}
+
+// The dominant part of M columns in shared memory: times weight and scale, beside q8 and q4 keys in 8 bits. A dot product of
+// bytes begins at the bits of 1.5*2^23, so that it is read back as a float by one subtraction, and, beside q4, at -8 times
+// the sum of the query's bytes (a nibble n stands for n - 8).
+template <int K_DOM, int M> struct fasa_tip_query {
+    static constexpr int ZERO = 0x4b400000;
+
+    float * x;     // [M][n_dom]            f16
+    int2  * word;  // [M][n_dom/FASA_GROUP] q8, q4: 8 int8 each
+    float * scale; // [M][n_dom/FASA_GROUP]
+    int   * start; // [M][n_dom/FASA_GROUP]
+
+    static __host__ __device__ size_t bytes(int n_dom) { return K_DOM == FASA_K_DOM_F16 ? M*n_dom*4 : M*n_dom*2; }
+
+    __device__ fasa_tip_query(char * smem, int n_dom) {
+        x     = (float *) smem;
+        word  = (int2  *) smem;
+        scale = (float *) (word  + M*n_dom/FASA_GROUP);
+        start = (int   *) (scale + M*n_dom/FASA_GROUP);
+    }
+
+    // column m from the query head `head` of token `token`, by one warp; head < 0: nothing
+    __device__ void set(const fasa_tip_args & a, int m, int h, int head, int64_t token, float * row) {
+        const int lane = threadIdx.x % 32;
+        __syncwarp();
+        for (int i = lane; i < a.d; i += 32) {
+            row[i] = head < 0 ? 0.0f : ((const float *) (a.q + token*a.q_nb2 + head*a.q_nb1))[i];
+        }
+        __syncwarp();
+        if (a.n_hadamard > 0) {
+            fasa_hadamard(row, a.d, a.n_hadamard);
+        }
+        const int32_t * dims   = a.dims   + h*a.n_dom;
+        const float   * weight = a.weight + h*a.n_dom;
+        if (K_DOM == FASA_K_DOM_F16) {
+            for (int i = lane; i < a.n_dom; i += 32) {
+                x[m*a.n_dom + i] = dims[i] < 0 ? 0.0f : row[dims[i]]*weight[i]*a.scale;
+            }
+            return;
+        }
+        for (int g = lane; g < a.n_dom/FASA_GROUP; g += 32) {
+            float v[FASA_GROUP], most = 0.0f;
+#pragma unroll
+            for (int i = 0; i < FASA_GROUP; ++i) {
+                const int dim = dims[g*FASA_GROUP + i];
+                v[i] = dim < 0 ? 0.0f : row[dim]*weight[g*FASA_GROUP + i]*a.scale;
+                most = fmaxf(most, fabsf(v[i]));
+            }
+            const float step = __fdiv_rn(most, 127.0f), inv = step > 0.0f ? __fdiv_rn(1.0f, step) : 0.0f;
+            uint32_t w[2] = { 0, 0 };
+            int sum = 0;
+#pragma unroll
+            for (int i = 0; i < FASA_GROUP; ++i) {
+                const int b = (int) fminf(127.0f, fmaxf(-127.0f, roundf(v[i]*inv)));
+                sum    += b;
+                w[i/4] |= (uint32_t) (b & 255) << 8*(i%4);
+            }
+            const int at = m*(a.n_dom/FASA_GROUP) + g;
+            word[at]  = make_int2(w[0], w[1]);
+            scale[at] = step;
+            start[at] = ZERO - (K_DOM == FASA_K_DOM_Q4 ? 8*sum : 0);
+        }
+    }
+};
+
+// logits [M] of one cell of a tile (lane = cell); GROUPS: all groups of a cell are asked for at once, 0: any number of them
+template <int K_DOM, int M, int GROUPS>
+static __device__ __forceinline__ void fasa_tip_cell(const fasa_tip_query<K_DOM, M> & q, int n_dom, const char * block, float * out) {
+    const int lane = threadIdx.x % 32, n_group = n_dom/FASA_GROUP;
+    const char * data = block + fasa_block_scales(K_DOM, n_dom);
+#pragma unroll
+    for (int m = 0; m < M; ++m) {
+        out[m] = 0.0f;
+    }
+    const auto group = [&](int g, const uint32_t * v, half s) {
+        if constexpr (K_DOM == FASA_K_DOM_F16) {
+#pragma unroll
+            for (int i = 0; i < FASA_GROUP/2; ++i) {
+                const float2 k = __half22float2(*(const half2 *) &v[i]);
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    const float2 x = *(const float2 *) &q.x[m*n_dom + g*FASA_GROUP + 2*i];
+                    out[m] += k.x*x.x + k.y*x.y;
+                }
+            }
+        } else {
+            const int lo = K_DOM == FASA_K_DOM_Q4 ? v[0] & 0x0f0f0f0f : v[0], hi = K_DOM == FASA_K_DOM_Q4 ? v[0] >> 4 & 0x0f0f0f0f : v[1];
+            const float step = __half2float(s);
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                const int2 w = q.word[m*n_group + g];
+                const int dot = __dp4a(hi, w.y, __dp4a(lo, w.x, q.start[m*n_group + g]));
+                out[m] += (__int_as_float(dot) - 12582912.0f)*(step*q.scale[m*n_group + g]);
+            }
+        }
+    };
+    constexpr int WORDS = K_DOM == FASA_K_DOM_F16 ? 4 : K_DOM == FASA_K_DOM_Q8 ? 2 : 1; // of a group
+    const auto load = [&](int g, uint32_t * v, half & s) {
+        if constexpr (K_DOM == FASA_K_DOM_F16) {
+#pragma unroll
+            for (int i = 0; i < FASA_GROUP/2; ++i) {
+                const uint16_t * x = (const uint16_t *) data + (g*FASA_GROUP + 2*i)*FASA_TILE + lane;
+                v[i] = x[0] | (uint32_t) x[FASA_TILE] << 16;
+            }
+        } else {
+            s = ((const half *) block)[g*FASA_TILE + lane];
+#pragma unroll
+            for (int i = 0; i < WORDS; ++i) {
+                v[i] = ((const uint32_t *) data)[(g*WORDS + i)*FASA_TILE + lane];
+            }
+        }
+    };
+    if constexpr (GROUPS > 0) {
+        uint32_t v[GROUPS][WORDS];
+        half     s[GROUPS];
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g) {
+            load(g, v[g], s[g]);
+        }
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g) {
+            group(g, v[g], s[g]);
+        }
+    } else {
+#pragma unroll 4
+        for (int g = 0; g < n_group; ++g) {
+            uint32_t v[WORDS];
+            half     s = {};
+            load(g, v, s);
+            group(g, v, s);
+        }
+    }
+}
+
+template <int K_DOM, int M, int GROUPS>
+static __global__ void __launch_bounds__(32*N_WARP) fasa_tip_kernel(const fasa_tip_args a) {
+    extern __shared__ char smem[];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x/32, h = blockIdx.y, s = blockIdx.z;
+    fasa_tip_query<K_DOM, M> query(smem, a.n_dom);
+    float * row = (float *) (smem + fasa_tip_query<K_DOM, M>::bytes(a.n_dom)) + warp*a.d;
+
+    const char * blocks = a.k_dom + s*a.k_dom_nb3 + h*a.k_dom_nb2;
+    const int n_col = a.n_tps*a.n_group;
+    for (int c0 = 0; c0 < n_col; c0 += M) {
+        __syncthreads();
+        for (int m = warp; m < M; m += N_WARP) {
+            const int c = c0 + m;
+            query.set(a, m, h, c < n_col ? h*a.n_group + c%a.n_group : -1, s*a.n_tps + c/a.n_group, row);
+        }
+        __syncthreads();
+        for (int span = blockIdx.x*N_WARP + warp; span < a.n_span; span += gridDim.x*N_WARP) {
+            const int first = span*FASA_SPAN, last = min(a.n_kv, first + FASA_SPAN);
+            if (c0 == 0) {
+                fasa_refresh<K_DOM>(a, h, s, first, last, row);
+            }
+            float x[N_TILE][M];
+#pragma unroll
+            for (int tile = 0; tile < N_TILE; ++tile) {
+                const int cell = first + tile*FASA_TILE;
+                if (cell < last) {
+                    fasa_tip_cell<K_DOM, M, GROUPS>(query, a.n_dom, blocks + cell/FASA_TILE*a.k_dom_nb1, x[tile]);
+                }
+            }
+            float hide[N_TILE]; // the mask of one token
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                const int c = c0 + m, t = c/a.n_group;
+                if (c >= n_col) {
+                    break;
+                }
+                if (m == 0 || c%a.n_group == 0) {
+                    const half * mask = (const half *) (a.mask + s*a.mask_nb3 + t*a.mask_nb1);
+#pragma unroll
+                    for (int tile = 0; tile < N_TILE; ++tile) {
+                        const int cell = first + tile*FASA_TILE + lane;
+                        hide[tile] = cell < last ? __half2float(mask[cell]) : -INFINITY;
+                    }
+                }
+                float top = -INFINITY;
+#pragma unroll
+                for (int tile = 0; tile < N_TILE; ++tile) {
+                    const float y = a.soft_cap > 0.0f ? fasa_soft_cap(x[tile][m], a.soft_cap) : x[tile][m];
+                    x[tile][m] = hide[tile] > -INFINITY ? y + hide[tile] : -INFINITY;
+                    top = fmaxf(top, x[tile][m]);
+                }
+                top = fasa_warp_max(top);
+                const float e = top == -INFINITY ? -INFINITY : rintf(top*LOG2E);
+
+                float * out = a.dst + ((int64_t) (s*a.n_tps + t)*a.n_head + h*a.n_group + c%a.n_group)*a.n_len;
+                float sum = 0.0f;
+#pragma unroll
+                for (int tile = 0; tile < N_TILE; ++tile) {
+                    const int cell = first + tile*FASA_TILE + lane;
+                    const float y = x[tile][m]*LOG2E - e, v = y > -FASA_SPAN_RANGE ? fasa_exp2(y) : 0.0f;
+                    sum += v; // 0 where the cell is hidden: -inf - e, or NaN
+                    if (cell < last) {
+                        out[cell] = hide[tile] > -INFINITY ? v : -1.0f;
+                    }
+                }
+                sum = fasa_warp_sum(sum);
+                if (lane == 0) {
+                    out[a.n_kv + span]            = e;
+                    out[a.n_kv + a.n_span + span] = sum;
+                }
+            }
+        }
+    }
+}
+
+template <int K_DOM, int M, int GROUPS> static void fasa_tip_launch(const fasa_tip_args & a, int n_head_kv, int n_stream, cudaStream_t stream) {
+    const auto kernel = fasa_tip_kernel<K_DOM, M, GROUPS>;
+    const int  n_byte = fasa_tip_query<K_DOM, M>::bytes(a.n_dom) + N_WARP*a.d*sizeof(float);
+    int per_sm = 1;
+    CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, 32*N_WARP, n_byte));
+    const int n_sm = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm;
+    const int wide = std::max(1, n_sm*per_sm/(n_head_kv*n_stream)); // one wave; more spans than that go round again
+    const int n    = (a.n_span + N_WARP - 1)/N_WARP, turns = (n + wide - 1)/wide;
+    const dim3 grid((n + turns - 1)/turns, n_head_kv, n_stream);
+    kernel<<<grid, 32*N_WARP, n_byte, stream>>>(a);
+    CUDA_CHECK(cudaGetLastError());
+}
+
+template <int K_DOM, int M> static void fasa_tip_groups(const fasa_tip_args & a, int n_head_kv, int n_stream, cudaStream_t stream) {
+    switch (a.n_dom/FASA_GROUP) {
+        case 3:  fasa_tip_launch<K_DOM, M, 3>(a, n_head_kv, n_stream, stream); break;
+        case 4:  fasa_tip_launch<K_DOM, M, 4>(a, n_head_kv, n_stream, stream); break;
+        default: fasa_tip_launch<K_DOM, M, 0>(a, n_head_kv, n_stream, stream); break;
+    }
+}
+
+template <int K_DOM> static void fasa_tip_columns(const fasa_tip_args & a, int n_head_kv, int n_stream, cudaStream_t stream) {
+    const int n_col = a.n_tps*a.n_group;
+    if (n_col > 4) {
+        fasa_tip_groups<K_DOM, 8>(a, n_head_kv, n_stream, stream);
+    } else if (n_col > 2) {
+        fasa_tip_groups<K_DOM, 4>(a, n_head_kv, n_stream, stream);
+    } else {
+        fasa_tip_groups<K_DOM, 2>(a, n_head_kv, n_stream, stream);
+    }
+}
+
+void fasa_cuda_tip(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p) {
+    const ggml_tensor * k_dom = dst->src[0], * k = dst->src[1], * ranges = dst->src[2], * q = dst->src[3], * dims = dst->src[4],
+        * weight = dst->src[5], * mask = dst->src[6];
+    fasa_tip_args a = {};
+    a.dst    = (float *) dst->data;
+    a.k_dom  = (char *) k_dom->data;
+    a.k      = (const char *) k->data;
+    a.ranges = (const int32_t *) ranges->data;
+    a.q      = (const char *) q->data;
+    a.dims   = (const int32_t *) dims->data;
+    a.weight = (const float *) weight->data;
+    a.mask   = (const char *) mask->data;
+    a.k_dom_nb1 = k_dom->nb[1], a.k_dom_nb2 = k_dom->nb[2], a.k_dom_nb3 = k_dom->nb[3];
+    a.k_nb1  = k->nb[1], a.k_nb2 = k->nb[2], a.k_nb3 = k->nb[3];
+    a.q_nb1  = q->nb[1], a.q_nb2 = q->nb[2];
+    a.mask_nb1 = mask->nb[1], a.mask_nb3 = mask->nb[3];
+    a.type_k  = k->type;
+    a.n_kv    = fasa_tip_n_kv(dst);
+    a.n_span  = fasa_n_span(a.n_kv);
+    a.n_len   = dst->ne[0];
+    a.n_head  = dst->ne[1];
+    a.n_group = dst->ne[1]/dims->ne[1];
+    a.n_tps   = dst->ne[2];
+    a.n_dom   = dims->ne[0];
+    a.d       = k->ne[0];
+    a.n_hadamard = p.n_hadamard;
+    a.scale    = p.scale;
+    a.soft_cap = p.soft_cap;
+    const int n_head_kv = dims->ne[1], n_stream = dst->ne[3];
+    switch (p.k_dom) {
+        case FASA_K_DOM_F16: fasa_tip_columns<FASA_K_DOM_F16>(a, n_head_kv, n_stream, ctx.stream()); break;
+        case FASA_K_DOM_Q8:  fasa_tip_columns<FASA_K_DOM_Q8> (a, n_head_kv, n_stream, ctx.stream()); break;
+        default:             fasa_tip_columns<FASA_K_DOM_Q4> (a, n_head_kv, n_stream, ctx.stream()); break;
+    }
+}

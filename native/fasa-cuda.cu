@@ -1,0 +1,60 @@
+#include "fasa-cuda.cuh"
+
+#include "common.cuh"
+
+#include <cstdio>
+
+static const char * fasa_cuda_reason(int device, const fasa_layer_shape & s) {
+    const auto & info = ggml_cuda_info().devices[device];
+    if (!GGML_CUDA_CC_IS_NVIDIA(info.cc) || info.cc < GGML_CUDA_CC_TURING) {
+        return "its GPU has no FASA kernels: they need an NVIDIA GPU of compute capability 7.5 or later";
+    }
+    for (const ggml_type type : { s.type_k, s.type_v }) {
+        if (type != GGML_TYPE_F32 && type != GGML_TYPE_F16 && type != GGML_TYPE_BF16 && type != GGML_TYPE_Q8_0 && type != GGML_TYPE_Q4_0) {
+            return "the CUDA kernels read caches in f32, f16, bf16, q8_0 and q4_0, and this one has another type";
+        }
+    }
+    if (s.n_embd_head_k != s.n_embd_head_v || s.n_embd_head_k % 8 != 0 || s.n_embd_head_k > 256) {
+        return "the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256";
+    }
+    if (s.n_group > 128) {
+        return "more than 128 query heads share a KV head";
+    }
+    return "";
+}
+
+const char * fasa_cuda_dense_reason(ggml_backend_dev_t dev, const fasa_layer_shape * shape) {
+    int device = -1;
+    if (sscanf(ggml_backend_dev_name(dev), GGML_CUDA_NAME "%d", &device) != 1) {
+        return "its device is not one of CUDA's";
+    }
+    return fasa_cuda_reason(device, *shape);
+}
+
+bool fasa_cuda_supported(int device, const ggml_tensor * op) {
+    const fasa_op_params * p = fasa_op_get(op);
+    if (p == nullptr || p->kind == FASA_OP_OBSERVE) {
+        return false;
+    }
+    const ggml_tensor * select = p->kind == FASA_OP_FAC ? op->src[0] : p->kind == FASA_OP_SELECT ? op : nullptr;
+    if (select && select->src[2] == nullptr) {
+        return false; // built for a layer on the CPU
+    }
+    const ggml_tensor * tip = select ? select->src[0] : op, * k = tip->src[1];
+    fasa_layer_shape s = { k->type, k->type, k->ne[0], k->ne[0], int32_t(tip->ne[1]/k->ne[1]) };
+    if (p->kind == FASA_OP_FAC) {
+        s.type_v        = op->src[3]->type;
+        s.n_embd_head_v = op->src[3]->ne[0];
+    }
+    return fasa_cuda_reason(device, s)[0] == 0;
+}
+
+bool fasa_cuda_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const fasa_op_params * p = fasa_op_get(dst);
+    switch (p ? p->kind : 0) {
+        case FASA_OP_TIP:    fasa_cuda_tip   (ctx, dst, *p); return true;
+        case FASA_OP_SELECT: fasa_cuda_select(ctx, dst, *p); return true;
+        case FASA_OP_FAC:    fasa_cuda_fac   (ctx, dst, *p); return true;
+        default:             return false;
+    }
+}
