@@ -260,38 +260,62 @@ def rank_recall(q: np.ndarray, k: np.ndarray, q_pos: Sequence[int], chunk_dims: 
     return order, recall
 
 
-def op_run(*, q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, dims: np.ndarray, weight: np.ndarray,
-           forced: np.ndarray, budget: int, scale: float, mass: float = 0.0, floor: int = 64, cap: int = 1024,
-           soft_cap: float = 0.0, k_dom: str = "q4", type_k: str = "f16", type_v: str = "f16", n_hadamard: int = 0,
-           sinks: np.ndarray | None = None, per_head: bool = False, backend: str = "CPU", n_threads: int = 2) -> dict[str, np.ndarray]:
-    """The ops of one layer on host arrays, shapes as in struct fasa_op_case; returns est, count, list and out."""
-    ffi, lib = _api()
+def _op_case(keep: list[Any], *, q: np.ndarray, k: np.ndarray, v: np.ndarray, dims: np.ndarray, weight: np.ndarray, forced: np.ndarray,
+             budget: int, scale: float, n_kv: int, mask: np.ndarray | None = None, mass: float = 0.0, floor: int = 64, cap: int = 1024,
+             soft_cap: float = 0.0, k_dom: str = "q4", type_k: str = "f16", type_v: str = "f16", n_hadamard: int = 0,
+             sinks: np.ndarray | None = None, per_head: bool = False, backend: str = "CPU", tip_backend: str | None = None,
+             n_threads: int = 2) -> Any:
+    """struct fasa_op_case; what it points to goes into `keep`."""
+    ffi, _ = _api()
     n_stream, n_tokens, n_head, d_k = q.shape
-    _, n_kv, n_head_kv, d_v = v.shape
-    n_list = n_head if per_head else n_head_kv
-    longest = min(n_kv, max(cap if mass > 0 else budget, forced.shape[-1]))
-    keep: list[np.ndarray] = []
 
     def array(ctype: str, values: Any, dtype: Any) -> Any:
         pointer, owner = _array(ctype, values, dtype)
         keep.append(owner)
         return pointer
 
-    text = [ffi.new("char[]", s.encode()) for s in (backend, type_k, type_v)]
+    def text(value: str) -> Any:
+        keep.append(ffi.new("char[]", value.encode()))
+        return keep[-1]
+
+    c = _struct("fasa_op_case", backend=text(backend), tip_backend=text(tip_backend or backend), n_threads=n_threads, n_head=n_head,
+                n_head_kv=v.shape[-2], n_embd_head_k=d_k, n_embd_head_v=v.shape[-1], n_kv=n_kv, n_tokens=n_tokens, n_stream=n_stream,
+                n_hadamard=n_hadamard, type_k=text(type_k), type_v=text(type_v), k_dom=K_DOM_TYPES.index(k_dom), n_dom=dims.shape[-1],
+                dims=array("int32_t", dims, np.int32), weight=array("float", weight, np.float32), scale=scale, soft_cap=soft_cap,
+                budget=budget, mass=mass, floor=floor, cap=cap, per_head=per_head, n_forced=forced.shape[-1],
+                forced=array("int32_t", forced, np.int32), q=array("float", q, np.float32), k=array("float", k, np.float32),
+                v=array("float", v, np.float32))
+    if mask is not None:
+        c.mask = array("float", mask, np.float32)
+    if sinks is not None:
+        c.sinks = array("float", sinks, np.float32)
+    return c
+
+
+def op_run(*, q: np.ndarray, v: np.ndarray, forced: np.ndarray, **case: Any) -> dict[str, np.ndarray]:
+    """The ops of one layer on host arrays, shapes as in struct fasa_op_case; returns est, count, list and out.
+    tip_backend: TIP runs there, and `backend` selects from its scores and attends. Raises FasaError."""
+    n_stream, n_tokens, n_head, _ = q.shape
+    _, n_kv, n_head_kv, d_v = v.shape
+    n_list = n_head if case.get("per_head") else n_head_kv
+    longest = min(n_kv, max(case.get("cap", 1024) if case.get("mass", 0) > 0 else case["budget"], forced.shape[-1]))
     out = {"est": np.full((n_stream, n_tokens, n_head, n_kv), np.nan, np.float32),
            "count": np.full((n_stream, n_tokens, n_list), -1, np.int32),
            "list": np.full((n_stream, n_tokens, n_list, longest), -1, np.int32),
            "out": np.full((n_stream, n_tokens, n_head, d_v), np.nan, np.float32)}
-    c = _struct("fasa_op_case", backend=text[0], n_threads=n_threads, n_head=n_head, n_head_kv=n_head_kv, n_embd_head_k=d_k,
-                n_embd_head_v=d_v, n_kv=n_kv, n_tokens=n_tokens, n_stream=n_stream, n_hadamard=n_hadamard, type_k=text[1],
-                type_v=text[2], k_dom=K_DOM_TYPES.index(k_dom), n_dom=dims.shape[-1], dims=array("int32_t", dims, np.int32),
-                weight=array("float", weight, np.float32), scale=scale, soft_cap=soft_cap, budget=budget, mass=mass,
-                floor=floor, cap=cap, per_head=per_head, n_forced=forced.shape[-1], forced=array("int32_t", forced, np.int32),
-                q=array("float", q, np.float32), k=array("float", k, np.float32), v=array("float", v, np.float32),
-                mask=array("float", mask, np.float32), out_est=array("float", out["est"], np.float32),
-                out_count=array("int32_t", out["count"], np.int32), out_list=array("int32_t", out["list"], np.int32),
-                out=array("float", out["out"], np.float32))
-    if sinks is not None:
-        c.sinks = array("float", sinks, np.float32)
-    _check(lib.fasa_op_run(c))
+    keep: list[Any] = []
+    c = _op_case(keep, q=q, v=v, forced=forced, n_kv=n_kv, **case)
+    for field, name, ctype in (("out_est", "est", "float"), ("out_count", "count", "int32_t"), ("out_list", "list", "int32_t"), ("out", "out", "float")):
+        pointer, _ = _array(ctype, out[name], out[name].dtype)
+        setattr(c, field, pointer)
+    _check(_api()[1].fasa_op_run(c))
     return out
+
+
+def op_time(*, n_layer: int = 4, n_rep: int = 20, **case: Any) -> dict[str, float]:
+    """Seconds a layer of dense flash attention ("dense"), of TIP, of TIP and SELECT, and of all of FASA, the fastest of n_rep runs over
+    n_layer caches. k and v float32 [1, 1024, n_head_kv, head_dim] are repeated over n_kv cells. Raises FasaError."""
+    keep: list[Any] = []
+    times = _struct("fasa_op_times")
+    _check(_api()[1].fasa_op_time(_op_case(keep, **case), n_layer, n_rep, times))
+    return {name: getattr(times, name) for name, _ in _api()[0].typeof("fasa_op_times").fields if name != "size"}

@@ -80,7 +80,21 @@ static fasa_state * fasa_state_of(const std::vector<fasa_cache *> & caches) {
     return caches[0]->state.get();
 }
 
-static int fasa_configure(const std::vector<fasa_cache *> & caches) {
+// the caches with all counters in their state: the context is idle then
+static std::vector<fasa_cache *> fasa_counted_caches(const llama_context * ctx) {
+    const auto caches = fasa_caches_of(ctx);
+    if (!caches.empty()) {
+        fasa_state_of(caches);
+        const_cast<llama_context *>(ctx)->synchronize();
+    }
+    for (auto * cache : caches) {
+        cache->collect_counters();
+    }
+    return caches;
+}
+
+static int fasa_configure(llama_context * ctx, const std::vector<fasa_cache *> & caches) {
+    ctx->synchronize(); // a device may still be at work on what goes away
     auto & state = *fasa_state_of(caches);
     state.epoch++;
     for (auto * cache : caches) {
@@ -145,7 +159,7 @@ int fasa_set_profile(llama_context * ctx, const fasa_profile * p) {
     state.weight_k = p->weight ? p->weight_k : 0;
     state.weight       = p->weight       ? std::vector<float>(p->weight, p->weight + n_weight)             : std::vector<float>();
     state.layer_budget = p->layer_budget ? std::vector<float>(p->layer_budget, p->layer_budget + p->n_layer) : std::vector<float>();
-    return fasa_configure(caches);
+    return fasa_configure(ctx, caches);
 }
 
 // ---- settings ----
@@ -184,7 +198,7 @@ int fasa_set_params(llama_context * ctx, const fasa_params * params) {
         }
     }
     state.params = p;
-    return fasa_configure(caches);
+    return fasa_configure(ctx, caches);
 }
 
 int fasa_get_params(const llama_context * ctx, fasa_params * params) {
@@ -222,7 +236,7 @@ int fasa_get_counters(const llama_context * ctx, fasa_counters * c) {
     }
     *c = {};
     c->size = sizeof(*c);
-    const auto caches = fasa_caches_of(ctx);
+    const auto caches = fasa_counted_caches(ctx);
     if (caches.empty()) {
         return 0;
     }
@@ -248,7 +262,7 @@ int fasa_get_counters(const llama_context * ctx, fasa_counters * c) {
 }
 
 int fasa_reset_counters(llama_context * ctx) {
-    const auto caches = fasa_caches_of(ctx);
+    const auto caches = fasa_counted_caches(ctx);
     if (caches.empty()) {
         return 0;
     }

@@ -38,8 +38,16 @@ const char * fasa_cache::layer_dense_reason(size_t ikv) const {
             return "its cache type cannot be read back";
         }
     }
-    if (!ggml_backend_buft_is_host(ggml_backend_buffer_get_type(l.k->buffer))) {
-        return "its cache is on a device that FASA has no kernels for";
+    const auto buft = ggml_backend_buffer_get_type(l.k->buffer);
+    if (!ggml_backend_buft_is_host(buft)) {
+        const auto dev    = ggml_backend_buft_get_device(buft);
+        const auto reason = dev ? (fasa_dense_reason_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "fasa_dense_reason") : nullptr;
+        if (reason == nullptr) {
+            return "its cache is on a device that FASA has no kernels for";
+        }
+        const fasa_layer_shape shape = { l.k->type, l.v->type, kv.hparams.n_embd_head_k(il), kv.hparams.n_embd_head_v(il),
+            int32_t(kv.hparams.n_head(il)/std::max(1u, kv.hparams.n_head_kv(il))) };
+        return reason(dev, &shape);
     }
     if (fasa_cpu_op_get() == nullptr) {
         return "the CPU backend has no FASA ops";
@@ -77,8 +85,8 @@ void fasa_cache::upload_tables(size_t ikv) {
 }
 
 int fasa_cache::configure() {
-    layers.assign(kv.layers.size(), {});
-    ctxs_bufs.clear();
+    collect_counters();
+    clear();
     on_changed();
     if (!state->params.enabled) {
         return 0;
@@ -95,7 +103,10 @@ int fasa_cache::configure() {
         auto *     buft = ggml_backend_buffer_get_type(kv.layers[ikv].k->buffer);
         auto &     ctx  = ctxs[buft];
         if (!ctx) {
-            ctx.reset(ggml_init({ 3*layers.size()*ggml_tensor_overhead(), nullptr, true }));
+            ctx.reset(ggml_init({ (3*layers.size() + 1)*ggml_tensor_overhead(), nullptr, true }));
+            if (!ggml_backend_buft_is_host(buft)) {
+                works[buft] = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, sizeof(fasa_work));
+            }
         }
         const int     n_dom     = fasa_n_dom(std::min(state->params.chunks, state->n_chunk[il]));
         const int64_t n_head_kv = kv.hparams.n_head_kv(il);
@@ -103,14 +114,14 @@ int fasa_cache::configure() {
         l.k_dom  = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_I8, fasa_block_bytes(state->params.k_dom, n_dom), n_tile, n_head_kv, kv.n_stream);
         l.dims   = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_dom, n_head_kv);
         l.weight = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_dom, n_head_kv);
+        l.work   = works.count(buft) ? works[buft] : nullptr;
         ggml_format_name(l.k_dom, "cache_k_dom_l%d", il);
     }
     for (auto & [buft, ctx] : ctxs) {
         ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
         if (!buf) {
             const size_t size = ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft);
-            layers.assign(kv.layers.size(), {});
-            ctxs_bufs.clear();
+            clear();
             return fasa_set_error("the dominant keys need %.1f MiB in %s, which cannot be allocated; use a smaller context, fewer chunks or k_dom q4",
                     size/1048576.0, ggml_backend_buft_name(buft));
         }
@@ -123,6 +134,29 @@ int fasa_cache::configure() {
         }
     }
     return 0;
+}
+
+void fasa_cache::clear() {
+    layers.assign(kv.layers.size(), {});
+    works.clear();
+    ctxs_bufs.clear();
+}
+
+void fasa_cache::collect_counters() {
+    auto & s = state->stats;
+    for (auto & [buft, work] : works) {
+        uint64_t seen[fasa_work::N_COUNTER];
+        static_assert(offsetof(fasa_work, counter) == 0, "they are read from the start of the tensor");
+        ggml_backend_tensor_get(work, seen, 0, sizeof(seen));
+        ggml_backend_tensor_memset(work, 0, 0, sizeof(seen));
+        s.layers_sparse += seen[fasa_work::LAYERS_SPARSE];
+        s.rows_attended += seen[fasa_work::ROWS_ATTENDED];
+        s.rows_visible  += seen[fasa_work::ROWS_VISIBLE];
+        s.lists         += seen[fasa_work::LISTS];
+        s.bytes_tip     += seen[fasa_work::BYTES_TIP];
+        s.bytes_fac     += seen[fasa_work::BYTES_FAC];
+        s.bytes_dense   += seen[fasa_work::BYTES_DENSE];
+    }
 }
 
 void fasa_cache::memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const {

@@ -44,6 +44,7 @@ struct fasa_layer {
     ggml_tensor * k_dom  = nullptr; // i8  [block, n_tile, n_head_kv, n_stream]; nullptr: the layer is dense
     ggml_tensor * dims   = nullptr; // i32 [n_dom, n_head_kv]
     ggml_tensor * weight = nullptr; // f32 [n_dom, n_head_kv]
+    ggml_tensor * work   = nullptr; // i8  [sizeof(fasa_work)], one for all layers of a device; nullptr: the layer is on the CPU
     std::string   reason;           // why it is dense, "" when it is not
     bool          asked = false;    // fasa_build_attn was called for it: a graph builds this attention where the hook is
 };
@@ -62,6 +63,9 @@ struct fasa_cache {
     void on_apply(const llama_kv_cache_context & mctx); // a ubatch is about to be computed: its cells are placed
     void on_changed();                                  // stored K changed behind our back: everything is stale
     void memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const;
+
+    // add what the devices have counted to state->stats; the context must be idle
+    void collect_counters();
 
     // ---- what a graph asks ----
 
@@ -91,9 +95,11 @@ private:
     mutable std::map<llama_seq_id, int64_t> first_cell; // where each sequence began when last looked
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
+    std::map<ggml_backend_buffer_type_t, ggml_tensor *> works; // of the devices
 
     const char * layer_dense_reason(size_t ikv) const;
     void         upload_tables(size_t ikv);
+    void         clear();
 };
 
 // all caches of a memory module that FASA knows, the one that counts steps first

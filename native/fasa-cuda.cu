@@ -33,13 +33,10 @@ const char * fasa_cuda_dense_reason(ggml_backend_dev_t dev, const fasa_layer_sha
 
 bool fasa_cuda_supported(int device, const ggml_tensor * op) {
     const fasa_op_params * p = fasa_op_get(op);
-    if (p == nullptr || p->kind == FASA_OP_OBSERVE) {
+    if (p == nullptr || p->kind == FASA_OP_OBSERVE || !p->on_device) {
         return false;
     }
     const ggml_tensor * select = p->kind == FASA_OP_FAC ? op->src[0] : p->kind == FASA_OP_SELECT ? op : nullptr;
-    if (select && select->src[2] == nullptr) {
-        return false; // built for a layer on the CPU
-    }
     const ggml_tensor * tip = select ? select->src[0] : op, * k = tip->src[1];
     fasa_layer_shape s = { k->type, k->type, k->ne[0], k->ne[0], int32_t(tip->ne[1]/k->ne[1]) };
     if (p->kind == FASA_OP_FAC) {

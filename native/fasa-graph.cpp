@@ -101,6 +101,18 @@ const char * fasa_attn_dense_reason(const llm_graph_context & graph, const ggml_
     return "";
 }
 
+// where the dominant keys of a layer lie
+ggml_backend_t fasa_backend_of(const llm_graph_context & graph, const fasa_layer & layer) {
+    const auto dev = layer.work ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(layer.k_dom->buffer)) : nullptr;
+    for (int i = 0; dev && i < ggml_backend_sched_get_n_backends(graph.sched); ++i) {
+        auto * backend = ggml_backend_sched_get_backend(graph.sched, i);
+        if (ggml_backend_get_device(backend) == dev) {
+            return backend;
+        }
+    }
+    return graph.backend_cpu;
+}
+
 } // namespace
 
 ggml_tensor * fasa_build_attn(
@@ -156,6 +168,7 @@ ggml_tensor * fasa_build_attn(
     op.weight     = layer.weight;
     op.ranges     = input->ranges;
     op.forced     = input->forced;
+    op.work       = layer.work;
     op.k_dom_type = state.params.k_dom;
     op.n_hadamard = cache->n_hadamard();
     op.scale      = kq_scale;
@@ -163,7 +176,12 @@ ggml_tensor * fasa_build_attn(
     op.params     = state.params;
     op.budget     = fasa_layer_budget(state.params, size_t(il) < state.layer_budget.size() ? state.layer_budget[il] : 1.0f);
 
-    ggml_tensor * cur = fasa_build_layer(graph.ctx0, op, &state.stats).fac;
+    const auto nodes   = fasa_build_layer(graph.ctx0, op, &state.stats);
+    const auto backend = fasa_backend_of(graph, layer);
+    for (ggml_tensor * node : { nodes.tip, nodes.select, nodes.fac }) {
+        ggml_backend_sched_set_tensor_backend(graph.sched, node, backend); // else the scheduler may copy the cache to another one
+    }
+    ggml_tensor * cur = nodes.fac;
     graph.cb(cur, "fasa", il);
 
     cur = ggml_reshape_2d(graph.ctx0, cur, cur->ne[0]*cur->ne[1], cur->ne[2]*cur->ne[3]);

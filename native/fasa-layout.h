@@ -17,16 +17,22 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(__CUDACC__)
+#    define FASA_HOST_DEVICE __host__ __device__
+#else
+#    define FASA_HOST_DEVICE
+#endif
+
 static constexpr int FASA_TILE  = 32; // cells
 static constexpr int FASA_GROUP = 8;  // dimensions that share a scale
 
 // bytes of the scales at the start of a block
-constexpr size_t fasa_block_scales(int k_dom, int n_dom) {
+FASA_HOST_DEVICE constexpr size_t fasa_block_scales(int k_dom, int n_dom) {
     return k_dom == FASA_K_DOM_F16 ? 0 : size_t(n_dom/FASA_GROUP)*FASA_TILE*2;
 }
 
 // bytes of a block; bytes of one cell are this over FASA_TILE
-constexpr size_t fasa_block_bytes(int k_dom, int n_dom) {
+FASA_HOST_DEVICE constexpr size_t fasa_block_bytes(int k_dom, int n_dom) {
     return fasa_block_scales(k_dom, n_dom) +
         (k_dom == FASA_K_DOM_F16 ? size_t(n_dom)*FASA_TILE*2 :
          k_dom == FASA_K_DOM_Q8  ? size_t(n_dom)*FASA_TILE   : size_t(n_dom/2)*FASA_TILE);

@@ -1,4 +1,4 @@
-// fasa_op_run: the ops of one layer on arrays of the caller, for tests against fasa_gguf/reference.py.
+// fasa_op_run: the ops of one layer on arrays of the caller, for tests against fasa_gguf/reference.py; fasa_op_time: how long they take.
 
 #include "fasa-error.h"
 #include "fasa-ops.h"
@@ -7,6 +7,8 @@
 #include "ggml-cpp.h"
 #include "ggml-cpu.h"
 
+#include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 #include <string>
@@ -33,11 +35,124 @@ static std::vector<uint8_t> fasa_convert(const float * x, ggml_type type, int64_
     return out;
 }
 
-int fasa_op_run(const fasa_op_case * c) {
+// the tensors of a layer, but for `work`
+static void fasa_op_tensors(const fasa_op_case & c, ggml_type type_k, ggml_type type_v, ggml_context * ctx, fasa_layer_op & op) {
+    const int64_t n_tile = (c.n_kv + FASA_TILE - 1)/FASA_TILE;
+
+    op.q      = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, c.n_embd_head_k, c.n_head, (int64_t) c.n_tokens*c.n_stream);
+    op.k      = ggml_new_tensor_4d(ctx, type_k, c.n_embd_head_k, c.n_head_kv, c.n_kv, c.n_stream);
+    op.v      = ggml_new_tensor_4d(ctx, type_v, c.n_embd_head_v, c.n_head_kv, c.n_kv, c.n_stream);
+    op.mask   = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, c.n_kv, c.n_tokens, 1, c.n_stream);
+    op.sinks  = c.sinks ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.n_head) : nullptr;
+    op.k_dom  = ggml_new_tensor_4d(ctx, GGML_TYPE_I8, fasa_block_bytes(c.k_dom, c.n_dom), n_tile, c.n_head_kv, c.n_stream);
+    op.dims   = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, c.n_dom, c.n_head_kv);
+    op.weight = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_dom, c.n_head_kv);
+    op.ranges = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2*FASA_MAX_RANGES, c.n_stream);
+    op.forced = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, c.n_forced, c.n_tokens, c.n_stream);
+    op.k_dom_type   = c.k_dom;
+    op.n_hadamard   = c.n_hadamard;
+    op.scale        = c.scale;
+    op.soft_cap     = c.soft_cap;
+    op.budget       = c.budget;
+    op.params.mass  = c.mass;
+    op.params.floor = c.floor;
+    op.params.cap   = c.cap;
+    op.params.per_head = c.per_head;
+}
+
+// the tensors and nodes of a case on one backend
+struct fasa_op_run_graph {
+    ggml_backend_ptr        backend;
+    ggml_context_ptr        ctx;
+    ggml_backend_buffer_ptr buf;
+    fasa_layer_op           op = {};
+    fasa_layer_nodes        nodes;
+
+    int init(const fasa_op_case & c, const char * name, ggml_type type_k, ggml_type type_v);
+    int compute(std::initializer_list<ggml_tensor *> steps);
+
+private:
+    void set_inputs(const fasa_op_case & c);
+};
+
+int fasa_op_run_graph::init(const fasa_op_case & c, const char * name, ggml_type type_k, ggml_type type_v) {
+    backend.reset(ggml_backend_init_by_name(name, nullptr));
+    if (!backend) {
+        return fasa_set_error("fasa_op_case: there is no backend %s", name);
+    }
+    const bool on_cpu = ggml_backend_is_cpu(backend.get());
+    if (on_cpu) {
+        ggml_backend_cpu_set_n_threads(backend.get(), c.n_threads);
+    }
+    ctx.reset(ggml_init({ 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
+    fasa_op_tensors(c, type_k, type_v, ctx.get(), op);
+    op.work = on_cpu ? nullptr : ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, sizeof(fasa_work));
+    nodes = fasa_build_layer(ctx.get(), op, nullptr);
+
+    for (ggml_tensor * t : { nodes.tip, nodes.select, nodes.fac }) {
+        if (!ggml_backend_supports_op(backend.get(), t)) {
+            return fasa_set_error("fasa_op_case: backend %s does not support %s for these shapes and types", name, t->name);
+        }
+    }
+    buf.reset(ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()));
+    if (!buf) {
+        return fasa_set_error("fasa_op_case: out of memory");
+    }
+    set_inputs(c);
+    return 0;
+}
+
+void fasa_op_run_graph::set_inputs(const fasa_op_case & c) {
+    ggml_backend_buffer_clear(buf.get(), 0xff); // poison: outputs that nobody writes show as NaN or -1
+    if (op.work) {
+        ggml_backend_tensor_memset(op.work, 0, 0, ggml_nbytes(op.work));
+    }
+    const auto set = [](ggml_tensor * t, const void * data) { ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t)); };
+    const int64_t n_row = (int64_t) c.n_kv*c.n_stream*c.n_head_kv;
+    set(op.q, c.q);
+    set(op.k, fasa_convert(c.k, op.k->type, n_row, c.n_embd_head_k).data());
+    set(op.v, fasa_convert(c.v, op.v->type, n_row, c.n_embd_head_v).data());
+    set(op.mask, fasa_convert(c.mask, GGML_TYPE_F16, (int64_t) c.n_tokens*c.n_stream, c.n_kv).data());
+    set(op.dims, c.dims);
+    set(op.weight, c.weight);
+    set(op.forced, c.forced);
+    if (op.sinks) {
+        set(op.sinks, c.sinks);
+    }
+    std::vector<int32_t> ranges(ggml_nelements(op.ranges), 0);
+    for (int s = 0; s < c.n_stream; ++s) { // two ranges that meet: all cells
+        ranges[s*2*FASA_MAX_RANGES + 1] = ranges[s*2*FASA_MAX_RANGES + 2] = c.n_kv/3;
+        ranges[s*2*FASA_MAX_RANGES + 3] = c.n_kv;
+    }
+    set(op.ranges, ranges.data());
+}
+
+int fasa_op_run_graph::compute(std::initializer_list<ggml_tensor *> steps) {
+    ggml_cgraph * graph = ggml_new_graph(ctx.get());
+    for (ggml_tensor * step : steps) {
+        step->flags |= GGML_TENSOR_FLAG_COMPUTE;
+        ggml_graph_add_node(graph, step);
+    }
+    if (ggml_backend_graph_compute(backend.get(), graph) != GGML_STATUS_SUCCESS) {
+        return fasa_set_error("fasa_op_case: the graph failed on %s", ggml_backend_name(backend.get()));
+    }
+    return 0;
+}
+
+// logits from a TIP row's spans
+static void fasa_op_run_logits(const std::vector<float> & tip, int64_t length, int64_t n_kv, float * out) {
+    for (size_t i = 0; i < tip.size()/length; ++i) {
+        const float * e = tip.data() + i*length;
+        for (int64_t j = 0; j < n_kv; ++j) {
+            out[i*n_kv + j] = e[j] < 0 ? -INFINITY : logf(e[j]) + e[n_kv + j/FASA_SPAN]*0.69314718f;
+        }
+    }
+}
+
+static int fasa_op_check(const fasa_op_case * c, ggml_type & type_k, ggml_type & type_v) {
     if (c == nullptr || c->size != sizeof(*c)) {
         return fasa_set_error("fasa_op_case: the header and the library differ");
     }
-    ggml_type type_k, type_v;
     if (!fasa_type_by_name(c->type_k, type_k) || !fasa_type_by_name(c->type_v, type_v)) {
         return fasa_set_error("fasa_op_case: unknown cache type %s or %s", c->type_k, c->type_v);
     }
@@ -45,91 +160,42 @@ int fasa_op_run(const fasa_op_case * c) {
         return fasa_set_error("fasa_op_case: n_dom %d must be a multiple of %d, n_head %d of n_head_kv %d, and n_forced, n_tokens, n_stream at least 1",
                 c->n_dom, FASA_GROUP, c->n_head, c->n_head_kv);
     }
-    ggml_backend_ptr backend(ggml_backend_init_by_name(c->backend, nullptr));
-    if (!backend) {
-        return fasa_set_error("fasa_op_case: there is no backend %s", c->backend);
+    return 0;
+}
+
+int fasa_op_run(const fasa_op_case * c) {
+    ggml_type type_k, type_v;
+    if (fasa_op_check(c, type_k, type_v) != 0) {
+        return -1;
     }
-    if (ggml_backend_is_cpu(backend.get())) {
-        ggml_backend_cpu_set_n_threads(backend.get(), c->n_threads);
+    fasa_op_run_graph run, tip_run;
+    if (run.init(*c, c->backend, type_k, type_v) != 0) {
+        return -1;
     }
-
-    ggml_context_ptr ctx(ggml_init({ 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
-    const int64_t n_tile = (c->n_kv + FASA_TILE - 1)/FASA_TILE;
-
-    fasa_layer_op op = {};
-    op.q      = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_F32, c->n_embd_head_k, c->n_head, (int64_t) c->n_tokens*c->n_stream);
-    op.k      = ggml_new_tensor_4d(ctx.get(), type_k, c->n_embd_head_k, c->n_head_kv, c->n_kv, c->n_stream);
-    op.v      = ggml_new_tensor_4d(ctx.get(), type_v, c->n_embd_head_v, c->n_head_kv, c->n_kv, c->n_stream);
-    op.mask   = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_F16, c->n_kv, c->n_tokens, 1, c->n_stream);
-    op.sinks  = c->sinks ? ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, c->n_head) : nullptr;
-    op.k_dom  = ggml_new_tensor_4d(ctx.get(), GGML_TYPE_I8, fasa_block_bytes(c->k_dom, c->n_dom), n_tile, c->n_head_kv, c->n_stream);
-    op.dims   = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, c->n_dom, c->n_head_kv);
-    op.weight = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, c->n_dom, c->n_head_kv);
-    op.ranges = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 2*FASA_MAX_RANGES, c->n_stream);
-    op.forced = ggml_new_tensor_3d(ctx.get(), GGML_TYPE_I32, c->n_forced, c->n_tokens, c->n_stream);
-    op.k_dom_type   = c->k_dom;
-    op.n_hadamard   = c->n_hadamard;
-    op.scale        = c->scale;
-    op.soft_cap     = c->soft_cap;
-    op.budget       = c->budget;
-    op.params.mass  = c->mass;
-    op.params.floor = c->floor;
-    op.params.cap   = c->cap;
-    op.params.per_head = c->per_head;
-
-    const fasa_layer_nodes nodes = fasa_build_layer(ctx.get(), op, nullptr);
-    ggml_cgraph * graph = ggml_new_graph(ctx.get());
-    ggml_build_forward_expand(graph, nodes.fac);
-    for (ggml_tensor * t : { nodes.tip, nodes.select, nodes.fac }) {
-        if (!ggml_backend_supports_op(backend.get(), t)) {
-            return fasa_set_error("fasa_op_case: backend %s does not support %s for these shapes and types", c->backend, t->name);
+    const auto [tip, select, fac] = run.nodes;
+    std::vector<float> scores(ggml_nelements(tip));
+    if (c->tip_backend && strcmp(c->tip_backend, c->backend) != 0) {
+        if (tip_run.init(*c, c->tip_backend, type_k, type_v) != 0 || tip_run.compute({ tip_run.nodes.tip }) != 0) {
+            return -1;
         }
-    }
-    ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()));
-    if (!buf) {
-        return fasa_set_error("fasa_op_case: out of memory");
-    }
-    ggml_backend_buffer_clear(buf.get(), 0xff); // poison: outputs that nobody writes show as NaN or -1
-
-    const auto set = [](ggml_tensor * t, const void * data) { ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t)); };
-    const int64_t n_row = (int64_t) c->n_kv*c->n_stream*c->n_head_kv;
-    set(op.q, c->q);
-    set(op.k, fasa_convert(c->k, type_k, n_row, c->n_embd_head_k).data());
-    set(op.v, fasa_convert(c->v, type_v, n_row, c->n_embd_head_v).data());
-    set(op.mask, fasa_convert(c->mask, GGML_TYPE_F16, (int64_t) c->n_tokens*c->n_stream, c->n_kv).data());
-    set(op.dims, c->dims);
-    set(op.weight, c->weight);
-    set(op.forced, c->forced);
-    if (op.sinks) {
-        set(op.sinks, c->sinks);
-    }
-    std::vector<int32_t> ranges(ggml_nelements(op.ranges), 0);
-    for (int s = 0; s < c->n_stream; ++s) { // two ranges that meet: all cells
-        ranges[s*2*FASA_MAX_RANGES + 1] = ranges[s*2*FASA_MAX_RANGES + 2] = c->n_kv/3;
-        ranges[s*2*FASA_MAX_RANGES + 3] = c->n_kv;
-    }
-    set(op.ranges, ranges.data());
-
-    if (ggml_backend_graph_compute(backend.get(), graph) != GGML_STATUS_SUCCESS) {
-        return fasa_set_error("fasa_op_case: the graph failed on %s", c->backend);
+        ggml_backend_tensor_get(tip_run.nodes.tip, scores.data(), 0, ggml_nbytes(tip));
+        ggml_backend_tensor_set(tip, scores.data(), 0, ggml_nbytes(tip));
+        if (run.compute({ select, fac }) != 0) {
+            return -1;
+        }
+    } else if (run.compute({ tip, select, fac }) != 0) {
+        return -1;
     }
 
     const auto get = [](ggml_tensor * t, void * data) { if (data) { ggml_backend_tensor_get(t, data, 0, ggml_nbytes(t)); } };
-    get(nodes.fac, c->out);
+    get(fac, c->out);
     if (c->out_est) {
-        std::vector<float> tip(ggml_nelements(nodes.tip));
-        get(nodes.tip, tip.data());
-        const int64_t n_row = ggml_nrows(nodes.tip);
-        for (int64_t i = 0; i < n_row; ++i) {
-            const float * e = tip.data() + i*nodes.tip->ne[0];
-            for (int64_t j = 0; j < c->n_kv; ++j) {
-                c->out_est[i*c->n_kv + j] = e[j] < 0 ? -INFINITY : logf(e[j]) + e[c->n_kv + j/FASA_SPAN]*0.69314718f;
-            }
-        }
+        get(tip, scores.data());
+        fasa_op_run_logits(scores, tip->ne[0], c->n_kv, c->out_est);
     }
-    std::vector<int32_t> lists(ggml_nelements(nodes.select));
-    get(nodes.select, lists.data());
-    const int64_t length = nodes.select->ne[0] - 1;
+    std::vector<int32_t> lists(ggml_nelements(select));
+    get(select, lists.data());
+    const int64_t length = select->ne[0] - 1;
     for (int64_t i = 0; i < (int64_t) lists.size()/(length + 1); ++i) {
         const int32_t * list = lists.data() + i*(length + 1);
         if (c->out_count) {
@@ -140,4 +206,105 @@ int fasa_op_run(const fasa_op_case * c) {
         }
     }
     return 0;
+}
+
+// ---- time ----
+
+static constexpr int64_t FASA_TIME_CELLS = 1024; // that the caller gives
+
+// rows of a cache tensor from those given, every FASA_TIME_CELLS cells from another row on
+static void fasa_op_time_fill(ggml_tensor * t, const std::vector<uint8_t> & rows, size_t seed) {
+    const int64_t n_cell = t->ne[2]*t->ne[3];
+    for (int64_t cell = 0; cell < n_cell;) {
+        const int64_t from = (seed++*389)%FASA_TIME_CELLS, n = std::min(FASA_TIME_CELLS - from, n_cell - cell);
+        ggml_backend_tensor_set(t, rows.data() + from*t->nb[2], cell*t->nb[2], n*t->nb[2]);
+        cell += n;
+    }
+}
+
+enum fasa_op_time_kind { FASA_TIME_DENSE, FASA_TIME_TIP, FASA_TIME_TIP_SELECT, FASA_TIME_FASA };
+
+// seconds a layer of a graph of these ops, the fastest of n_rep; its nodes share memory as in a model's graph. -1: out of memory
+static double fasa_op_time_graph(ggml_backend_t backend, const std::vector<fasa_layer_op> & ops, fasa_op_time_kind kind, int n_rep) {
+    ggml_context_ptr ctx(ggml_init({ (8*ops.size() + 8)*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
+    ggml_cgraph * graph = ggml_new_graph(ctx.get());
+    for (const auto & op : ops) {
+        const int64_t n_stream = op.k->ne[3];
+        if (kind == FASA_TIME_DENSE) {
+            ggml_tensor * q = ggml_reshape_4d(ctx.get(), op.q, op.q->ne[0], op.q->ne[1], op.q->ne[2]/n_stream, n_stream);
+            ggml_build_forward_expand(graph, ggml_flash_attn_ext(ctx.get(), ggml_permute(ctx.get(), q, 0, 2, 1, 3),
+                    ggml_permute(ctx.get(), op.k, 0, 2, 1, 3), ggml_permute(ctx.get(), op.v, 0, 2, 1, 3), op.mask, op.scale, 0.0f, op.soft_cap));
+        } else {
+            const auto nodes = fasa_build_layer(ctx.get(), op, nullptr);
+            ggml_build_forward_expand(graph, kind == FASA_TIME_TIP ? nodes.tip : kind == FASA_TIME_TIP_SELECT ? nodes.select : nodes.fac);
+        }
+    }
+    ggml_gallocr_ptr alloc(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend)));
+    if (!ggml_gallocr_alloc_graph(alloc.get(), graph)) {
+        return -1.0;
+    }
+    double best = INFINITY;
+    for (int i = 0; i < n_rep + 3; ++i) { // a device captures its graph in the first runs
+        const auto start = std::chrono::steady_clock::now();
+        ggml_backend_graph_compute(backend, graph);
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+        best = i < 3 ? best : std::min(best, took.count());
+    }
+    return best/ops.size();
+}
+
+int fasa_op_time(const fasa_op_case * c, int32_t n_layer, int32_t n_rep, fasa_op_times * times) {
+    ggml_type type_k, type_v;
+    if (fasa_op_check(c, type_k, type_v) != 0) {
+        return -1;
+    }
+    if (times == nullptr || times->size != sizeof(*times) || n_layer < 1 || n_layer > 100 || n_rep < 1) {
+        return fasa_set_error("fasa_op_time: the header and the library differ, or n_layer (1 to 100) or n_rep (from 1) is out of range");
+    }
+    ggml_backend_ptr backend(ggml_backend_init_by_name(c->backend, nullptr));
+    if (!backend) {
+        return fasa_set_error("fasa_op_time: there is no backend %s", c->backend);
+    }
+    const bool on_cpu = ggml_backend_is_cpu(backend.get());
+    if (on_cpu) {
+        ggml_backend_cpu_set_n_threads(backend.get(), c->n_threads);
+    }
+    ggml_context_ptr ctx(ggml_init({ (16*(size_t) n_layer + 1)*ggml_tensor_overhead(), nullptr, true }));
+    ggml_tensor * work = on_cpu ? nullptr : ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, sizeof(fasa_work));
+    std::vector<fasa_layer_op> ops(n_layer);
+    for (auto & op : ops) {
+        fasa_op_tensors(*c, type_k, type_v, ctx.get(), op);
+        op.work = work;
+    }
+    ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()));
+    if (!buf) {
+        return fasa_set_error("fasa_op_time: out of memory");
+    }
+    ggml_backend_buffer_clear(buf.get(), 0);
+
+    const auto k = fasa_convert(c->k, type_k, FASA_TIME_CELLS*c->n_head_kv, c->n_embd_head_k);
+    const auto v = fasa_convert(c->v, type_v, FASA_TIME_CELLS*c->n_head_kv, c->n_embd_head_v);
+    std::vector<int32_t> all(2*FASA_MAX_RANGES*c->n_stream, 0);
+    for (int s = 0; s < c->n_stream; ++s) {
+        all[s*2*FASA_MAX_RANGES + 1] = c->n_kv;
+    }
+    const auto set = [](ggml_tensor * t, const void * data) { ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t)); };
+    for (int i = 0; i < n_layer; ++i) {
+        fasa_op_time_fill(ops[i].k, k, 7*i);
+        fasa_op_time_fill(ops[i].v, v, 7*i + 3);
+        set(ops[i].q, c->q);
+        set(ops[i].dims, c->dims);
+        set(ops[i].weight, c->weight);
+        set(ops[i].forced, c->forced);
+        set(ops[i].ranges, all.data());
+    }
+    fasa_op_time_graph(backend.get(), ops, FASA_TIME_TIP, 1); // derives the dominant keys
+    for (auto & op : ops) {
+        ggml_backend_tensor_memset(op.ranges, 0, 0, ggml_nbytes(op.ranges));
+    }
+    times->dense      = fasa_op_time_graph(backend.get(), ops, FASA_TIME_DENSE,      n_rep);
+    times->tip        = fasa_op_time_graph(backend.get(), ops, FASA_TIME_TIP,        n_rep);
+    times->tip_select = fasa_op_time_graph(backend.get(), ops, FASA_TIME_TIP_SELECT, n_rep);
+    times->fasa       = fasa_op_time_graph(backend.get(), ops, FASA_TIME_FASA,       n_rep);
+    return std::min({ times->dense, times->tip, times->tip_select, times->fasa }) < 0 ? fasa_set_error("fasa_op_time: out of memory") : 0;
 }

@@ -89,7 +89,8 @@ struct fasa_op_params {
     int32_t          kind;
     float            scale;
     float            soft_cap;
-    int32_t          k_dom;      // enum fasa_k_dom_type; OBSERVE: the layer
+    int16_t          k_dom;      // enum fasa_k_dom_type; OBSERVE: the layer
+    int16_t          on_device;  // 1: its tensors lie on a device whose backend has kernels, 0: in host memory
     int32_t          n_hadamard; // block of the rotation that q and k are stored under, 0: none
     uint32_t         budget;
     float            mass;

@@ -143,6 +143,7 @@ FASA_API int fasa_get_layer_shape(const struct llama_context * ctx, int32_t il, 
 typedef struct fasa_op_case {
     uint64_t         size;
     const char     * backend;
+    const char     * tip_backend;  // runs TIP, whose scores `backend` then selects from; NULL: `backend` does
     int32_t          n_threads;
     int32_t          n_head;
     int32_t          n_head_kv;
@@ -178,6 +179,18 @@ typedef struct fasa_op_case {
     float          * out;          // [n_stream, n_tokens, n_head, n_embd_head_v]
 } fasa_op_case;
 FASA_API int fasa_op_run(const fasa_op_case * test);
+
+// Seconds of one layer's attention on the case's backend: dense flash attention, TIP, TIP + SELECT, and all three ops, each
+// timed as a graph of n_layer layers with caches of their own, n_rep times, the fastest. Values of k and v of the first 1,024
+// cells of the first stream are given, [1024, n_head_kv, n_embd_head]; the cache repeats them, each time from another row on.
+typedef struct fasa_op_times {
+    uint64_t size;
+    double   dense;
+    double   tip;
+    double   tip_select;
+    double   fasa;
+} fasa_op_times;
+FASA_API int fasa_op_time(const fasa_op_case * test, int32_t n_layer, int32_t n_rep, fasa_op_times * times);
 
 // Rank the chunks of one KV head as a set (method `recall`): chunks are added one at a time, each time the one that raises
 // most the true attention mass held by the top `budget` tokens under the shared score of the chosen set. Ties: lower id.

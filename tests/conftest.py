@@ -18,6 +18,24 @@ def library():
     return native
 
 
+@pytest.fixture(scope="session")
+def cuda(library):
+    """The name of the first CUDA device; tests that use it skip, saying so, where there is none."""
+    import numpy as np
+
+    from fasa_gguf import FasaError
+
+    z = np.zeros
+    try:
+        library.op_run(q=z((1, 1, 1, 8)), k=z((1, 8, 1, 8)), v=z((1, 8, 1, 8)), mask=z((1, 1, 8)), dims=z((1, 8)), weight=z((1, 8)),
+                       forced=z((1, 1, 1)), budget=1, scale=1.0, backend="CUDA0")
+    except FasaError as e:
+        if "no backend" not in str(e):
+            raise
+        pytest.skip("no CUDA device")
+    return "CUDA0"
+
+
 @pytest.fixture(scope="module")
 def one_torch_thread():
     """Torch on one thread, for modules of small tensors."""
