@@ -313,8 +313,8 @@ def op_run(*, q: np.ndarray, v: np.ndarray, forced: np.ndarray, **case: Any) -> 
 
 
 def op_time(*, n_layer: int = 4, n_rep: int = 20, **case: Any) -> dict[str, float]:
-    """Seconds a layer of dense flash attention ("dense"), of TIP, of TIP and SELECT, and of all of FASA, the fastest of n_rep runs over
-    n_layer caches. k and v float32 [1, 1024, n_head_kv, head_dim] are repeated over n_kv cells. Raises FasaError."""
+    """Seconds a layer of dense flash attention ("dense"), of TIP and SELECT ("select"), and of all of FASA ("fasa"), the fastest of n_rep
+    runs over n_layer caches. k and v float32 [1, 16384, n_head_kv, head_dim] are repeated over n_kv cells. Raises FasaError."""
     keep: list[Any] = []
     times = _struct("fasa_op_times")
     _check(_api()[1].fasa_op_time(_op_case(keep, **case), n_layer, n_rep, times))

@@ -7,9 +7,8 @@
 #include "fasa-cuda.cuh"
 #include "fasa-cuda-row.cuh"
 
-static constexpr int N_WARP = 8;
-
-static constexpr float LOG2E = 1.44269504f;
+static constexpr int N_WARP    = 8;
+static constexpr int MAX_SPLIT = 64; // blocks of a list
 
 struct fasa_fac_args {
     float         * dst;                    // [d, n_head, n_tps, n_stream]
@@ -27,8 +26,8 @@ struct fasa_fac_args {
 
 template <int LANES, int M, bool F16>
 static __global__ void __launch_bounds__(32*N_WARP) fasa_fac_kernel(const fasa_fac_args a) {
-    constexpr int TOKENS = 32/LANES; // of a warp, at a time
-    constexpr int AHEAD  = 2;        // tokens of a lane that are read together
+    constexpr int TOKENS = 32/LANES;    // of a warp, at a time
+    constexpr int AHEAD  = F16 ? 4 : 2; // tokens of a lane that are read together
 
     extern __shared__ float smem[]; // [N_WARP][M][d + 2]
     __shared__ bool last_block;
@@ -140,60 +139,54 @@ static __global__ void __launch_bounds__(32*N_WARP) fasa_fac_kernel(const fasa_f
     }
     __syncthreads();
 
-    // x [n_part][M][d + 2] -> their sum: to `part` unfinished, or to dst
-    const auto combine = [&](const float * x, int n_part, float * part) {
+    // x [n_part][M][d + 2] of shared memory or of global -> their sum: to `part` unfinished, or to dst
+    __shared__ float factor[MAX_SPLIT][M], most_all[M], sum_all[M];
+    const auto combine = [&](const float * x, int n_part, bool is_global, float * part) {
+        const auto at = [&](int i) { return is_global ? __ldcg(&x[i]) : x[i]; };
+        for (int i = threadIdx.x; i < n_part*n_m; i += blockDim.x) {
+            factor[i/n_m][i%n_m] = at((i/n_m*M + i%n_m)*stride);
+        }
+        __syncthreads();
+        for (int m = warp; m < n_m; m += N_WARP) {
+            const float sink = part == nullptr && a.sinks ? a.sinks[head0 + m]*LOG2E : -INFINITY;
+            float top = sink;
+            for (int b = lane; b < n_part; b += 32) {
+                top = fmaxf(top, factor[b][m]);
+            }
+            top = fasa_warp_max(top);
+            const float shift = top == -INFINITY ? 0.0f : top;
+            float total = 0.0f;
+            for (int b = lane; b < n_part; b += 32) {
+                factor[b][m] = fasa_exp2(factor[b][m] - shift);
+                total += factor[b][m]*at((b*M + m)*stride + 1);
+            }
+            total = fasa_warp_sum(total) + fasa_exp2(sink - shift);
+            if (lane == 0) {
+                most_all[m] = top, sum_all[m] = total;
+            }
+        }
+        __syncthreads();
         for (int i = threadIdx.x; i < n_m*a.d; i += blockDim.x) {
             const int m = i/a.d, j = i%a.d;
-            float top = -INFINITY;
+            float value = 0.0f;
+#pragma unroll 8
             for (int b = 0; b < n_part; ++b) {
-                top = fmaxf(top, __ldcg(&x[(b*M + m)*stride]));
-            }
-            const float sink = part == nullptr && a.sinks ? a.sinks[head0 + m]*LOG2E : -INFINITY;
-            const float all  = fmaxf(top, sink), shift = all == -INFINITY ? 0.0f : all;
-            float total = fasa_exp2(sink - shift), value = 0.0f;
-#pragma unroll 4
-            for (int b = 0; b < n_part; ++b) {
-                const float * p = x + (b*M + m)*stride;
-                const float   f = fasa_exp2(__ldcg(&p[0]) - shift);
-                total += f*__ldcg(&p[1]);
-                value += f*__ldcg(&p[2 + j]);
+                value += factor[b][m]*at((b*M + m)*stride + 2 + j);
             }
             if (part == nullptr) {
-                a.dst[((int64_t) token*a.n_head + head0 + m)*a.d + j] = total > 0.0f ? value/total : 0.0f;
+                a.dst[((int64_t) token*a.n_head + head0 + m)*a.d + j] = sum_all[m] > 0.0f ? value/sum_all[m] : 0.0f;
             } else {
                 part[m*stride + 2 + j] = value;
                 if (j == 0) {
-                    part[m*stride] = all, part[m*stride + 1] = total;
+                    part[m*stride] = most_all[m], part[m*stride + 1] = sum_all[m];
                 }
             }
         }
-    };
-    const auto combine_warps = [&](float * part) { // the same from shared memory
-        for (int i = threadIdx.x; i < n_m*a.d; i += blockDim.x) {
-            const int m = i/a.d, j = i%a.d;
-            float top = -INFINITY;
-#pragma unroll
-            for (int b = 0; b < N_WARP; ++b) {
-                top = fmaxf(top, smem[(b*M + m)*stride]);
-            }
-            const float shift = top == -INFINITY ? 0.0f : top;
-            float total = 0.0f, value = 0.0f;
-#pragma unroll
-            for (int b = 0; b < N_WARP; ++b) {
-                const float * p = smem + (b*M + m)*stride;
-                const float   f = fasa_exp2(p[0] - shift);
-                total += f*p[1];
-                value += f*p[2 + j];
-            }
-            part[m*stride + 2 + j] = value;
-            if (j == 0) {
-                part[m*stride] = top, part[m*stride + 1] = total;
-            }
-        }
+        __syncthreads();
     };
     const int row = token*gridDim.y + blockIdx.y;
     float * parts = a.part + (int64_t) row*n_split*M*stride;
-    combine_warps(parts + (int64_t) split*M*stride);
+    combine(smem, N_WARP, false, n_split > 1 ? parts + (int64_t) split*M*stride : nullptr);
     if (n_split > 1) {
         __threadfence();
         __syncthreads();
@@ -205,10 +198,8 @@ static __global__ void __launch_bounds__(32*N_WARP) fasa_fac_kernel(const fasa_f
             return;
         }
         __threadfence();
-    } else {
-        __syncthreads();
+        combine(parts, n_split, true, nullptr);
     }
-    combine(parts, n_split, nullptr);
 
     if (threadIdx.x == 0 && chunk == 0) {
         auto * c = (unsigned long long *) a.work->counter;
@@ -227,7 +218,7 @@ template <int LANES, int M, bool F16> static void fasa_fac_launch(ggml_backend_c
     const int n_row  = a.n_list*a.n_chunk*n_token;
     const int n_sm   = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm;
     const int most   = a.n_list_len - 1; // tokens of a list
-    int n_split = std::max(1, std::min((most + 31)/32, (2*n_sm + n_row - 1)/n_row));
+    int n_split = std::max(1, std::min({ (most + 31)/32, std::max(1, n_sm/n_row), MAX_SPLIT }));
     if (n_row > fasa_work::TICKETS) {
         n_split = 1;
     }

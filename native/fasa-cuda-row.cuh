@@ -4,6 +4,8 @@
 
 #include "common.cuh"
 
+static constexpr float LOG2E = 1.44269504f;
+
 // x [8] f32: the values `dim` to `dim` + 7 of a cache row; dim is a multiple of 8
 template <ggml_type TYPE> static __device__ __forceinline__ void fasa_load8(const char * row, int dim, float * x) {
     if constexpr (TYPE == GGML_TYPE_F32) {

@@ -1,20 +1,21 @@
-// SELECT: the best cells of every row of scores, ascending.
+// TIP and SELECT in one launch: the estimated logits of every cell, then the best cells of every list, ascending.
 //
 // A row (a list of a token) is shared by `n_part` blocks, each with a range of its cells. Rows are ordered by keys (fasa_key):
 //
-//   1. the group's score and key of every cell; a histogram of the keys in BINS, over the whole row
+//   0. TIP (fasa-cuda-tip.cuh): exponentials of the block's cells, into shared memory where they fit; span sums to global memory
 //   -- barrier of the row's blocks
+//   1. the group's score and key of every cell; a histogram of the keys in BINS, over the whole row
+//   -- barrier
 //   2. every block finds the bin where the list ends (the edge), hands in its cells of that bin, and counts those above it
 //   -- barrier
 //   3. every block ranks the edge's cells, which gives the last cell taken, and writes its part of the list
 //
-// The bins are 3% wide, so the edge holds tens of cells. Where it holds more than EDGE (equal scores), one block finds the last
+// The bins are 2% wide, so the edge holds tens of cells. Where it holds more than EDGE (equal scores), one block finds the last
 // cell by a radix search over the row. Keys and shares are whole numbers, so nothing depends on the order of the blocks. The
 // barriers spin, so the blocks are launched together (cooperatively).
 
 #include "fasa-cuda.cuh"
-#include "fasa-cuda-row.cuh"
-#include "fasa-select.h"
+#include "fasa-cuda-tip.cuh"
 
 typedef unsigned long long fasa_u64;
 
@@ -39,24 +40,28 @@ static __device__ __forceinline__ fasa_u64 fasa_key_share(uint32_t key) { // fas
 }
 
 struct fasa_select_args {
-    const float   * tip;    // [n_len, n_head, n_tps, n_stream]
+    fasa_tip_args   tip;
+    float         * scores; // the TIP node's memory [n_len, n_head, n_tps, n_stream]
     const int32_t * forced; // [n_forced, n_tps, n_stream]
     int32_t       * dst;    // [n_list_len, n_list, n_tps, n_stream]
-    uint32_t      * key;    // [row][n_kv]
+    uint32_t      * key;    // [row][n_kv]: keys of rows whose scores lie in global memory, or of crowded ones
     fasa_work     * work;
-    int n_row, n_kv, n_span, n_len, n_head, n_list, n_group, n_forced, n_list_len, n_part, part_cells;
+    int n_row, n_list, n_shared, n_forced, n_list_len, n_part, part_cells; // n_shared: query heads of a list
+    bool in_smem;           // scores and keys of a block's cells lie in its shared memory
+    bool given;             // the scores are in `scores` already
     uint32_t budget, floor, cap;
-    uint64_t need; // of the shares; 0: the budget decides
+    uint64_t need;          // of the shares; 0: the budget decides
 };
 
 // what a block knows about its row, in shared memory
 struct fasa_select_block {
-    fasa_u64 mass [BINS];
+    fasa_u64 mass [BINS]; // mass and count: also the working memory of TIP, of span sums and of the edge's cells
     uint32_t count[BINS];
     float    most[MAX_GROUP], inv[MAX_GROUP];
     fasa_u64 scan_mass[32];
     uint32_t scan[32];
 
+    uint32_t n_edge_mine, edge_base; // cells of this block at the edge, and where they go
     uint32_t n;        // cells to take; of the ones at the edge: `n - before`
     uint32_t before;   // cells above the edge
     fasa_u64 held;     // their mass
@@ -91,54 +96,67 @@ template <typename T> static __device__ T fasa_block_scan(T x, T * warps, T & to
     return before + sum - x;
 }
 
-// all blocks of a row arrive before one leaves; what they wrote before is seen after (through L2: __ldcg)
-static __device__ void fasa_row_barrier(fasa_work::slot & slot, int n_part) {
+// All blocks of a row arrive before one leaves; what they wrote before is seen after (through L2: __ldcg). `generation` is the
+// slot's, kept by every block across its barriers.
+static __device__ void fasa_row_barrier(fasa_work::slot & slot, int n_part, uint32_t & generation) {
     __syncthreads();
     if (n_part > 1) {
         if (threadIdx.x == 0) {
-            volatile uint32_t * generation = &slot.generation;
-            const uint32_t now = *generation;
             __threadfence();
             if (atomicAdd(&slot.arrived, 1) == n_part - 1u) {
                 slot.arrived = 0;
                 __threadfence();
-                atomicAdd(&slot.generation, 1);
+                atomicExch(&slot.generation, generation + 1);
             } else {
-                while (*generation == now) {}
+                while (*(volatile uint32_t *) &slot.generation == generation) {}
             }
             __threadfence();
         }
+        generation++;
         __syncthreads();
     }
 }
 
-// Step 1, cells [first, last): keys, and the histogram in b
-template <bool MASS> static __device__ void fasa_select_keys(const fasa_select_args & a, fasa_select_block & b, int row, int first, int last, uint32_t * key) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x/32, token = row/a.n_list, list = row%a.n_list;
-    const float * tip = a.tip + ((int64_t) token*a.n_head + list*a.n_group)*a.n_len;
-
-    for (int i = threadIdx.x; i < BINS; i += N_THREAD) {
-        b.count[i] = 0;
-        if (MASS) {
-            b.mass[i] = 0;
-        }
+// Step 1a: what turns a head's exponentials into its softmax: the largest exponent, and one over the sum, of every head of the list
+static __device__ void fasa_select_norms(const fasa_select_args & a, fasa_select_block & b, const float * row) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x/32, n_span = a.tip.n_span, n_stat = 2*n_span;
+    float   * stat   = (float *) b.mass; // [n_shared][e and sum of every span]
+    const bool staged = a.n_shared*n_stat <= (int) (sizeof(b.mass) + sizeof(b.count))/4;
+    for (int i = threadIdx.x; staged && i < a.n_shared*n_stat; i += N_THREAD) {
+        stat[i] = __ldcg(&row[(int64_t) (i/n_stat)*a.tip.n_len + a.tip.n_kv + i%n_stat]);
     }
-    for (int g = warp; g < a.n_group; g += N_THREAD/32) {
-        const float * e = tip + (int64_t) g*a.n_len + a.n_kv, * sum = e + a.n_span;
+    __syncthreads();
+    for (int g = warp; g < a.n_shared; g += N_THREAD/32) {
+        const float * e = staged ? stat + g*n_stat : row + (int64_t) g*a.tip.n_len + a.tip.n_kv;
+        const auto at = [&](int i) { return staged ? e[i] : __ldcg(&e[i]); };
         float most = -INFINITY, total = 0.0f;
-        for (int i = lane; i < a.n_span; i += 32) {
-            most = fmaxf(most, e[i]);
+        for (int i = lane; i < n_span; i += 32) {
+            most = fmaxf(most, at(i));
         }
         most = fasa_warp_max(most);
-        for (int i = lane; i < a.n_span; i += 32) {
-            const float d = e[i] - most;
-            total += d > -FASA_SPAN_RANGE ? __fmul_rn(sum[i], __int_as_float((int(d) + 127) << 23)) : 0.0f;
+        for (int i = lane; i < n_span; i += 32) {
+            const float d = at(i) - most;
+            total += d > -FASA_SPAN_RANGE ? __fmul_rn(at(n_span + i), __int_as_float((int(d) + 127) << 23)) : 0.0f;
         }
         total = fasa_warp_sum(total);
         if (lane == 0) {
             b.most[g] = most;
             b.inv [g] = total > 0.0f ? __fdiv_rn(1.0f, total) : 0.0f;
         }
+    }
+    __syncthreads();
+}
+
+// Step 1, cells [first, last): keys, and their histogram in b. row: the list's rows of TIP, whose ends have the span sums;
+// x [n_shared][x_stride], key: of the cells from `first` on; key may be x.
+static __device__ void fasa_select_keys(const fasa_select_args & a, fasa_select_block & b, const float * row, int token, int first, int last,
+        const float * x, int64_t x_stride, uint32_t * key) {
+    const int  lane = threadIdx.x % 32;
+    const bool mass = a.need > 0;
+    fasa_select_norms(a, b, row);
+    for (int i = threadIdx.x; i < BINS; i += N_THREAD) {
+        b.count[i] = 0;
+        b.mass [i] = 0;
     }
     __syncthreads();
 
@@ -149,17 +167,16 @@ template <bool MASS> static __device__ void fasa_select_keys(const fasa_select_a
             float score = 0.0f;
             bool  hidden = false;
 #pragma unroll 4
-            for (int g = 0; g < a.n_group; ++g) {
-                const float * x = tip + (int64_t) g*a.n_len;
-                const float v = x[j], d = x[a.n_kv + j/FASA_SPAN] - b.most[g];
+            for (int g = 0; g < a.n_shared; ++g) {
+                const float v = x[g*x_stride + j - first], d = row[(int64_t) g*a.tip.n_len + a.tip.n_kv + j/FASA_SPAN] - b.most[g];
                 const float f = d > -FASA_SCORE_RANGE ? __fmul_rn(b.inv[g], __int_as_float((int(d) + FASA_SCORE_EXP + 127) << 23)) : 0.0f;
                 score  = __fmaf_rn(v, f, score);
                 hidden = hidden || v < 0.0f;
             }
             const uint32_t k = hidden ? FASA_KEY_HIDDEN : __float_as_uint(score) + 1;
-            key[j] = k;
+            key[j - first] = k;
             bin = hidden ? -1 : fasa_bin(k);
-            if (MASS && bin >= 0) {
+            if (mass && bin >= 0) {
                 const fasa_u64 share = fasa_key_share(k);
                 if (share > 0) {
                     atomicAdd(&b.mass[bin], share);
@@ -177,12 +194,12 @@ template <bool MASS> static __device__ void fasa_select_keys(const fasa_select_a
 
     for (int i = threadIdx.x; i < a.n_forced; i += N_THREAD) {
         const int cell = a.forced[token*a.n_forced + i];
-        if (cell >= first && cell < last && key[cell] != FASA_KEY_HIDDEN) {
-            const uint32_t k = atomicExch(&key[cell], FASA_KEY_FORCED);
+        if (cell >= first && cell < last && key[cell - first] != FASA_KEY_HIDDEN) {
+            const uint32_t k = atomicExch(&key[cell - first], FASA_KEY_FORCED);
             if (k != FASA_KEY_FORCED) { // a cell may be named twice
                 atomicSub(&b.count[fasa_bin(k)], 1);
                 atomicAdd(&b.count[BINS - 1], 1);
-                if (MASS) {
+                if (mass) {
                     atomicAdd(&b.mass[fasa_bin(k)], 0 - fasa_key_share(k));
                     atomicAdd(&b.mass[BINS - 1], fasa_key_share(k));
                 }
@@ -193,7 +210,8 @@ template <bool MASS> static __device__ void fasa_select_keys(const fasa_select_a
 }
 
 // Step 2: the edge, from the row's histogram. Also returns the number of visible cells.
-template <bool MASS> static __device__ uint32_t fasa_select_edge(const fasa_select_args & a, fasa_select_block & b, const fasa_work::slot & slot) {
+static __device__ uint32_t fasa_select_edge(const fasa_select_args & a, fasa_select_block & b, const fasa_work::slot & slot) {
+    const bool by_need = a.need > 0;
     constexpr int MINE = BINS/N_THREAD;
     const int top = BINS - 1 - MINE*threadIdx.x; // a thread has bins top, top - 1, ...
 
@@ -203,11 +221,11 @@ template <bool MASS> static __device__ uint32_t fasa_select_edge(const fasa_sele
     for (int i = 0; i < MINE; ++i) {
         count[i] = __ldcg(&slot.count[top - i]);
         n_mine  += count[i];
-        mass[i]  = MASS ? __ldcg(&slot.mass[top - i]) : 0;
+        mass[i]  = by_need ? __ldcg(&slot.mass[top - i]) : 0;
         mass_mine += mass[i];
     }
     const uint32_t n_before = fasa_block_scan(n_mine, b.scan, n_visible);
-    if (MASS) {
+    if (by_need) {
         mass_before = fasa_block_scan(mass_mine, b.scan_mass, mass_all);
     }
     __shared__ uint32_t n_forced;
@@ -219,7 +237,7 @@ template <bool MASS> static __device__ uint32_t fasa_select_edge(const fasa_sele
     __syncthreads();
 
     const auto at_most = [&](uint32_t n) { return min(max(n, n_forced), n_visible); };
-    if (MASS) {
+    if (by_need) {
         fasa_u64 held = mass_before;
         uint32_t n    = n_before;
         for (int i = 0; i < MINE; ++i) {
@@ -275,14 +293,14 @@ static __device__ void fasa_select_last(const fasa_select_args & a, fasa_select_
         if (threadIdx.x == 0) {
             prefix = 0, above = b.before, held = b.held;
         }
-        for (int shift = 21, bits = 11; shift >= 0; bits = 10 + (shift == 10), shift -= bits) { // 11, 11 and 10 bits
+        for (int shift = 21; shift >= 0; shift -= shift == 21 ? 11 : 10) { // 11, 11 and 10 bits
             const int keep = shift + (shift == 0 ? 10 : 11);
             __syncthreads();
             for (int i = threadIdx.x; i < BINS; i += N_THREAD) {
                 b.count[i] = 0, b.mass[i] = 0;
             }
             __syncthreads();
-            for (int j = threadIdx.x; j < a.n_kv; j += N_THREAD) {
+            for (int j = threadIdx.x; j < a.tip.n_kv; j += N_THREAD) {
                 const uint32_t k = __ldcg(&key[j]);
                 if (k >= low && k <= high && (keep == 32 || k >> keep == prefix)) {
                     atomicAdd(&b.count[k >> shift & (BINS - 1) & ((1u << (keep - shift)) - 1)], 1);
@@ -313,9 +331,9 @@ static __device__ void fasa_select_last(const fasa_select_args & a, fasa_select_
     }
     // the cell where the equal ones end
     uint32_t n = above;
-    for (int j0 = 0; j0 < a.n_kv && n < b.n; j0 += N_THREAD) {
+    for (int j0 = 0; j0 < a.tip.n_kv && n < b.n; j0 += N_THREAD) {
         const int j = j0 + threadIdx.x;
-        const bool equal = j < a.n_kv && __ldcg(&key[j]) == prefix;
+        const bool equal = j < a.tip.n_kv && __ldcg(&key[j]) == prefix;
         uint32_t total;
         const uint32_t at = n + fasa_block_scan<uint32_t>(equal, b.scan, total);
         if (equal && at == b.n - 1) {
@@ -326,159 +344,251 @@ static __device__ void fasa_select_last(const fasa_select_args & a, fasa_select_
     __syncthreads();
 }
 
-template <bool MASS> static __global__ void __launch_bounds__(N_THREAD) fasa_select_kernel(const fasa_select_args a) {
-    extern __shared__ __align__(16) char smem[];
-    fasa_select_block & b = *(fasa_select_block *) smem;
+// Step 2b: cells of [first, last) that are surely taken are counted; those at the edge go to the slot, in any order. settled: the last
+// cell taken is known, so none is at the edge.
+static __device__ void fasa_select_hand_in(fasa_select_block & b, fasa_work::slot & slot, int part, int first, int last, const uint32_t * key,
+        uint32_t low, uint32_t high, bool settled) {
+    uint32_t * edge_key  = (uint32_t *) b.mass;
+    int32_t  * edge_cell = (int32_t  *) b.mass + EDGE;
+    uint32_t n_mine = 0, n_part = 0;
+    if (threadIdx.x == 0) {
+        b.n_edge_mine = 0;
+    }
+    __syncthreads();
+    for (int j = first + threadIdx.x; j < last; j += N_THREAD) {
+        const uint32_t k = key[j - first];
+        if (settled ? k > b.last_key || (k == b.last_key && j <= b.last_cell) : k >= high) {
+            n_mine++;
+        } else if (!settled && k >= low) {
+            const uint32_t at = atomicAdd(&b.n_edge_mine, 1);
+            edge_key[at] = k, edge_cell[at] = j;
+        }
+    }
+    fasa_block_scan(n_mine, b.scan, n_part);
+    if (threadIdx.x == 0) {
+        slot.part[part] = n_part;
+        b.edge_base = b.n_edge_mine > 0 ? atomicAdd(&slot.n_edge, b.n_edge_mine) : 0;
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < (int) b.n_edge_mine; i += N_THREAD) {
+        slot.edge_key[b.edge_base + i] = edge_key[i], slot.edge_cell[b.edge_base + i] = edge_cell[i];
+    }
+}
 
-    const int part = blockIdx.x, first = part*a.part_cells, last = min(a.n_kv, first + a.part_cells);
-    auto & slot = a.work->slots[blockIdx.y];
-    for (int row = blockIdx.y; row < a.n_row; row += gridDim.y) {
-        uint32_t * key = a.key + (int64_t) row*a.n_kv;
-        fasa_select_keys<MASS>(a, b, row, first, last, key);
-        for (int i = threadIdx.x; i < BINS; i += N_THREAD) {
-            if (b.count[i] > 0) {
-                atomicAdd(&slot.count[i], b.count[i]);
-            }
-            if (MASS && b.mass[i] > 0) {
-                atomicAdd((fasa_u64 *) &slot.mass[i], b.mass[i]);
+// Step 3a: ranks the n_edge cells of the edge by key, then cell: sets the last one taken (and with a target mass the count).
+// Returns how many of them are taken in the parts before `first`.
+static __device__ uint32_t fasa_select_rank(const fasa_select_args & a, fasa_select_block & b, const fasa_work::slot & slot, int n_edge, int first) {
+    uint32_t * edge_key  = (uint32_t *) b.mass;
+    int32_t  * edge_cell = (int32_t  *) b.mass + EDGE;
+    for (int i = threadIdx.x; i < n_edge; i += N_THREAD) {
+        edge_key[i] = __ldcg(&slot.edge_key[i]), edge_cell[i] = __ldcg(&slot.edge_cell[i]);
+    }
+    int team = 1; // threads that rank a cell together
+    while (team < 32 && n_edge*team*2 <= N_THREAD) {
+        team *= 2;
+    }
+    __syncthreads();
+    const int mine = threadIdx.x/team, step = N_THREAD/team;
+    uint32_t rank[EDGE/N_THREAD] = {}, n_reached = 0, n_before = 0, n_all;
+#pragma unroll
+    for (int r = 0; r < EDGE/N_THREAD; ++r) {
+        const int i = mine + r*step;
+        if (r > 0 && team > 1) {
+            break;
+        }
+        const uint32_t k = i < n_edge ? edge_key[i] : 0;
+        const int32_t  c = i < n_edge ? edge_cell[i] : 0;
+        fasa_u64 held = 0;
+        for (int j = threadIdx.x%team; j < n_edge; j += team) {
+            const uint32_t other = edge_key[j];
+            if (other > k || (other == k && edge_cell[j] < c)) {
+                rank[r]++;
+                held += b.by_mass ? fasa_key_share(other) : 0;
             }
         }
-        fasa_row_barrier(slot, a.n_part);
-
-        const uint32_t n_visible = fasa_select_edge<MASS>(a, b, slot);
-        const int      n_edge    = b.bin < 0 ? 0 : __ldcg(&slot.count[b.bin]);
-        const bool     whole     = b.bin < 0 || (!b.by_mass && n_edge == b.n - b.before); // all of the edge's cells are taken
-        const bool     crowded   = !whole && n_edge > EDGE;
-        const uint32_t low       = b.bin < 0 ? FASA_KEY_HIDDEN + 1 : fasa_bin_first(b.bin);
-        const uint32_t high      = whole ? low : b.bin == BINS - 1 ? UINT32_MAX : fasa_bin_first(b.bin + 1); // keys from here on are taken
+        for (int half = team/2; half > 0; half /= 2) {
+            rank[r] += __shfl_xor_sync(0xffffffff, rank[r], half);
+            held    += __shfl_xor_sync(0xffffffff, held, half);
+        }
+        n_reached += i < n_edge && threadIdx.x%team == 0 && b.held + held < a.need;
+    }
+    if (b.by_mass) { // taken while the mass is not reached
+        fasa_block_scan(n_reached, b.scan, n_all);
         if (threadIdx.x == 0) {
-            b.last_key = low, b.last_cell = INT_MAX;
-        }
-        if (crowded) {
-            if (part == 0) {
-                fasa_select_last(a, b, key);
-                if (threadIdx.x == 0) {
-                    slot.result_key = b.last_key, slot.result_cell = b.last_cell, slot.result_n = b.n;
-                }
-            }
-            fasa_row_barrier(slot, a.n_part);
-            if (threadIdx.x == 0) {
-                b.last_key = __ldcg(&slot.result_key), b.last_cell = __ldcg(&slot.result_cell), b.n = __ldcg(&slot.result_n);
-            }
+            b.n = min(b.n_cap, max(b.n_floor, b.before + n_all));
         }
         __syncthreads();
-
-        // cells of this part that are surely taken, and those at the edge
-        uint32_t n_mine = 0, n_part = 0;
-        for (int j = first + threadIdx.x; j < last; j += N_THREAD) {
-            const uint32_t k = key[j];
-            if (crowded ? k > b.last_key || (k == b.last_key && j <= b.last_cell) : k >= high) {
-                n_mine++;
-            } else if (!crowded && !whole && k >= low) {
-                const uint32_t at = atomicAdd(&slot.n_edge, 1);
-                slot.edge_key[at] = k, slot.edge_cell[at] = j;
-            }
-        }
-        fasa_block_scan(n_mine, b.scan, n_part);
-        if (threadIdx.x == 0) {
-            slot.part[part] = n_part;
-        }
-        fasa_row_barrier(slot, a.n_part);
-
-        // the slot's histogram was read by all: leave it empty
-        for (int i = part*N_THREAD + threadIdx.x; i < BINS; i += a.n_part*N_THREAD) {
-            slot.count[i] = 0, slot.mass[i] = 0;
-        }
-        uint32_t offset = 0;
-        for (int p = 0; p < part; ++p) {
-            offset += __ldcg(&slot.part[p]);
-        }
-        if (!whole && !crowded) {
-            uint32_t * edge_key  = b.count;
-            int32_t  * edge_cell = (int32_t *) b.count + EDGE;
-            for (int i = threadIdx.x; i < n_edge; i += N_THREAD) {
-                edge_key[i] = __ldcg(&slot.edge_key[i]), edge_cell[i] = __ldcg(&slot.edge_cell[i]);
-            }
-            __syncthreads();
-            uint32_t rank[EDGE/N_THREAD], n_reached = 0, n_all;
+    }
 #pragma unroll
-            for (int r = 0; r < EDGE/N_THREAD; ++r) {
-                const int i = threadIdx.x + r*N_THREAD;
-                rank[r] = 0;
-                if (i < n_edge) {
-                    fasa_u64 held = b.held;
-                    for (int j = 0; j < n_edge; ++j) {
-                        if (edge_key[j] > edge_key[i] || (edge_key[j] == edge_key[i] && edge_cell[j] < edge_cell[i])) {
-                            rank[r]++;
-                            if (MASS) {
-                                held += fasa_key_share(edge_key[j]);
-                            }
-                        }
-                    }
-                    n_reached += held < a.need;
-                }
+    for (int r = 0; r < EDGE/N_THREAD; ++r) {
+        const int i = mine + r*step;
+        if (i < n_edge && threadIdx.x%team == 0 && (r == 0 || team == 1)) {
+            n_before += rank[r] < b.n - b.before && edge_cell[i] < first;
+            if (rank[r] == b.n - b.before - 1) {
+                b.last_key = edge_key[i], b.last_cell = edge_cell[i];
             }
-            if (MASS && b.by_mass) { // taken while the mass is not reached
-                fasa_block_scan(n_reached, b.scan, n_all);
-                if (threadIdx.x == 0) {
-                    b.n = min(b.n_cap, max(b.n_floor, b.before + n_all));
-                }
-                __syncthreads();
-            }
-            uint32_t n_before = 0;
-#pragma unroll
-            for (int r = 0; r < EDGE/N_THREAD; ++r) {
-                const int i = threadIdx.x + r*N_THREAD;
-                if (i < n_edge) {
-                    n_before += rank[r] < b.n - b.before && edge_cell[i] < first;
-                    if (rank[r] == b.n - b.before - 1) {
-                        b.last_key = edge_key[i], b.last_cell = edge_cell[i];
-                    }
-                }
-            }
-            fasa_block_scan(n_before, b.scan, n_all);
-            offset += n_all;
-            __syncthreads();
         }
+    }
+    fasa_block_scan(n_before, b.scan, n_all);
+    __syncthreads();
+    return n_all;
+}
 
-        // the list; a thread writes the cells of a range, so that it comes out ascending
-        int32_t * list = a.dst + (int64_t) row*a.n_list_len;
-        const int each = (last - first + N_THREAD - 1)/N_THREAD, from = min(last, first + (int) threadIdx.x*each), to = min(last, from + each);
-        const auto taken = [&](int j) { return key[j] > b.last_key || (key[j] == b.last_key && j <= b.last_cell); };
-        uint32_t n_taken = 0, n_total;
-        for (int j = from; j < to; ++j) {
-            n_taken += taken(j);
-        }
-        int32_t * out = list + 1 + offset + fasa_block_scan(n_taken, b.scan, n_total);
-        for (int j = from; j < to; ++j) {
-            if (taken(j)) {
-                *out++ = j;
-            }
-        }
-        if (part == 0 && threadIdx.x == 0) {
-            list[0] = b.n;
-            slot.n_edge = 0;
-            auto * c = (fasa_u64 *) a.work->counter;
-            atomicAdd(&c[fasa_work::ROWS_ATTENDED], (fasa_u64) b.n);
-            atomicAdd(&c[fasa_work::ROWS_VISIBLE],  (fasa_u64) n_visible);
-            atomicAdd(&c[fasa_work::LISTS], 1ull);
-        }
-        if (row + (int) gridDim.y < a.n_row) {
-            fasa_row_barrier(slot, a.n_part); // the slot is used again
+// Step 3b: the cells of [first, last) that are taken, ascending; a thread writes those of a range of its own
+static __device__ void fasa_select_write(fasa_select_block & b, int first, int last, const uint32_t * key, int32_t * out) {
+    const int each = (last - first + N_THREAD - 1)/N_THREAD, from = min(last, first + (int) threadIdx.x*each), to = min(last, from + each);
+    const auto taken = [&](int j) { return key[j - first] > b.last_key || (key[j - first] == b.last_key && j <= b.last_cell); };
+    uint32_t n_taken = 0, n_total;
+    for (int j = from; j < to; ++j) {
+        n_taken += taken(j);
+    }
+    out += fasa_block_scan(n_taken, b.scan, n_total);
+    for (int j = from; n_taken > 0 && j < to; ++j) {
+        if (taken(j)) {
+            *out++ = j;
         }
     }
 }
 
-template <bool MASS> static void fasa_select_launch(ggml_backend_cuda_context & ctx, fasa_select_args & a) {
+// Steps 1 to 3 of one row
+static __device__ void fasa_select_row(const fasa_select_args & a, fasa_select_block & b, fasa_work::slot & slot, uint32_t & generation, int row,
+        int part, int first, int last, const float * tip, const float * x, int64_t x_stride, uint32_t * key) {
+    fasa_select_keys(a, b, tip, row/a.n_list, first, last, x, x_stride, key);
+    for (int i = threadIdx.x; i < BINS; i += N_THREAD) {
+        if (b.count[i] > 0) {
+            atomicAdd(&slot.count[i], b.count[i]);
+        }
+        if (a.need > 0 && b.mass[i] > 0) {
+            atomicAdd((fasa_u64 *) &slot.mass[i], b.mass[i]);
+        }
+    }
+    fasa_row_barrier(slot, a.n_part, generation);
+
+    const uint32_t n_visible = fasa_select_edge(a, b, slot);
+    const int      n_edge    = b.bin < 0 ? 0 : __ldcg(&slot.count[b.bin]);
+    const bool     whole     = b.bin < 0 || (!b.by_mass && n_edge == b.n - b.before); // all of the edge's cells are taken
+    const bool     crowded   = !whole && n_edge > EDGE;
+    const uint32_t low       = b.bin < 0 ? FASA_KEY_HIDDEN + 1 : fasa_bin_first(b.bin);
+    const uint32_t high      = whole ? low : b.bin == BINS - 1 ? UINT32_MAX : fasa_bin_first(b.bin + 1); // keys from here on are taken
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        b.last_key = low, b.last_cell = INT_MAX;
+    }
+    if (crowded) {
+        uint32_t * all = a.key + (int64_t) row*a.tip.n_kv;
+        for (int j = first + threadIdx.x; all + first != key && j < last; j += N_THREAD) {
+            all[j] = key[j - first];
+        }
+        fasa_row_barrier(slot, a.n_part, generation);
+        if (part == 0) {
+            fasa_select_last(a, b, all);
+            if (threadIdx.x == 0) {
+                slot.result_key = b.last_key, slot.result_cell = b.last_cell, slot.result_n = b.n;
+            }
+        }
+        fasa_row_barrier(slot, a.n_part, generation);
+        if (threadIdx.x == 0) {
+            b.last_key = __ldcg(&slot.result_key), b.last_cell = __ldcg(&slot.result_cell), b.n = __ldcg(&slot.result_n);
+        }
+    }
+    __syncthreads();
+    fasa_select_hand_in(b, slot, part, first, last, key, low, high, crowded || whole);
+    fasa_row_barrier(slot, a.n_part, generation);
+
+    for (int i = part*N_THREAD + threadIdx.x; i < BINS; i += a.n_part*N_THREAD) {
+        slot.count[i] = 0, slot.mass[i] = 0; // read by all: left empty
+    }
+    uint32_t offset = 0;
+#pragma unroll 8
+    for (int p = 0; p < part; ++p) {
+        offset += __ldcg(&slot.part[p]);
+    }
+    if (!whole && !crowded) {
+        offset += fasa_select_rank(a, b, slot, n_edge, first);
+    }
+    int32_t * list = a.dst + (int64_t) row*a.n_list_len;
+    fasa_select_write(b, first, last, key, list + 1 + offset);
+    if (part == 0 && threadIdx.x == 0) {
+        list[0] = b.n;
+        slot.n_edge = 0;
+        auto * c = (fasa_u64 *) a.work->counter;
+        atomicAdd(&c[fasa_work::ROWS_ATTENDED], (fasa_u64) b.n);
+        atomicAdd(&c[fasa_work::ROWS_VISIBLE],  (fasa_u64) n_visible);
+        atomicAdd(&c[fasa_work::LISTS], 1ull);
+    }
+}
+
+template <int K_DOM, int M, int GROUPS>
+static __global__ void __launch_bounds__(N_THREAD, M > 4 ? 1 : 2) fasa_select_kernel(const fasa_select_args a) {
+    extern __shared__ __align__(16) char smem[];
+    fasa_select_block & b = *(fasa_select_block *) smem;
+    float * in_smem = (float *) (smem + sizeof(fasa_select_block)); // [n_shared][part_cells]; the first of them become keys
+
+    const int part = blockIdx.x, first = part*a.part_cells, last = min(a.tip.n_kv, first + a.part_cells);
+    auto & slot = a.work->slots[blockIdx.y];
+    uint32_t generation = a.n_part > 1 ? *(volatile uint32_t *) &slot.generation : 0;
+    for (int row = blockIdx.y; row < a.n_row; row += gridDim.y) {
+        const int token = row/a.n_list, head0 = row%a.n_list*a.n_shared;
+        float * tip = a.scores + ((int64_t) token*a.tip.n_head + head0)*a.tip.n_len;
+
+        float       * x        = a.in_smem ? in_smem : tip + first;
+        const int64_t x_stride = a.in_smem ? a.part_cells : a.tip.n_len;
+        uint32_t    * key      = a.in_smem ? (uint32_t *) in_smem : a.key + (int64_t) row*a.tip.n_kv + first;
+        if (!a.given) {
+            fasa_tip_spans<K_DOM, M, GROUPS>(a.tip, token, head0, a.n_shared, first, last, x, x_stride, tip, smem);
+            fasa_row_barrier(slot, a.n_part, generation);
+        }
+        fasa_select_row(a, b, slot, generation, row, part, first, last, tip, x, x_stride, key);
+        if (row + (int) gridDim.y < a.n_row) {
+            fasa_row_barrier(slot, a.n_part, generation); // the slot is used again
+        }
+    }
+}
+
+// How a row is divided: parts, and whether scores stay in shared memory. All blocks of the launch must run together.
+template <typename F> static size_t fasa_select_plan(F kernel, fasa_select_args & a, bool global_scores, int & slots) {
     const auto & info = ggml_cuda_info().devices[ggml_cuda_get_device()];
-    const auto kernel = fasa_select_kernel<MASS>;
-    int per_sm = 1;
-    CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, N_THREAD, sizeof(fasa_select_block)));
-    const int most  = info.nsm*per_sm; // blocks that run together
-    const int slots = std::min({ a.n_row, most, (int) fasa_work::SLOTS });
-    const int parts = info.supports_cooperative_launch ? std::min({ most/slots, (int) fasa_work::PARTS, (a.n_kv + 2*N_THREAD - 1)/(2*N_THREAD) }) : 1;
-    a.part_cells = (a.n_kv + parts - 1)/parts;
-    a.n_part     = (a.n_kv + a.part_cells - 1)/a.part_cells;
+    const auto together = [&](size_t smem) {
+        int per_sm = 0;
+        CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, N_THREAD, smem));
+        return per_sm*info.nsm;
+    };
+    const size_t base  = sizeof(fasa_select_block);
+    const int    spans = std::max(1, a.tip.n_span), wide = (spans + N_THREAD/32 - 1)/(N_THREAD/32); // a span for every warp
+    const int    most  = together(base);
+    slots = std::min({ a.n_row, most, (int) fasa_work::SLOTS });
+    const auto divide = [&](int parts) {
+        a.part_cells = (spans + parts - 1)/parts*FASA_SPAN;
+        a.n_part     = (spans*FASA_SPAN + a.part_cells - 1)/a.part_cells;
+    };
+    const int parts = info.supports_cooperative_launch ? std::max(1, std::min({ most/slots, (int) fasa_work::PARTS, wide })) : 1;
+    for (int p = parts; p > 0 && !global_scores; --p) {
+        divide(p);
+        const size_t smem = base + (size_t) a.n_shared*a.part_cells*sizeof(float);
+        if (smem <= info.smpbo && together(smem) >= a.n_part*slots) {
+            a.in_smem = true;
+            return smem;
+        }
+        if (smem > info.smpbo) {
+            break; // fewer parts need more
+        }
+    }
+    a.in_smem = false;
+    divide(parts);
+    return base;
+}
+
+template <int K_DOM, int M, int GROUPS> static void fasa_select_launch(ggml_backend_cuda_context & ctx, fasa_select_args & a, bool keep_scores) {
+    const auto kernel = fasa_select_kernel<K_DOM, M, GROUPS>;
+    static std::atomic<uint32_t> known{0}; // devices whose limit was raised
+    const int device = ggml_cuda_get_device();
+    if (!(known & 1u << device)) {
+        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ggml_cuda_info().devices[device].smpbo));
+        known |= 1u << device;
+    }
+    GGML_ASSERT((fasa_tip_smem<K_DOM, M>(a.tip.n_dom, a.tip.d, N_THREAD/32) <= offsetof(fasa_select_block, most)));
+    int slots = 1;
+    const size_t smem = fasa_select_plan(kernel, a, keep_scores || a.given, slots);
 
     cudaLaunchAttribute together = {};
     together.id = cudaLaunchAttributeCooperative;
@@ -486,38 +596,57 @@ template <bool MASS> static void fasa_select_launch(ggml_backend_cuda_context & 
     cudaLaunchConfig_t config = {};
     config.gridDim  = dim3(a.n_part, slots);
     config.blockDim = dim3(N_THREAD);
-    config.dynamicSmemBytes = sizeof(fasa_select_block);
+    config.dynamicSmemBytes = smem;
     config.stream   = ctx.stream();
     config.attrs    = &together;
     config.numAttrs = a.n_part > 1 ? 1 : 0;
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a));
 }
 
+template <int K_DOM, int M> static void fasa_select_groups(ggml_backend_cuda_context & ctx, fasa_select_args & a, bool keep_scores) {
+    const int groups = K_DOM == FASA_K_DOM_Q4 ? a.tip.n_dom/FASA_GROUP : 0;
+    switch (groups) {
+        case 3:  fasa_select_launch<K_DOM, M, K_DOM == FASA_K_DOM_Q4 ? 3 : 0>(ctx, a, keep_scores); break;
+        case 4:  fasa_select_launch<K_DOM, M, K_DOM == FASA_K_DOM_Q4 ? 4 : 0>(ctx, a, keep_scores); break;
+        case 6:  fasa_select_launch<K_DOM, M, K_DOM == FASA_K_DOM_Q4 ? 6 : 0>(ctx, a, keep_scores); break;
+        default: fasa_select_launch<K_DOM, M, 0>(ctx, a, keep_scores); break;
+    }
+}
+
+template <int K_DOM> static void fasa_select_heads(ggml_backend_cuda_context & ctx, fasa_select_args & a, bool keep_scores) {
+    if (a.n_shared <= 2) {
+        fasa_select_groups<K_DOM, 2>(ctx, a, keep_scores);
+    } else if (a.n_shared <= 4) {
+        fasa_select_groups<K_DOM, 4>(ctx, a, keep_scores);
+    } else {
+        fasa_select_groups<K_DOM, 8>(ctx, a, keep_scores);
+    }
+}
+
 void fasa_cuda_select(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p) {
     const ggml_tensor * tip = dst->src[0], * forced = dst->src[1], * work = dst->src[2];
     fasa_select_args a = {};
-    a.tip    = (const float *) tip->data;
-    a.forced = (const int32_t *) forced->data;
-    a.dst    = (int32_t *) dst->data;
-    a.work   = (fasa_work *) work->data;
+    a.tip      = fasa_tip_args_make(tip);
+    a.scores   = (float *) tip->data;
+    a.forced   = (const int32_t *) forced->data;
+    a.dst      = (int32_t *) dst->data;
+    a.work     = (fasa_work *) work->data;
     a.n_row    = ggml_nrows(dst);
-    a.n_kv     = fasa_tip_n_kv(tip);
-    a.n_span   = fasa_n_span(a.n_kv);
-    a.n_len    = tip->ne[0];
-    a.n_head   = tip->ne[1];
     a.n_list   = dst->ne[1];
-    a.n_group  = a.n_head/a.n_list;
+    a.n_shared = a.tip.n_head/a.n_list;
     a.n_forced = forced->ne[0];
     a.n_list_len = dst->ne[0];
+    a.given  = p.device & FASA_SCORES_GIVEN;
     a.budget = p.budget;
     a.floor  = p.floor;
     a.cap    = p.cap;
-    a.need   = fasa_mass_need(p.mass, a.n_group);
-    ggml_cuda_pool_alloc<uint32_t> key(ctx.pool(), (size_t) a.n_row*a.n_kv);
+    a.need   = p.mass > 0 ? std::max<uint64_t>(1, fasa_mass_need(p.mass, a.n_shared)) : 0;
+    ggml_cuda_pool_alloc<uint32_t> key(ctx.pool(), (size_t) a.n_row*a.tip.n_kv);
     a.key = key.get();
-    if (p.mass > 0) {
-        fasa_select_launch<true>(ctx, a);
-    } else {
-        fasa_select_launch<false>(ctx, a);
+    const bool keep_scores = p.device & FASA_SCORES_KEPT;
+    switch (fasa_op_get(tip)->k_dom) {
+        case FASA_K_DOM_F16: fasa_select_heads<FASA_K_DOM_F16>(ctx, a, keep_scores); break;
+        case FASA_K_DOM_Q8:  fasa_select_heads<FASA_K_DOM_Q8> (ctx, a, keep_scores); break;
+        default:             fasa_select_heads<FASA_K_DOM_Q4> (ctx, a, keep_scores); break;
     }
 }

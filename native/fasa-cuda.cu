@@ -33,7 +33,7 @@ const char * fasa_cuda_dense_reason(ggml_backend_dev_t dev, const fasa_layer_sha
 
 bool fasa_cuda_supported(int device, const ggml_tensor * op) {
     const fasa_op_params * p = fasa_op_get(op);
-    if (p == nullptr || p->kind == FASA_OP_OBSERVE || !p->on_device) {
+    if (p == nullptr || p->kind == FASA_OP_OBSERVE || !p->device) {
         return false;
     }
     const ggml_tensor * select = p->kind == FASA_OP_FAC ? op->src[0] : p->kind == FASA_OP_SELECT ? op : nullptr;
@@ -49,7 +49,7 @@ bool fasa_cuda_supported(int device, const ggml_tensor * op) {
 bool fasa_cuda_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const fasa_op_params * p = fasa_op_get(dst);
     switch (p ? p->kind : 0) {
-        case FASA_OP_TIP:    fasa_cuda_tip   (ctx, dst, *p); return true;
+        case FASA_OP_TIP:    return true; // SELECT does it
         case FASA_OP_SELECT: fasa_cuda_select(ctx, dst, *p); return true;
         case FASA_OP_FAC:    fasa_cuda_fac   (ctx, dst, *p); return true;
         default:             return false;

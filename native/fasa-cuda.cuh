@@ -1,7 +1,7 @@
 #pragma once
 
 // FASA on CUDA. ggml-cuda.cu calls the two functions below, and hands out fasa_cuda_dense_reason by name; the kernels are in
-// fasa-cuda-tip.cu, fasa-cuda-select.cu and fasa-cuda-fac.cu. Definition of every step: fasa_gguf/reference.py.
+// fasa-cuda-select.cu (TIP and SELECT) and fasa-cuda-fac.cu. Definition of every step: fasa_gguf/reference.py.
 
 #include "fasa-ops.h"
 
@@ -13,7 +13,6 @@ bool fasa_cuda_supported(int device, const ggml_tensor * op);
 // run it; false: not a node of ours
 bool fasa_cuda_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
-void fasa_cuda_tip   (ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
 void fasa_cuda_select(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
 void fasa_cuda_fac   (ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
 

@@ -68,14 +68,14 @@ struct fasa_op_run_graph {
     fasa_layer_op           op = {};
     fasa_layer_nodes        nodes;
 
-    int init(const fasa_op_case & c, const char * name, ggml_type type_k, ggml_type type_v);
+    int init(const fasa_op_case & c, const char * name, int scores, ggml_type type_k, ggml_type type_v);
     int compute(std::initializer_list<ggml_tensor *> steps);
 
 private:
     void set_inputs(const fasa_op_case & c);
 };
 
-int fasa_op_run_graph::init(const fasa_op_case & c, const char * name, ggml_type type_k, ggml_type type_v) {
+int fasa_op_run_graph::init(const fasa_op_case & c, const char * name, int scores, ggml_type type_k, ggml_type type_v) {
     backend.reset(ggml_backend_init_by_name(name, nullptr));
     if (!backend) {
         return fasa_set_error("fasa_op_case: there is no backend %s", name);
@@ -86,7 +86,8 @@ int fasa_op_run_graph::init(const fasa_op_case & c, const char * name, ggml_type
     }
     ctx.reset(ggml_init({ 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
     fasa_op_tensors(c, type_k, type_v, ctx.get(), op);
-    op.work = on_cpu ? nullptr : ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, sizeof(fasa_work));
+    op.work   = on_cpu ? nullptr : ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, sizeof(fasa_work));
+    op.scores = scores;
     nodes = fasa_build_layer(ctx.get(), op, nullptr);
 
     for (ggml_tensor * t : { nodes.tip, nodes.select, nodes.fac }) {
@@ -168,14 +169,15 @@ int fasa_op_run(const fasa_op_case * c) {
     if (fasa_op_check(c, type_k, type_v) != 0) {
         return -1;
     }
+    const bool given = c->tip_backend && strcmp(c->tip_backend, c->backend) != 0;
     fasa_op_run_graph run, tip_run;
-    if (run.init(*c, c->backend, type_k, type_v) != 0) {
+    if (run.init(*c, c->backend, given ? FASA_SCORES_GIVEN : FASA_SCORES_KEPT, type_k, type_v) != 0) {
         return -1;
     }
     const auto [tip, select, fac] = run.nodes;
     std::vector<float> scores(ggml_nelements(tip));
-    if (c->tip_backend && strcmp(c->tip_backend, c->backend) != 0) {
-        if (tip_run.init(*c, c->tip_backend, type_k, type_v) != 0 || tip_run.compute({ tip_run.nodes.tip }) != 0) {
+    if (given) {
+        if (tip_run.init(*c, c->tip_backend, FASA_SCORES_KEPT, type_k, type_v) != 0 || tip_run.compute({ tip_run.nodes.tip }) != 0) {
             return -1;
         }
         ggml_backend_tensor_get(tip_run.nodes.tip, scores.data(), 0, ggml_nbytes(tip));
@@ -210,7 +212,7 @@ int fasa_op_run(const fasa_op_case * c) {
 
 // ---- time ----
 
-static constexpr int64_t FASA_TIME_CELLS = 1024; // that the caller gives
+static constexpr int64_t FASA_TIME_CELLS = 16384; // that the caller gives
 
 // rows of a cache tensor from those given, every FASA_TIME_CELLS cells from another row on
 static void fasa_op_time_fill(ggml_tensor * t, const std::vector<uint8_t> & rows, size_t seed) {
@@ -222,7 +224,7 @@ static void fasa_op_time_fill(ggml_tensor * t, const std::vector<uint8_t> & rows
     }
 }
 
-enum fasa_op_time_kind { FASA_TIME_DENSE, FASA_TIME_TIP, FASA_TIME_TIP_SELECT, FASA_TIME_FASA };
+enum fasa_op_time_kind { FASA_TIME_DENSE, FASA_TIME_SELECT, FASA_TIME_FASA };
 
 // seconds a layer of a graph of these ops, the fastest of n_rep; its nodes share memory as in a model's graph. -1: out of memory
 static double fasa_op_time_graph(ggml_backend_t backend, const std::vector<fasa_layer_op> & ops, fasa_op_time_kind kind, int n_rep) {
@@ -236,7 +238,7 @@ static double fasa_op_time_graph(ggml_backend_t backend, const std::vector<fasa_
                     ggml_permute(ctx.get(), op.k, 0, 2, 1, 3), ggml_permute(ctx.get(), op.v, 0, 2, 1, 3), op.mask, op.scale, 0.0f, op.soft_cap));
         } else {
             const auto nodes = fasa_build_layer(ctx.get(), op, nullptr);
-            ggml_build_forward_expand(graph, kind == FASA_TIME_TIP ? nodes.tip : kind == FASA_TIME_TIP_SELECT ? nodes.select : nodes.fac);
+            ggml_build_forward_expand(graph, kind == FASA_TIME_SELECT ? nodes.select : nodes.fac);
         }
     }
     ggml_gallocr_ptr alloc(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend)));
@@ -298,13 +300,12 @@ int fasa_op_time(const fasa_op_case * c, int32_t n_layer, int32_t n_rep, fasa_op
         set(ops[i].forced, c->forced);
         set(ops[i].ranges, all.data());
     }
-    fasa_op_time_graph(backend.get(), ops, FASA_TIME_TIP, 1); // derives the dominant keys
+    fasa_op_time_graph(backend.get(), ops, FASA_TIME_SELECT, 1); // derives the dominant keys
     for (auto & op : ops) {
         ggml_backend_tensor_memset(op.ranges, 0, 0, ggml_nbytes(op.ranges));
     }
-    times->dense      = fasa_op_time_graph(backend.get(), ops, FASA_TIME_DENSE,      n_rep);
-    times->tip        = fasa_op_time_graph(backend.get(), ops, FASA_TIME_TIP,        n_rep);
-    times->tip_select = fasa_op_time_graph(backend.get(), ops, FASA_TIME_TIP_SELECT, n_rep);
-    times->fasa       = fasa_op_time_graph(backend.get(), ops, FASA_TIME_FASA,       n_rep);
-    return std::min({ times->dense, times->tip, times->tip_select, times->fasa }) < 0 ? fasa_set_error("fasa_op_time: out of memory") : 0;
+    times->dense  = fasa_op_time_graph(backend.get(), ops, FASA_TIME_DENSE,  n_rep);
+    times->select = fasa_op_time_graph(backend.get(), ops, FASA_TIME_SELECT, n_rep);
+    times->fasa   = fasa_op_time_graph(backend.get(), ops, FASA_TIME_FASA,   n_rep);
+    return std::min({ times->dense, times->select, times->fasa }) < 0 ? fasa_set_error("fasa_op_time: out of memory") : 0;
 }

@@ -15,14 +15,14 @@ ggml_custom_op_t fasa_cpu_op_get(void) {
     return fun;
 }
 
-static fasa_op_params fasa_op_make(fasa_op_kind kind, void * userdata, bool on_device = false) {
+static fasa_op_params fasa_op_make(fasa_op_kind kind, void * userdata, int device = 0) {
     fasa_op_params p = {};
-    p.fun       = fasa_cpu_op_get();
-    p.n_tasks   = GGML_N_TASKS_MAX;
-    p.userdata  = userdata;
-    p.magic     = FASA_OP_MAGIC;
-    p.kind      = kind;
-    p.on_device = on_device;
+    p.fun      = fasa_cpu_op_get();
+    p.n_tasks  = GGML_N_TASKS_MAX;
+    p.userdata = userdata;
+    p.magic    = FASA_OP_MAGIC;
+    p.kind     = kind;
+    p.device   = device;
     return p;
 }
 
@@ -36,13 +36,14 @@ fasa_layer_nodes fasa_build_layer(ggml_context * ctx, const fasa_layer_op & op, 
     const int64_t n_stream = op.k->ne[3];
     const int64_t n_head   = op.q->ne[1];
     const int64_t n_tps    = op.q->ne[2]/n_stream;
+    const int     device   = op.work ? FASA_ON_DEVICE | op.scores : 0;
 
     fasa_layer_nodes nodes;
     {
         ggml_tensor * src[] = { op.k_dom, op.k, op.ranges, op.q, op.dims, op.weight, op.mask };
         nodes.tip = ggml_custom_4d(ctx, GGML_TYPE_F32, fasa_tip_length(n_kv), n_head, n_tps, n_stream, src, 7, fasa_cpu_op_get(), GGML_N_TASKS_MAX, stats);
 
-        fasa_op_params p = fasa_op_make(FASA_OP_TIP, stats, op.work);
+        fasa_op_params p = fasa_op_make(FASA_OP_TIP, stats, device);
         p.scale      = op.scale;
         p.soft_cap   = op.soft_cap;
         p.k_dom      = op.k_dom_type;
@@ -56,7 +57,7 @@ fasa_layer_nodes fasa_build_layer(ggml_context * ctx, const fasa_layer_op & op, 
         ggml_tensor * src[] = { nodes.tip, op.forced, op.work };
         nodes.select = ggml_custom_4d(ctx, GGML_TYPE_I32, 1 + length, n_list, n_tps, n_stream, src, op.work ? 3 : 2, fasa_cpu_op_get(), GGML_N_TASKS_MAX, stats);
 
-        fasa_op_params p = fasa_op_make(FASA_OP_SELECT, stats, op.work);
+        fasa_op_params p = fasa_op_make(FASA_OP_SELECT, stats, device);
         p.budget = op.budget;
         p.mass   = op.params.mass;
         p.floor  = op.params.floor;
@@ -67,7 +68,7 @@ fasa_layer_nodes fasa_build_layer(ggml_context * ctx, const fasa_layer_op & op, 
         ggml_tensor * src[] = { nodes.select, op.q, op.k, op.v, op.mask, op.sinks };
         nodes.fac = ggml_custom_4d(ctx, GGML_TYPE_F32, op.v->ne[0], n_head, n_tps, n_stream, src, op.sinks ? 6 : 5, fasa_cpu_op_get(), GGML_N_TASKS_MAX, stats);
 
-        fasa_op_params p = fasa_op_make(FASA_OP_FAC, stats, op.work);
+        fasa_op_params p = fasa_op_make(FASA_OP_FAC, stats, device);
         p.scale    = op.scale;
         p.soft_cap = op.soft_cap;
         fasa_op_set(nodes.fac, p, "fasa_fac");

@@ -61,8 +61,11 @@ struct fasa_work {
         uint32_t edge_key [EDGE];
         int32_t  edge_cell[EDGE];
         uint32_t part[PARTS];
-        uint32_t n_edge, arrived, generation, result_key, result_n;
-        int32_t  result_cell, unused[2];
+        uint32_t result_key, result_n;
+        int32_t  result_cell, unused[29];
+        uint32_t n_edge,     unused_1[31]; // cache lines of their own: every block of a row is at them
+        uint32_t arrived,    unused_2[31];
+        uint32_t generation, unused_3[31];
     } slots[SLOTS];
 };
 
@@ -90,7 +93,7 @@ struct fasa_op_params {
     float            scale;
     float            soft_cap;
     int16_t          k_dom;      // enum fasa_k_dom_type; OBSERVE: the layer
-    int16_t          on_device;  // 1: its tensors lie on a device whose backend has kernels, 0: in host memory
+    int16_t          device;     // enum fasa_op_device; 0: in host memory
     int32_t          n_hadamard; // block of the rotation that q and k are stored under, 0: none
     uint32_t         budget;
     float            mass;
@@ -105,6 +108,13 @@ inline const fasa_op_params * fasa_op_get(const ggml_tensor * t) {
     return t->op == GGML_OP_CUSTOM && p->magic == FASA_OP_MAGIC ? p : nullptr;
 }
 
+// fasa_op_params::device. There SELECT runs TIP too, in one launch, and the TIP node need not hold the scores afterwards.
+enum fasa_op_device {
+    FASA_ON_DEVICE    = 1, // the tensors lie on a device whose backend has kernels
+    FASA_SCORES_KEPT  = 2, // the TIP node holds the scores afterwards, as on the CPU
+    FASA_SCORES_GIVEN = 4, // the TIP node holds scores already
+};
+
 // what the nodes of one layer are built from
 struct fasa_layer_op {
     ggml_tensor * q;       // f32 [d, n_head, n_tokens]
@@ -118,6 +128,7 @@ struct fasa_layer_op {
     ggml_tensor * ranges;  // i32 [2*FASA_MAX_RANGES, n_stream]
     ggml_tensor * forced;  // i32 [n_forced, n_tps, n_stream]
     ggml_tensor * work;    // i8  [sizeof(fasa_work)] on the layer's device; nullptr on the CPU
+    int32_t       scores = 0; // FASA_SCORES_KEPT or FASA_SCORES_GIVEN, on a device
     int32_t       k_dom_type;
     int32_t       n_hadamard;
     float         scale;

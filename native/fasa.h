@@ -180,14 +180,13 @@ typedef struct fasa_op_case {
 } fasa_op_case;
 FASA_API int fasa_op_run(const fasa_op_case * test);
 
-// Seconds of one layer's attention on the case's backend: dense flash attention, TIP, TIP + SELECT, and all three ops, each
-// timed as a graph of n_layer layers with caches of their own, n_rep times, the fastest. Values of k and v of the first 1,024
-// cells of the first stream are given, [1024, n_head_kv, n_embd_head]; the cache repeats them, each time from another row on.
+// Seconds of one layer's attention on the case's backend: dense flash attention, TIP and SELECT, and all three ops, each timed
+// as a graph of n_layer layers with caches of their own, n_rep times, the fastest. k and v of 16,384 cells are given,
+// [16384, n_head_kv, n_embd_head]; the caches repeat them, each time from another row on.
 typedef struct fasa_op_times {
     uint64_t size;
     double   dense;
-    double   tip;
-    double   tip_select;
+    double   select;
     double   fasa;
 } fasa_op_times;
 FASA_API int fasa_op_time(const fasa_op_case * test, int32_t n_layer, int32_t n_rep, fasa_op_times * times);

@@ -1,20 +1,16 @@
-// TIP: refreshes K_dom of the stale cells, then estimates the logits of every cell from it.
-//
-// A warp takes a span of FASA_SPAN cells of one KV head, lane = cell, eight tiles in a row; it scores the span for FASA_TIP
-// columns at once (a column is a query head of the group and a token), so K_dom is read once for all of them. No barrier: the
-// warp that refreshes a cell is the one that reads it.
+#pragma once
 
-#include "fasa-cuda.cuh"
+// TIP: refreshes K_dom of the stale cells, then estimates the logits of every cell from it, for the kernel in fasa-cuda-select.cu.
+//
+// A warp takes a span of FASA_SPAN cells of one KV head, lane = cell, tile after tile, and scores it for M query heads at once, so
+// K_dom is read once for all of them. No barrier: the warp that refreshes a cell is the one that reads it. (Lists of several
+// tokens share cells; each refreshes them for itself, with the same bytes.)
+
 #include "fasa-cuda-row.cuh"
+#include "fasa-ops.h"
 #include "fasa-select.h"
 
-static constexpr int N_WARP = 4;
-static constexpr int N_TILE = FASA_SPAN/FASA_TILE;
-
-static constexpr float LOG2E = 1.44269504f;
-
 struct fasa_tip_args {
-    float         * dst;                     // [n_len, n_head, n_tps, n_stream]
     char          * k_dom;                   // [block, n_tile, n_head_kv, n_stream]
     const char    * k;
     const int32_t * ranges;                  // [2*FASA_MAX_RANGES, n_stream]
@@ -54,13 +50,10 @@ static __device__ void fasa_hadamard(float * row, int d, int n_block) {
 template <int K_DOM> static __device__ void fasa_k_dom_write(int n_dom, const int32_t * dims, const float * row, char * block, int cell) {
     const int lane = threadIdx.x % 32;
     char * data = block + fasa_block_scales(K_DOM, n_dom);
-    if (K_DOM == FASA_K_DOM_F16) {
-        for (int i = lane; i < n_dom; i += 32) {
-            ((half *) data)[i*FASA_TILE + cell] = __float2half_rn(dims[i] < 0 ? 0.0f : row[dims[i]]);
-        }
-        return;
+    for (int i = lane; K_DOM == FASA_K_DOM_F16 && i < n_dom; i += 32) {
+        ((half *) data)[i*FASA_TILE + cell] = __float2half_rn(dims[i] < 0 ? 0.0f : row[dims[i]]);
     }
-    for (int g = lane; g < n_dom/FASA_GROUP; g += 32) {
+    for (int g = lane; K_DOM != FASA_K_DOM_F16 && g < n_dom/FASA_GROUP; g += 32) {
         float x[FASA_GROUP], most = 0.0f; // the value of largest magnitude, with its sign
 #pragma unroll
         for (int i = 0; i < FASA_GROUP; ++i) {
@@ -153,13 +146,10 @@ template <int K_DOM, int M> struct fasa_tip_query {
         }
         const int32_t * dims   = a.dims   + h*a.n_dom;
         const float   * weight = a.weight + h*a.n_dom;
-        if (K_DOM == FASA_K_DOM_F16) {
-            for (int i = lane; i < a.n_dom; i += 32) {
-                x[m*a.n_dom + i] = dims[i] < 0 ? 0.0f : row[dims[i]]*weight[i]*a.scale;
-            }
-            return;
+        for (int i = lane; K_DOM == FASA_K_DOM_F16 && i < a.n_dom; i += 32) {
+            x[m*a.n_dom + i] = dims[i] < 0 ? 0.0f : row[dims[i]]*weight[i]*a.scale;
         }
-        for (int g = lane; g < a.n_dom/FASA_GROUP; g += 32) {
+        for (int g = lane; K_DOM != FASA_K_DOM_F16 && g < a.n_dom/FASA_GROUP; g += 32) {
             float v[FASA_GROUP], most = 0.0f;
 #pragma unroll
             for (int i = 0; i < FASA_GROUP; ++i) {
@@ -184,7 +174,7 @@ template <int K_DOM, int M> struct fasa_tip_query {
     }
 };
 
-// logits [M] of one cell of a tile (lane = cell); GROUPS: all groups of a cell are asked for at once, 0: any number of them
+// logits [M] of one cell of a tile (lane = cell); GROUPS: number of groups of a cell, asked for at once; 0: any number of them
 template <int K_DOM, int M, int GROUPS>
 static __device__ __forceinline__ void fasa_tip_cell(const fasa_tip_query<K_DOM, M> & q, int n_dom, const char * block, float * out) {
     const int lane = threadIdx.x % 32, n_group = n_dom/FASA_GROUP;
@@ -253,145 +243,111 @@ static __device__ __forceinline__ void fasa_tip_cell(const fasa_tip_query<K_DOM,
     }
 }
 
+// TIP of one list: the spans of cells [first, last), for its n_shared query heads from head0 on. x [n_shared][x_stride]: exp(logit)/2^e
+// of every cell from `first` on, -1: hidden; tip: the row of head0 in the node's memory, whose end takes e and sum of every span.
+// smem: room for the queries and a row for every warp (fasa_tip_smem).
 template <int K_DOM, int M, int GROUPS>
-static __global__ void __launch_bounds__(32*N_WARP) fasa_tip_kernel(const fasa_tip_args a) {
-    extern __shared__ char smem[];
-    const int lane = threadIdx.x % 32, warp = threadIdx.x/32, h = blockIdx.y, s = blockIdx.z;
+static __device__ void fasa_tip_spans(const fasa_tip_args & a, int token, int head0, int n_shared, int first, int last, float * x, int64_t x_stride,
+        float * tip, char * smem) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x/32, n_warp = blockDim.x/32;
+    const int s = token/a.n_tps, t = token%a.n_tps, h = head0/a.n_group;
     fasa_tip_query<K_DOM, M> query(smem, a.n_dom);
     float * row = (float *) (smem + fasa_tip_query<K_DOM, M>::bytes(a.n_dom)) + warp*a.d;
 
-    const char * blocks = a.k_dom + s*a.k_dom_nb3 + h*a.k_dom_nb2;
-    const int n_col = a.n_tps*a.n_group;
-    for (int c0 = 0; c0 < n_col; c0 += M) {
+    char * blocks = a.k_dom + s*a.k_dom_nb3 + h*a.k_dom_nb2;
+    const half * mask = (const half *) (a.mask + s*a.mask_nb3 + t*a.mask_nb1);
+    for (int64_t i = (first/FASA_TILE)*a.k_dom_nb1 + threadIdx.x*128; i < (last + FASA_TILE - 1)/FASA_TILE*a.k_dom_nb1; i += blockDim.x*128) {
+        asm volatile("prefetch.global.L2 [%0];" :: "l"(blocks + i)); // while the queries are made ready
+    }
+    for (int g0 = 0; g0 < n_shared; g0 += M) {
         __syncthreads();
-        for (int m = warp; m < M; m += N_WARP) {
-            const int c = c0 + m;
-            query.set(a, m, h, c < n_col ? h*a.n_group + c%a.n_group : -1, s*a.n_tps + c/a.n_group, row);
+        for (int m = warp; m < M; m += n_warp) {
+            query.set(a, m, h, g0 + m < n_shared ? head0 + g0 + m : -1, token, row);
         }
         __syncthreads();
-        for (int span = blockIdx.x*N_WARP + warp; span < a.n_span; span += gridDim.x*N_WARP) {
-            const int first = span*FASA_SPAN, last = min(a.n_kv, first + FASA_SPAN);
-            if (c0 == 0) {
-                fasa_refresh<K_DOM>(a, h, s, first, last, row);
+        for (int span = first/FASA_SPAN + warp; span*FASA_SPAN < last; span += n_warp) {
+            const int from = span*FASA_SPAN, to = min(last, from + FASA_SPAN);
+            if (g0 == 0) {
+                fasa_refresh<K_DOM>(a, h, s, from, to, row);
             }
-            float x[N_TILE][M];
-#pragma unroll
-            for (int tile = 0; tile < N_TILE; ++tile) {
-                const int cell = first + tile*FASA_TILE;
-                if (cell < last) {
-                    fasa_tip_cell<K_DOM, M, GROUPS>(query, a.n_dom, blocks + cell/FASA_TILE*a.k_dom_nb1, x[tile]);
-                }
-            }
-            float hide[N_TILE]; // the mask of one token
+            float top[M];
 #pragma unroll
             for (int m = 0; m < M; ++m) {
-                const int c = c0 + m, t = c/a.n_group;
-                if (c >= n_col) {
-                    break;
-                }
-                if (m == 0 || c%a.n_group == 0) {
-                    const half * mask = (const half *) (a.mask + s*a.mask_nb3 + t*a.mask_nb1);
+                top[m] = -INFINITY;
+            }
+#pragma unroll 1
+            for (int tile = from; tile < to; tile += FASA_TILE) {
+                const int   cell = tile + lane;
+                const float hide = cell < to ? __half2float(mask[cell]) : -INFINITY;
+                float y[M];
+                fasa_tip_cell<K_DOM, M, GROUPS>(query, a.n_dom, blocks + tile/FASA_TILE*a.k_dom_nb1, y);
 #pragma unroll
-                    for (int tile = 0; tile < N_TILE; ++tile) {
-                        const int cell = first + tile*FASA_TILE + lane;
-                        hide[tile] = cell < last ? __half2float(mask[cell]) : -INFINITY;
+                for (int m = 0; m < M; ++m) {
+                    const float v = a.soft_cap > 0.0f ? fasa_soft_cap(y[m], a.soft_cap) : y[m];
+                    y[m]   = hide > -INFINITY ? v + hide : -INFINITY;
+                    top[m] = fmaxf(top[m], y[m]);
+                    if (cell < to && g0 + m < n_shared) {
+                        x[(g0 + m)*x_stride + cell - first] = y[m];
                     }
                 }
-                float top = -INFINITY;
+            }
 #pragma unroll
-                for (int tile = 0; tile < N_TILE; ++tile) {
-                    const float y = a.soft_cap > 0.0f ? fasa_soft_cap(x[tile][m], a.soft_cap) : x[tile][m];
-                    x[tile][m] = hide[tile] > -INFINITY ? y + hide[tile] : -INFINITY;
-                    top = fmaxf(top, x[tile][m]);
+            for (int m = 0; m < M; ++m) {
+                if (g0 + m >= n_shared) {
+                    break;
                 }
-                top = fasa_warp_max(top);
-                const float e = top == -INFINITY ? -INFINITY : rintf(top*LOG2E);
-
-                float * out = a.dst + ((int64_t) (s*a.n_tps + t)*a.n_head + h*a.n_group + c%a.n_group)*a.n_len;
+                const float most = fasa_warp_max(top[m]), e = most == -INFINITY ? -INFINITY : rintf(most*LOG2E);
                 float sum = 0.0f;
 #pragma unroll
-                for (int tile = 0; tile < N_TILE; ++tile) {
-                    const int cell = first + tile*FASA_TILE + lane;
-                    const float y = x[tile][m]*LOG2E - e, v = y > -FASA_SPAN_RANGE ? fasa_exp2(y) : 0.0f;
-                    sum += v; // 0 where the cell is hidden: -inf - e, or NaN
-                    if (cell < last) {
-                        out[cell] = hide[tile] > -INFINITY ? v : -1.0f;
+                for (int tile = 0; tile < FASA_SPAN; tile += FASA_TILE) {
+                    const int cell = from + tile + lane;
+                    if (cell < to) {
+                        float * at = &x[(g0 + m)*x_stride + cell - first];
+                        const float logit = *at, y = logit*LOG2E - e, v = y > -FASA_SPAN_RANGE ? fasa_exp2(y) : 0.0f;
+                        *at  = logit == -INFINITY ? -1.0f : v;
+                        sum += v; // 0 where the cell is hidden: -inf - e, or NaN
                     }
                 }
                 sum = fasa_warp_sum(sum);
                 if (lane == 0) {
-                    out[a.n_kv + span]            = e;
-                    out[a.n_kv + a.n_span + span] = sum;
+                    tip[(int64_t) (g0 + m)*a.n_len + a.n_kv + span]            = e;
+                    tip[(int64_t) (g0 + m)*a.n_len + a.n_kv + a.n_span + span] = sum;
                 }
             }
         }
     }
 }
 
-template <int K_DOM, int M, int GROUPS> static void fasa_tip_launch(const fasa_tip_args & a, int n_head_kv, int n_stream, cudaStream_t stream) {
-    const auto kernel = fasa_tip_kernel<K_DOM, M, GROUPS>;
-    const int  n_byte = fasa_tip_query<K_DOM, M>::bytes(a.n_dom) + N_WARP*a.d*sizeof(float);
-    int per_sm = 1;
-    CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, 32*N_WARP, n_byte));
-    const int n_sm = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm;
-    const int wide = std::max(1, n_sm*per_sm/(n_head_kv*n_stream)); // one wave; more spans than that go round again
-    const int n    = (a.n_span + N_WARP - 1)/N_WARP, turns = (n + wide - 1)/wide;
-    const dim3 grid((n + turns - 1)/turns, n_head_kv, n_stream);
-    kernel<<<grid, 32*N_WARP, n_byte, stream>>>(a);
-    CUDA_CHECK(cudaGetLastError());
+template <int K_DOM, int M> static size_t fasa_tip_smem(int n_dom, int d, int n_warp) {
+    return fasa_tip_query<K_DOM, M>::bytes(n_dom) + (size_t) n_warp*d*sizeof(float);
 }
 
-template <int K_DOM, int M> static void fasa_tip_groups(const fasa_tip_args & a, int n_head_kv, int n_stream, cudaStream_t stream) {
-    switch (a.n_dom/FASA_GROUP) {
-        case 3:  fasa_tip_launch<K_DOM, M, 3>(a, n_head_kv, n_stream, stream); break;
-        case 4:  fasa_tip_launch<K_DOM, M, 4>(a, n_head_kv, n_stream, stream); break;
-        default: fasa_tip_launch<K_DOM, M, 0>(a, n_head_kv, n_stream, stream); break;
-    }
-}
-
-template <int K_DOM> static void fasa_tip_columns(const fasa_tip_args & a, int n_head_kv, int n_stream, cudaStream_t stream) {
-    const int n_col = a.n_tps*a.n_group;
-    if (n_col > 4) {
-        fasa_tip_groups<K_DOM, 8>(a, n_head_kv, n_stream, stream);
-    } else if (n_col > 2) {
-        fasa_tip_groups<K_DOM, 4>(a, n_head_kv, n_stream, stream);
-    } else {
-        fasa_tip_groups<K_DOM, 2>(a, n_head_kv, n_stream, stream);
-    }
-}
-
-void fasa_cuda_tip(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p) {
-    const ggml_tensor * k_dom = dst->src[0], * k = dst->src[1], * ranges = dst->src[2], * q = dst->src[3], * dims = dst->src[4],
-        * weight = dst->src[5], * mask = dst->src[6];
+static fasa_tip_args fasa_tip_args_make(const ggml_tensor * tip) {
+    const fasa_op_params & p = *fasa_op_get(tip);
+    const ggml_tensor * k_dom = tip->src[0], * k = tip->src[1], * q = tip->src[3], * dims = tip->src[4], * mask = tip->src[6];
     fasa_tip_args a = {};
-    a.dst    = (float *) dst->data;
     a.k_dom  = (char *) k_dom->data;
     a.k      = (const char *) k->data;
-    a.ranges = (const int32_t *) ranges->data;
+    a.ranges = (const int32_t *) tip->src[2]->data;
     a.q      = (const char *) q->data;
     a.dims   = (const int32_t *) dims->data;
-    a.weight = (const float *) weight->data;
+    a.weight = (const float *) tip->src[5]->data;
     a.mask   = (const char *) mask->data;
     a.k_dom_nb1 = k_dom->nb[1], a.k_dom_nb2 = k_dom->nb[2], a.k_dom_nb3 = k_dom->nb[3];
     a.k_nb1  = k->nb[1], a.k_nb2 = k->nb[2], a.k_nb3 = k->nb[3];
     a.q_nb1  = q->nb[1], a.q_nb2 = q->nb[2];
     a.mask_nb1 = mask->nb[1], a.mask_nb3 = mask->nb[3];
     a.type_k  = k->type;
-    a.n_kv    = fasa_tip_n_kv(dst);
+    a.n_kv    = fasa_tip_n_kv(tip);
     a.n_span  = fasa_n_span(a.n_kv);
-    a.n_len   = dst->ne[0];
-    a.n_head  = dst->ne[1];
-    a.n_group = dst->ne[1]/dims->ne[1];
-    a.n_tps   = dst->ne[2];
+    a.n_len   = tip->ne[0];
+    a.n_head  = tip->ne[1];
+    a.n_group = tip->ne[1]/dims->ne[1];
+    a.n_tps   = tip->ne[2];
     a.n_dom   = dims->ne[0];
     a.d       = k->ne[0];
     a.n_hadamard = p.n_hadamard;
     a.scale    = p.scale;
     a.soft_cap = p.soft_cap;
-    const int n_head_kv = dims->ne[1], n_stream = dst->ne[3];
-    switch (p.k_dom) {
-        case FASA_K_DOM_F16: fasa_tip_columns<FASA_K_DOM_F16>(a, n_head_kv, n_stream, ctx.stream()); break;
-        case FASA_K_DOM_Q8:  fasa_tip_columns<FASA_K_DOM_Q8> (a, n_head_kv, n_stream, ctx.stream()); break;
-        default:             fasa_tip_columns<FASA_K_DOM_Q4> (a, n_head_kv, n_stream, ctx.stream()); break;
-    }
+    return a;
 }
