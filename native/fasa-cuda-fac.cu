@@ -1,14 +1,15 @@
 // FAC: exact attention over the cells of a list, rows read in place.
 //
 // A token's row is read by LANES lanes, eight dimensions each, so a warp works on 32/LANES tokens of the list at a time, for
-// up to M query heads of the group. A list is split over blocks; the last block of a list that is done adds the parts up, in
-// the order of the list, so the result does not depend on which one that is.
+// up to M query heads of the group. A list is split over blocks, a cluster where the GPU has clusters (9.0 and later), which add up
+// their parts through shared memory; elsewhere the last block of a list that is done adds them up. Either way in the order of the
+// list, so the result does not depend on which block is done when.
 
 #include "fasa-cuda.cuh"
 #include "fasa-cuda-row.cuh"
 
 static constexpr int N_WARP    = 8;
-static constexpr int MAX_SPLIT = 64; // blocks of a list
+static constexpr int MAX_SPLIT = 16; // blocks of a list
 
 struct fasa_fac_args {
     float         * dst;                    // [d, n_head, n_tps, n_stream]
@@ -21,6 +22,7 @@ struct fasa_fac_args {
     ggml_type type_k, type_v;
     int n_list_len, n_list, n_tps, n_head, n_shared, n_group, n_chunk, d;
     float scale, soft_cap;
+    bool cluster;           // the blocks of a list are a cluster
     uint64_t row_bytes, bytes_dense, bytes_tip;
 };
 
@@ -29,7 +31,7 @@ static __global__ void __launch_bounds__(32*N_WARP) fasa_fac_kernel(const fasa_f
     constexpr int TOKENS = 32/LANES;    // of a warp, at a time
     constexpr int AHEAD  = F16 ? 4 : 2; // tokens of a lane that are read together
 
-    extern __shared__ float smem[]; // [N_WARP][M][d + 2]
+    extern __shared__ float smem[]; // [N_WARP + 1][M][d + 2]
     __shared__ bool last_block;
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32, dim = lane%LANES*8;
@@ -139,26 +141,35 @@ static __global__ void __launch_bounds__(32*N_WARP) fasa_fac_kernel(const fasa_f
     }
     __syncthreads();
 
-    // x [n_part][M][d + 2] of shared memory or of global -> their sum: to `part` unfinished, or to dst
+    // Parts at(b) [M][d + 2] -> their sum, of the values [from, to) of the n_m*d: to `part` unfinished, or to dst. `part` may not be
+    // one of the parts.
     __shared__ float factor[MAX_SPLIT][M], most_all[M], sum_all[M];
-    const auto combine = [&](const float * x, int n_part, bool is_global, float * part) {
-        const auto at = [&](int i) { return is_global ? __ldcg(&x[i]) : x[i]; };
+    const auto combine = [&](auto at, int n_part, int from, int to, float * part) {
         for (int i = threadIdx.x; i < n_part*n_m; i += blockDim.x) {
-            factor[i/n_m][i%n_m] = at((i/n_m*M + i%n_m)*stride);
+            factor[i/n_m][i%n_m] = at(i/n_m)[i%n_m*stride];
         }
         __syncthreads();
         for (int m = warp; m < n_m; m += N_WARP) {
             const float sink = part == nullptr && a.sinks ? a.sinks[head0 + m]*LOG2E : -INFINITY;
-            float top = sink;
-            for (int b = lane; b < n_part; b += 32) {
-                top = fmaxf(top, factor[b][m]);
+            float top = sink, sum[(MAX_SPLIT + 31)/32] = {};
+#pragma unroll
+            for (int r = 0; r < (MAX_SPLIT + 31)/32; ++r) {
+                const int b = lane + 32*r;
+                if (b < n_part) {
+                    sum[r] = at(b)[m*stride + 1];
+                    top    = fmaxf(top, factor[b][m]);
+                }
             }
             top = fasa_warp_max(top);
             const float shift = top == -INFINITY ? 0.0f : top;
             float total = 0.0f;
-            for (int b = lane; b < n_part; b += 32) {
-                factor[b][m] = fasa_exp2(factor[b][m] - shift);
-                total += factor[b][m]*at((b*M + m)*stride + 1);
+#pragma unroll
+            for (int r = 0; r < (MAX_SPLIT + 31)/32; ++r) {
+                const int b = lane + 32*r;
+                if (b < n_part) {
+                    factor[b][m] = fasa_exp2(factor[b][m] - shift);
+                    total += factor[b][m]*sum[r];
+                }
             }
             total = fasa_warp_sum(total) + fasa_exp2(sink - shift);
             if (lane == 0) {
@@ -166,12 +177,12 @@ static __global__ void __launch_bounds__(32*N_WARP) fasa_fac_kernel(const fasa_f
             }
         }
         __syncthreads();
-        for (int i = threadIdx.x; i < n_m*a.d; i += blockDim.x) {
+        for (int i = from + threadIdx.x; i < to; i += blockDim.x) {
             const int m = i/a.d, j = i%a.d;
             float value = 0.0f;
 #pragma unroll 8
             for (int b = 0; b < n_part; ++b) {
-                value += factor[b][m]*at((b*M + m)*stride + 2 + j);
+                value += factor[b][m]*at(b)[m*stride + 2 + j];
             }
             if (part == nullptr) {
                 a.dst[((int64_t) token*a.n_head + head0 + m)*a.d + j] = sum_all[m] > 0.0f ? value/sum_all[m] : 0.0f;
@@ -184,13 +195,20 @@ static __global__ void __launch_bounds__(32*N_WARP) fasa_fac_kernel(const fasa_f
         }
         __syncthreads();
     };
-    const int row = token*gridDim.y + blockIdx.y;
-    float * parts = a.part + (int64_t) row*n_split*M*stride;
-    combine(smem, N_WARP, false, n_split > 1 ? parts + (int64_t) split*M*stride : nullptr);
-    if (n_split > 1) {
-        __threadfence();
-        __syncthreads();
+    const int  row  = token*gridDim.y + blockIdx.y, n_value = n_m*a.d;
+    float    * mine = smem + N_WARP*M*stride, * parts = a.part + (int64_t) row*n_split*M*stride;
+    const auto of_warp = [&](int b) { return smem + b*M*stride; };
+    if (n_split == 1) {
+        combine(of_warp, N_WARP, 0, n_value, nullptr);
+    } else if (a.cluster) { // a block of the cluster adds up its share of the values
+        combine(of_warp, N_WARP, 0, n_value, mine);
+        fasa_cluster_sync();
+        combine([&](int b) { return fasa_cluster_map(mine, b); }, n_split, n_value*split/n_split, n_value*(split + 1)/n_split, nullptr);
+        fasa_cluster_sync(); // nobody leaves while its part is read
+    } else { // the last block that is done adds them all up
+        combine(of_warp, N_WARP, 0, n_value, parts + (int64_t) split*M*stride);
         if (threadIdx.x == 0) {
+            __threadfence();
             last_block = atomicInc(&a.work->ticket[row], n_split - 1) == n_split - 1u; // back to 0 with the last one
         }
         __syncthreads();
@@ -198,10 +216,10 @@ static __global__ void __launch_bounds__(32*N_WARP) fasa_fac_kernel(const fasa_f
             return;
         }
         __threadfence();
-        combine(parts, n_split, true, nullptr);
+        combine([&](int b) { return parts + (int64_t) b*M*stride; }, n_split, 0, n_value, nullptr);
     }
 
-    if (threadIdx.x == 0 && chunk == 0) {
+    if (threadIdx.x == 0 && chunk == 0 && (split == 0 || !a.cluster)) {
         auto * c = (unsigned long long *) a.work->counter;
         atomicAdd(&c[fasa_work::BYTES_FAC], n*a.row_bytes);
         if (list == 0 && token == 0) {
@@ -212,44 +230,64 @@ static __global__ void __launch_bounds__(32*N_WARP) fasa_fac_kernel(const fasa_f
     }
 }
 
-template <int LANES, int M, bool F16> static void fasa_fac_launch(ggml_backend_cuda_context & ctx, fasa_fac_args a, int n_token, int n_stream) {
-    GGML_UNUSED(n_stream);
+template <int LANES, int M, bool F16> static void fasa_fac_launch(ggml_backend_cuda_context & ctx, fasa_fac_args a, int n_token) {
     a.n_chunk = (a.n_shared + M - 1)/M;
-    const int n_row  = a.n_list*a.n_chunk*n_token;
-    const int n_sm   = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm;
-    const int most   = a.n_list_len - 1; // tokens of a list
-    int n_split = std::max(1, std::min({ (most + 31)/32, std::max(1, n_sm/n_row), MAX_SPLIT }));
+    const int  device   = ggml_cuda_get_device();
+    const auto & info   = ggml_cuda_info().devices[device];
+    const int  n_row    = a.n_list*a.n_chunk*n_token;
+    const bool clusters = info.cc >= 900;
+    // the split does not depend on how the blocks are launched, nor does the order of the sums
+    const int  useful   = std::max(1, std::min((a.n_list_len - 1 + 31)/32, info.nsm/n_row));
+    int n_split = 1;
+    while (2*n_split <= std::min(useful, MAX_SPLIT)) {
+        n_split *= 2;
+    }
     if (n_row > fasa_work::TICKETS) {
         n_split = 1;
     }
-    const size_t n_part = (size_t) n_row*n_split*M*(a.d + 2);
-    ggml_cuda_pool_alloc<float> part(ctx.pool(), n_part);
+    a.cluster = clusters && n_split > 1;
+    ggml_cuda_pool_alloc<float> part(ctx.pool(), a.cluster ? 1 : (size_t) n_row*n_split*M*(a.d + 2));
     a.part = part.get();
 
-    const size_t n_byte = N_WARP*M*(a.d + 2)*sizeof(float);
+    const size_t n_byte = (N_WARP + 1)*M*(a.d + 2)*sizeof(float);
     const auto kernel = fasa_fac_kernel<LANES, M, F16>;
-    if (n_byte > 48*1024) {
-        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, n_byte));
+    static std::atomic<uint32_t> known{0}; // devices whose limits were raised
+    if (!(known & 1u << device)) {
+        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (N_WARP + 1)*M*(256 + 2)*sizeof(float)));
+        if (clusters) {
+            CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+        }
+        known |= 1u << device;
     }
-    kernel<<<dim3(n_split, a.n_list*a.n_chunk, n_token), 32*N_WARP, n_byte, ctx.stream()>>>(a);
-    CUDA_CHECK(cudaGetLastError());
+    cudaLaunchAttribute attr = {};
+    attr.id = cudaLaunchAttributeClusterDimension;
+    attr.val.clusterDim.x = n_split;
+    attr.val.clusterDim.y = attr.val.clusterDim.z = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim  = dim3(n_split, a.n_list*a.n_chunk, n_token);
+    config.blockDim = dim3(32*N_WARP);
+    config.dynamicSmemBytes = n_byte;
+    config.stream   = ctx.stream();
+    config.attrs    = &attr;
+    config.numAttrs = a.cluster ? 1 : 0;
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a));
 }
 
-template <int LANES, int M> static void fasa_fac_type(ggml_backend_cuda_context & ctx, const fasa_fac_args & a, int n_token, int n_stream) {
+template <int LANES, int M> static void fasa_fac_type(ggml_backend_cuda_context & ctx, const fasa_fac_args & a, int n_token) {
     if (a.type_k == GGML_TYPE_F16 && a.type_v == GGML_TYPE_F16) {
-        fasa_fac_launch<LANES, M, true>(ctx, a, n_token, n_stream);
+        fasa_fac_launch<LANES, M, true>(ctx, a, n_token);
     } else {
-        fasa_fac_launch<LANES, M, false>(ctx, a, n_token, n_stream);
+        fasa_fac_launch<LANES, M, false>(ctx, a, n_token);
     }
 }
 
-template <int LANES> static void fasa_fac_heads(ggml_backend_cuda_context & ctx, const fasa_fac_args & a, int n_token, int n_stream) {
+template <int LANES> static void fasa_fac_heads(ggml_backend_cuda_context & ctx, const fasa_fac_args & a, int n_token) {
     if (a.n_shared == 1) {
-        fasa_fac_type<LANES, 1>(ctx, a, n_token, n_stream);
+        fasa_fac_type<LANES, 1>(ctx, a, n_token);
     } else if (a.n_shared == 2) {
-        fasa_fac_type<LANES, 2>(ctx, a, n_token, n_stream);
+        fasa_fac_type<LANES, 2>(ctx, a, n_token);
     } else {
-        fasa_fac_type<LANES, 4>(ctx, a, n_token, n_stream);
+        fasa_fac_type<LANES, 4>(ctx, a, n_token);
     }
 }
 
@@ -285,10 +323,10 @@ void fasa_cuda_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fas
     a.bytes_dense = k->ne[2]*n_row*a.row_bytes;
     a.bytes_tip   = (k->ne[2] + FASA_TILE - 1)/FASA_TILE*k_dom->ne[0]*n_row;
     if (a.d <= 64) {
-        fasa_fac_heads<8>(ctx, a, n_token, n_stream);
+        fasa_fac_heads<8>(ctx, a, n_token);
     } else if (a.d <= 128) {
-        fasa_fac_heads<16>(ctx, a, n_token, n_stream);
+        fasa_fac_heads<16>(ctx, a, n_token);
     } else {
-        fasa_fac_heads<32>(ctx, a, n_token, n_stream);
+        fasa_fac_heads<32>(ctx, a, n_token);
     }
 }

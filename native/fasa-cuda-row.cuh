@@ -84,3 +84,22 @@ static __device__ __forceinline__ float fasa_exp2(float x) {
 static __device__ __forceinline__ float fasa_soft_cap(float x, float cap) {
     return cap*(1.0f - 2.0f/(fasa_exp2(x/cap*2.88539008f) + 1.0f));
 }
+
+// all threads of a cluster arrive before one goes on, and see what was written before
+static __device__ __forceinline__ void fasa_cluster_sync() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+
+// the address that `p`, in this block's shared memory, has in block `rank` of the cluster
+template <typename T> static __device__ __forceinline__ const T * fasa_cluster_map(const T * p, int rank) {
+#if __CUDA_ARCH__ >= 900
+    uint64_t there;
+    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"((uint64_t) p), "r"(rank));
+    return (const T *) there;
+#else
+    GGML_UNUSED(rank);
+    return p;
+#endif
+}

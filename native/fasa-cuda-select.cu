@@ -12,7 +12,8 @@
 //
 // The bins are 2% wide, so the edge holds tens of cells. Where it holds more than EDGE (equal scores), one block finds the last
 // cell by a radix search over the row. Keys and shares are whole numbers, so nothing depends on the order of the blocks. The
-// barriers spin, so the blocks are launched together (cooperatively).
+// blocks of a row are a cluster where the GPU has clusters (9.0 and later); elsewhere they are launched together (cooperatively),
+// and their barriers spin.
 
 #include "fasa-cuda.cuh"
 #include "fasa-cuda-tip.cuh"
@@ -20,7 +21,9 @@
 typedef unsigned long long fasa_u64;
 
 static constexpr int N_THREAD  = 512;
+static constexpr int N_WARP    = N_THREAD/32;
 static constexpr int MAX_GROUP = 128;
+static constexpr int STATIC_SMEM = 1024; // bytes, at most, that the kernel has beside its dynamic shared memory
 static constexpr int BINS = fasa_work::BINS, EDGE = fasa_work::EDGE;
 
 // bins of 1/32 octave, from the largest score there can be (MAX_GROUP times 2^FASA_SCORE_EXP) down; the last one is the forced cells
@@ -49,6 +52,7 @@ struct fasa_select_args {
     int n_row, n_list, n_shared, n_forced, n_list_len, n_part, part_cells; // n_shared: query heads of a list
     bool in_smem;           // scores and keys of a block's cells lie in its shared memory
     bool given;             // the scores are in `scores` already
+    bool cluster;           // the blocks of a row are a cluster
     uint32_t budget, floor, cap;
     uint64_t need;          // of the shares; 0: the budget decides
 };
@@ -58,10 +62,13 @@ struct fasa_select_block {
     fasa_u64 mass [BINS]; // mass and count: also the working memory of TIP, of span sums and of the edge's cells
     uint32_t count[BINS];
     float    most[MAX_GROUP], inv[MAX_GROUP];
-    fasa_u64 scan_mass[32];
-    uint32_t scan[32];
+    float    piece[2*N_WARP*8];
+    fasa_u64 scan_mass[N_WARP];
+    uint32_t scan[N_WARP];
 
     uint32_t n_edge_mine, edge_base; // cells of this block at the edge, and where they go
+    uint32_t n_forced;
+    uint32_t n_before_reached, n_to_reached; // cells above the bin where the mass is reached, and with it
     uint32_t n;        // cells to take; of the ones at the edge: `n - before`
     uint32_t before;   // cells above the edge
     fasa_u64 held;     // their mass
@@ -89,18 +96,38 @@ template <typename T> static __device__ T fasa_block_scan(T x, T * warps, T & to
     T before = 0;
     total = 0;
 #pragma unroll
-    for (int w = 0; w < N_THREAD/32; ++w) {
+    for (int w = 0; w < N_WARP; ++w) {
         before += w < warp ? warps[w] : 0;
         total  += warps[w];
     }
     return before + sum - x;
 }
 
-// All blocks of a row arrive before one leaves; what they wrote before is seen after (through L2: __ldcg). `generation` is the
-// slot's, kept by every block across its barriers.
-static __device__ void fasa_row_barrier(fasa_work::slot & slot, int n_part, uint32_t & generation) {
-    __syncthreads();
-    if (n_part > 1) {
+// All blocks of a row arrive before one leaves; what they wrote before is seen after (through L2: __ldcg).
+struct fasa_row_barrier {
+    fasa_work::slot & slot;
+    const int  n_part;
+    const bool cluster;
+    uint32_t   generation = 0; // the slot's
+
+    __device__ fasa_row_barrier(fasa_work::slot & slot, int n_part, bool cluster) : slot(slot), n_part(n_part), cluster(cluster) {
+        if (n_part > 1 && !cluster) {
+            generation = *(volatile uint32_t *) &slot.generation;
+        }
+    }
+
+    __device__ void wait() {
+        if (n_part == 1) {
+            __syncthreads();
+            return;
+        }
+#if __CUDA_ARCH__ >= 900
+        if (cluster) {
+            fasa_cluster_sync();
+            return;
+        }
+#endif
+        __syncthreads();
         if (threadIdx.x == 0) {
             __threadfence();
             if (atomicAdd(&slot.arrived, 1) == n_part - 1u) {
@@ -115,7 +142,7 @@ static __device__ void fasa_row_barrier(fasa_work::slot & slot, int n_part, uint
         generation++;
         __syncthreads();
     }
-}
+};
 
 // Step 1a: what turns a head's exponentials into its softmax: the largest exponent, and one over the sum, of every head of the list
 static __device__ void fasa_select_norms(const fasa_select_args & a, fasa_select_block & b, const float * row) {
@@ -126,7 +153,7 @@ static __device__ void fasa_select_norms(const fasa_select_args & a, fasa_select
         stat[i] = __ldcg(&row[(int64_t) (i/n_stat)*a.tip.n_len + a.tip.n_kv + i%n_stat]);
     }
     __syncthreads();
-    for (int g = warp; g < a.n_shared; g += N_THREAD/32) {
+    for (int g = warp; g < a.n_shared; g += N_WARP) {
         const float * e = staged ? stat + g*n_stat : row + (int64_t) g*a.tip.n_len + a.tip.n_kv;
         const auto at = [&](int i) { return staged ? e[i] : __ldcg(&e[i]); };
         float most = -INFINITY, total = 0.0f;
@@ -147,40 +174,45 @@ static __device__ void fasa_select_norms(const fasa_select_args & a, fasa_select
     __syncthreads();
 }
 
-// Step 1, cells [first, last): keys, and their histogram in b. row: the list's rows of TIP, whose ends have the span sums;
-// x [n_shared][x_stride], key: of the cells from `first` on; key may be x.
-static __device__ void fasa_select_keys(const fasa_select_args & a, fasa_select_block & b, const float * row, int token, int first, int last,
-        const float * x, int64_t x_stride, uint32_t * key) {
-    const int  lane = threadIdx.x % 32;
+// Step 1, the cells of l: keys, and their histogram in b. key: of the cells from l.first on; may be l.x.
+static __device__ void fasa_select_keys(const fasa_select_args & a, fasa_select_block & b, const fasa_tip_list & l, uint32_t * key) {
+    const int  lane = threadIdx.x % 32, first = l.first, last = l.last;
     const bool mass = a.need > 0;
-    fasa_select_norms(a, b, row);
+    fasa_select_norms(a, b, l.tip);
     for (int i = threadIdx.x; i < BINS; i += N_THREAD) {
         b.count[i] = 0;
-        b.mass [i] = 0;
+        if (mass) {
+            b.mass[i] = 0;
+        }
     }
     __syncthreads();
 
-    for (int j0 = first; j0 < last; j0 += N_THREAD) {
-        const int  j = j0 + threadIdx.x;
-        int bin = -1;
-        if (j < last) {
-            float score = 0.0f;
-            bool  hidden = false;
+    for (int j0 = first + threadIdx.x/32*32; j0 < last; j0 += N_THREAD) { // the cells of a warp lie in one span
+        const int j = j0 + lane;
+        float score = 0.0f;
+        bool  hidden = j >= last;
+        for (int g0 = 0; g0 < a.n_shared; g0 += 32) {
+            float factor = 0.0f; // of head g0 + lane
+            if (g0 + lane < a.n_shared) {
+                const float d = l.tip[(int64_t) (g0 + lane)*a.tip.n_len + a.tip.n_kv + j0/FASA_SPAN] - b.most[g0 + lane];
+                factor = d > -FASA_SCORE_RANGE ? __fmul_rn(b.inv[g0 + lane], __int_as_float((int(d) + FASA_SCORE_EXP + 127) << 23)) : 0.0f;
+            }
 #pragma unroll 4
-            for (int g = 0; g < a.n_shared; ++g) {
-                const float v = x[g*x_stride + j - first], d = row[(int64_t) g*a.tip.n_len + a.tip.n_kv + j/FASA_SPAN] - b.most[g];
-                const float f = d > -FASA_SCORE_RANGE ? __fmul_rn(b.inv[g], __int_as_float((int(d) + FASA_SCORE_EXP + 127) << 23)) : 0.0f;
-                score  = __fmaf_rn(v, f, score);
+            for (int g = g0; g < min(a.n_shared, g0 + 32); ++g) {
+                const float v = j < last ? l.x[g*l.x_stride + j - first] : -1.0f;
+                score  = __fmaf_rn(v, __shfl_sync(0xffffffff, factor, g - g0), score);
                 hidden = hidden || v < 0.0f;
             }
-            const uint32_t k = hidden ? FASA_KEY_HIDDEN : __float_as_uint(score) + 1;
+        }
+        const uint32_t k = hidden ? FASA_KEY_HIDDEN : __float_as_uint(score) + 1;
+        const int bin = hidden ? -1 : fasa_bin(k);
+        if (j < last) {
             key[j - first] = k;
-            bin = hidden ? -1 : fasa_bin(k);
-            if (mass && bin >= 0) {
-                const fasa_u64 share = fasa_key_share(k);
-                if (share > 0) {
-                    atomicAdd(&b.mass[bin], share);
-                }
+        }
+        if (mass && bin >= 0) {
+            const fasa_u64 share = fasa_key_share(k);
+            if (share > 0) {
+                atomicAdd(&b.mass[bin], share);
             }
         }
         const uint32_t lowest = __ballot_sync(0xffffffff, bin == 0); // many cells can have no score at all
@@ -193,7 +225,7 @@ static __device__ void fasa_select_keys(const fasa_select_args & a, fasa_select_
     __syncthreads();
 
     for (int i = threadIdx.x; i < a.n_forced; i += N_THREAD) {
-        const int cell = a.forced[token*a.n_forced + i];
+        const int cell = a.forced[l.token*a.n_forced + i];
         if (cell >= first && cell < last && key[cell - first] != FASA_KEY_HIDDEN) {
             const uint32_t k = atomicExch(&key[cell - first], FASA_KEY_FORCED);
             if (k != FASA_KEY_FORCED) { // a cell may be named twice
@@ -228,21 +260,19 @@ static __device__ uint32_t fasa_select_edge(const fasa_select_args & a, fasa_sel
     if (by_need) {
         mass_before = fasa_block_scan(mass_mine, b.scan_mass, mass_all);
     }
-    __shared__ uint32_t n_forced;
-    __shared__ uint32_t n_before_reached, n_to_reached; // cells above the bin where the mass is reached, and with it
     if (threadIdx.x == 0) {
-        n_forced = count[0];
-        n_before_reached = n_to_reached = UINT32_MAX;
+        b.n_forced = count[0];
+        b.n_before_reached = b.n_to_reached = UINT32_MAX;
     }
     __syncthreads();
 
-    const auto at_most = [&](uint32_t n) { return min(max(n, n_forced), n_visible); };
+    const auto at_most = [&](uint32_t n) { return min(max(n, b.n_forced), n_visible); };
     if (by_need) {
         fasa_u64 held = mass_before;
         uint32_t n    = n_before;
         for (int i = 0; i < MINE; ++i) {
             if (held < a.need && held + mass[i] >= a.need) {
-                n_before_reached = n, n_to_reached = n + count[i];
+                b.n_before_reached = n, b.n_to_reached = n + count[i];
                 b.bin  = top - i;
                 b.held = held;
             }
@@ -250,12 +280,12 @@ static __device__ uint32_t fasa_select_edge(const fasa_select_args & a, fasa_sel
         }
         __syncthreads();
         const uint32_t n_floor = at_most(a.floor), n_cap = at_most(a.cap);
-        const bool by_mass = n_to_reached != UINT32_MAX && n_to_reached > n_floor && n_before_reached < n_cap;
+        const bool by_mass = b.n_to_reached != UINT32_MAX && b.n_to_reached > n_floor && b.n_before_reached < n_cap;
         if (threadIdx.x == 0) {
             b.by_mass = by_mass;
             b.n_floor = n_floor, b.n_cap = n_cap;
-            b.before  = n_before_reached;
-            b.n       = n_to_reached <= n_floor ? n_floor : n_cap;
+            b.before  = b.n_before_reached;
+            b.n       = b.n_to_reached <= n_floor ? n_floor : n_cap;
         }
         if (by_mass) {
             __syncthreads();
@@ -344,116 +374,151 @@ static __device__ void fasa_select_last(const fasa_select_args & a, fasa_select_
     __syncthreads();
 }
 
-// Step 2b: cells of [first, last) that are surely taken are counted; those at the edge go to the slot, in any order. settled: the last
-// cell taken is known, so none is at the edge.
+// a cell of the edge as a number: larger is taken earlier
+static __device__ __forceinline__ fasa_u64 fasa_edge(uint32_t key, int cell) {
+    return (fasa_u64) key << 32 | (0xffffffffu - (uint32_t) cell);
+}
+
+// cells surely taken in the parts before this one
+static __device__ uint32_t fasa_select_before(const fasa_work::slot & slot, int part) {
+    static_assert(fasa_work::PARTS <= 64, "two of them a lane");
+    const int lane = threadIdx.x % 32;
+    return fasa_warp_sum((lane < part ? __ldcg(&slot.part[lane]) : 0u) + (lane + 32 < part ? __ldcg(&slot.part[lane + 32]) : 0u));
+}
+
+// Step 2b: the cells of [first, last) that are surely taken are counted; those at the edge go to the slot, in any order. settled:
+// the last cell taken is known, so none is at the edge.
 static __device__ void fasa_select_hand_in(fasa_select_block & b, fasa_work::slot & slot, int part, int first, int last, const uint32_t * key,
         uint32_t low, uint32_t high, bool settled) {
-    uint32_t * edge_key  = (uint32_t *) b.mass;
-    int32_t  * edge_cell = (int32_t  *) b.mass + EDGE;
-    uint32_t n_mine = 0, n_part = 0;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x/32;
     if (threadIdx.x == 0) {
         b.n_edge_mine = 0;
     }
     __syncthreads();
+    uint32_t n_mine = 0;
     for (int j = first + threadIdx.x; j < last; j += N_THREAD) {
         const uint32_t k = key[j - first];
         if (settled ? k > b.last_key || (k == b.last_key && j <= b.last_cell) : k >= high) {
             n_mine++;
         } else if (!settled && k >= low) {
-            const uint32_t at = atomicAdd(&b.n_edge_mine, 1);
-            edge_key[at] = k, edge_cell[at] = j;
+            b.mass[atomicAdd(&b.n_edge_mine, 1)] = fasa_edge(k, j);
         }
     }
-    fasa_block_scan(n_mine, b.scan, n_part);
-    if (threadIdx.x == 0) {
-        slot.part[part] = n_part;
-        b.edge_base = b.n_edge_mine > 0 ? atomicAdd(&slot.n_edge, b.n_edge_mine) : 0;
+    n_mine = fasa_warp_sum(n_mine);
+    if (lane == 0) {
+        b.scan[warp] = n_mine;
+    }
+    __syncthreads();
+    if (warp == 0) {
+        const uint32_t n_part = fasa_warp_sum(lane < N_WARP ? b.scan[lane] : 0u);
+        if (lane == 0) {
+            slot.part[part] = n_part;
+            b.edge_base = b.n_edge_mine > 0 ? atomicAdd(&slot.n_edge, b.n_edge_mine) : 0;
+        }
     }
     __syncthreads();
     for (int i = threadIdx.x; i < (int) b.n_edge_mine; i += N_THREAD) {
-        slot.edge_key[b.edge_base + i] = edge_key[i], slot.edge_cell[b.edge_base + i] = edge_cell[i];
+        slot.edge[b.edge_base + i] = b.mass[i];
     }
 }
 
-// Step 3a: ranks the n_edge cells of the edge by key, then cell: sets the last one taken (and with a target mass the count).
-// Returns how many of them are taken in the parts before `first`.
+// Step 3a: sorts the n_edge cells of the edge, which gives the last one taken (and with a target mass the count). Returns how many
+// of them are taken in the parts before `first`.
 static __device__ uint32_t fasa_select_rank(const fasa_select_args & a, fasa_select_block & b, const fasa_work::slot & slot, int n_edge, int first) {
-    uint32_t * edge_key  = (uint32_t *) b.mass;
-    int32_t  * edge_cell = (int32_t  *) b.mass + EDGE;
-    for (int i = threadIdx.x; i < n_edge; i += N_THREAD) {
-        edge_key[i] = __ldcg(&slot.edge_key[i]), edge_cell[i] = __ldcg(&slot.edge_cell[i]);
+    fasa_u64 * edge = b.mass;
+    int size = 32;
+    while (size < n_edge) {
+        size *= 2;
     }
-    int team = 1; // threads that rank a cell together
-    while (team < 32 && n_edge*team*2 <= N_THREAD) {
-        team *= 2;
+    for (int i = threadIdx.x; i < size; i += N_THREAD) {
+        edge[i] = i < n_edge ? __ldcg(&slot.edge[i]) : 0;
     }
-    __syncthreads();
-    const int mine = threadIdx.x/team, step = N_THREAD/team;
-    uint32_t rank[EDGE/N_THREAD] = {}, n_reached = 0, n_before = 0, n_all;
-#pragma unroll
-    for (int r = 0; r < EDGE/N_THREAD; ++r) {
-        const int i = mine + r*step;
-        if (r > 0 && team > 1) {
-            break;
-        }
-        const uint32_t k = i < n_edge ? edge_key[i] : 0;
-        const int32_t  c = i < n_edge ? edge_cell[i] : 0;
-        fasa_u64 held = 0;
-        for (int j = threadIdx.x%team; j < n_edge; j += team) {
-            const uint32_t other = edge_key[j];
-            if (other > k || (other == k && edge_cell[j] < c)) {
-                rank[r]++;
-                held += b.by_mass ? fasa_key_share(other) : 0;
+    for (int run = 2; run <= size; run *= 2) { // bitonic, the largest first
+        for (int half = run/2; half > 0; half /= 2) {
+            __syncthreads();
+            for (int i = threadIdx.x; i < size/2; i += N_THREAD) {
+                const int lo = 2*i - (i & (half - 1)), hi = lo + half;
+                const fasa_u64 x = edge[lo], y = edge[hi];
+                if ((x < y) == ((lo & run) == 0)) {
+                    edge[lo] = y, edge[hi] = x;
+                }
             }
         }
-        for (int half = team/2; half > 0; half /= 2) {
-            rank[r] += __shfl_xor_sync(0xffffffff, rank[r], half);
-            held    += __shfl_xor_sync(0xffffffff, held, half);
-        }
-        n_reached += i < n_edge && threadIdx.x%team == 0 && b.held + held < a.need;
     }
+    __syncthreads();
     if (b.by_mass) { // taken while the mass is not reached
+        constexpr int MINE = EDGE/N_THREAD;
+        fasa_u64 share[MINE], mine = 0, total;
+        uint32_t n_reached = 0, n_all;
+#pragma unroll
+        for (int r = 0; r < MINE; ++r) {
+            const int i = MINE*threadIdx.x + r;
+            share[r] = i < n_edge ? fasa_key_share(edge[i] >> 32) : 0;
+            mine += share[r];
+        }
+        fasa_u64 held = b.held + fasa_block_scan(mine, b.scan_mass, total);
+#pragma unroll
+        for (int r = 0; r < MINE; ++r) {
+            n_reached += MINE*(int) threadIdx.x + r < n_edge && held < a.need;
+            held += share[r];
+        }
         fasa_block_scan(n_reached, b.scan, n_all);
         if (threadIdx.x == 0) {
             b.n = min(b.n_cap, max(b.n_floor, b.before + n_all));
         }
         __syncthreads();
     }
-#pragma unroll
-    for (int r = 0; r < EDGE/N_THREAD; ++r) {
-        const int i = mine + r*step;
-        if (i < n_edge && threadIdx.x%team == 0 && (r == 0 || team == 1)) {
-            n_before += rank[r] < b.n - b.before && edge_cell[i] < first;
-            if (rank[r] == b.n - b.before - 1) {
-                b.last_key = edge_key[i], b.last_cell = edge_cell[i];
-            }
-        }
+    const int n_taken = b.n - b.before;
+    if (threadIdx.x == 0) {
+        b.n_edge_mine = 0;
+        b.last_key  = edge[n_taken - 1] >> 32;
+        b.last_cell = 0xffffffffu - (uint32_t) edge[n_taken - 1];
     }
-    fasa_block_scan(n_before, b.scan, n_all);
     __syncthreads();
-    return n_all;
+    uint32_t n_before = 0;
+    for (int i = threadIdx.x; i < n_taken; i += N_THREAD) {
+        n_before += (int) (0xffffffffu - (uint32_t) edge[i]) < first;
+    }
+    if (n_before > 0) {
+        atomicAdd(&b.n_edge_mine, n_before);
+    }
+    __syncthreads();
+    return b.n_edge_mine;
 }
 
-// Step 3b: the cells of [first, last) that are taken, ascending; a thread writes those of a range of its own
+// Step 3b: the cells of [first, last) that are taken, ascending; a warp writes those of a range of its own
 static __device__ void fasa_select_write(fasa_select_block & b, int first, int last, const uint32_t * key, int32_t * out) {
-    const int each = (last - first + N_THREAD - 1)/N_THREAD, from = min(last, first + (int) threadIdx.x*each), to = min(last, from + each);
-    const auto taken = [&](int j) { return key[j - first] > b.last_key || (key[j - first] == b.last_key && j <= b.last_cell); };
-    uint32_t n_taken = 0, n_total;
-    for (int j = from; j < to; ++j) {
-        n_taken += taken(j);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x/32, each = (last - first + N_THREAD - 1)/N_THREAD*32;
+    const int from = first + warp*each, to = min(last, from + each);
+    const auto taken = [&](int j) {
+        const uint32_t k = j < to ? key[j - first] : 0;
+        return __ballot_sync(0xffffffff, k > b.last_key || (k == b.last_key && j <= b.last_cell && j < to));
+    };
+    uint32_t n = 0;
+    for (int j = from; j < to; j += 32) {
+        n += __popc(taken(j + lane));
     }
-    out += fasa_block_scan(n_taken, b.scan, n_total);
-    for (int j = from; n_taken > 0 && j < to; ++j) {
-        if (taken(j)) {
-            *out++ = j;
+    __syncthreads();
+    if (lane == 0) {
+        b.scan[warp] = n;
+    }
+    __syncthreads();
+    for (int w = 0; w < warp; ++w) {
+        out += b.scan[w];
+    }
+    for (int j = from; n > 0 && j < to; j += 32) {
+        const uint32_t some = taken(j + lane);
+        if (some >> lane & 1) {
+            out[__popc(some & ((1u << lane) - 1))] = j + lane;
         }
+        out += __popc(some);
     }
 }
 
 // Steps 1 to 3 of one row
-static __device__ void fasa_select_row(const fasa_select_args & a, fasa_select_block & b, fasa_work::slot & slot, uint32_t & generation, int row,
-        int part, int first, int last, const float * tip, const float * x, int64_t x_stride, uint32_t * key) {
-    fasa_select_keys(a, b, tip, row/a.n_list, first, last, x, x_stride, key);
+static __device__ void fasa_select_row(const fasa_select_args & a, fasa_select_block & b, const fasa_tip_list & l, fasa_work::slot & slot,
+        fasa_row_barrier & row_barrier, int row, int part, uint32_t * key) {
+    fasa_select_keys(a, b, l, key);
     for (int i = threadIdx.x; i < BINS; i += N_THREAD) {
         if (b.count[i] > 0) {
             atomicAdd(&slot.count[i], b.count[i]);
@@ -462,7 +527,7 @@ static __device__ void fasa_select_row(const fasa_select_args & a, fasa_select_b
             atomicAdd((fasa_u64 *) &slot.mass[i], b.mass[i]);
         }
     }
-    fasa_row_barrier(slot, a.n_part, generation);
+    row_barrier.wait();
 
     const uint32_t n_visible = fasa_select_edge(a, b, slot);
     const int      n_edge    = b.bin < 0 ? 0 : __ldcg(&slot.count[b.bin]);
@@ -476,38 +541,33 @@ static __device__ void fasa_select_row(const fasa_select_args & a, fasa_select_b
     }
     if (crowded) {
         uint32_t * all = a.key + (int64_t) row*a.tip.n_kv;
-        for (int j = first + threadIdx.x; all + first != key && j < last; j += N_THREAD) {
-            all[j] = key[j - first];
+        for (int j = l.first + threadIdx.x; all + l.first != key && j < l.last; j += N_THREAD) {
+            all[j] = key[j - l.first];
         }
-        fasa_row_barrier(slot, a.n_part, generation);
+        row_barrier.wait();
         if (part == 0) {
             fasa_select_last(a, b, all);
             if (threadIdx.x == 0) {
                 slot.result_key = b.last_key, slot.result_cell = b.last_cell, slot.result_n = b.n;
             }
         }
-        fasa_row_barrier(slot, a.n_part, generation);
+        row_barrier.wait();
         if (threadIdx.x == 0) {
             b.last_key = __ldcg(&slot.result_key), b.last_cell = __ldcg(&slot.result_cell), b.n = __ldcg(&slot.result_n);
         }
     }
-    __syncthreads();
-    fasa_select_hand_in(b, slot, part, first, last, key, low, high, crowded || whole);
-    fasa_row_barrier(slot, a.n_part, generation);
+    fasa_select_hand_in(b, slot, part, l.first, l.last, key, low, high, crowded || whole);
+    row_barrier.wait();
 
     for (int i = part*N_THREAD + threadIdx.x; i < BINS; i += a.n_part*N_THREAD) {
         slot.count[i] = 0, slot.mass[i] = 0; // read by all: left empty
     }
-    uint32_t offset = 0;
-#pragma unroll 8
-    for (int p = 0; p < part; ++p) {
-        offset += __ldcg(&slot.part[p]);
-    }
+    uint32_t offset = fasa_select_before(slot, part);
     if (!whole && !crowded) {
-        offset += fasa_select_rank(a, b, slot, n_edge, first);
+        offset += fasa_select_rank(a, b, slot, n_edge, l.first);
     }
     int32_t * list = a.dst + (int64_t) row*a.n_list_len;
-    fasa_select_write(b, first, last, key, list + 1 + offset);
+    fasa_select_write(b, l.first, l.last, key, list + 1 + offset);
     if (part == 0 && threadIdx.x == 0) {
         list[0] = b.n;
         slot.n_edge = 0;
@@ -519,87 +579,146 @@ static __device__ void fasa_select_row(const fasa_select_args & a, fasa_select_b
 }
 
 template <int K_DOM, int M, int GROUPS>
-static __global__ void __launch_bounds__(N_THREAD, M > 4 ? 1 : 2) fasa_select_kernel(const fasa_select_args a) {
+static __global__ void __launch_bounds__(N_THREAD, 1) fasa_select_kernel(const fasa_select_args a) {
     extern __shared__ __align__(16) char smem[];
     fasa_select_block & b = *(fasa_select_block *) smem;
     float * in_smem = (float *) (smem + sizeof(fasa_select_block)); // [n_shared][part_cells]; the first of them become keys
 
-    const int part = blockIdx.x, first = part*a.part_cells, last = min(a.tip.n_kv, first + a.part_cells);
+    const int part = blockIdx.x;
     auto & slot = a.work->slots[blockIdx.y];
-    uint32_t generation = a.n_part > 1 ? *(volatile uint32_t *) &slot.generation : 0;
+    fasa_row_barrier row_barrier(slot, a.n_part, a.cluster);
     for (int row = blockIdx.y; row < a.n_row; row += gridDim.y) {
-        const int token = row/a.n_list, head0 = row%a.n_list*a.n_shared;
-        float * tip = a.scores + ((int64_t) token*a.tip.n_head + head0)*a.tip.n_len;
-
-        float       * x        = a.in_smem ? in_smem : tip + first;
-        const int64_t x_stride = a.in_smem ? a.part_cells : a.tip.n_len;
-        uint32_t    * key      = a.in_smem ? (uint32_t *) in_smem : a.key + (int64_t) row*a.tip.n_kv + first;
+        fasa_tip_list l;
+        l.token    = row/a.n_list;
+        l.head0    = row%a.n_list*a.n_shared;
+        l.n_shared = a.n_shared;
+        l.first    = part*a.part_cells;
+        l.last     = min(a.tip.n_kv, l.first + a.part_cells);
+        l.tip      = a.scores + ((int64_t) l.token*a.tip.n_head + l.head0)*a.tip.n_len;
+        l.x        = a.in_smem ? in_smem : l.tip + l.first;
+        l.x_stride = a.in_smem ? a.part_cells : a.tip.n_len;
         if (!a.given) {
-            fasa_tip_spans<K_DOM, M, GROUPS>(a.tip, token, head0, a.n_shared, first, last, x, x_stride, tip, smem);
-            fasa_row_barrier(slot, a.n_part, generation);
+            fasa_tip_block<K_DOM, M, GROUPS>(a.tip, l, smem).run(b.piece);
+            row_barrier.wait();
         }
-        fasa_select_row(a, b, slot, generation, row, part, first, last, tip, x, x_stride, key);
+        fasa_select_row(a, b, l, slot, row_barrier, row, part, a.in_smem ? (uint32_t *) in_smem : a.key + (int64_t) row*a.tip.n_kv + l.first);
         if (row + (int) gridDim.y < a.n_row) {
-            fasa_row_barrier(slot, a.n_part, generation); // the slot is used again
+            row_barrier.wait(); // the slot is used again
         }
     }
 }
 
-// How a row is divided: parts, and whether scores stay in shared memory. All blocks of the launch must run together.
-template <typename F> static size_t fasa_select_plan(F kernel, fasa_select_args & a, bool global_scores, int & slots) {
+// ---- how a row is divided ----
+
+struct fasa_select_plan {
+    int    slots;   // rows at a time
+    size_t smem;    // bytes
+    bool   cluster;
+};
+
+static void fasa_select_divide(fasa_select_args & a, int parts) {
+    const int spans = std::max(1, a.tip.n_span);
+    a.part_cells = (spans + parts - 1)/parts*FASA_SPAN;
+    a.n_part     = (spans*FASA_SPAN + a.part_cells - 1)/a.part_cells;
+}
+
+static cudaLaunchConfig_t fasa_select_config(const fasa_select_args & a, const fasa_select_plan & plan, cudaLaunchAttribute * attr, cudaStream_t stream) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim  = dim3(a.n_part, plan.slots);
+    config.blockDim = dim3(N_THREAD);
+    config.dynamicSmemBytes = plan.smem;
+    config.stream   = stream;
+    config.attrs    = attr;
+    config.numAttrs = a.n_part > 1 ? 1 : 0;
+    if (plan.cluster) {
+        attr->id = cudaLaunchAttributeClusterDimension;
+        attr->val.clusterDim.x = a.n_part;
+        attr->val.clusterDim.y = attr->val.clusterDim.z = 1;
+    } else {
+        attr->id = cudaLaunchAttributeCooperative;
+        attr->val.cooperative = 1;
+    }
+    return config;
+}
+
+// A row is a cluster of up to 16 blocks: as many as the cells and the GPU's size give work to. False: the GPU cannot.
+template <typename F> static bool fasa_select_plan_cluster(F kernel, fasa_select_args & a, fasa_select_plan & plan) {
+    const auto & info = ggml_cuda_info().devices[ggml_cuda_get_device()];
+    const size_t most = info.smpbo - STATIC_SMEM;
+    plan.cluster = true;
+    plan.slots   = std::min(a.n_row, (int) fasa_work::SLOTS);
+    const int useful = std::max(1, std::min(a.tip.n_span/2, info.nsm/plan.slots));
+    for (int parts = 16; parts > 0; parts /= 2) {
+        fasa_select_divide(a, parts);
+        plan.smem = sizeof(fasa_select_block) + (size_t) a.n_shared*a.part_cells*sizeof(float);
+        const bool smaller_fits = sizeof(fasa_select_block) + (size_t) 2*a.n_shared*a.part_cells*sizeof(float) <= most;
+        if (plan.smem > most) {
+            return false; // fewer parts need more
+        }
+        if (parts > useful && smaller_fits) {
+            continue;
+        }
+        int clusters = 0;
+        cudaLaunchAttribute attr = {};
+        const auto config = fasa_select_config(a, plan, &attr, nullptr);
+        if (a.n_part == 1 || (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters >= std::min(plan.slots, info.nsm/16))) {
+            return true;
+        }
+        (void) cudaGetLastError();
+    }
+    return false;
+}
+
+// A row is shared by blocks that all run together.
+template <typename F> static void fasa_select_plan_together(F kernel, fasa_select_args & a, fasa_select_plan & plan, bool in_smem) {
     const auto & info = ggml_cuda_info().devices[ggml_cuda_get_device()];
     const auto together = [&](size_t smem) {
         int per_sm = 0;
         CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, N_THREAD, smem));
         return per_sm*info.nsm;
     };
-    const size_t base  = sizeof(fasa_select_block);
-    const int    spans = std::max(1, a.tip.n_span), wide = (spans + N_THREAD/32 - 1)/(N_THREAD/32); // a span for every warp
-    const int    most  = together(base);
-    slots = std::min({ a.n_row, most, (int) fasa_work::SLOTS });
-    const auto divide = [&](int parts) {
-        a.part_cells = (spans + parts - 1)/parts*FASA_SPAN;
-        a.n_part     = (spans*FASA_SPAN + a.part_cells - 1)/a.part_cells;
-    };
-    const int parts = info.supports_cooperative_launch ? std::max(1, std::min({ most/slots, (int) fasa_work::PARTS, wide })) : 1;
-    for (int p = parts; p > 0 && !global_scores; --p) {
-        divide(p);
-        const size_t smem = base + (size_t) a.n_shared*a.part_cells*sizeof(float);
-        if (smem <= info.smpbo && together(smem) >= a.n_part*slots) {
-            a.in_smem = true;
-            return smem;
-        }
-        if (smem > info.smpbo) {
+    const int most = together(sizeof(fasa_select_block)), useful = std::max(1, a.tip.n_span/2);
+    plan.cluster = false;
+    plan.slots   = std::min({ a.n_row, most, (int) fasa_work::SLOTS });
+    const int parts = info.supports_cooperative_launch ? std::max(1, std::min({ most/plan.slots, (int) fasa_work::PARTS, useful })) : 1;
+    for (int p = parts; p > 0 && in_smem; --p) {
+        fasa_select_divide(a, p);
+        plan.smem = sizeof(fasa_select_block) + (size_t) a.n_shared*a.part_cells*sizeof(float);
+        if (plan.smem > info.smpbo - STATIC_SMEM) {
             break; // fewer parts need more
         }
+        if (together(plan.smem) >= a.n_part*plan.slots) {
+            a.in_smem = true;
+            return;
+        }
     }
-    a.in_smem = false;
-    divide(parts);
-    return base;
+    plan.smem = sizeof(fasa_select_block);
+    fasa_select_divide(a, parts);
 }
 
 template <int K_DOM, int M, int GROUPS> static void fasa_select_launch(ggml_backend_cuda_context & ctx, fasa_select_args & a, bool keep_scores) {
     const auto kernel = fasa_select_kernel<K_DOM, M, GROUPS>;
-    static std::atomic<uint32_t> known{0}; // devices whose limit was raised
-    const int device = ggml_cuda_get_device();
+    const int  device = ggml_cuda_get_device();
+    const bool clusters = ggml_cuda_info().devices[device].cc >= 900;
+    static std::atomic<uint32_t> known{0}; // devices whose limits were raised
     if (!(known & 1u << device)) {
-        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ggml_cuda_info().devices[device].smpbo));
+        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ggml_cuda_info().devices[device].smpbo - STATIC_SMEM));
+        if (clusters) {
+            CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
+        }
         known |= 1u << device;
     }
-    GGML_ASSERT((fasa_tip_smem<K_DOM, M>(a.tip.n_dom, a.tip.d, N_THREAD/32) <= offsetof(fasa_select_block, most)));
-    int slots = 1;
-    const size_t smem = fasa_select_plan(kernel, a, keep_scores || a.given, slots);
-
-    cudaLaunchAttribute together = {};
-    together.id = cudaLaunchAttributeCooperative;
-    together.val.cooperative = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim  = dim3(a.n_part, slots);
-    config.blockDim = dim3(N_THREAD);
-    config.dynamicSmemBytes = smem;
-    config.stream   = ctx.stream();
-    config.attrs    = &together;
-    config.numAttrs = a.n_part > 1 ? 1 : 0;
+    GGML_ASSERT((fasa_tip_smem<K_DOM, M>(a.tip.n_dom, a.tip.d, N_WARP) <= offsetof(fasa_select_block, most)));
+    fasa_select_plan plan;
+    const bool in_smem = !keep_scores && !a.given;
+    if (clusters && in_smem && fasa_select_plan_cluster(kernel, a, plan)) {
+        a.in_smem = true;
+    } else {
+        fasa_select_plan_together(kernel, a, plan, in_smem);
+    }
+    a.cluster = plan.cluster && a.n_part > 1;
+    cudaLaunchAttribute attr = {};
+    const auto config = fasa_select_config(a, plan, &attr, ctx.stream());
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a));
 }
 

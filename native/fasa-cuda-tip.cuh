@@ -2,9 +2,9 @@
 
 // TIP: refreshes K_dom of the stale cells, then estimates the logits of every cell from it, for the kernel in fasa-cuda-select.cu.
 //
-// A warp takes a span of FASA_SPAN cells of one KV head, lane = cell, tile after tile, and scores it for M query heads at once, so
-// K_dom is read once for all of them. No barrier: the warp that refreshes a cell is the one that reads it. (Lists of several
-// tokens share cells; each refreshes them for itself, with the same bytes.)
+// A warp takes a span of FASA_SPAN cells of one KV head, lane = cell, two tiles at a time, and scores it for M query heads at once,
+// so K_dom is read once for all of them. The warp that refreshes a cell is the one that reads it. (Lists of several tokens share
+// cells; each refreshes them for itself, with the same bytes.)
 
 #include "fasa-cuda-row.cuh"
 #include "fasa-ops.h"
@@ -119,18 +119,12 @@ template <int K_DOM> static __device__ void fasa_refresh(const fasa_tip_args & a
 template <int K_DOM, int M> struct fasa_tip_query {
     static constexpr int ZERO = 0x4b400000;
 
-    float * x;     // [M][n_dom]            f16
-    int2  * word;  // [M][n_dom/FASA_GROUP] q8, q4: 8 int8 each
-    float * scale; // [M][n_dom/FASA_GROUP]
-    int   * start; // [M][n_dom/FASA_GROUP]
+    float * x;    // [M][n_dom]            f16
+    int4  * word; // [M][n_dom/FASA_GROUP] q8, q4: 8 int8, the bits of their scale, the start of the dot product
 
     static __host__ __device__ size_t bytes(int n_dom) { return K_DOM == FASA_K_DOM_F16 ? M*n_dom*4 : M*n_dom*2; }
 
-    __device__ fasa_tip_query(char * smem, int n_dom) {
-        x     = (float *) smem;
-        word  = (int2  *) smem;
-        scale = (float *) (word  + M*n_dom/FASA_GROUP);
-        start = (int   *) (scale + M*n_dom/FASA_GROUP);
+    __device__ fasa_tip_query(char * smem) : x((float *) smem), word((int4 *) smem) {
     }
 
     // column m from the query head `head` of token `token`, by one warp; head < 0: nothing
@@ -166,64 +160,66 @@ template <int K_DOM, int M> struct fasa_tip_query {
                 sum    += b;
                 w[i/4] |= (uint32_t) (b & 255) << 8*(i%4);
             }
-            const int at = m*(a.n_dom/FASA_GROUP) + g;
-            word[at]  = make_int2(w[0], w[1]);
-            scale[at] = step;
-            start[at] = ZERO - (K_DOM == FASA_K_DOM_Q4 ? 8*sum : 0);
+            word[m*(a.n_dom/FASA_GROUP) + g] = make_int4(w[0], w[1], __float_as_int(step), ZERO - (K_DOM == FASA_K_DOM_Q4 ? 8*sum : 0));
         }
     }
 };
 
-// logits [M] of one cell of a tile (lane = cell); GROUPS: number of groups of a cell, asked for at once; 0: any number of them
+// logits [2][M] of a cell of each of two tiles (lane = cell); GROUPS: number of groups of a cell, asked for at once; 0: any number
 template <int K_DOM, int M, int GROUPS>
-static __device__ __forceinline__ void fasa_tip_cell(const fasa_tip_query<K_DOM, M> & q, int n_dom, const char * block, float * out) {
+static __device__ __forceinline__ void fasa_tip_cells(const fasa_tip_query<K_DOM, M> & q, int n_dom, const char * const block[2], float out[2][M]) {
     const int lane = threadIdx.x % 32, n_group = n_dom/FASA_GROUP;
-    const char * data = block + fasa_block_scales(K_DOM, n_dom);
+    const size_t data = fasa_block_scales(K_DOM, n_dom);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
-        out[m] = 0.0f;
+        out[0][m] = out[1][m] = 0.0f;
     }
-    const auto group = [&](int g, const uint32_t * v, half s) {
-        if constexpr (K_DOM == FASA_K_DOM_F16) {
+    constexpr int WORDS = K_DOM == FASA_K_DOM_F16 ? 4 : K_DOM == FASA_K_DOM_Q8 ? 2 : 1; // of a group
+    const auto load = [&](int g, uint32_t v[2][WORDS], half s[2]) {
 #pragma unroll
-            for (int i = 0; i < FASA_GROUP/2; ++i) {
-                const float2 k = __half22float2(*(const half2 *) &v[i]);
+        for (int u = 0; u < 2; ++u) {
+            if constexpr (K_DOM == FASA_K_DOM_F16) {
 #pragma unroll
-                for (int m = 0; m < M; ++m) {
-                    const float2 x = *(const float2 *) &q.x[m*n_dom + g*FASA_GROUP + 2*i];
-                    out[m] += k.x*x.x + k.y*x.y;
+                for (int i = 0; i < FASA_GROUP/2; ++i) {
+                    const uint16_t * x = (const uint16_t *) (block[u] + data) + (g*FASA_GROUP + 2*i)*FASA_TILE + lane;
+                    v[u][i] = x[0] | (uint32_t) x[FASA_TILE] << 16;
                 }
-            }
-        } else {
-            const int lo = K_DOM == FASA_K_DOM_Q4 ? v[0] & 0x0f0f0f0f : v[0], hi = K_DOM == FASA_K_DOM_Q4 ? v[0] >> 4 & 0x0f0f0f0f : v[1];
-            const float step = __half2float(s);
+            } else {
+                s[u] = ((const half *) block[u])[g*FASA_TILE + lane];
 #pragma unroll
-            for (int m = 0; m < M; ++m) {
-                const int2 w = q.word[m*n_group + g];
-                const int dot = __dp4a(hi, w.y, __dp4a(lo, w.x, q.start[m*n_group + g]));
-                out[m] += (__int_as_float(dot) - 12582912.0f)*(step*q.scale[m*n_group + g]);
+                for (int i = 0; i < WORDS; ++i) {
+                    v[u][i] = ((const uint32_t *) (block[u] + data))[(g*WORDS + i)*FASA_TILE + lane];
+                }
             }
         }
     };
-    constexpr int WORDS = K_DOM == FASA_K_DOM_F16 ? 4 : K_DOM == FASA_K_DOM_Q8 ? 2 : 1; // of a group
-    const auto load = [&](int g, uint32_t * v, half & s) {
-        if constexpr (K_DOM == FASA_K_DOM_F16) {
+    const auto group = [&](int g, const uint32_t v[2][WORDS], const half s[2]) {
 #pragma unroll
-            for (int i = 0; i < FASA_GROUP/2; ++i) {
-                const uint16_t * x = (const uint16_t *) data + (g*FASA_GROUP + 2*i)*FASA_TILE + lane;
-                v[i] = x[0] | (uint32_t) x[FASA_TILE] << 16;
-            }
-        } else {
-            s = ((const half *) block)[g*FASA_TILE + lane];
+        for (int m = 0; m < M; ++m) {
+            if constexpr (K_DOM == FASA_K_DOM_F16) {
 #pragma unroll
-            for (int i = 0; i < WORDS; ++i) {
-                v[i] = ((const uint32_t *) data)[(g*WORDS + i)*FASA_TILE + lane];
+                for (int i = 0; i < FASA_GROUP/2; ++i) {
+                    const float2 x = *(const float2 *) &q.x[m*n_dom + g*FASA_GROUP + 2*i];
+#pragma unroll
+                    for (int u = 0; u < 2; ++u) {
+                        const float2 k = __half22float2(*(const half2 *) &v[u][i]);
+                        out[u][m] += k.x*x.x + k.y*x.y;
+                    }
+                }
+            } else {
+                const int4 w = q.word[m*n_group + g];
+#pragma unroll
+                for (int u = 0; u < 2; ++u) {
+                    const int lo = K_DOM == FASA_K_DOM_Q4 ? v[u][0] & 0x0f0f0f0f : v[u][0], hi = K_DOM == FASA_K_DOM_Q4 ? v[u][0] >> 4 & 0x0f0f0f0f : v[u][1];
+                    const int dot = __dp4a(hi, w.y, __dp4a(lo, w.x, w.w));
+                    out[u][m] += (__int_as_float(dot) - 12582912.0f)*(__half2float(s[u])*__int_as_float(w.z));
+                }
             }
         }
     };
     if constexpr (GROUPS > 0) {
-        uint32_t v[GROUPS][WORDS];
-        half     s[GROUPS];
+        uint32_t v[GROUPS][2][WORDS];
+        half     s[GROUPS][2];
 #pragma unroll
         for (int g = 0; g < GROUPS; ++g) {
             load(g, v[g], s[g]);
@@ -233,90 +229,182 @@ static __device__ __forceinline__ void fasa_tip_cell(const fasa_tip_query<K_DOM,
             group(g, v[g], s[g]);
         }
     } else {
-#pragma unroll 4
+#pragma unroll 2
         for (int g = 0; g < n_group; ++g) {
-            uint32_t v[WORDS];
-            half     s = {};
+            uint32_t v[2][WORDS];
+            half     s[2] = {};
             load(g, v, s);
             group(g, v, s);
         }
     }
 }
 
-// TIP of one list: the spans of cells [first, last), for its n_shared query heads from head0 on. x [n_shared][x_stride]: exp(logit)/2^e
-// of every cell from `first` on, -1: hidden; tip: the row of head0 in the node's memory, whose end takes e and sum of every span.
-// smem: room for the queries and a row for every warp (fasa_tip_smem).
-template <int K_DOM, int M, int GROUPS>
-static __device__ void fasa_tip_spans(const fasa_tip_args & a, int token, int head0, int n_shared, int first, int last, float * x, int64_t x_stride,
-        float * tip, char * smem) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x/32, n_warp = blockDim.x/32;
-    const int s = token/a.n_tps, t = token%a.n_tps, h = head0/a.n_group;
-    fasa_tip_query<K_DOM, M> query(smem, a.n_dom);
-    float * row = (float *) (smem + fasa_tip_query<K_DOM, M>::bytes(a.n_dom)) + warp*a.d;
+// What a block works on: the cells [first, last) of one list, `first` at the start of a span.
+struct fasa_tip_list {
+    int     token, head0, n_shared; // n_shared query heads from head0 on
+    int     first, last;
+    float * x;                      // [n_shared][x_stride] exp(logit)/2^e of every cell from `first` on, -1: hidden
+    int64_t x_stride;
+    float * tip;                    // the rows of the list in the TIP node's memory; their ends take e and sum of every span
+};
 
-    char * blocks = a.k_dom + s*a.k_dom_nb3 + h*a.k_dom_nb2;
-    const half * mask = (const half *) (a.mask + s*a.mask_nb3 + t*a.mask_nb1);
-    for (int64_t i = (first/FASA_TILE)*a.k_dom_nb1 + threadIdx.x*128; i < (last + FASA_TILE - 1)/FASA_TILE*a.k_dom_nb1; i += blockDim.x*128) {
-        asm volatile("prefetch.global.L2 [%0];" :: "l"(blocks + i)); // while the queries are made ready
-    }
-    for (int g0 = 0; g0 < n_shared; g0 += M) {
-        __syncthreads();
-        for (int m = warp; m < M; m += n_warp) {
-            query.set(a, m, h, g0 + m < n_shared ? head0 + g0 + m : -1, token, row);
+// TIP of a list. smem: room for the queries and a row for every warp (fasa_tip_smem); piece [2][n_warp][M]. A warp takes a span,
+// or where the block has fewer spans than warps a piece of one.
+template <int K_DOM, int M, int GROUPS> struct fasa_tip_block {
+    const fasa_tip_args & a;
+    const fasa_tip_list & l;
+    fasa_tip_query<K_DOM, M> query;
+    float      * row;
+    char       * blocks;
+    const half * mask;
+    int h, s, g0 = 0;
+
+    __device__ fasa_tip_block(const fasa_tip_args & a, const fasa_tip_list & l, char * smem) : a(a), l(l), query(smem) {
+        const int t = l.token%a.n_tps;
+        s = l.token/a.n_tps, h = l.head0/a.n_group;
+        row    = (float *) (smem + fasa_tip_query<K_DOM, M>::bytes(a.n_dom)) + threadIdx.x/32*a.d;
+        blocks = a.k_dom + s*a.k_dom_nb3 + h*a.k_dom_nb2;
+        mask   = (const half *) (a.mask + s*a.mask_nb3 + t*a.mask_nb1);
+        const int64_t end = (l.last + FASA_TILE - 1)/FASA_TILE*a.k_dom_nb1;
+        for (int64_t i = l.first/FASA_TILE*a.k_dom_nb1 + threadIdx.x*128; i < end; i += blockDim.x*128) {
+            asm volatile("prefetch.global.L2 [%0];" :: "l"(blocks + i)); // while the queries are made ready
         }
-        __syncthreads();
-        for (int span = first/FASA_SPAN + warp; span*FASA_SPAN < last; span += n_warp) {
-            const int from = span*FASA_SPAN, to = min(last, from + FASA_SPAN);
-            if (g0 == 0) {
-                fasa_refresh<K_DOM>(a, h, s, from, to, row);
+    }
+
+    // logits of cells [from, to), one warp; top: the largest that this lane saw
+    __device__ void logits(int from, int to, float top[M]) {
+        const int lane = threadIdx.x % 32;
+        if (g0 == 0) {
+            fasa_refresh<K_DOM>(a, h, s, from, to, row);
+        }
+#pragma unroll 1
+        for (int tile = from; tile < to; tile += 2*FASA_TILE) {
+            const char * const first = blocks + tile/FASA_TILE*a.k_dom_nb1;
+            const char * const block[2] = { first, tile + FASA_TILE < to ? first + a.k_dom_nb1 : first };
+            float hide[2], y[2][M];
+#pragma unroll
+            for (int u = 0; u < 2; ++u) {
+                const int cell = tile + u*FASA_TILE + lane;
+                hide[u] = cell < to ? __half2float(mask[cell]) : -INFINITY;
             }
+            fasa_tip_cells<K_DOM, M, GROUPS>(query, a.n_dom, block, y);
+#pragma unroll
+            for (int u = 0; u < 2; ++u) {
+                const int cell = tile + u*FASA_TILE + lane;
+#pragma unroll
+                for (int m = 0; m < M; ++m) {
+                    const float v = a.soft_cap > 0.0f ? fasa_soft_cap(y[u][m], a.soft_cap) : y[u][m], logit = hide[u] > -INFINITY ? v + hide[u] : -INFINITY;
+                    top[m] = fmaxf(top[m], logit);
+                    if (cell < to && g0 + m < l.n_shared) {
+                        l.x[(g0 + m)*l.x_stride + cell - l.first] = logit;
+                    }
+                }
+            }
+        }
+    }
+
+    // logits of head g0 + m to exponentials relative to 2^e; returns their sum
+    __device__ float exponentials(int from, int to, int m, float e) const {
+        float sum = 0.0f, * x = l.x + (g0 + m)*l.x_stride - l.first;
+#pragma unroll 4
+        for (int cell = from + threadIdx.x % 32; cell < to; cell += 32) {
+            const float logit = x[cell], y = logit*LOG2E - e, v = y > -FASA_SPAN_RANGE ? fasa_exp2(y) : 0.0f;
+            x[cell] = logit == -INFINITY ? -1.0f : v;
+            sum += v; // 0 where the cell is hidden: -inf - e, or NaN
+        }
+        return fasa_warp_sum(sum);
+    }
+
+    __device__ void write(int m, int span, float e, float sum) const {
+        float * row = l.tip + (int64_t) (g0 + m)*a.n_len + a.n_kv;
+        row[span] = e, row[a.n_span + span] = sum;
+    }
+
+    static __device__ float exponent(float most) { return most == -INFINITY ? -INFINITY : rintf(most*LOG2E); }
+
+    __device__ void spans() {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x/32, n_warp = blockDim.x/32;
+        for (int from = l.first + warp*FASA_SPAN; from < l.last; from += n_warp*FASA_SPAN) {
+            const int to = min(l.last, from + FASA_SPAN);
             float top[M];
 #pragma unroll
             for (int m = 0; m < M; ++m) {
                 top[m] = -INFINITY;
             }
-#pragma unroll 1
-            for (int tile = from; tile < to; tile += FASA_TILE) {
-                const int   cell = tile + lane;
-                const float hide = cell < to ? __half2float(mask[cell]) : -INFINITY;
-                float y[M];
-                fasa_tip_cell<K_DOM, M, GROUPS>(query, a.n_dom, blocks + tile/FASA_TILE*a.k_dom_nb1, y);
-#pragma unroll
-                for (int m = 0; m < M; ++m) {
-                    const float v = a.soft_cap > 0.0f ? fasa_soft_cap(y[m], a.soft_cap) : y[m];
-                    y[m]   = hide > -INFINITY ? v + hide : -INFINITY;
-                    top[m] = fmaxf(top[m], y[m]);
-                    if (cell < to && g0 + m < n_shared) {
-                        x[(g0 + m)*x_stride + cell - first] = y[m];
-                    }
-                }
-            }
+            logits(from, to, top);
 #pragma unroll
             for (int m = 0; m < M; ++m) {
-                if (g0 + m >= n_shared) {
-                    break;
-                }
-                const float most = fasa_warp_max(top[m]), e = most == -INFINITY ? -INFINITY : rintf(most*LOG2E);
-                float sum = 0.0f;
-#pragma unroll
-                for (int tile = 0; tile < FASA_SPAN; tile += FASA_TILE) {
-                    const int cell = from + tile + lane;
-                    if (cell < to) {
-                        float * at = &x[(g0 + m)*x_stride + cell - first];
-                        const float logit = *at, y = logit*LOG2E - e, v = y > -FASA_SPAN_RANGE ? fasa_exp2(y) : 0.0f;
-                        *at  = logit == -INFINITY ? -1.0f : v;
-                        sum += v; // 0 where the cell is hidden: -inf - e, or NaN
+                if (g0 + m < l.n_shared) {
+                    const float e = exponent(fasa_warp_max(top[m])), sum = exponentials(from, to, m, e);
+                    if (lane == 0) {
+                        write(m, from/FASA_SPAN, e, sum);
                     }
-                }
-                sum = fasa_warp_sum(sum);
-                if (lane == 0) {
-                    tip[(int64_t) (g0 + m)*a.n_len + a.n_kv + span]            = e;
-                    tip[(int64_t) (g0 + m)*a.n_len + a.n_kv + a.n_span + span] = sum;
                 }
             }
         }
     }
-}
+
+    // n_tile tiles for every warp, less than a span
+    __device__ void pieces(int n_tile, float * piece) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x/32, n_warp = blockDim.x/32, per = FASA_SPAN/FASA_TILE/n_tile; // pieces of a span
+        const int from = l.first + warp*n_tile*FASA_TILE, to = min(l.last, from + n_tile*FASA_TILE);
+        float top[M], * sums = piece + n_warp*M;
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            top[m] = -INFINITY;
+        }
+        logits(from, to, top);
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            const float most = fasa_warp_max(top[m]);
+            if (lane == 0) {
+                piece[warp*M + m] = most;
+            }
+        }
+        __syncthreads();
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            float most = -INFINITY;
+            for (int w = warp/per*per; w < warp/per*per + per; ++w) {
+                most = fmaxf(most, piece[w*M + m]);
+            }
+            const float sum = g0 + m < l.n_shared ? exponentials(from, to, m, exponent(most)) : 0.0f;
+            if (lane == 0) {
+                sums[warp*M + m] = sum;
+            }
+        }
+        __syncthreads();
+        const int m = threadIdx.x%M, first = threadIdx.x/M*per, span = l.first/FASA_SPAN + threadIdx.x/M;
+        if (first < n_warp && span*FASA_SPAN < l.last && g0 + m < l.n_shared) {
+            float most = -INFINITY, sum = 0.0f;
+            for (int w = first; w < first + per; ++w) {
+                most = fmaxf(most, piece[w*M + m]);
+                sum += sums[w*M + m];
+            }
+            write(m, span, exponent(most), sum);
+        }
+    }
+
+    __device__ void run(float * piece) {
+        const int warp = threadIdx.x/32, n_warp = blockDim.x/32;
+        int n_tile = FASA_SPAN/FASA_TILE;
+        while (n_tile > 1 && (l.last - l.first + FASA_TILE - 1)/FASA_TILE <= n_warp*n_tile/2) {
+            n_tile /= 2;
+        }
+        for (g0 = 0; g0 < l.n_shared; g0 += M) {
+            __syncthreads();
+            for (int m = warp; m < M; m += n_warp) {
+                query.set(a, m, h, g0 + m < l.n_shared ? l.head0 + g0 + m : -1, l.token, row);
+            }
+            __syncthreads();
+            if (n_tile < FASA_SPAN/FASA_TILE) {
+                pieces(n_tile, piece);
+            } else {
+                spans();
+            }
+        }
+    }
+};
 
 template <int K_DOM, int M> static size_t fasa_tip_smem(int n_dom, int d, int n_warp) {
     return fasa_tip_query<K_DOM, M>::bytes(n_dom) + (size_t) n_warp*d*sizeof(float);

@@ -58,8 +58,7 @@ struct fasa_work {
     struct slot {             // SELECT: one list
         uint64_t mass [BINS];
         uint32_t count[BINS];
-        uint32_t edge_key [EDGE];
-        int32_t  edge_cell[EDGE];
+        uint64_t edge[EDGE];
         uint32_t part[PARTS];
         uint32_t result_key, result_n;
         int32_t  result_cell, unused[29];
