@@ -8,8 +8,10 @@
 #include "fasa-cuda.cuh"
 #include "fasa-cuda-row.cuh"
 
-static constexpr int N_WARP    = 8;
+static constexpr int N_WARP    = 16;
 static constexpr int MAX_SPLIT = 16; // blocks of a list
+
+static constexpr __host__ __device__ int fasa_part_stride(int d) { return d + 4; }
 
 struct fasa_fac_args {
     float         * dst;                    // [d, n_head, n_tps, n_stream]
@@ -17,7 +19,7 @@ struct fasa_fac_args {
     const char    * q, * k, * v, * mask;
     const float   * sinks;                  // [n_head] or nullptr
     fasa_work     * work;
-    float         * part;                   // [row][split][M][d + 2]
+    float         * part;                   // [row][split][M][stride]
     int64_t q_nb1, q_nb2, k_nb1, k_nb2, k_nb3, v_nb1, v_nb2, v_nb3, mask_nb1, mask_nb3;
     ggml_type type_k, type_v;
     int n_list_len, n_list, n_tps, n_head, n_shared, n_group, n_chunk, d;
@@ -27,11 +29,11 @@ struct fasa_fac_args {
 };
 
 template <int LANES, int M, bool F16>
-static __global__ void __launch_bounds__(32*N_WARP) fasa_fac_kernel(const fasa_fac_args a) {
-    constexpr int TOKENS = 32/LANES;    // of a warp, at a time
-    constexpr int AHEAD  = F16 ? 4 : 2; // tokens of a lane that are read together
+static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fasa_fac_args a) {
+    constexpr int TOKENS = 32/LANES; // of a warp, at a time
+    constexpr int AHEAD  = 2;        // tokens of a lane that are read together
 
-    extern __shared__ float smem[]; // [N_WARP + 1][M][d + 2]
+    extern __shared__ __align__(16) float smem[]; // [N_WARP + 1][M][stride]
     __shared__ bool last_block;
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32, dim = lane%LANES*8;
@@ -51,8 +53,14 @@ static __global__ void __launch_bounds__(32*N_WARP) fasa_fac_kernel(const fasa_f
         most[m] = -INFINITY, sum[m] = 0.0f;
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-            acc[m][i] = 0.0f;
-            q[m][i] = m < n_m && active ? ((const float *) (a.q + token*a.q_nb2 + (head0 + m)*a.q_nb1))[dim + i]*a.scale : 0.0f;
+            acc[m][i] = q[m][i] = 0.0f;
+        }
+        if (m < n_m && active) {
+            fasa_load8<GGML_TYPE_F32>(a.q + token*a.q_nb2 + (head0 + m)*a.q_nb1, dim, q[m]);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            q[m][i] *= a.scale;
         }
     }
     for (int i0 = from + warp*TOKENS; i0 < to; i0 += N_WARP*TOKENS*AHEAD) {
@@ -113,7 +121,7 @@ static __global__ void __launch_bounds__(32*N_WARP) fasa_fac_kernel(const fasa_f
     }
 
     // the tokens of a warp, then the warps of the block
-    const int stride = a.d + 2;
+    const int stride = fasa_part_stride(a.d); // values [d], the largest logit, the sum of the weights
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -130,23 +138,21 @@ static __global__ void __launch_bounds__(32*N_WARP) fasa_fac_kernel(const fasa_f
         }
         float * out = smem + (warp*M + m)*stride;
         if (lane < LANES && active) {
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                out[2 + dim + j] = acc[m][j];
-            }
+            *(float4 *) (out + dim)     = make_float4(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+            *(float4 *) (out + dim + 4) = make_float4(acc[m][4], acc[m][5], acc[m][6], acc[m][7]);
         }
         if (lane == 0) {
-            out[0] = most[m], out[1] = sum[m];
+            out[a.d] = most[m], out[a.d + 1] = sum[m];
         }
     }
     __syncthreads();
 
-    // Parts at(b) [M][d + 2] -> their sum, of the values [from, to) of the n_m*d: to `part` unfinished, or to dst. `part` may not be
+    // Parts at(b) [M][stride] -> their sum, of the values [from, to) of the n_m*d: to `part` unfinished, or to dst. `part` may not be
     // one of the parts.
     __shared__ float factor[MAX_SPLIT][M], most_all[M], sum_all[M];
     const auto combine = [&](auto at, int n_part, int from, int to, float * part) {
         for (int i = threadIdx.x; i < n_part*n_m; i += blockDim.x) {
-            factor[i/n_m][i%n_m] = at(i/n_m)[i%n_m*stride];
+            factor[i/n_m][i%n_m] = at(i/n_m)[i%n_m*stride + a.d];
         }
         __syncthreads();
         for (int m = warp; m < n_m; m += N_WARP) {
@@ -156,7 +162,7 @@ static __global__ void __launch_bounds__(32*N_WARP) fasa_fac_kernel(const fasa_f
             for (int r = 0; r < (MAX_SPLIT + 31)/32; ++r) {
                 const int b = lane + 32*r;
                 if (b < n_part) {
-                    sum[r] = at(b)[m*stride + 1];
+                    sum[r] = at(b)[m*stride + a.d + 1];
                     top    = fmaxf(top, factor[b][m]);
                 }
             }
@@ -182,14 +188,14 @@ static __global__ void __launch_bounds__(32*N_WARP) fasa_fac_kernel(const fasa_f
             float value = 0.0f;
 #pragma unroll 8
             for (int b = 0; b < n_part; ++b) {
-                value += factor[b][m]*at(b)[m*stride + 2 + j];
+                value += factor[b][m]*at(b)[m*stride + j];
             }
             if (part == nullptr) {
                 a.dst[((int64_t) token*a.n_head + head0 + m)*a.d + j] = sum_all[m] > 0.0f ? value/sum_all[m] : 0.0f;
             } else {
-                part[m*stride + 2 + j] = value;
+                part[m*stride + j] = value;
                 if (j == 0) {
-                    part[m*stride] = most_all[m], part[m*stride + 1] = sum_all[m];
+                    part[m*stride + a.d] = most_all[m], part[m*stride + a.d + 1] = sum_all[m];
                 }
             }
         }
@@ -236,40 +242,45 @@ template <int LANES, int M, bool F16> static void fasa_fac_launch(ggml_backend_c
     const auto & info   = ggml_cuda_info().devices[device];
     const int  n_row    = a.n_list*a.n_chunk*n_token;
     const bool clusters = info.cc >= 900;
-    // the split does not depend on how the blocks are launched, nor does the order of the sums
-    const int  useful   = std::max(1, std::min((a.n_list_len - 1 + 31)/32, info.nsm/n_row));
-    int n_split = 1;
-    while (2*n_split <= std::min(useful, MAX_SPLIT)) {
-        n_split *= 2;
-    }
+    int n_split = std::max(1, std::min({ (a.n_list_len - 1 + 63)/64, MAX_SPLIT, info.nsm/n_row }));
     if (n_row > fasa_work::TICKETS) {
         n_split = 1;
     }
-    a.cluster = clusters && n_split > 1;
-    ggml_cuda_pool_alloc<float> part(ctx.pool(), a.cluster ? 1 : (size_t) n_row*n_split*M*(a.d + 2));
-    a.part = part.get();
-
-    const size_t n_byte = (N_WARP + 1)*M*(a.d + 2)*sizeof(float);
+    const size_t n_byte = (N_WARP + 1)*M*fasa_part_stride(a.d)*sizeof(float);
     const auto kernel = fasa_fac_kernel<LANES, M, F16>;
     static std::atomic<uint32_t> known{0}; // devices whose limits were raised
     if (!(known & 1u << device)) {
-        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (N_WARP + 1)*M*(256 + 2)*sizeof(float)));
+        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (N_WARP + 1)*M*fasa_part_stride(256)*sizeof(float)));
         if (clusters) {
             CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
         }
         known |= 1u << device;
     }
     cudaLaunchAttribute attr = {};
-    attr.id = cudaLaunchAttributeClusterDimension;
-    attr.val.clusterDim.x = n_split;
-    attr.val.clusterDim.y = attr.val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
-    config.gridDim  = dim3(n_split, a.n_list*a.n_chunk, n_token);
-    config.blockDim = dim3(32*N_WARP);
-    config.dynamicSmemBytes = n_byte;
-    config.stream   = ctx.stream();
-    config.attrs    = &attr;
-    config.numAttrs = a.cluster ? 1 : 0;
+    const auto divide = [&](int n) {
+        attr.id = cudaLaunchAttributeClusterDimension;
+        attr.val.clusterDim.x = n;
+        attr.val.clusterDim.y = attr.val.clusterDim.z = 1;
+        config.gridDim  = dim3(n, a.n_list*a.n_chunk, n_token);
+        config.blockDim = dim3(32*N_WARP);
+        config.dynamicSmemBytes = n_byte;
+        config.stream   = ctx.stream();
+        config.attrs    = &attr;
+        config.numAttrs = a.cluster ? 1 : 0;
+    };
+    a.cluster = clusters && n_split > 1;
+    divide(n_split);
+    for (int found = 0; a.cluster && n_split > 1; divide(--n_split)) { // as many as run in one wave
+        if (cudaOccupancyMaxActiveClusters(&found, kernel, &config) == cudaSuccess && found >= n_row) {
+            break;
+        }
+        (void) cudaGetLastError();
+    }
+    a.cluster = a.cluster && n_split > 1;
+    divide(n_split);
+    ggml_cuda_pool_alloc<float> part(ctx.pool(), a.cluster || n_split == 1 ? 1 : (size_t) n_row*n_split*M*fasa_part_stride(a.d));
+    a.part = part.get();
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a));
 }
 
@@ -284,10 +295,8 @@ template <int LANES, int M> static void fasa_fac_type(ggml_backend_cuda_context 
 template <int LANES> static void fasa_fac_heads(ggml_backend_cuda_context & ctx, const fasa_fac_args & a, int n_token) {
     if (a.n_shared == 1) {
         fasa_fac_type<LANES, 1>(ctx, a, n_token);
-    } else if (a.n_shared == 2) {
-        fasa_fac_type<LANES, 2>(ctx, a, n_token);
     } else {
-        fasa_fac_type<LANES, 4>(ctx, a, n_token);
+        fasa_fac_type<LANES, 2>(ctx, a, n_token);
     }
 }
 

@@ -187,39 +187,51 @@ static __device__ void fasa_select_keys(const fasa_select_args & a, fasa_select_
     }
     __syncthreads();
 
-    for (int j0 = first + threadIdx.x/32*32; j0 < last; j0 += N_THREAD) { // the cells of a warp lie in one span
-        const int j = j0 + lane;
-        float score = 0.0f;
-        bool  hidden = j >= last;
+    constexpr int TILES = 4; // of a warp at a time; they lie in one span
+    for (int j0 = first + threadIdx.x/32*TILES*32; j0 < last; j0 += N_THREAD*TILES) {
+        float score[TILES] = {};
+        bool  hidden[TILES];
+#pragma unroll
+        for (int u = 0; u < TILES; ++u) {
+            hidden[u] = j0 + 32*u + lane >= last;
+        }
         for (int g0 = 0; g0 < a.n_shared; g0 += 32) {
             float factor = 0.0f; // of head g0 + lane
             if (g0 + lane < a.n_shared) {
                 const float d = l.tip[(int64_t) (g0 + lane)*a.tip.n_len + a.tip.n_kv + j0/FASA_SPAN] - b.most[g0 + lane];
                 factor = d > -FASA_SCORE_RANGE ? __fmul_rn(b.inv[g0 + lane], __int_as_float((int(d) + FASA_SCORE_EXP + 127) << 23)) : 0.0f;
             }
-#pragma unroll 4
             for (int g = g0; g < min(a.n_shared, g0 + 32); ++g) {
-                const float v = j < last ? l.x[g*l.x_stride + j - first] : -1.0f;
-                score  = __fmaf_rn(v, __shfl_sync(0xffffffff, factor, g - g0), score);
-                hidden = hidden || v < 0.0f;
+                const float   f = __shfl_sync(0xffffffff, factor, g - g0);
+                const float * x = l.x + g*l.x_stride + j0 - first + lane;
+#pragma unroll
+                for (int u = 0; u < TILES; ++u) {
+                    const float v = j0 + 32*u + lane < last ? x[32*u] : -1.0f;
+                    score[u]  = __fmaf_rn(v, f, score[u]);
+                    hidden[u] = hidden[u] || v < 0.0f;
+                }
             }
         }
-        const uint32_t k = hidden ? FASA_KEY_HIDDEN : __float_as_uint(score) + 1;
-        const int bin = hidden ? -1 : fasa_bin(k);
-        if (j < last) {
-            key[j - first] = k;
-        }
-        if (mass && bin >= 0) {
-            const fasa_u64 share = fasa_key_share(k);
-            if (share > 0) {
-                atomicAdd(&b.mass[bin], share);
+#pragma unroll
+        for (int u = 0; u < TILES; ++u) {
+            const int      j = j0 + 32*u + lane;
+            const uint32_t k = hidden[u] ? FASA_KEY_HIDDEN : __float_as_uint(score[u]) + 1;
+            const int    bin = hidden[u] ? -1 : fasa_bin(k);
+            if (j < last) {
+                key[j - first] = k;
             }
-        }
-        const uint32_t lowest = __ballot_sync(0xffffffff, bin == 0); // many cells can have no score at all
-        if (bin > 0) {
-            atomicAdd(&b.count[bin], 1);
-        } else if (lowest && lane == __ffs(lowest) - 1) {
-            atomicAdd(&b.count[0], __popc(lowest));
+            if (mass && bin >= 0) {
+                const fasa_u64 share = fasa_key_share(k);
+                if (share > 0) {
+                    atomicAdd(&b.mass[bin], share);
+                }
+            }
+            const uint32_t lowest = __ballot_sync(0xffffffff, bin == 0); // many cells can have no score at all
+            if (bin > 0) {
+                atomicAdd(&b.count[bin], 1);
+            } else if (lowest && lane == __ffs(lowest) - 1) {
+                atomicAdd(&b.count[0], __popc(lowest));
+            }
         }
     }
     __syncthreads();
@@ -396,6 +408,7 @@ static __device__ void fasa_select_hand_in(fasa_select_block & b, fasa_work::slo
     }
     __syncthreads();
     uint32_t n_mine = 0;
+#pragma unroll 4
     for (int j = first + threadIdx.x; j < last; j += N_THREAD) {
         const uint32_t k = key[j - first];
         if (settled ? k > b.last_key || (k == b.last_key && j <= b.last_cell) : k >= high) {
@@ -433,10 +446,16 @@ static __device__ uint32_t fasa_select_rank(const fasa_select_args & a, fasa_sel
     for (int i = threadIdx.x; i < size; i += N_THREAD) {
         edge[i] = i < n_edge ? __ldcg(&slot.edge[i]) : 0;
     }
+    __syncthreads();
+    const bool one_warp = size <= 128;
     for (int run = 2; run <= size; run *= 2) { // bitonic, the largest first
         for (int half = run/2; half > 0; half /= 2) {
-            __syncthreads();
-            for (int i = threadIdx.x; i < size/2; i += N_THREAD) {
+            if (one_warp) {
+                __syncwarp();
+            } else {
+                __syncthreads();
+            }
+            for (int i = threadIdx.x; i < size/2 && (!one_warp || threadIdx.x < 32); i += one_warp ? 32 : N_THREAD) {
                 const int lo = 2*i - (i & (half - 1)), hi = lo + half;
                 const fasa_u64 x = edge[lo], y = edge[hi];
                 if ((x < y) == ((lo & run) == 0)) {
@@ -490,24 +509,27 @@ static __device__ uint32_t fasa_select_rank(const fasa_select_args & a, fasa_sel
 static __device__ void fasa_select_write(fasa_select_block & b, int first, int last, const uint32_t * key, int32_t * out) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32, each = (last - first + N_THREAD - 1)/N_THREAD*32;
     const int from = first + warp*each, to = min(last, from + each);
-    const auto taken = [&](int j) {
-        const uint32_t k = j < to ? key[j - first] : 0;
-        return __ballot_sync(0xffffffff, k > b.last_key || (k == b.last_key && j <= b.last_cell && j < to));
+    const auto taken = [&](int j) { // of the 32 cells from j on
+        const uint32_t k = j + lane < to ? key[j + lane - first] : 0;
+        return __ballot_sync(0xffffffff, k > b.last_key || (k == b.last_key && j + lane <= b.last_cell && j + lane < to));
     };
     uint32_t n = 0;
+#pragma unroll 4
     for (int j = from; j < to; j += 32) {
-        n += __popc(taken(j + lane));
+        n += __popc(taken(j));
     }
     __syncthreads();
     if (lane == 0) {
         b.scan[warp] = n;
     }
     __syncthreads();
-    for (int w = 0; w < warp; ++w) {
-        out += b.scan[w];
+    if (n == 0) {
+        return;
     }
-    for (int j = from; n > 0 && j < to; j += 32) {
-        const uint32_t some = taken(j + lane);
+    out += fasa_warp_sum(lane < warp ? b.scan[lane] : 0u);
+#pragma unroll 4
+    for (int j = from; j < to; j += 32) {
+        const uint32_t some = taken(j);
         if (some >> lane & 1) {
             out[__popc(some & ((1u << lane) - 1))] = j + lane;
         }
@@ -648,15 +670,14 @@ template <typename F> static bool fasa_select_plan_cluster(F kernel, fasa_select
     plan.cluster = true;
     plan.slots   = std::min(a.n_row, (int) fasa_work::SLOTS);
     const int useful = std::max(1, std::min(a.tip.n_span/2, info.nsm/plan.slots));
-    for (int parts = 16; parts > 0; parts /= 2) {
+    for (int parts = 16; parts > 0; --parts) {
         fasa_select_divide(a, parts);
         plan.smem = sizeof(fasa_select_block) + (size_t) a.n_shared*a.part_cells*sizeof(float);
-        const bool smaller_fits = sizeof(fasa_select_block) + (size_t) 2*a.n_shared*a.part_cells*sizeof(float) <= most;
         if (plan.smem > most) {
             return false; // fewer parts need more
         }
-        if (parts > useful && smaller_fits) {
-            continue;
+        if (parts > useful && (size_t) (a.tip.n_span + useful - 1)/useful*FASA_SPAN*a.n_shared*sizeof(float) + sizeof(fasa_select_block) <= most) {
+            continue; // as many as are useful would do
         }
         int clusters = 0;
         cudaLaunchAttribute attr = {};
