@@ -89,7 +89,7 @@ def pos_max(s):
 
 
 def test_rows_are_normal_and_none_is_like_another(library, tiny):
-    with Session(tiny, n_ctx=3 * 20480, n_seq_max=3) as s:
+    with Session(tiny, n_ctx=3 * 20480, n_seq_max=3, n_threads=1) as s:
         s.fasa.fill_random(20000, seed=7)
         assert pos_max(s) == [19999] * 3
         rows = rows_of(s, 20000, N_LAYER, 2).view("<f2").astype(np.float32)           # [6, 20000, 32]
@@ -143,7 +143,7 @@ def test_every_cache_type(library, tmp_path, kind):
 
 def test_the_library_goes_on_from_a_filled_cache(library, tiny):
     profile = synthetic_profile([2] * 3, [8] * 3)
-    with Session(tiny, n_ctx=1024, n_seq_max=2) as s:
+    with Session(tiny, n_ctx=1024, n_seq_max=2, n_threads=1) as s:
         s.fasa.set_profile(profile)
         s.fasa.fill_random(400)
         dense = [s.decode([5], 400, seq=seq) for seq in (0, 1)]
@@ -162,7 +162,7 @@ def test_the_library_goes_on_from_a_filled_cache(library, tiny):
 
 @pytest.mark.parametrize("swa_full", [True, False])
 def test_a_sliding_window(library, sliding, swa_full):
-    with Session(sliding, n_ctx=2 * 1024, n_seq_max=2, n_batch=64, n_ubatch=64, swa_full=swa_full) as s:
+    with Session(sliding, n_ctx=2 * 1024, n_seq_max=2, n_batch=64, n_ubatch=64, swa_full=swa_full, n_threads=1) as s:
         s.fasa.fill_random(700)
         assert pos_max(s) == [699] * 2
         least = [s.llama.llama_memory_seq_pos_min(s.memory, seq) for seq in (0, 1)]
@@ -173,7 +173,7 @@ def test_a_sliding_window(library, sliding, swa_full):
 
 
 def test_a_hybrid_cache(library, hybrid):
-    with Session(hybrid, n_ctx=2 * 1024, n_seq_max=2) as s:
+    with Session(hybrid, n_ctx=2 * 1024, n_seq_max=2, n_threads=1) as s:
         s.fasa.set_profile(synthetic_profile([0, 2, 0, 2], [0, 8, 0, 8]))
         s.fasa.set_params(FasaParams(chunks=4, budget=64, min_context=0))
         s.fasa.fill_random(700)
@@ -185,7 +185,7 @@ def test_a_hybrid_cache(library, hybrid):
 
 
 def test_fill_refuses(library, tiny):
-    with Session(tiny, n_ctx=512) as s:
+    with Session(tiny, n_ctx=512, n_threads=1) as s:
         with pytest.raises(FasaError, match="513 cells cannot be filled: a sequence of this context has 512"):
             s.fasa.fill_random(513)
     with Session(tiny, n_ctx=512, flash_attn=False) as s:
@@ -194,7 +194,7 @@ def test_fill_refuses(library, tiny):
 
 
 def test_a_session_reopens(library, tiny):
-    with Session(tiny, n_ctx=512) as s:
+    with Session(tiny, n_ctx=512, n_threads=1) as s:
         first = s.decode([1, 2, 3], 0)
         with pytest.raises(FasaError, match="cannot make a context of"):
             s.reopen(type_k="q8_0")                                                    # heads of 16 are no block
