@@ -142,7 +142,8 @@ FASA_API int fasa_get_layer_shape(const struct llama_context * ctx, int32_t il, 
 // prefill and without a copy of the cache in host memory; what was there is forgotten. Sequence = stream, so with a unified cache
 // only sequence 0. Values are standard normal. Recurrent state is cleared.
 FASA_API int fasa_fill_random(struct llama_context * ctx, uint32_t n_cells, uint64_t seed);
-// Bytes read plus bytes written per second when the backend ("CPU", "CUDA0") copies `bytes` from one of its tensors to another.
+// Bytes read plus bytes written per second when the backend ("CPU", "CUDA0") copies `bytes` from one of its tensors to another;
+// n_threads of a CPU do it.
 FASA_API int fasa_copy_rate(const char * backend, int32_t n_threads, uint64_t bytes, double * bytes_per_second);
 
 // The ops of one layer on given host arrays, through a ggml graph on the named backend ("CPU", "CUDA0"): for tests

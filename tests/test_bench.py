@@ -166,6 +166,14 @@ def test_every_type_and_place_of_the_cache_has_its_context(library, tiny, profil
     assert rows[1].ratio == pytest.approx(rows[1].avg_ts / rows[0].avg_ts)            # its own context's
 
 
+def test_layers_on_the_gpu_make_rows_of_their_own(library, tiny, profile, monkeypatch):
+    opened = []
+    monkeypatch.setattr(b, "Session", lambda *a, **kw: opened.append(kw["n_gpu_layers"]) or Session(*a, **kw))
+    rows = run(tiny, replace(QUICK, n_gpu_layers=[0, 2], repetitions=1, n_gen=1), profile)
+    assert opened == [0, 2] and [r.setup["n_gpu_layers"] for r in rows] == [0, 0, 2, 2]
+    assert rows[3].ratio_best == rows[3].ratio                                        # beside dense of as many layers
+
+
 def test_what_stays_dense_says_so(library, tiny, profile):
     # the view of the cache grows from 256 to 512 cells in the middle of the run at depth 250
     rows = run(tiny, replace(QUICK, depths=[0, 250, 300], n_gen=10, repetitions=1), profile, ON.replace(min_context=300))
@@ -252,7 +260,7 @@ def test_the_device_that_holds_everything(ngl, nkvo, devices, where):
 # ---- the crossover ----
 
 
-def planted(*ratios):
+def planted(*ratios: float | None):
     """Rows at depths 0, 100, 200, ...: FASA at `ratio` times dense's 50 tokens/s; None: it stayed dense."""
     rows = []
     for i, ratio in enumerate(ratios):
