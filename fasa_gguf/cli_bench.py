@@ -6,7 +6,7 @@ import argparse
 import itertools
 import os
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, Callable
 
 from .cli import _bar, _fasa_flags, _list, _model, _params, _whole
@@ -81,7 +81,7 @@ def cmd_bench(a: argparse.Namespace) -> None:
         if a.find_crossover:
             if len(arms) > 1:
                 raise FasaError("--find-crossover looks for one depth; give every --fasa setting one value")
-            plan = plan if a.n_depth else Plan(**{**plan.__dict__, "depths": (256, 512, 768, 1024, 1536, 2048, 3072, 4096)})
+            plan = plan if a.n_depth else replace(plan, depths=(256, 512, 768, 1024, 1536, 2048, 3072, 4096))
             depth, _ = find_crossover(model, plan, next(iter(arms.values())), profile=profile, progress=_bar(), emit=emit)
             print(crossover_text(depth, rows), file=sys.stderr)
         else:
@@ -89,7 +89,7 @@ def cmd_bench(a: argparse.Namespace) -> None:
     finally:
         if rows and output != "jsonl":                                               # those of an interrupted run too
             print(render(rows, model, output))
-        if rows and a.plot:
+        if a.plot and any(r.samples_ts for r in rows if r.n_gen):
             save_plot(rows, a.plot, model)
             print(f"picture: {a.plot}", file=sys.stderr)
 

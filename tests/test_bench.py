@@ -311,6 +311,8 @@ def test_the_command(library, profiled, capsys, tmp_path):
     rows = [json.loads(line) for line in call("-d", "300", "-p", "0", "-ctk", "f16,f32", "-o", "jsonl", "-ngl", "0")[0].splitlines()]
     assert [(r["arm"], r["type_k"], r["type_v"], r["no_kv_offload"]) for r in rows] == [(arm, t, t, False) for t in ("f16", "f32") for arm in ("dense", "fasa")]
     assert rows[1]["fasa"]["budget"] == 512 and rows[1]["n_ubatch"] == 512 and rows[1]["flash_attn"] == 1
+    out, err = call("-d", "300", "-ctk", "q8_0", "--plot", str(png), code=1)                # what there is, then the error
+    assert out.count("not measured: llama.cpp cannot make a context") == 2 and "FASA was asked for and no step used it: not measured" in err
     assert "give every --fasa setting one value" in call("--find-crossover", "--fasa-budget", "64,128", code=1).err
     assert "FASA is " in call("--find-crossover", "-d", "32").err
     with pytest.raises(SystemExit):
