@@ -80,8 +80,8 @@ def _run_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("-ctv", "--cache-type-v", default="f16", help="type of the V cache")
 
 
-def _fasa_flags(p: argparse.ArgumentParser) -> None:
-    group = p.add_argument_group("FASA settings (each is also an environment variable, FASA_BUDGET and so on)")
+def _fasa_flags(p: argparse.ArgumentParser, more: str = "") -> None:
+    group = p.add_argument_group(f"FASA settings (each is also an environment variable, FASA_BUDGET and so on{more})")
     for f in fields(FasaParams):
         group.add_argument("--fasa-" + f.name.replace("_", "-"), metavar="X", default=None, help=f"{f.metadata['help']} [{f.metadata['unit']}; {f.default}]")
     group.add_argument("--fasa-preset", choices=PRESETS, default=None,
@@ -334,32 +334,6 @@ def _eval_answers(a: argparse.Namespace, arms: list[Any], setup: Any) -> None:
         print(tasks.needle_table(out["rows"], out["grid"]) if a.task == "needle" else tasks.table(out["rows"]))
 
 
-def cmd_bench(a: argparse.Namespace) -> None:
-    from .bench import bench, crossover_text, find_crossover, render
-
-    model, profile = a.model, None
-    if a.shape:
-        from .embed import model_shape
-        from .gguf_file import GGUFFile
-        from .synthetic import cached_model, synthetic_profile, write_model
-
-        model = a.output_model or cached_model(a.shape, lambda text: print(text, file=sys.stderr))
-        if not os.path.exists(model):
-            print(f"writing a random {a.shape} model to {model}", file=sys.stderr)
-            write_model(model, a.shape)
-        profile = synthetic_profile(*model_shape(GGUFFile(model)))
-    profile = profile or Profile.load(a.profile or model)
-    params, profile = _params(a, profile)
-    setup = dict(n_gen=a.n_gen, repetitions=a.repetitions, n_threads=a.threads, n_gpu_layers=a.n_gpu_layers, type_k=a.cache_type_k,
-                 type_v=a.cache_type_v, fill=a.fill, profile=profile, progress=_bar())
-    if a.find_crossover:
-        depth, rows = find_crossover(model, params, **({"depths": a.n_depth} if a.n_depth else {}), **setup)
-        print(crossover_text(depth, rows), file=sys.stderr)
-    else:
-        rows = bench(model, a.n_depth or [0, 4096, 8192], params, **setup)
-    print(render(rows, str(model), params, "json" if a.json else a.output))
-
-
 def _eval_parser(p: argparse.ArgumentParser) -> None:
     _model(p)
     _run_flags(p)
@@ -443,22 +417,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-fasa", action="store_true", help="dense")
     _eval_parser(command("eval", cmd_eval, "Quality of FASA beside dense: perplexity, RULER's tasks, needles, long generation.",
                          "model.gguf -f text.txt --budgets 256,512"))
-    from .cli_quality import add_commands
+    from . import cli_bench, cli_quality
 
-    add_commands(command)
-    p = command("bench", cmd_bench, "Tokens per second of dense and FASA, alternating in one process.", "model.gguf -d 0,4096,8192")
-    _model(p)
-    _run_flags(p)
-    _fasa_flags(p)
-    p.add_argument("-d", "--n-depth", type=_list(0), help="comma list of cache depths in tokens [0,4096,8192]")
-    p.add_argument("-n", "--n-gen", type=_whole(1), default=32, help="tokens per repetition")
-    p.add_argument("-r", "--repetitions", type=_whole(1), default=5, help="repetitions per arm")
-    p.add_argument("--fill", choices=("auto", "prefill", "state"), default="auto", help="how the cache gets its depth")
-    p.add_argument("--shape", choices=("8b", "3b", "1b", "tiny"), help="make and use a random model of this shape")
-    p.add_argument("--output-model", help="where --shape writes its model; default: the user's cache folder")
-    p.add_argument("--find-crossover", action="store_true", help="the depth from which on FASA is no slower than dense: what --fasa-min-context should be")
-    p.add_argument("-o", "--output", choices=("md", "json", "jsonl", "csv"), default="md", help="format of the rows")
-    p.add_argument("--json", action="store_true", help="the same as -o json")
+    cli_quality.add_commands(command)
+    cli_bench.add_commands(command)
     return ap
 
 

@@ -18,6 +18,7 @@ class  llama_kv_cache;
 class  llama_kv_cache_context;
 struct llama_memory_i;
 struct llama_ubatch;
+struct fasa_pool;
 
 // What belongs to a context; shared by its caches (sliding-window models have two).
 struct fasa_state {
@@ -78,6 +79,10 @@ struct fasa_cache {
     // fill the inputs of a sparse step; ranges [n_stream][2*FASA_MAX_RANGES], forced [n_tokens][n_forced]
     void set_ranges(int32_t * ranges, uint32_t n_stream);
     void set_forced(int32_t * forced, uint32_t n_forced, const llama_ubatch & ubatch) const;
+
+    // for fasa_fill_random
+    int  check_fill(uint32_t n_cells) const;
+    void fill_random(uint32_t n_cells, uint64_t seed, std::map<ggml_type, fasa_pool> & pools);
 
     uint32_t n_kv    = 0; // of the ubatch being computed
     size_t   size_kv() const;

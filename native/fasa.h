@@ -138,6 +138,14 @@ FASA_API int fasa_get_model_info(const struct llama_context * ctx, fasa_model_in
 // shape of one attention layer: out[0..3] = n_head, n_head_kv, n_embd_head_k, n_rot; n_head_kv = 0: no attention there
 FASA_API int fasa_get_layer_shape(const struct llama_context * ctx, int32_t il, int32_t * out);
 
+// For `fasa-gguf bench`. Every sequence of the context gets n_cells cells of random K and V at the positions from 0 on, without a
+// prefill and without a copy of the cache in host memory; what was there is forgotten. Sequence = stream, so with a unified cache
+// only sequence 0. Values are standard normal. Recurrent state is cleared.
+FASA_API int fasa_fill_random(struct llama_context * ctx, uint32_t n_cells, uint64_t seed);
+// Bytes read plus bytes written per second when the backend ("CPU", "CUDA0") copies `bytes` from one of its tensors to another;
+// n_threads of a CPU do it.
+FASA_API int fasa_copy_rate(const char * backend, int32_t n_threads, uint64_t bytes, double * bytes_per_second);
+
 // The ops of one layer on given host arrays, through a ggml graph on the named backend ("CPU", "CUDA0"): for tests
 // against fasa_gguf/reference.py. Outputs may be NULL.
 typedef struct fasa_op_case {
