@@ -146,6 +146,12 @@ class Context:
             p.weight, _d = _array("float", np.concatenate([np.asarray(profile.weight[il]).ravel() for il in ranked]), np.float32)
         if profile.layer_budget is not None:
             p.layer_budget, _e = _array("float", profile.layer_budget, np.float32)
+        if profile.layer_miss is not None:
+            p.layer_miss, _f = _array("float", profile.layer_miss, np.float32)
+        if profile.mean_budget:
+            p.n_mean_budget = len(profile.mean_budget)
+            p.mean_budget, _g = _array("uint32_t", list(profile.mean_budget), np.uint32)
+            p.mean_budget_mass, _h = _array("float", list(profile.mean_budget.values()), np.float32)
         _check(self._lib.fasa_set_profile(self._ctx, p))
 
     def set_params(self, params: FasaParams | None) -> None:
@@ -162,8 +168,16 @@ class Context:
         """The settings in force; None when FASA is off."""
         p = _struct("fasa_params")
         _check(self._lib.fasa_get_params(self._ctx, p))
-        if not p.enabled:
-            return None
+        return self._from_struct(p) if p.enabled else None
+
+    def layer_params(self, il: int) -> FasaParams | None:
+        """The settings in force in one layer, with the budget and the mass that it really has; None when FASA is off."""
+        p = _struct("fasa_params")
+        _check(self._lib.fasa_get_layer_params(self._ctx, il, p))
+        return self._from_struct(p) if p.enabled else None
+
+    @staticmethod
+    def _from_struct(p: Any) -> FasaParams:
         values = {f.name: getattr(p, f.name) for f in fields(FasaParams)}
         return FasaParams(**{**values, "k_dom": K_DOM_TYPES[p.k_dom], "mass": float(p.mass)})
 
@@ -263,13 +277,13 @@ def rank_recall(q: np.ndarray, k: np.ndarray, q_pos: Sequence[int], chunk_dims: 
 def op_run(*, q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, dims: np.ndarray, weight: np.ndarray,
            forced: np.ndarray, budget: int, scale: float, mass: float = 0.0, floor: int = 64, cap: int = 1024,
            soft_cap: float = 0.0, k_dom: str = "q4", type_k: str = "f16", type_v: str = "f16", n_hadamard: int = 0,
-           sinks: np.ndarray | None = None, per_head: bool = False, backend: str = "CPU", n_threads: int = 2) -> dict[str, np.ndarray]:
+           sinks: np.ndarray | None = None, per_head: bool = False, hard: bool = False, backend: str = "CPU", n_threads: int = 2) -> dict[str, np.ndarray]:
     """The ops of one layer on host arrays, shapes as in struct fasa_op_case; returns est, count, list and out."""
     ffi, lib = _api()
     n_stream, n_tokens, n_head, d_k = q.shape
     _, n_kv, n_head_kv, d_v = v.shape
     n_list = n_head if per_head else n_head_kv
-    longest = min(n_kv, max(cap if mass > 0 else budget, forced.shape[-1]))
+    longest = n_kv if hard and mass > 0 else min(n_kv, max(cap if mass > 0 else budget, forced.shape[-1]))
     keep: list[np.ndarray] = []
 
     def array(ctype: str, values: Any, dtype: Any) -> Any:
@@ -286,7 +300,7 @@ def op_run(*, q: np.ndarray, k: np.ndarray, v: np.ndarray, mask: np.ndarray, dim
                 n_embd_head_v=d_v, n_kv=n_kv, n_tokens=n_tokens, n_stream=n_stream, n_hadamard=n_hadamard, type_k=text[1],
                 type_v=text[2], k_dom=K_DOM_TYPES.index(k_dom), n_dom=dims.shape[-1], dims=array("int32_t", dims, np.int32),
                 weight=array("float", weight, np.float32), scale=scale, soft_cap=soft_cap, budget=budget, mass=mass,
-                floor=floor, cap=cap, per_head=per_head, n_forced=forced.shape[-1], forced=array("int32_t", forced, np.int32),
+                floor=floor, cap=cap, per_head=per_head, hard=hard, n_forced=forced.shape[-1], forced=array("int32_t", forced, np.int32),
                 q=array("float", q, np.float32), k=array("float", k, np.float32), v=array("float", v, np.float32),
                 mask=array("float", mask, np.float32), out_est=array("float", out["est"], np.float32),
                 out_count=array("int32_t", out["count"], np.int32), out_list=array("int32_t", out["list"], np.int32),

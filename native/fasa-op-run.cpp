@@ -76,6 +76,7 @@ int fasa_op_run(const fasa_op_case * c) {
     op.params.floor = c->floor;
     op.params.cap   = c->cap;
     op.params.per_head = c->per_head;
+    op.params.hard     = c->hard;
 
     const fasa_layer_nodes nodes = fasa_build_layer(ctx.get(), op, nullptr);
     ggml_cgraph * graph = ggml_new_graph(ctx.get());
