@@ -148,10 +148,10 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def score_tokens(dense: np.ndarray, arm: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(nll, KL(dense || arm), same top token), each [n], from log-probabilities [n, n_vocab] and next tokens [n]."""
+def score_tokens(dense: np.ndarray, arm: np.ndarray, target: np.ndarray, p: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(nll, KL(dense || arm), same top token), each [n], from log-probabilities [n, n_vocab] and next tokens [n]; p: exp(dense)."""
     nll = -np.take_along_axis(arm, target[:, None], -1)[:, 0]
-    kl = (np.exp(dense) * (dense - arm)).sum(-1)
+    kl = ((np.exp(dense) if p is None else p) * (dense - arm)).sum(-1)
     return nll, kl, (dense.argmax(-1) == arm.argmax(-1)).astype(np.float64)
 
 
@@ -178,19 +178,23 @@ def _score_window(s: Session, switch: ArmSwitch, arms: Sequence[Arm | None], tok
     s.decode(tokens[:prefix], 0, logits="none")
     tail, target = tokens[prefix:-1], np.array(tokens[prefix + 1 :])
 
-    def by_steps() -> np.ndarray:
-        return log_softmax(np.stack([s.decode([t], prefix + i) for i, t in enumerate(tail)]))
+    def by_steps() -> Iterator[np.ndarray]:                                           # [1, n_vocab] log-probabilities of one token after the other
+        return (log_softmax(s.decode([t], prefix + i)[None]) for i, t in enumerate(tail))
 
-    dense = log_softmax(s.decode(tail, prefix, logits="all")) if batched_dense else by_steps()
+    dense = log_softmax(s.decode(tail, prefix, logits="all")) if batched_dense else np.concatenate(list(by_steps()))
+    p = np.exp(dense)
     for arm in arms:
-        logp, counters = dense, {}
-        if arm is not None:
+        counters = {}
+        if arm is None:
+            nll, kl, hit = score_tokens(dense, dense, target, p)
+        else:
             s.remove(0, prefix)
             switch.use(arm)
-            logp, counters = by_steps(), s.fasa.counters()
+            each = [score_tokens(dense[i : i + 1], x, target[i : i + 1], p[i : i + 1]) for i, x in enumerate(by_steps())]
+            nll, kl, hit = (np.concatenate(x) for x in zip(*each))
+            counters = s.fasa.counters()
             if arm.params is not None and counters["steps_sparse"] == 0:
                 raise FasaError(f"arm {arm.name}: FASA was asked for and no step used it: {s.fasa.step_reason()}")
-        nll, kl, hit = score_tokens(dense, logp, target)
         yield {"nll": nll.tolist(), "kl": kl.tolist(), "hit": hit.tolist(), "counters": counters}
 
 
