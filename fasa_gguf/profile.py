@@ -236,6 +236,9 @@ class Profile:
             FasaParams.from_mapping(out.defaults, "fasa.default")
         except FasaError as e:
             raise FasaError(f"{where}: keys fasa.default.*: {e}; {REMAKE}") from None
+        if (n := out.defaults.get("mean_budget", 0)) and not min(out.mean_budget, default=n + 1) <= n <= max(out.mean_budget, default=0):
+            reach = f"{min(out.mean_budget)} to {max(out.mean_budget)} tokens" if out.mean_budget else "none"
+            raise fail("default.mean_budget", "a number that the table fasa.mean_budget reaches", _Said(f"{n}, and the table has {reach}"))
         return out
 
     def check_values(self, where: str) -> None:

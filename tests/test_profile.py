@@ -165,6 +165,8 @@ BAD = [
     (put("default.per_head", 2), "keys fasa.default..: setting per_head: expected 0 or 1, found 2"),
     (put("default.hard", 2), "keys fasa.default..: setting hard: expected 0 or 1, found 2"),
     (lambda f: f.update({"default.mass": 0.5, "default.mean_budget": 9}), "keys fasa.default..: settings mass and mean_budget: expected one of them, found 0.5 and 9"),
+    (lambda f: f.update({"default.mass": 0, "default.mean_budget": 257}), "key fasa.default.mean_budget: expected a number that the table fasa.mean_budget reaches, found 257, and the table has 100 to 256 tokens"),
+    (lambda f: [f.pop("mean_budget"), f.pop("mean_budget_mass"), f.update({"default.mass": 0, "default.mean_budget": 9})], "key fasa.default.mean_budget: expected .*, found 9, and the table has none"),
     (put("calibration.corpus", "x" * 5000), "key fasa.calibration.corpus: expected text of fewer than 4096 characters, found 'xxx"),
     (put("surprise", 1), "key fasa.surprise: expected one of the keys of format version 1, found an unknown one"),
     (put("a\nb", 1), r"key fasa.a\?b: expected one of the keys"),
