@@ -76,7 +76,7 @@ def cmd_calibrate_layers(a: argparse.Namespace) -> None:
     from .profile import Profile
 
     params, profile = _params(a, Profile.load(a.profile or a.model))
-    plan = LayerPlan(() if a.table_only else a.masses or LayerPlan.masses, a.table or LayerPlan.table, a.group)
+    plan = LayerPlan(() if a.table_only else a.masses or LayerPlan.masses, a.budgets or LayerPlan.budgets, a.group)
     out = a.output or str(Path(a.model).with_suffix(".fasa.json"))
     _, result = calibrate_layers(a.model, _read(a.file, a.detokenize), out, plan, params, profile, a.windows, a.window, a.score, _bar(), a.resume,
                                  n_threads=a.threads, n_gpu_layers=a.n_gpu_layers, type_k=a.cache_type_k, type_v=a.cache_type_v)
@@ -122,9 +122,9 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     _fasa_flags(p)
     _text_flags(p, 3, 128)
     p.add_argument("--masses", type=_shares, help="comma list of masses at which a layer is sparse alone [0.5,0.75,0.9]")
-    p.add_argument("--table", type=_shares, help="comma list of masses of the whole model [0.6,0.7,0.8,0.85,0.9,0.93,0.95,0.97,0.98,0.99]")
+    p.add_argument("--budgets", type=_list(1), help="comma list of mean budgets whose masses are looked for [128,256,512,1024]")
     p.add_argument("--group", type=_whole(1), default=1, help="neighbouring layers that share a factor: fewer runs, less noise [1]")
-    p.add_argument("--table-only", action="store_true", help="only the table of mean budgets")
+    p.add_argument("--table-only", action="store_true", help="only the masses of mean budgets")
     p.add_argument("--resume", metavar="FILE.jsonl", help="keep finished runs here instead of in OUTPUT.partial.jsonl, for other --masses too")
     p.add_argument("-o", "--output", help="profile to write [MODEL's name.fasa.json]")
     p.add_argument("--json", action="store_true", help="figures as JSON")

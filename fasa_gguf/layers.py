@@ -1,4 +1,4 @@
-"""Which layers may miss more of the attention than others, and the table of mean budgets: measured through evaluate.py.
+"""Which layers may miss more of the attention than others, and the masses of mean budgets: measured through evaluate.py.
 
 A layer's loss is the KL to dense of the model's output while that layer alone is sparse, at some target masses; what rounding alone
 makes (everything attended, by the sparse path) is taken away. Over the missed share m = 1 - mass both curves are close to powers,
@@ -24,18 +24,20 @@ from .errors import FasaError
 from .evaluate import Arm, columns, evaluate
 from .params import FasaParams
 from .profile import Profile
+from .reference import mean_budget_bounds
 
+NEAR, TRIES = 0.02, 4  # a mean budget is met within 2%, or as well as 4 runs can
 MOST = 8.0        # a factor is between 1/MOST and MOST
 LEAST_LOSS = 0.1  # of the median: a layer whose loss drowns in noise counts as this harmless
-CALIBRATED = ("chunks", "floor", "cap", "sink", "recent", "k_dom", "per_head", "hard")  # settings that the table depends on
+CALIBRATED = ("chunks", "sink", "recent", "k_dom", "per_head", "hard")  # settings that the table depends on
 
 
 @dataclass(frozen=True)
 class LayerPlan:
     """What is measured; a mass is a share of the estimated attention."""
 
-    masses: Sequence[float] = (0.5, 0.75, 0.9)       # of a layer that is sparse alone; empty: only the table
-    table: Sequence[float] = (0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99)   # of the whole model
+    masses: Sequence[float] = (0.5, 0.75, 0.9)       # of a layer that is sparse alone; empty: only the mean budgets
+    budgets: Sequence[int] = (128, 256, 512, 1024)   # mean budgets whose masses are looked for, in tokens
     group: int = 1                                   # neighbouring layers that share a factor: fewer runs, less noise
 
 
@@ -110,37 +112,65 @@ def layer_arms(profile: Profile, groups: Sequence[Sequence[int]], masses: Sequen
     return out
 
 
-def table_arms(profile: Profile, masses: Sequence[float], base: FasaParams, name: str) -> list[Arm]:
-    """The whole model at each mass."""
-    return [Arm(f"{name} mass={m:g}", base.replace(mass=m, mean_budget=0), profile) for m in masses]
+def next_mass(seen: Sequence[tuple[float, float]], n: int) -> float:
+    """Where to look for the mass that takes n tokens, from (mass, tokens) seen so far: along the power through the two that are
+    nearest; with one, or two that say nothing, along tokens = (1 - mass)^-0.8. Four digits."""
+    points = sorted(((math.log(t / n), math.log(1 - m)) for m, t in seen), key=lambda p: abs(p[0]))
+    slope = -1 / 0.8
+    if len(points) > 1 and (dx := points[1][0] - points[0][0]) and (points[1][1] - points[0][1]) / dx < -0.2:
+        slope = (points[1][1] - points[0][1]) / dx
+    return min(max(float(f"{1 - math.exp(points[0][1] - slope * points[0][0]):.4f}"), 0.1), 0.9999)
 
 
-def mean_budget_table(masses: Sequence[float], tokens: Sequence[float]) -> dict[int, float]:
-    """Mean tokens -> mass, both ascending: where a larger mass takes no more tokens (the cap), the smaller mass stays."""
+def find_masses(budgets: Sequence[int], rows_at: Callable[[dict[int, float]], list[dict[str, Any]]]) -> dict[int, dict[str, Any]]:
+    """For every mean budget the row whose mean tokens are nearest; rows_at({budget: mass}) runs one for each. A budget that no mass
+    reaches within a tenth (the context is too short) is left away."""
+    seen: dict[int, list[tuple[float, dict[str, Any]]]] = {n: [] for n in sorted(budgets)}
+    ask = {n: 0.9 for n in seen}
+    for _ in range(TRIES):
+        for (n, m), row in zip(ask.items(), rows_at(ask)):
+            seen[n].append((m, row))
+        ask = {}
+        for n, rows in seen.items():
+            m = next_mass([(m, r["tokens_attended"]) for m, r in rows], n)
+            if min(abs(r["tokens_attended"] / n - 1) for _, r in rows) > NEAR and m not in {m for m, _ in rows}:
+                ask[n] = m
+        if not ask:
+            break
+    best = {n: min((r for _, r in rows), key=lambda r: abs(r["tokens_attended"] / n - 1)) for n, rows in seen.items()}
+    return {n: r for n, r in best.items() if abs(r["tokens_attended"] / n - 1) <= 0.1}
+
+
+def mean_budget_table(found: dict[int, dict[str, Any]]) -> dict[int, float]:
+    """Mean tokens -> mass, both ascending, moved the last few percent along tokens = (1 - mass)^-0.8."""
     out: dict[int, float] = {}
-    for m, n in sorted(zip(masses, tokens)):
-        if round(n) > max(out, default=0) and 0 < m < 1:
-            out[round(n)] = float(m)
+    for n, r in found.items():
+        mass = float(f"{1 - (1 - r['fasa']['mass']) * (r['tokens_attended'] / n) ** (1 / 0.8):.5f}")
+        if max(out.values(), default=0.0) < mass < 1:
+            out[n] = mass
     return out
 
 
 def gain(plain: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> float:
-    """How much less KL `other` has than `plain` at equal mean tokens, a share of plain's: mean over the tokens that both reach."""
+    """How much less KL `other` has than `plain` at equal mean tokens, a share of plain's: mean over the tokens that both reach; 0 where
+    they have none in common."""
     def curve(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
         pairs = sorted((math.log(r["tokens_attended"]), math.log(max(r["kl"], 1e-9))) for r in rows)
         return np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])
 
     (x, y), (u, v) = curve(plain), curve(other)
+    if not len(u) or max(x[0], u[0]) > min(x[-1], u[-1]):
+        return 0.0
     at = np.linspace(max(x[0], u[0]), min(x[-1], u[-1]), 50)
     return float(1 - np.exp((np.interp(at, u, v) - np.interp(at, x, y)).mean()))
 
 
 def _checked(plan: LayerPlan, profile: Profile, window: int, base: FasaParams) -> None:
-    for name, masses in (("masses", plan.masses), ("table", plan.table)):
-        if any(not 0 < m < 1 for m in masses) or len(set(masses)) < len(masses):
-            raise FasaError(f"--{name} {','.join(f'{m:g}' for m in masses)}: expected different numbers between 0 and 1")
-    if len(plan.table) < 2:
-        raise FasaError("--table: expected at least two masses, so that mean budgets between them can be found")
+    if any(not 0 < m < 1 for m in plan.masses) or len(set(plan.masses)) < len(plan.masses):
+        raise FasaError(f"--masses {','.join(f'{m:g}' for m in plan.masses)}: expected different numbers between 0 and 1")
+    if not plan.budgets or min(plan.budgets) <= base.sink + base.recent or max(plan.budgets) >= window or len(set(plan.budgets)) < len(plan.budgets):
+        raise FasaError(f"--budgets {','.join(map(str, plan.budgets))}: expected different numbers from {base.sink + base.recent + 1}, above sink and recent, "
+                        f"to {window - 1}, below --window")
     if plan.group < 1:
         raise FasaError(f"--group {plan.group}: expected at least 1")
     if base.min_context > window:
@@ -152,7 +182,7 @@ def calibrate_layers(model: str | os.PathLike, text: str, out: str | os.PathLike
                      progress: Callable[[str, int, int], None] | None = None, resume: str | os.PathLike | None = None,
                      **machine: Any) -> tuple[Profile, dict[str, Any]]:
     """Write the profile with `layer_miss`, when it pays, and the table `mean_budget` to `out`. Returns it, and the figures as JSON has
-    them: layers (a row each), table (rows of evaluate without and, if measured, with the factors), b, d, gain, kept.
+    them: layers (a row each), table (rows of evaluate at the mean budgets, without and, if measured, with the factors), b, d, gain, kept.
 
     machine: n_threads, n_gpu_layers, type_k, type_v. Finished runs are kept in OUT.partial.jsonl, or in `resume`, which stays; the same
     call goes on there. Raises FasaError as evaluate does.
@@ -171,7 +201,17 @@ def calibrate_layers(model: str | os.PathLike, text: str, out: str | os.PathLike
         told = progress and (lambda _, n, total: progress(what, n, total))
         return evaluate(model, text, arms, windows, window, score, profile=plain, progress=told, resume=kept, **machine)[1:]
 
-    result: dict[str, Any] = {"layers": [], "table": run(table_arms(plain, plan.table, base, "plain"), "the whole model"), "kept": False}
+    def whole(own: Profile, name: str) -> dict[int, dict[str, Any]]:
+        def rows_at(masses: dict[int, float]) -> list[dict[str, Any]]:
+            bounds = {n: dict(zip(("floor", "cap"), mean_budget_bounds(n))) for n in masses}
+            return run([Arm(f"{name} mean {n} mass={m:g}", base.replace(mass=m, mean_budget=0, **bounds[n]), own) for n, m in masses.items()], name)
+
+        return find_masses(plan.budgets, rows_at)
+
+    found = whole(plain, "all alike")
+    if not found:
+        raise FasaError(f"--budgets {','.join(map(str, plan.budgets))}: no mass takes as many tokens of a window of {window}; use other --budgets or a longer --window")
+    result: dict[str, Any] = {"layers": [], "table": list(found.values()), "kept": False}
     if plan.masses:
         groups = make_groups(plain, plan.group)
         n = 1 + len(plan.masses)
@@ -184,16 +224,15 @@ def calibrate_layers(model: str | os.PathLike, text: str, out: str | os.PathLike
         for layers, f in zip(groups, fit.factor):
             factors[layers] = float(f"{f:.3g}")
         layered = replace(plain, layer_miss=factors)
-        other = run(table_arms(layered, plan.table, base, "layers"), "with its factors")
-        better = gain(result["table"], other)
+        other = whole(layered, "by layer")
+        better = gain(result["table"], list(other.values()))
         result |= {"b": fit.b, "d": fit.d, "gain": better, "kept": better > 0,
                    "layers": [{"layers": g, "factor": float(f), "noise": float(z), "tokens": t.tolist(), "kl": (k - z).tolist(), "kl_se": e.tolist()}
                               for g, f, z, t, k, e in zip(groups, fit.factor, noise, tokens, kl, se)]}
         if better > 0:
-            plain = layered
-        result["table"] += other
-    used = result["table"][-len(plan.table):] if result["kept"] else result["table"][: len(plan.table)]
-    done = replace(plain, mean_budget=mean_budget_table([r["fasa"]["mass"] for r in used], [r["tokens_attended"] for r in used]),
+            plain, found = layered, other
+        result["table"] += other.values()
+    done = replace(plain, mean_budget=mean_budget_table(found),
                    defaults={**profile.defaults, **{k: getattr(base, k) for k in CALIBRATED if getattr(base, k) != getattr(profile.params(), k)}})
     done.save(out)
     if not resume:

@@ -36,7 +36,7 @@ class FasaParams:
     k_dom: str = _setting("q4", "f16, q8 or q4", "how the dominant keys are stored")
     per_head: int = _setting(0, "0 or 1", "1: every query head selects for itself, as published; 0: those of a KV head together")
     hard: int = _setting(0, "0 or 1", "where cap tokens do not hold the mass: 1: attend every visible token; 0: attend cap tokens")
-    mean_budget: int = _setting(0, "tokens in the mean", "> 0: the mass that takes as many tokens in the mean, by the profile's table; instead of mass")
+    mean_budget: int = _setting(0, "tokens in the mean", "> 0: tokens attended in the mean; mass is then looked up in the profile, floor is a quarter of it (at least 64), cap twice")
 
     def replace(self, **changes: Any) -> "FasaParams":
         """A copy with some settings changed."""

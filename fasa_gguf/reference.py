@@ -177,6 +177,11 @@ def mean_budget_mass(tokens: np.ndarray, mass: np.ndarray, n: int) -> np.float32
     return np.float32(1 - np.exp(np.interp(np.log(n), np.log(tokens), missed)))
 
 
+def mean_budget_bounds(n: int) -> tuple[int, int]:
+    """(floor, cap) of a mean budget: fewest and most tokens of a step."""
+    return max(min(n, 64), n // 4), 2 * n
+
+
 # ---- ranking the chunks (calibration) ----
 
 

@@ -40,12 +40,16 @@ struct fasa_state {
 
     bool has_profile() const { return !n_chunk.empty(); }
 
-    // the settings of one layer: its own budget and mass
+    // the settings of one layer: its own budget and mass, and those that a mean budget means
     fasa_params layer_params(uint32_t il) const {
         fasa_params p = params;
         p.budget = fasa_layer_budget(params, il < layer_budget.size() ? layer_budget[il] : 1.0f);
         p.mass   = fasa_layer_mass(params.mass, il < layer_miss.size() ? layer_miss[il] : 1.0f);
-        p.mean_budget = 0;
+        if (p.mean_budget > 0) {
+            p.floor = fasa_mean_budget_floor(p.mean_budget);
+            p.cap   = fasa_mean_budget_cap(p.mean_budget);
+            p.mean_budget = 0;
+        }
         return p;
     }
 };

@@ -46,6 +46,11 @@ inline float fasa_mean_budget_mass(const uint32_t * tokens, const float * mass, 
     return 0.0f;
 }
 
+// fewest and most tokens of a step under a mean budget; tokens beyond the forced ones pay where the forced ones hold the mass, and the
+// last ones of a step that needs many do not (docs/measurements.md)
+inline uint32_t fasa_mean_budget_floor(uint32_t n) { return std::max(std::min(n, 64u), n/4); }
+inline uint32_t fasa_mean_budget_cap  (uint32_t n) { return std::min(n, (uint32_t) INT32_MAX/2)*2; }
+
 // dense or FASA, from what stays the same while a graph is reused; "" = FASA, else the reason
 inline const char * fasa_step_dense_reason(const fasa_params & p, uint32_t n_tokens, uint32_t n_outputs, uint32_t n_stream, uint32_t n_kv) {
     if (!p.enabled)                                       { return "FASA is off"; }

@@ -64,7 +64,7 @@ typedef struct fasa_params {
     int32_t  k_dom;       // enum fasa_k_dom_type
     int32_t  per_head;    // 1: every query head selects for itself, as published; 0: the heads of a KV head select together
     int32_t  hard;        // when `cap` tokens do not hold the mass: 1: attend every visible token, 0: attend `cap`
-    uint32_t mean_budget; // > 0: the mass is the one that takes as many tokens in the mean, by the profile's table; mass must be 0
+    uint32_t mean_budget; // > 0: tokens attended in the mean: mass by the profile's table, floor a quarter (at least 64), cap twice; mass must be 0
 } fasa_params;
 
 // What happened since the context was made or fasa_reset_counters.
@@ -98,7 +98,7 @@ FASA_API int fasa_set_profile(struct llama_context * ctx, const fasa_profile * p
 // Settings of a live context; allocates the dominant keys when enabled, and may be called between any two decodes.
 FASA_API int fasa_set_params(struct llama_context * ctx, const fasa_params * params);
 FASA_API int fasa_get_params(const struct llama_context * ctx, fasa_params * params); // params->size set by the caller
-// The same with the budget and the mass that layer il really has: its shares of the profile and the table of mean budgets applied.
+// The same with the budget, mass, floor and cap that layer il really has: its shares of the profile and a mean budget applied.
 FASA_API int fasa_get_layer_params(const struct llama_context * ctx, int32_t il, fasa_params * params); // size set by the caller
 
 // Mark every dominant key stale, so that the next sparse step derives all of them again from the stored K.

@@ -220,11 +220,12 @@ def test_a_layer_has_its_own_budget_and_mass(smollm2, profile, text):
         for n in (100, 123, 300, 444, 500):
             s.fasa.set_params(SOME.replace(mean_budget=n))
             mass = R.mean_budget_mass(list(own.mean_budget), list(own.mean_budget.values()), n)
-            assert np.isclose(s.fasa.layer_params(3).mass, mass, atol=2e-7) and s.fasa.params().mass == 0 and s.fasa.params().mean_budget == n
+            real = s.fasa.layer_params(3)
+            assert np.isclose(real.mass, mass, atol=2e-7) and (real.floor, real.cap) == R.mean_budget_bounds(n) and real.mean_budget == 0 and s.fasa.params().mass == 0 and s.fasa.params().mean_budget == n
         tokens = s.tokenize(text)
         s.decode(tokens[:PREFIX], 0, logits="none")
         seen = []
-        for params in (SOME.replace(mean_budget=300), SOME.replace(mass=0.9)):
+        for params in (SOME.replace(mean_budget=300), SOME.replace(mass=0.9, floor=75, cap=600)):
             s.fasa.set_params(params)
             s.fasa.reset_counters()
             seen.append((s.decode([tokens[PREFIX]], PREFIX), s.fasa.counters()["rows_attended"]))

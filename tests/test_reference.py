@@ -70,6 +70,7 @@ def test_the_mass_of_a_mean_budget():
     tokens, mass = [100, 400, 800], [0.5, 0.875, 0.9]
     assert [R.mean_budget_mass(tokens, mass, n) for n in (100, 400, 800)] == [np.float32(x) for x in mass]
     assert np.isclose(R.mean_budget_mass(tokens, mass, 200), 0.75)                                   # half way: sqrt(1/2 * 1/8) is missed
+    assert [R.mean_budget_bounds(n) for n in (40, 128, 256, 512)] == [(40, 80), (64, 256), (64, 512), (128, 1024)]
     assert [R.mean_budget_mass(tokens, mass, n) for n in (99, 801)] == [0, 0] and R.mean_budget_mass([], [], 5) == 0
 
 
