@@ -403,6 +403,10 @@ def inspect_table(profile: Profile, chunks: int = 0) -> str:
              f"calibrated on {c.get('corpus', '?')}: {c.get('tokens', '?')} tokens in windows of {c.get('context', '?')}, from {c.get('source', '?')}"]
     if profile.defaults:
         lines.append("defaults: " + ", ".join(f"{n} {v}" for n, v in profile.defaults.items()))
+    if profile.mean_budget:
+        lines.append("mean budgets: " + ", ".join(f"{n} at mass {m:.4g}" for n, m in profile.mean_budget.items()))
+    if profile.layer_miss is not None:
+        lines.append(f"layers may miss {profile.layer_miss.min():.3g} to {profile.layer_miss.max():.3g} times 1 - mass")
     lines.append(f"\n{'layer':>5}  {'attention kept':>14}  best {k} chunks of KV head 0 (0 is the fastest frequency)")
     for il, rows in enumerate(profile.ranking):
         if not profile.n_chunk[il]:

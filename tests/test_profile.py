@@ -265,6 +265,7 @@ def test_inspect_table_names_chunks_and_attention_kept():
     p.n_chunk[1], p.ranking[1] = 0, np.zeros((0, 0), np.uint16)
     lines = inspect_table(p, chunks=3).splitlines()
     assert lines[0] == "method synthetic, 3 layers, 2 KV heads, 0 to 8 chunks per head, rope norm base 10000.0"
+    assert "mean budgets: 100 at mass 0.5, 256 at mass 0.875" in lines and "layers may miss 0.25 to 2 times 1 - mass" in lines
     row = {line.split()[0]: line.split()[1:] for line in lines[-3:]}
     assert row["0"] == ["75.0%", "7", "3", "1"] and row["1"] == ["dense"]
 
