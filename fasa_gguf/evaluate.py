@@ -63,8 +63,6 @@ def parse_arms(text: str, settings: Callable[[str | None], tuple[FasaParams, Pro
             else:
                 values[name] = value
         base, profile = settings(path)
-        if "budget" in values and not {"mass", "mean_budget"} & set(values):
-            values |= {"mass": 0, "mean_budget": 0}                                  # a fixed one
         arms.append(Arm(prefix + part, FasaParams.from_mapping(values, where, base), profile))
     return arms
 

@@ -69,8 +69,8 @@ class FasaParams:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str, base: "FasaParams | None" = None) -> "FasaParams":
-        """Settings by name, numbers may be text; unknown names and unreadable values raise FasaError naming `where`. A mass
-        takes the place of the base's mean budget, and the other way round."""
+        """Settings by name, numbers may be text; unknown names and unreadable values raise FasaError naming `where`. Of
+        budget, mass and mean_budget the one that is given takes the place of the base's."""
         known = {f.name: f for f in dataclasses.fields(cls)}
         changes: dict[str, Any] = {}
         for name, value in values.items():
@@ -81,9 +81,9 @@ class FasaParams:
                 changes[name] = kind(value)
             except (TypeError, ValueError):
                 raise FasaError(f"{where}: setting {name}: expected {known[name].metadata['unit']}, found {value!r}") from None
-        if changes.get("mass", 0) > 0:
+        if changes.get("mass", 0) > 0 or ("budget" in changes and "mass" not in changes):
             changes.setdefault("mean_budget", 0)
-        if changes.get("mean_budget", 0) > 0:
+        if changes.get("mean_budget", 0) > 0 or ("budget" in changes and "mean_budget" not in values):
             changes.setdefault("mass", 0.0)
         return (base or cls()).replace(**changes).check()
 
