@@ -265,17 +265,22 @@ def _eval_flags(a: argparse.Namespace) -> None:
 
 
 def _arms(a: argparse.Namespace) -> list[Any]:
-    """One arm for each profile and budget or mass."""
-    from .evaluate import Arm
+    """One arm for each profile and budget, mass or text of --arms; without any of the three, one for each profile."""
+    from .evaluate import Arm, parse_arms
 
     arms = []
-    for path in a.profile.split(",") if a.profile else [a.model]:
+    paths = a.profile.split(",") if a.profile else [a.model]
+    for path in paths:
         base, profile = _params(a, Profile.load(path))
-        fixed = a.budgets or ([] if a.masses else [base.budget])
-        settings = [base.replace(budget=b, mass=0.0 if a.masses else base.mass) for b in fixed]
-        for p in settings + [base.replace(mass=m) for m in a.masses or []]:
-            name = [a.fasa_preset, profile.ranking_method, f"k={p.chunks or 'auto'}", p.k_dom, f"mass={p.mass:g}" if p.mass > 0 else f"B={p.budget}"]
+        settings = [base.replace(budget=b, mass=0.0, mean_budget=0) for b in a.budgets or []]
+        settings += [base.replace(mass=m, mean_budget=0) for m in a.masses or []]
+        for p in settings or ([] if a.arms else [base]):
+            much = f"mass={p.mass:g}" if p.mass > 0 else f"mean={p.mean_budget}" if p.mean_budget else f"B={p.budget}"
+            name = [a.fasa_preset, profile.ranking_method, f"k={p.chunks or 'auto'}", p.k_dom, much, "hard" if p.hard else ""]
             arms.append(Arm(" ".join(filter(None, name)), p.check(), profile))
+        if a.arms:
+            arms += parse_arms(a.arms, lambda other: _params(a, Profile.load(other)) if other else (base, profile),
+                               f"{Path(path).name} " if len(paths) > 1 else "")
     return arms
 
 
@@ -346,6 +351,8 @@ def _eval_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--detokenize", choices=("wikitext",), help="undo a corpus' word tokenisation")
     p.add_argument("--budgets", type=_list(1), help="comma list; one arm each")
     p.add_argument("--masses", type=_shares, help="comma list of target masses; one arm each")
+    p.add_argument("--arms", metavar="TEXT", help="arms with settings of their own, such as 'mass=0.9,cap=4096;mass=0.9,floor=16'; "
+                   "profile=FILE is one too, and `dense` alone is dense step by step")
     p.add_argument("--resume", metavar="FILE.jsonl", help="keep every finished sample here, and skip those that are there")
     p.add_argument("--json", action="store_true", help="figures as JSON")
     p.add_argument("--windows", type=_whole(1), help="ppl: windows [10]; long: texts [1]")

@@ -146,6 +146,12 @@ class Context:
             p.weight, _d = _array("float", np.concatenate([np.asarray(profile.weight[il]).ravel() for il in ranked]), np.float32)
         if profile.layer_budget is not None:
             p.layer_budget, _e = _array("float", profile.layer_budget, np.float32)
+        if profile.layer_miss is not None:
+            p.layer_miss, _f = _array("float", profile.layer_miss, np.float32)
+        if profile.mean_budget:
+            p.n_mean_budget = len(profile.mean_budget)
+            p.mean_budget, _g = _array("uint32_t", list(profile.mean_budget), np.uint32)
+            p.mean_budget_mass, _h = _array("float", list(profile.mean_budget.values()), np.float32)
         _check(self._lib.fasa_set_profile(self._ctx, p))
 
     def set_params(self, params: FasaParams | None) -> None:
@@ -162,8 +168,16 @@ class Context:
         """The settings in force; None when FASA is off."""
         p = _struct("fasa_params")
         _check(self._lib.fasa_get_params(self._ctx, p))
-        if not p.enabled:
-            return None
+        return self._from_struct(p) if p.enabled else None
+
+    def layer_params(self, il: int) -> FasaParams | None:
+        """The settings in force in one layer, with the budget and the mass that it really has; None when FASA is off."""
+        p = _struct("fasa_params")
+        _check(self._lib.fasa_get_layer_params(self._ctx, il, p))
+        return self._from_struct(p) if p.enabled else None
+
+    @staticmethod
+    def _from_struct(p: Any) -> FasaParams:
         values = {f.name: getattr(p, f.name) for f in fields(FasaParams)}
         return FasaParams(**{**values, "k_dom": K_DOM_TYPES[p.k_dom], "mass": float(p.mass)})
 

@@ -114,9 +114,10 @@ def forced_cells(positions: np.ndarray, visible: np.ndarray, sink: int, recent: 
 
 
 def select(score: np.ndarray, visible: np.ndarray, forced: np.ndarray, n_group: int, budget: int, mass: float = 0.0,
-           floor: int = 64, cap: int = 1024) -> np.ndarray:
+           floor: int = 64, cap: int = 1024, hard: bool = False) -> np.ndarray:
     """The cells to attend, ascending. Forced cells first, then by score, ties to the lower cell; `budget` of them, or with
     mass > 0 until they hold that share of the estimated attention, between floor and cap. The forced ones are always in.
+    hard: where cap tokens (or the forced ones, if they are more) do not hold the mass, every visible cell is attended.
     Shares are summed as integers of 2^-40, so that every order of summation takes the same count."""
     forced = forced & visible
     order = np.lexsort((np.arange(len(score)), -score, ~forced, ~visible))[: visible.sum()]     # [n_visible]
@@ -124,6 +125,8 @@ def select(score: np.ndarray, visible: np.ndarray, forced: np.ndarray, n_group: 
     if mass > 0:
         share = np.floor(score[order].astype(np.float64) * 2.0**40).astype(np.int64)            # [n_visible]
         n = int(np.searchsorted(np.cumsum(share), int(np.floor(np.float32(mass) * 2.0**40)) * n_group)) + 1
+        if hard and n > max(cap, forced.sum()):
+            return np.sort(order)
         n = min(max(n, floor), cap)
     return np.sort(order[: max(n, forced.sum())])
 
@@ -151,8 +154,32 @@ def decode_step(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarr
         w[: len(known)] = known
     est = estimate(q, quantize_k_dom(k, chosen, p.k_dom), chosen, w, scale, soft_cap, p.k_dom)  # [G, n_kv]
     forced = forced_cells(positions, visible, p.sink, p.recent)                  # [n_kv]
-    cells = select(group_score(est, visible), visible, forced, len(q), p.budget, p.mass, p.floor, p.cap)
+    cells = select(group_score(est, visible), visible, forced, len(q), p.budget, p.mass, p.floor, p.cap, bool(p.hard))
     return attend(q, k, v, cells, scale, soft_cap, sink), cells
+
+
+# ---- from a profile to a layer's mass ----
+
+MASS_LEAST = 2.0**-20   # 0 would be a fixed budget
+
+
+def layer_mass(mass: float, miss: float) -> np.float32:
+    """The target mass of a layer that may miss `miss` times what others miss (fasa.layer_miss): 1 - (1 - mass)*miss, kept above 0."""
+    return np.float32(min(max(1 - (1 - float(np.float32(mass))) * float(np.float32(miss)), MASS_LEAST), 1.0) if mass > 0 else 0.0)
+
+
+def mean_budget_mass(tokens: np.ndarray, mass: np.ndarray, n: int) -> np.float32:
+    """The target mass that takes n tokens in the mean, by a table (fasa.mean_budget, fasa.mean_budget_mass), both [n_entry] and
+    ascending: log(1 - mass) is linear in log(tokens) between two entries. 0 when n lies outside."""
+    tokens, missed = np.asarray(tokens, np.float64), np.log(1 - np.asarray(mass, np.float32).astype(np.float64))
+    if not len(tokens) or not tokens[0] <= n <= tokens[-1]:
+        return np.float32(0)
+    return np.float32(1 - np.exp(np.interp(np.log(n), np.log(tokens), missed)))
+
+
+def mean_budget_bounds(n: int) -> tuple[int, int]:
+    """(floor, cap) of a mean budget: fewest and most tokens of a step."""
+    return max(min(n, 64), n // 4), 2 * n
 
 
 # ---- ranking the chunks (calibration) ----

@@ -22,12 +22,13 @@ struct fasa_pool;
 
 // What belongs to a context; shared by its caches (sliding-window models have two).
 struct fasa_state {
-    fasa_params params = fasa_params_default();
+    fasa_params params = fasa_params_default(); // mean_budget > 0: with the mass that it means
 
     // the profile; offset[il]: where layer il begins in ranking
     std::vector<uint32_t> n_head_kv, n_chunk, offset;
     std::vector<uint16_t> ranking;
-    std::vector<float>    weight, layer_budget;
+    std::vector<float>    weight, layer_budget, layer_miss, mean_budget_mass;
+    std::vector<uint32_t> mean_budget;
     uint32_t              weight_k = 0;
 
     fasa_stats         stats;
@@ -39,6 +40,19 @@ struct fasa_state {
     std::string step_reason = "no attention layer has asked FASA yet";
 
     bool has_profile() const { return !n_chunk.empty(); }
+
+    // the settings of one layer: its own budget and mass, and those that a mean budget means
+    fasa_params layer_params(uint32_t il) const {
+        fasa_params p = params;
+        p.budget = fasa_layer_budget(params, il < layer_budget.size() ? layer_budget[il] : 1.0f);
+        p.mass   = fasa_layer_mass(params.mass, il < layer_miss.size() ? layer_miss[il] : 1.0f);
+        if (p.mean_budget > 0) {
+            p.floor = fasa_mean_budget_floor(p.mean_budget);
+            p.cap   = fasa_mean_budget_cap(p.mean_budget);
+            p.mean_budget = 0;
+        }
+        return p;
+    }
 };
 
 struct fasa_layer {

@@ -496,7 +496,7 @@ static void fasa_select_lists(ggml_tensor * dst, const fasa_op_params & p, int i
 
     w.score.resize(n_kv);
     w.key.resize(n_kv);
-    uint64_t attended = 0, visible = 0, lists = 0;
+    uint64_t attended = 0, visible = 0, lists = 0, hard = 0;
     for (int64_t i = ith; i < n_list*n_tps*n_stream; i += nth) {
         const int64_t h = i%n_list, t = i/n_list%n_tps, s = i/n_list/n_tps;
         fasa_select_score(tip, h*n_group, n_group, t, s, w.score.data(), w.key.data());
@@ -508,7 +508,9 @@ static void fasa_select_lists(ggml_tensor * dst, const fasa_op_params & p, int i
         }
         int32_t * list = (int32_t *) fasa_at(dst, h, t, s);
         w.view.set(w.key.data(), n_kv);
-        list[0] = fasa_select(w.view, w.score.data(), n_group, { p.budget, p.mass, p.floor, p.cap }, list + 1, w.scratch);
+        const fasa_count count = fasa_select(w.view, w.score.data(), n_group, { p.budget, p.mass, p.floor, p.cap, p.hard != 0 }, list + 1, w.scratch);
+        list[0]   = count.n;
+        hard     += count.hard;
         attended += list[0];
         visible  += w.view.n_visible;
         lists    += 1;
@@ -517,6 +519,7 @@ static void fasa_select_lists(ggml_tensor * dst, const fasa_op_params & p, int i
         stats->rows_attended += attended;
         stats->rows_visible  += visible;
         stats->lists         += lists;
+        stats->lists_hard    += hard;
     }
 }
 

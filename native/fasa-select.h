@@ -13,9 +13,9 @@
 
 // ---- how many tokens ----
 
-// length of the list that a selection may need, forced tokens included
+// length of the list that a selection may need, forced tokens included; a hard one needs every cell
 inline uint32_t fasa_list_length(const fasa_params & p, uint32_t budget, uint32_t n_forced, uint32_t n_kv) {
-    return std::min(n_kv, std::max(p.mass > 0 ? p.cap : budget, n_forced));
+    return p.mass > 0 && p.hard ? n_kv : std::min(n_kv, std::max(p.mass > 0 ? p.cap : budget, n_forced));
 }
 
 // a layer's share of the budget; room for the forced tokens and one more
@@ -23,6 +23,33 @@ inline uint32_t fasa_layer_budget(const fasa_params & p, float share) {
     const double budget = std::floor(double(p.budget)*share + 0.5);
     return (uint32_t) std::clamp(budget, double(p.sink) + p.recent + 1, double(INT32_MAX));
 }
+
+// The target mass of a layer that may miss `miss` times what the others miss. It stays a mass: 0 would mean a fixed budget.
+static constexpr float FASA_MASS_LEAST = 0x1p-20f;
+
+inline float fasa_layer_mass(float mass, float miss) {
+    return mass > 0 ? (float) std::clamp(1 - (1 - double(mass))*miss, double(FASA_MASS_LEAST), 1.0) : 0.0f;
+}
+
+// The mass that takes n_tokens in the mean, by a table of n entries, both columns ascending: between two entries the logarithm of
+// what is missed, 1 - mass, is linear in the logarithm of the tokens. 0 when n_tokens lies outside of the table.
+inline float fasa_mean_budget_mass(const uint32_t * tokens, const float * mass, size_t n, uint32_t n_tokens) {
+    for (size_t i = 0; i < n; ++i) {
+        if (tokens[i] == n_tokens) {
+            return mass[i];
+        }
+        if (i > 0 && tokens[i - 1] < n_tokens && n_tokens < tokens[i]) {
+            const double at = std::log(double(n_tokens)/tokens[i - 1])/std::log(double(tokens[i])/tokens[i - 1]);
+            return (float) (1 - std::exp(std::log(1 - double(mass[i - 1]))*(1 - at) + std::log(1 - double(mass[i]))*at));
+        }
+    }
+    return 0.0f;
+}
+
+// fewest and most tokens of a step under a mean budget; tokens beyond the forced ones pay where the forced ones hold the mass, and the
+// last ones of a step that needs many do not (docs/measurements.md)
+inline uint32_t fasa_mean_budget_floor(uint32_t n) { return std::max(std::min(n, 64u), n/4); }
+inline uint32_t fasa_mean_budget_cap  (uint32_t n) { return std::min(n, (uint32_t) INT32_MAX/2)*2; }
 
 // dense or FASA, from what stays the same while a graph is reused; "" = FASA, else the reason
 inline const char * fasa_step_dense_reason(const fasa_params & p, uint32_t n_tokens, uint32_t n_outputs, uint32_t n_stream, uint32_t n_kv) {
@@ -147,7 +174,8 @@ inline uint32_t fasa_emit(const fasa_keys_view & v, fasa_threshold t, int32_t * 
     return n;
 }
 
-// how many of the best cells hold `mass`; cells are taken forced first, then by score, ties to the lower cell
+// how many of the n_most best cells hold `mass`, n_most + 1: all of them do not; cells are taken forced first, then by score, ties to
+// the lower cell
 inline uint32_t fasa_mass_count(const fasa_keys_view & v, const float * score, int n_group, float mass, uint32_t n_most,
         std::vector<uint32_t> & scratch) {
     const uint64_t need = fasa_mass_need(mass, n_group);
@@ -161,24 +189,29 @@ inline uint32_t fasa_mass_count(const fasa_keys_view & v, const float * score, i
             return i + 1;
         }
     }
-    return n_most;
+    return n_most + 1;
 }
 
-// One selection over all cells of v; list has room for fasa_list_length. score [n_kv]. Returns the count.
-struct fasa_budget { uint32_t budget; float mass; uint32_t floor; uint32_t cap; };
+// One selection over all cells of v; list has room for fasa_list_length. score [n_kv]. Returns the count, and whether it is of a hard
+// step: every visible cell, because `cap` of them do not hold the mass.
+struct fasa_budget { uint32_t budget; float mass; uint32_t floor; uint32_t cap; bool hard; };
+struct fasa_count  { uint32_t n; bool hard; };
 
-inline uint32_t fasa_select(const fasa_keys_view & v, const float * score, int n_group, fasa_budget b, int32_t * list,
+inline fasa_count fasa_select(const fasa_keys_view & v, const float * score, int n_group, fasa_budget b, int32_t * list,
         std::vector<uint32_t> & scratch) {
     const uint32_t n_visible = v.n_visible, n_forced = v.n_forced;
     if (n_visible == 0) {
-        return 0;
+        return { 0, false };
     }
+    bool hard = false;
     uint32_t n = std::min(std::max(b.mass > 0 ? b.cap : b.budget, n_forced), n_visible);
     if (b.mass > 0) {
         const uint32_t need = fasa_mass_count(v, score, n_group, b.mass, n, scratch);
-        n = std::min(std::max(std::clamp(need, b.floor, b.cap), n_forced), n_visible);
+        hard = b.hard && need > n && n < n_visible;
+        n = hard ? n_visible : std::min(std::max(std::clamp(need, b.floor, b.cap), n_forced), n_visible);
     }
-    return fasa_emit(v, n == n_visible ? fasa_threshold { FASA_KEY_HIDDEN, 0 } : fasa_find_threshold(v, n, scratch), list);
+    n = fasa_emit(v, n == n_visible ? fasa_threshold { FASA_KEY_HIDDEN, 0 } : fasa_find_threshold(v, n, scratch), list);
+    return { n, hard };
 }
 
 // ---- which dominant keys are stale ----

@@ -7,7 +7,7 @@ from fasa_gguf import reference as R
 
 
 def run(library, *, n_kv=333, n_head=6, n_head_kv=2, d=64, d_v=64, n_tokens=2, n_stream=1, n_dom=24, k_dom="q4", type_k="f16", budget=40,
-        n_hadamard=0, soft_cap=0.0, mass=0.0, floor=10, cap=100, hidden=30, sinks=False, equal=False, per_head=False, seed=0):
+        n_hadamard=0, soft_cap=0.0, mass=0.0, floor=10, cap=100, hidden=30, sinks=False, equal=False, per_head=False, hard=False, seed=0):
     rng = np.random.default_rng(seed)
     q = rng.standard_normal((n_stream, n_tokens, n_head, d)).astype(np.float32) * 2
     k = rng.standard_normal((n_stream, n_kv, n_head_kv, d)).astype(np.float32)
@@ -25,7 +25,7 @@ def run(library, *, n_kv=333, n_head=6, n_head_kv=2, d=64, d_v=64, n_tokens=2, n
     learned = rng.standard_normal(n_head).astype(np.float32) if sinks else None
     scale = d**-0.5
     got = library.op_run(q=q, k=k, v=v, mask=mask, dims=dims, weight=weight, forced=forced, budget=budget, scale=scale, mass=mass, floor=floor,
-                         cap=cap, per_head=per_head, soft_cap=soft_cap, k_dom=k_dom, type_k=type_k, n_hadamard=n_hadamard, sinks=learned)
+                         cap=cap, per_head=per_head, hard=hard, soft_cap=soft_cap, k_dom=k_dom, type_k=type_k, n_hadamard=n_hadamard, sinks=learned)
     g = n_head // n_head_kv
     for s in range(n_stream):
         for h in range(n_head_kv):
@@ -49,7 +49,7 @@ def run(library, *, n_kv=333, n_head=6, n_head_kv=2, d=64, d_v=64, n_tokens=2, n
                 for i in range(g // shared):
                     part = slice(i * shared, (i + 1) * shared)                    # of the group
                     of = slice(h * g + i * shared, h * g + (i + 1) * shared)      # of all heads
-                    cells = R.select(R.group_score(mine[part], visible), visible, f, shared, budget, mass, floor, cap)
+                    cells = R.select(R.group_score(mine[part], visible), visible, f, shared, budget, mass, floor, cap, hard)
                     count = got["count"][s, t, h * g // shared + i]
                     listed = got["list"][s, t, h * g // shared + i, :count]
                     assert abs(count - len(cells)) <= (1 if mass else 0)
@@ -93,6 +93,19 @@ def test_quantised_cache_under_rotation(library):
 
 def test_target_mass(library):
     run(library, mass=0.7)
+
+
+@pytest.mark.parametrize("per_head, cap", [(False, 230), (True, 130)])
+def test_hard_steps_attend_every_visible_cell(library, per_head, cap):
+    kw = dict(mass=0.7, cap=cap, per_head=per_head, n_tokens=4, n_kv=700)
+    capped, hard = run(library, **kw), run(library, hard=True, **kw)
+    full = run(library, budget=700, per_head=per_head, n_tokens=4, n_kv=700)
+    is_hard = hard["count"] != capped["count"]
+    assert is_hard.any() and not is_hard.all() and (capped["count"][is_hard] == cap).all()
+    assert (hard["count"][is_hard] == full["count"][is_hard]).all() and hard["list"].shape[-1] == 700
+    assert (hard["list"][is_hard] == full["list"][is_hard]).all()
+    same = run(library, hard=True, budget=60, n_kv=700)                           # without a mass it means nothing
+    assert (same["count"] == 60).all() and same["list"].shape[-1] == 60
 
 
 def test_budget_beyond_the_cells_attends_all(library):
