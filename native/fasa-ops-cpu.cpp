@@ -97,8 +97,10 @@ static inline fasa_f32x16 fasa_exp(fasa_f32x16 x, float e) {
 #endif
 }
 
-typedef float fasa_f32x8 __attribute__((vector_size(32)));
-typedef float fasa_f32x4 __attribute__((vector_size(16)));
+typedef float   fasa_f32x8 __attribute__((vector_size(32)));
+typedef float   fasa_f32x4 __attribute__((vector_size(16)));
+typedef int32_t fasa_i32x8 __attribute__((vector_size(32)));
+typedef int32_t fasa_i32x4 __attribute__((vector_size(16)));
 
 static inline float fasa_sum(fasa_f32x16 v) {
     fasa_f32x8 h[2];
@@ -434,58 +436,96 @@ static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
 
 // ---- SELECT ----
 
-// score and key of every cell [n_kv] from n_group rows of TIP; the group's score is the sum of their softmaxes (times 2^60)
-static void fasa_select_score(const ggml_tensor * tip, int64_t head, int64_t n_group, int64_t t, int64_t s, float * score, uint32_t * key) {
-    const int64_t n_kv = fasa_tip_n_kv(tip), n_span = fasa_n_span(n_kv), stride = tip->nb[1]/sizeof(float);
-    const float * row = (const float *) fasa_at(tip, head, t, s);
+// 2^e of a whole number -127 < e < 128
+static inline float fasa_pow2(float e) {
+    const int32_t bits = ((int32_t) e + 127) << 23;
+    float x;
+    memcpy(&x, &bits, sizeof(x));
+    return x;
+}
 
-    std::vector<float> most(n_group), inv(n_group), factor(n_group);
+// what every span of the rows of a group is to be multiplied with: factor [n_group][n_span]
+static void fasa_select_factors(const float * row, int64_t stride, int64_t n_group, int64_t n_kv, float * factor) {
+    const int64_t n_span = fasa_n_span(n_kv);
     for (int64_t g = 0; g < n_group; ++g) {
         const float * e = row + g*stride + n_kv, * sum = e + n_span;
-        most[g] = *std::max_element(e, e + n_span);
+        const float most = *std::max_element(e, e + n_span);
         float total[32] = {}; // in the order of a warp's sum
         for (int64_t i = 0; i < n_span; ++i) {
-            total[i%32] += e[i] - most[g] > -FASA_SPAN_RANGE ? ldexpf(sum[i], int(e[i] - most[g])) : 0.0f;
+            total[i%32] += e[i] - most > -FASA_SPAN_RANGE ? sum[i]*fasa_pow2(e[i] - most) : 0.0f;
         }
         for (int half = 16; half > 0; half /= 2) {
             for (int l = 0; l < half; ++l) {
                 total[l] += total[l + half];
             }
         }
-        inv[g] = total[0] > 0.0f ? 1.0f/total[0] : 0.0f;
-    }
-    for (int64_t i = 0; i < n_span; ++i) {
-        for (int64_t g = 0; g < n_group; ++g) {
-            const float e = row[g*stride + n_kv + i] - most[g];
-            factor[g] = e > -FASA_SCORE_RANGE ? ldexpf(inv[g], int(e) + FASA_SCORE_EXP) : 0.0f;
-        }
-        const int64_t last = std::min(n_kv, (i + 1)*FASA_SPAN);
-        int64_t j = i*FASA_SPAN;
-        for (; j + 16 <= last; j += 16) {
-            fasa_f32x16 sum = {};
-            for (int64_t g = 0; g < n_group; ++g) { // a hidden cell is -1 in every row
-                sum += fasa_load<fasa_f32x16>(row + g*stride + j)*factor[g];
-            }
-            const fasa_i32x16 hidden = fasa_load<fasa_f32x16>(row + j) < 0.0f;
-            const fasa_i32x16 bits   = ((fasa_i32x16) sum + 1) & ~hidden; // fasa_key
-            memcpy(score + j, &sum,  sizeof(sum));
-            memcpy(key   + j, &bits, sizeof(bits));
-        }
-        for (; j < last; ++j) {
-            score[j] = 0.0f;
-            for (int64_t g = 0; g < n_group; ++g) {
-                score[j] += row[g*stride + j]*factor[g];
-            }
-            key[j] = row[j] < 0 ? FASA_KEY_HIDDEN : fasa_key(score[j]);
+        const float inv = total[0] > 0.0f ? 1.0f/total[0] : 0.0f;
+        for (int64_t i = 0; i < n_span; ++i) {
+            factor[g*n_span + i] = e[i] - most > -FASA_SCORE_RANGE ? inv*fasa_pow2(e[i] - most + FASA_SCORE_EXP) : 0.0f;
         }
     }
 }
 
+// the larger of two halves, down to one value
+static inline uint32_t fasa_block_max(fasa_i32x8 v) {
+    fasa_i32x4 h[2];
+    memcpy(h, &v, sizeof(v));
+    h[0] = h[0] > h[1] ? h[0] : h[1];
+    return (uint32_t) std::max(std::max(h[0][0], h[0][1]), std::max(h[0][2], h[0][3]));
+}
+
+// The keys of 16 cells from n_group rows of TIP; the group's score is the sum of their softmaxes (times 2^60). Returns -1 for every
+// hidden cell, which is -1 in every row.
+static inline fasa_i32x16 fasa_select_16(const float * row, int64_t stride, int64_t n_group, const float * factor, int64_t n_span,
+        uint32_t * key, uint32_t * most) {
+    static_assert(FASA_BLOCK == 8, "half a vector");
+    fasa_f32x16 sum = {};
+    for (int64_t g = 0; g < n_group; ++g) {
+        sum += fasa_load<fasa_f32x16>(row + g*stride)*factor[g*n_span];
+    }
+    const fasa_i32x16 hidden = fasa_load<fasa_f32x16>(row) < 0.0f;
+    const fasa_i32x16 bits   = ((fasa_i32x16) sum + 1) & ~hidden; // fasa_key
+    memcpy(key, &bits, sizeof(bits));
+    fasa_i32x8 half[2];
+    memcpy(half, &bits, sizeof(bits));
+    most[0] = fasa_block_max(half[0]);
+    most[1] = fasa_block_max(half[1]);
+    return hidden;
+}
+
 struct fasa_select_work { // of a thread: the op has no work buffer
-    std::vector<float>    score;
-    std::vector<uint32_t> key, scratch;
-    fasa_keys_view        view;
+    std::vector<float> factor, last; // last [n_group][16]: the cells behind the last whole 16
+    fasa_keys          keys;
+    fasa_candidates    candidates;
 };
+
+// the keys of one list, from n_group rows of TIP
+static void fasa_select_keys(const ggml_tensor * tip, int64_t head, int64_t n_group, int64_t t, int64_t s, fasa_select_work & w) {
+    const int64_t n_kv = fasa_tip_n_kv(tip), n_span = fasa_n_span(n_kv), stride = tip->nb[1]/sizeof(float), whole = n_kv/16*16;
+    const float * row = (const float *) fasa_at(tip, head, t, s);
+
+    w.keys.reset(n_kv);
+    w.factor.resize(n_group*n_span);
+    fasa_select_factors(row, stride, n_group, n_kv, w.factor.data());
+    uint32_t * key = w.keys.key.data(), * most = w.keys.most.data();
+    fasa_i32x16 hidden = {};
+    for (int64_t i = 0; i < n_span; ++i) {
+        for (int64_t j = i*FASA_SPAN; j < std::min(whole, (i + 1)*FASA_SPAN); j += 16) {
+            hidden += fasa_select_16(row + j, stride, n_group, w.factor.data() + i, n_span, key + j, most + j/FASA_BLOCK);
+        }
+    }
+    if (whole < n_kv) {
+        w.last.assign(n_group*16, -1.0f);
+        for (int64_t g = 0; g < n_group; ++g) {
+            memcpy(w.last.data() + g*16, row + g*stride + whole, (n_kv - whole)*sizeof(float));
+        }
+        hidden += fasa_select_16(w.last.data(), 16, n_group, w.factor.data() + n_span - 1, n_span, key + whole, most + whole/FASA_BLOCK);
+    }
+    w.keys.n_visible = w.keys.key.size();
+    for (int l = 0; l < 16; ++l) {
+        w.keys.n_visible += hidden[l];
+    }
+}
 
 static void fasa_select_lists(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth, fasa_select_work & w) {
     const ggml_tensor * tip    = dst->src[0];
@@ -494,23 +534,20 @@ static void fasa_select_lists(ggml_tensor * dst, const fasa_op_params & p, int i
     const int64_t n_kv = fasa_tip_n_kv(tip), n_list = dst->ne[1], n_tps = dst->ne[2], n_stream = dst->ne[3];
     const int64_t n_group = tip->ne[1]/n_list; // query heads that share a list
 
-    w.score.resize(n_kv);
-    w.key.resize(n_kv);
     uint64_t attended = 0, visible = 0, lists = 0;
     for (int64_t i = ith; i < n_list*n_tps*n_stream; i += nth) {
         const int64_t h = i%n_list, t = i/n_list%n_tps, s = i/n_list/n_tps;
-        fasa_select_score(tip, h*n_group, n_group, t, s, w.score.data(), w.key.data());
+        fasa_select_keys(tip, h*n_group, n_group, t, s, w);
         const int32_t * cells = (const int32_t *) fasa_at(forced, t, s, 0);
         for (int64_t j = 0; j < forced->ne[0]; ++j) {
-            if (cells[j] >= 0 && cells[j] < n_kv && w.key[cells[j]] != FASA_KEY_HIDDEN) {
-                w.key[cells[j]] = FASA_KEY_FORCED;
+            if (cells[j] >= 0 && cells[j] < n_kv) {
+                w.keys.force(cells[j]);
             }
         }
         int32_t * list = (int32_t *) fasa_at(dst, h, t, s);
-        w.view.set(w.key.data(), n_kv);
-        list[0] = fasa_select(w.view, w.score.data(), n_group, { p.budget, p.mass, p.floor, p.cap }, list + 1, w.scratch);
+        list[0] = fasa_select(w.keys, n_group, { p.budget, p.mass, p.floor, p.cap }, list + 1, w.candidates);
         attended += list[0];
-        visible  += w.view.n_visible;
+        visible  += w.keys.n_visible;
         lists    += 1;
     }
     if (auto * stats = (fasa_stats *) p.userdata) {
