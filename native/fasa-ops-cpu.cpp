@@ -99,7 +99,6 @@ static inline fasa_f32x16 fasa_exp(fasa_f32x16 x, float e) {
 
 typedef float   fasa_f32x8 __attribute__((vector_size(32)));
 typedef float   fasa_f32x4 __attribute__((vector_size(16)));
-typedef int32_t fasa_i32x8 __attribute__((vector_size(32)));
 typedef int32_t fasa_i32x4 __attribute__((vector_size(16)));
 
 static inline float fasa_sum(fasa_f32x16 v) {
@@ -466,19 +465,31 @@ static void fasa_select_factors(const float * row, int64_t stride, int64_t n_gro
     }
 }
 
-// the larger of two halves, down to one value
-static inline uint32_t fasa_block_max(fasa_i32x8 v) {
-    fasa_i32x4 h[2];
-    memcpy(h, &v, sizeof(v));
-    h[0] = h[0] > h[1] ? h[0] : h[1];
-    return (uint32_t) std::max(std::max(h[0][0], h[0][1]), std::max(h[0][2], h[0][3]));
+// the largest of each half of 16 keys below 2^31
+static inline void fasa_block_max(fasa_i32x16 v, uint32_t * most) {
+    static_assert(FASA_BLOCK == 8, "half a vector");
+#if defined(__AVX512F__)
+    __m512i m = (__m512i) v;
+    m = _mm512_max_epi32(m, _mm512_shuffle_epi32(m, (_MM_PERM_ENUM) 0x4e));
+    m = _mm512_max_epi32(m, _mm512_shuffle_epi32(m, (_MM_PERM_ENUM) 0xb1));
+    m = _mm512_max_epi32(m, _mm512_shuffle_i32x4(m, m, 0xb1));
+    v = (fasa_i32x16) m;
+    most[0] = (uint32_t) v[0];
+    most[1] = (uint32_t) v[8];
+#else
+    fasa_i32x4 q[4];
+    memcpy(q, &v, sizeof(v));
+    for (int i = 0; i < 2; ++i) {
+        const fasa_i32x4 m = q[2*i] > q[2*i + 1] ? q[2*i] : q[2*i + 1];
+        most[i] = (uint32_t) std::max(std::max(m[0], m[1]), std::max(m[2], m[3]));
+    }
+#endif
 }
 
 // The keys of 16 cells from n_group rows of TIP; the group's score is the sum of their softmaxes (times 2^60). Returns -1 for every
 // hidden cell, which is -1 in every row.
 static inline fasa_i32x16 fasa_select_16(const float * row, int64_t stride, int64_t n_group, const float * factor, int64_t n_span,
         uint32_t * key, uint32_t * most) {
-    static_assert(FASA_BLOCK == 8, "half a vector");
     fasa_f32x16 sum = {};
     for (int64_t g = 0; g < n_group; ++g) {
         sum += fasa_load<fasa_f32x16>(row + g*stride)*factor[g*n_span];
@@ -486,10 +497,7 @@ static inline fasa_i32x16 fasa_select_16(const float * row, int64_t stride, int6
     const fasa_i32x16 hidden = fasa_load<fasa_f32x16>(row) < 0.0f;
     const fasa_i32x16 bits   = ((fasa_i32x16) sum + 1) & ~hidden; // fasa_key
     memcpy(key, &bits, sizeof(bits));
-    fasa_i32x8 half[2];
-    memcpy(half, &bits, sizeof(bits));
-    most[0] = fasa_block_max(half[0]);
-    most[1] = fasa_block_max(half[1]);
+    fasa_block_max(bits, most);
     return hidden;
 }
 
@@ -564,19 +572,6 @@ static void fasa_select_op(ggml_tensor * dst, const fasa_op_params & p, int ith,
 
 // ---- FAC ----
 
-static inline float fasa_dot(const float * a, const float * b, int64_t n) {
-    fasa_f32x16 acc = {};
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        acc += fasa_load<fasa_f32x16>(a + i)*fasa_load<fasa_f32x16>(b + i);
-    }
-    float sum = fasa_sum(acc);
-    for (; i < n; ++i) {
-        sum += a[i]*b[i];
-    }
-    return sum;
-}
-
 // x [n] = softmax of x, a logit `sink` (or -inf) taking part and giving nothing
 static void fasa_softmax(float * x, int64_t n, float sink) {
     const float most = std::max(fasa_max(x, n), sink);
@@ -607,53 +602,140 @@ static inline void fasa_prefetch_row(const char * row, size_t bytes) {
 }
 
 static constexpr int64_t FASA_AHEAD = 12; // rows
+static constexpr int64_t FASA_ROWS  = 16; // read, then worked on by all heads that share them
+
+// rows [m, d] f32 of the cells list [m, of n in all]; those of the cells behind, or of `next` at the list's end, are asked for
+static void fasa_fac_read(const ggml_tensor * t, int64_t h, int64_t s, const int32_t * list, int64_t m, int64_t n, const ggml_tensor * next,
+        const int32_t * next_list, float * rows) {
+    const size_t bytes = ggml_row_size(t->type, t->ne[0]);
+    for (int64_t i = 0; i < m; ++i) {
+        const int64_t ahead = i + FASA_AHEAD;
+        if (ahead < n) {
+            fasa_prefetch_row(fasa_at(t, h, list[ahead], s), bytes);
+        } else if (next) {
+            fasa_prefetch_row(fasa_at(next, h, next_list[std::min(ahead - n, FASA_AHEAD - 1)], s), ggml_row_size(next->type, next->ne[0]));
+        }
+        fasa_row_to_f32(fasa_at(t, h, list[i], s), rows + i*t->ne[0], t->type, t->ne[0]);
+    }
+}
+
+// x [M, stride], n of each: the products of the query heads q [M][d] with rows [n, d]
+template <int M> static void fasa_fac_dots(const float * rows, int64_t n, int64_t d, const float * const * q, float * x, int64_t stride) {
+    for (int64_t i = 0; i < n; ++i, rows += d) {
+        fasa_f32x16 acc[M] = {};
+        int64_t j = 0;
+        for (; j + 16 <= d; j += 16) {
+            const fasa_f32x16 r = fasa_load<fasa_f32x16>(rows + j);
+            #pragma GCC unroll 4
+            for (int m = 0; m < M; ++m) {
+                acc[m] += r*fasa_load<fasa_f32x16>(q[m] + j);
+            }
+        }
+        #pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+            float sum = fasa_sum(acc[m]);
+            for (int64_t l = j; l < d; ++l) {
+                sum += rows[l]*q[m][l];
+            }
+            x[m*stride + i] = sum;
+        }
+    }
+}
+
+// 16*W dimensions, from j on, of out [M][d] += x [M, stride] * rows [n, d]: they stay in registers
+template <int M, int W> static inline void fasa_fac_add_at(const float * rows, int64_t n, int64_t d, int64_t j, const float * x, int64_t stride, float * const * out) {
+    fasa_f32x16 acc[M][W];
+    for (int m = 0; m < M; ++m) {
+        memcpy(acc[m], out[m] + j, sizeof(acc[m]));
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        #pragma GCC unroll 2
+        for (int w = 0; w < W; ++w) {
+            const fasa_f32x16 r = fasa_load<fasa_f32x16>(rows + i*d + j + 16*w);
+            #pragma GCC unroll 4
+            for (int m = 0; m < M; ++m) {
+                acc[m][w] += r*x[m*stride + i];
+            }
+        }
+    }
+    for (int m = 0; m < M; ++m) {
+        memcpy(out[m] + j, acc[m], sizeof(acc[m]));
+    }
+}
+
+template <int M> static void fasa_fac_add(const float * rows, int64_t n, int64_t d, const float * x, int64_t stride, float * const * out) {
+    int64_t j = 0;
+    for (; j + 32 <= d; j += 32) {
+        fasa_fac_add_at<M, 2>(rows, n, d, j, x, stride, out);
+    }
+    for (; j + 16 <= d; j += 16) {
+        fasa_fac_add_at<M, 1>(rows, n, d, j, x, stride, out);
+    }
+    for (; j < d; ++j) {
+        for (int m = 0; m < M; ++m) {
+            for (int64_t i = 0; i < n; ++i) {
+                out[m][j] += x[m*stride + i]*rows[i*d + j];
+            }
+        }
+    }
+}
+
+static constexpr int64_t FASA_HEADS = 4; // that share registers
+static constexpr decltype(&fasa_fac_dots<1>) fasa_fac_dots_of[] = { fasa_fac_dots<1>, fasa_fac_dots<2>, fasa_fac_dots<3>, fasa_fac_dots<4> };
+static constexpr decltype(&fasa_fac_add<1>)  fasa_fac_add_of [] = { fasa_fac_add<1>,  fasa_fac_add<2>,  fasa_fac_add<3>,  fasa_fac_add<4>  };
+
+struct fasa_fac_work { // of a thread: the op has no work buffer
+    std::vector<float>         logit; // [heads][n]
+    std::vector<float>         rows;  // [FASA_ROWS][d]
+    std::vector<const float *> q;     // [heads]
+    std::vector<float *>       out;   // [heads]
+};
 
 // query heads [g0, g1) of one KV head and token over one list
 static void fasa_fac_heads(const ggml_tensor * t, const fasa_op_params & p, int64_t h, int64_t tok, int64_t s, int64_t g0, int64_t g1,
-        std::vector<float> & logit, std::vector<float> & row) {
+        fasa_fac_work & w) {
     const ggml_tensor * q = t->src[1], * k = t->src[2], * v = t->src[3], * mask = t->src[4], * sinks = t->src[5];
 
     const int64_t d_k = k->ne[0], d_v = v->ne[0], n_tps = t->ne[2], m = g1 - g0;
     const int64_t n_group = t->ne[1]/k->ne[1];
-    const size_t  k_bytes = ggml_row_size(k->type, d_k), v_bytes = ggml_row_size(v->type, d_v);
 
     const int64_t       own  = n_group*t->src[0]->ne[1]/t->ne[1]; // query heads of a KV head over those that share a list
     const int32_t     * list = (const int32_t *) fasa_at(t->src[0], h*own + g0*own/n_group, tok, s);
     const ggml_fp16_t * hide = (const ggml_fp16_t *) fasa_at(mask, tok, 0, s);
     const int64_t       n    = *list++;
 
-    logit.resize(m*n);
-    row.resize(std::max(d_k, d_v));
-    for (int64_t i = 0; i < n; ++i) {
-        if (i + FASA_AHEAD < n) {
-            fasa_prefetch_row(fasa_at(k, h, list[i + FASA_AHEAD], s), k_bytes);
+    w.logit.resize(m*n);
+    w.rows.resize(FASA_ROWS*std::max(d_k, d_v));
+    w.q.resize(m);
+    w.out.resize(m);
+    for (int64_t g = 0; g < m; ++g) {
+        w.q[g]   = (const float *) fasa_at(q, h*n_group + g0 + g, s*n_tps + tok, 0);
+        w.out[g] = (float *) fasa_at(t, h*n_group + g0 + g, tok, s);
+        memset(w.out[g], 0, d_v*sizeof(float));
+    }
+    float * logit = w.logit.data(), * rows = w.rows.data();
+    for (int64_t i = 0; i < n; i += FASA_ROWS) {
+        const int64_t n_row = std::min(FASA_ROWS, n - i);
+        fasa_fac_read(k, h, s, list + i, n_row, n - i, n < FASA_AHEAD ? nullptr : v, list, rows);
+        for (int64_t g = 0; g < m; g += FASA_HEADS) {
+            fasa_fac_dots_of[std::min(FASA_HEADS, m - g) - 1](rows, n_row, d_k, w.q.data() + g, logit + g*n + i, n);
         }
-        fasa_row_to_f32(fasa_at(k, h, list[i], s), row.data(), k->type, d_k);
-        const float bias = GGML_CPU_FP16_TO_FP32(hide[list[i]]);
-        for (int64_t g = 0; g < m; ++g) {
-            const float dot = p.scale*fasa_dot(row.data(), (const float *) fasa_at(q, h*n_group + g0 + g, s*n_tps + tok, 0), d_k);
-            logit[g*n + i] = (p.soft_cap > 0 ? p.soft_cap*tanhf(dot/p.soft_cap) : dot) + bias;
-        }
-        if (i + FASA_AHEAD >= n) { // the first values, while the last keys are at work
-            fasa_prefetch_row(fasa_at(v, h, list[std::min(n - 1, i + FASA_AHEAD - n)], s), v_bytes);
+        for (int64_t j = i; j < i + n_row; ++j) {
+            const float bias = GGML_CPU_FP16_TO_FP32(hide[list[j]]);
+            for (int64_t g = 0; g < m; ++g) {
+                const float dot = p.scale*logit[g*n + j];
+                logit[g*n + j] = (p.soft_cap > 0 ? p.soft_cap*tanhf(dot/p.soft_cap) : dot) + bias;
+            }
         }
     }
     for (int64_t g = 0; g < m; ++g) {
-        fasa_softmax(logit.data() + g*n, n, sinks ? ((const float *) sinks->data)[h*n_group + g0 + g] : -INFINITY);
-        memset(fasa_at(t, h*n_group + g0 + g, tok, s), 0, d_v*sizeof(float));
+        fasa_softmax(logit + g*n, n, sinks ? ((const float *) sinks->data)[h*n_group + g0 + g] : -INFINITY);
     }
-    for (int64_t i = 0; i < n; ++i) {
-        if (i + FASA_AHEAD < n) {
-            fasa_prefetch_row(fasa_at(v, h, list[i + FASA_AHEAD], s), v_bytes);
-        }
-        fasa_row_to_f32(fasa_at(v, h, list[i], s), row.data(), v->type, d_v);
-        for (int64_t g = 0; g < m; ++g) {
-            float       * __restrict out = (float *) fasa_at(t, h*n_group + g0 + g, tok, s);
-            const float * __restrict x   = row.data();
-            const float                w = logit[g*n + i];
-            for (int64_t d = 0; d < d_v; ++d) {
-                out[d] += w*x[d];
-            }
+    for (int64_t i = 0; i < n; i += FASA_ROWS) {
+        const int64_t n_row = std::min(FASA_ROWS, n - i);
+        fasa_fac_read(v, h, s, list + i, n_row, n - i, nullptr, nullptr, rows);
+        for (int64_t g = 0; g < m; g += FASA_HEADS) {
+            fasa_fac_add_of[std::min(FASA_HEADS, m - g) - 1](rows, n_row, d_v, logit + g*n + i, n, w.out.data() + g);
         }
     }
 }
@@ -664,15 +746,14 @@ static void fasa_fac(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
     const int64_t n_head = dst->ne[1], n_tps = dst->ne[2], n_stream = dst->ne[3], n_head_kv = k->ne[1], n_group = n_head/n_head_kv;
     const int64_t n_list = list->ne[1], n_shared = n_head/n_list; // query heads that share a list
 
-    thread_local std::vector<float> logit_of_thread, row_of_thread;
-    auto & logit = logit_of_thread;
-    auto & row   = row_of_thread;
+    thread_local fasa_fac_work work_of_thread;
+    auto & work = work_of_thread;
     int64_t first, last;
     fasa_split(n_head*n_tps*n_stream, ith, nth, first, last);
     for (int64_t i = first; i < last;) {
         const int64_t head = i%n_head, t = i/n_head%n_tps, s = i/n_head/n_tps;
         const int64_t h = head/n_group, g0 = head%n_group, g1 = std::min(g0/n_shared*n_shared + n_shared, g0 + last - i);
-        fasa_fac_heads(dst, p, h, t, s, g0, g1, logit, row);
+        fasa_fac_heads(dst, p, h, t, s, g0, g1, work);
         i += g1 - g0;
     }
 
