@@ -152,6 +152,12 @@ static inline void fasa_row_to_f32(const void * src, float * dst, ggml_type type
     }
 }
 
+static inline void fasa_prefetch(const char * p, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) {
+        __builtin_prefetch(p + i);
+    }
+}
+
 // orthonormal Walsh-Hadamard transform of each block of n_block values, in place; its own inverse
 static void fasa_hadamard(float * x, int64_t n, int64_t n_block) {
     const float scale = 1.0f/sqrtf((float) n_block);
@@ -423,7 +429,11 @@ static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
                     for (int64_t c = 0; c < n; c += FASA_TILE) {
                         f(n_dom, fasa_at(k_dom, (cell + c)/FASA_TILE, head/n_group, s), query, head, x[0] + c);
                     }
+                    const int64_t next = head + m == n_head ? span + 1 : span; // K_dom of the next heads comes while the exponentials are at work
+                    const int64_t n_next = next == last ? 0 : std::min<int64_t>(FASA_SPAN, n_kv - next*FASA_SPAN)/FASA_TILE*k_dom->nb[1];
+                    const char  * k_next = fasa_at(k_dom, next*FASA_SPAN/FASA_TILE, (head + m)%n_head/n_group, s);
                     for (int64_t i = 0; i < m; ++i, ++head) {
+                        fasa_prefetch(k_next + i*n_next/m, n_next/m);
                         float * row = (float *) fasa_at(dst, head, t, s);
                         fasa_tip_span(x[i], hide, p.soft_cap, n, row + cell, row + n_kv + span, row + n_kv + n_span + span);
                     }
@@ -595,12 +605,6 @@ static void fasa_softmax(float * x, int64_t n, float sink) {
 }
 
 // The rows of a list lie anywhere in the cache, so they are asked for some rows ahead.
-static inline void fasa_prefetch_row(const char * row, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 64) {
-        __builtin_prefetch(row + i);
-    }
-}
-
 static constexpr int64_t FASA_AHEAD = 12; // rows
 static constexpr int64_t FASA_ROWS  = 16; // read, then worked on by all heads that share them
 
@@ -611,9 +615,9 @@ static void fasa_fac_read(const ggml_tensor * t, int64_t h, int64_t s, const int
     for (int64_t i = 0; i < m; ++i) {
         const int64_t ahead = i + FASA_AHEAD;
         if (ahead < n) {
-            fasa_prefetch_row(fasa_at(t, h, list[ahead], s), bytes);
+            fasa_prefetch(fasa_at(t, h, list[ahead], s), bytes);
         } else if (next) {
-            fasa_prefetch_row(fasa_at(next, h, next_list[std::min(ahead - n, FASA_AHEAD - 1)], s), ggml_row_size(next->type, next->ne[0]));
+            fasa_prefetch(fasa_at(next, h, next_list[std::min(ahead - n, FASA_AHEAD - 1)], s), ggml_row_size(next->type, next->ne[0]));
         }
         fasa_row_to_f32(fasa_at(t, h, list[i], s), rows + i*t->ne[0], t->type, t->ne[0]);
     }
