@@ -174,8 +174,8 @@ struct fasa_candidates {
     }
 };
 
-// How many of the best cells hold `mass`, n_most at the most: cells are taken forced first, then by score, ties to the lower cell. Forced cells
-// are always attended, so they count as one.
+// How many of the best cells hold `mass`, n_most at the most: cells are taken forced first, then by score, ties to the lower cell. Where
+// the forced ones suffice, all of them: fewer are never attended.
 inline uint32_t fasa_mass_count(fasa_candidates & c, const fasa_keys & keys, int n_group, float mass, uint32_t n_most) {
     const uint64_t need = fasa_mass_need(mass, n_group);
     if (keys.forced_share >= need) {
