@@ -276,7 +276,7 @@ def _arms(a: argparse.Namespace) -> list[Any]:
         settings += [base.replace(mass=m, mean_budget=0) for m in a.masses or []]
         for p in settings or ([] if a.arms else [base]):
             much = f"mass={p.mass:g}" if p.mass > 0 else f"mean={p.mean_budget}" if p.mean_budget else f"B={p.budget}"
-            name = [a.fasa_preset, profile.ranking_method, f"k={p.chunks or 'auto'}", p.k_dom, much, "hard" if p.hard else ""]
+            name = [a.fasa_preset, profile.ranking_method, f"k={p.chunks or 'auto'}", p.k_dom, much]
             arms.append(Arm(" ".join(filter(None, name)), p.check(), profile))
         if a.arms:
             arms += parse_arms(a.arms, lambda other: _params(a, Profile.load(other)) if other else (base, profile),

@@ -135,7 +135,6 @@ class Score:
                 "kv_read_share": (c["bytes_fac"] + c["bytes_tip"]) / c["bytes_dense"] if sparse else 1.0,
                 "kv_bytes_per_token": (c["bytes_fac"] + c["bytes_tip"]) / max(c.get("steps_sparse", 0), 1) if sparse else None,
                 "k_dom_share": c["bytes_k_dom"] / c["bytes_kv"] if sparse else 0.0,
-                "hard_share": c.get("lists_hard", 0) / c["lists"] if sparse else 0.0,
                 "steps_sparse": c.get("steps_sparse", 0), "steps_dense": c.get("steps_dense", 0),
                 "layers_sparse": c.get("layers_sparse", 0), "layers_dense": c.get("layers_dense", 0)}
 
@@ -253,8 +252,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         dense, steps, layers = r["steps_dense"], r["steps_sparse"] + r["steps_dense"], r["layers_sparse"] + r["layers_dense"]
         if dense and r["steps_sparse"]:
             notes.append(f"{r['arm']}: {dense} of {steps} steps were dense")
-        if r["hard_share"]:
-            notes.append(f"{r['arm']}: {100 * r['hard_share']:.1f}% of the selections attended every token (hard)")
         if r["layers_dense"]:
             notes.append(f"{r['arm']}: {100 * r['layers_dense'] / layers:.0f}% of the layers were dense; tokens and KV read are the sparse layers'")
         lines.append([r["arm"], "all" if r["tokens_attended"] is None else f"{r['tokens_attended']:.0f}", f"{r['ppl']:.3f} +-{r['ppl_se']:.3f}",

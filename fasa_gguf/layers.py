@@ -29,7 +29,7 @@ from .reference import mean_budget_bounds
 NEAR, TRIES = 0.02, 4  # a mean budget is met within 2%, or as well as 4 runs can
 MOST = 8.0        # a factor is between 1/MOST and MOST
 LEAST_LOSS = 0.1  # of the median: a layer whose loss drowns in noise counts as this harmless
-CALIBRATED = ("chunks", "sink", "recent", "k_dom", "per_head", "hard")  # settings that the table depends on
+CALIBRATED = ("chunks", "sink", "recent", "k_dom", "per_head")  # settings that the table depends on
 
 
 @dataclass(frozen=True)

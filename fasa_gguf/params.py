@@ -35,7 +35,6 @@ class FasaParams:
     max_tokens: int = _setting(8, "tokens per sequence", "a batch with more tokens than this is prefill, and dense")
     k_dom: str = _setting("q4", "f16, q8 or q4", "how the dominant keys are stored")
     per_head: int = _setting(0, "0 or 1", "1: every query head selects for itself, as published; 0: those of a KV head together")
-    hard: int = _setting(0, "0 or 1", "where cap tokens do not hold the mass: 1: attend every visible token; 0: attend cap tokens")
     mean_budget: int = _setting(0, "tokens in the mean", "> 0: tokens attended in the mean; mass is then looked up in the profile, floor is a quarter of it (at least 64), cap twice")
 
     def replace(self, **changes: Any) -> "FasaParams":
@@ -60,9 +59,8 @@ class FasaParams:
             raise FasaError(f"settings floor and cap: expected 1 <= floor <= cap, found {self.floor} and {self.cap}")
         if self.mass > 0 and self.mean_budget > 0:
             raise FasaError(f"settings mass and mean_budget: expected one of them, found {self.mass:g} and {self.mean_budget}")
-        for name in ("per_head", "hard"):
-            if getattr(self, name) > 1:
-                raise FasaError(f"setting {name}: expected 0 or 1, found {getattr(self, name)}")
+        if self.per_head > 1:
+            raise FasaError(f"setting per_head: expected 0 or 1, found {self.per_head}")
         if self.max_tokens < 1:
             raise FasaError("setting max_tokens: expected at least 1, found 0")
         return self

@@ -114,10 +114,9 @@ def forced_cells(positions: np.ndarray, visible: np.ndarray, sink: int, recent: 
 
 
 def select(score: np.ndarray, visible: np.ndarray, forced: np.ndarray, n_group: int, budget: int, mass: float = 0.0,
-           floor: int = 64, cap: int = 1024, hard: bool = False) -> np.ndarray:
+           floor: int = 64, cap: int = 1024) -> np.ndarray:
     """The cells to attend, ascending. Forced cells first, then by score, ties to the lower cell; `budget` of them, or with
     mass > 0 until they hold that share of the estimated attention, between floor and cap. The forced ones are always in.
-    hard: where cap tokens (or the forced ones, if they are more) do not hold the mass, every visible cell is attended.
     Shares are summed as integers of 2^-40, so that every order of summation takes the same count."""
     forced = forced & visible
     order = np.lexsort((np.arange(len(score)), -score, ~forced, ~visible))[: visible.sum()]     # [n_visible]
@@ -125,8 +124,6 @@ def select(score: np.ndarray, visible: np.ndarray, forced: np.ndarray, n_group: 
     if mass > 0:
         share = np.floor(score[order].astype(np.float64) * 2.0**40).astype(np.int64)            # [n_visible]
         n = int(np.searchsorted(np.cumsum(share), int(np.floor(np.float32(mass) * 2.0**40)) * n_group)) + 1
-        if hard and n > max(cap, forced.sum()):
-            return np.sort(order)
         n = min(max(n, floor), cap)
     return np.sort(order[: max(n, forced.sum())])
 
@@ -154,7 +151,7 @@ def decode_step(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarr
         w[: len(known)] = known
     est = estimate(q, quantize_k_dom(k, chosen, p.k_dom), chosen, w, scale, soft_cap, p.k_dom)  # [G, n_kv]
     forced = forced_cells(positions, visible, p.sink, p.recent)                  # [n_kv]
-    cells = select(group_score(est, visible), visible, forced, len(q), p.budget, p.mass, p.floor, p.cap, bool(p.hard))
+    cells = select(group_score(est, visible), visible, forced, len(q), p.budget, p.mass, p.floor, p.cap)
     return attend(q, k, v, cells, scale, soft_cap, sink), cells
 
 

@@ -49,7 +49,6 @@ fasa_params fasa_params_default(void) {
     p.max_tokens  = 8;
     p.k_dom       = FASA_K_DOM_Q4;
     p.per_head    = 0;
-    p.hard        = 0;
     p.mean_budget = 0;
     return p;
 }
@@ -224,9 +223,6 @@ int fasa_set_params(llama_context * ctx, const fasa_params * params) {
             return fasa_set_error("settings out of range: budget %u (1 to 2^31-1), sink %u and recent %u (up to 65536), max_tokens %u (from 1), k_dom %d (0 to 2)",
                     p.budget, p.sink, p.recent, p.max_tokens, p.k_dom);
         }
-        if (p.hard < 0 || p.hard > 1) {
-            return fasa_set_error("settings out of range: hard %d (0 or 1)", p.hard);
-        }
         if (p.mean_budget > 0 && p.mass != 0) {
             return fasa_set_error("settings mean_budget %u and mass %g: give one of them", p.mean_budget, (double) p.mass);
         }
@@ -317,7 +313,6 @@ int fasa_get_counters(const llama_context * ctx, fasa_counters * c) {
     c->bytes_dense     = s.stats.bytes_dense;
     c->cells_refreshed = s.cells_refreshed;
     c->rebuilds        = s.rebuilds;
-    c->lists_hard      = s.stats.lists_hard;
     for (auto * cache : caches) {
         c->bytes_k_dom += cache->size_k_dom();
         c->bytes_kv    += cache->size_kv();
@@ -333,7 +328,7 @@ int fasa_reset_counters(llama_context * ctx) {
     auto & s = *fasa_state_of(caches);
     s.steps_sparse = s.steps_dense = s.steps_prefill = s.cells_refreshed = s.rebuilds = 0;
     for (auto * n : { &s.stats.layers_sparse, &s.stats.layers_dense, &s.stats.rows_attended, &s.stats.rows_visible, &s.stats.lists,
-                      &s.stats.lists_hard, &s.stats.bytes_tip, &s.stats.bytes_fac, &s.stats.bytes_dense }) {
+                      &s.stats.bytes_tip, &s.stats.bytes_fac, &s.stats.bytes_dense }) {
         *n = 0;
     }
     return 0;

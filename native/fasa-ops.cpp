@@ -62,7 +62,6 @@ fasa_layer_nodes fasa_build_layer(ggml_context * ctx, const fasa_layer_op & op, 
         p.mass   = op.params.mass;
         p.floor  = op.params.floor;
         p.cap    = op.params.cap;
-        p.hard   = op.params.hard;
         fasa_op_set(nodes.select, p, "fasa_select");
     }
     {

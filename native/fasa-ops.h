@@ -52,7 +52,7 @@ static constexpr int FASA_SPAN_RANGE  = 100; // TIP: a score below 2^-FASA_SPAN_
 struct fasa_work {
     static constexpr int BINS = 2048, EDGE = 1024, PARTS = 64, SLOTS = 128, TICKETS = 4096;
 
-    enum { LAYERS_SPARSE, ROWS_ATTENDED, ROWS_VISIBLE, LISTS, BYTES_TIP, BYTES_FAC, BYTES_DENSE, LISTS_HARD, N_COUNTER };
+    enum { LAYERS_SPARSE, ROWS_ATTENDED, ROWS_VISIBLE, LISTS, BYTES_TIP, BYTES_FAC, BYTES_DENSE, N_COUNTER };
     uint64_t counter[8];      // as in fasa_stats
     uint32_t ticket[TICKETS]; // FAC: blocks of a list that are done
     struct slot {             // SELECT: one list
@@ -72,7 +72,7 @@ static constexpr uint32_t FASA_OP_MAGIC = 0x41534146; // "FASA"
 
 // what an op adds up; one per context
 struct fasa_stats {
-    std::atomic<uint64_t> layers_sparse{0}, layers_dense{0}, rows_attended{0}, rows_visible{0}, lists{0}, lists_hard{0};
+    std::atomic<uint64_t> layers_sparse{0}, layers_dense{0}, rows_attended{0}, rows_visible{0}, lists{0};
     std::atomic<uint64_t> bytes_tip{0}, bytes_fac{0}, bytes_dense{0};
 };
 
@@ -89,7 +89,7 @@ struct fasa_op_params {
     void           * userdata; // fasa_stats, or fasa_observer_slot for OBSERVE
     uint32_t         magic;
     int32_t          kind;
-    union { float scale; int32_t hard; }; // of the logits; SELECT: fasa_params::hard
+    float            scale;
     float            soft_cap;
     int16_t          k_dom;      // enum fasa_k_dom_type; OBSERVE: the layer
     int16_t          device;     // enum fasa_op_device; 0: in host memory
@@ -132,7 +132,7 @@ struct fasa_layer_op {
     int32_t       n_hadamard;
     float         scale;
     float         soft_cap;
-    fasa_params   params;  // floor, cap, per_head, hard, and mass of this layer
+    fasa_params   params;  // floor, cap, per_head, and mass of this layer
     uint32_t      budget;  // of this layer
 };
 

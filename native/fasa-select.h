@@ -13,9 +13,9 @@
 
 // ---- how many tokens ----
 
-// length of the list that a selection may need, forced tokens included; a hard one needs every cell
+// length of the list that a selection may need, forced tokens included
 inline uint32_t fasa_list_length(const fasa_params & p, uint32_t budget, uint32_t n_forced, uint32_t n_kv) {
-    return p.mass > 0 && p.hard ? n_kv : std::min(n_kv, std::max(p.mass > 0 ? p.cap : budget, n_forced));
+    return std::min(n_kv, std::max(p.mass > 0 ? p.cap : budget, n_forced));
 }
 
 // a layer's share of the budget; room for the forced tokens and one more

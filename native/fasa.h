@@ -63,7 +63,6 @@ typedef struct fasa_params {
     uint32_t max_tokens;  // a ubatch with more tokens per stream than this is prefill and stays dense
     int32_t  k_dom;       // enum fasa_k_dom_type
     int32_t  per_head;    // 1: every query head selects for itself, as published; 0: the heads of a KV head select together
-    int32_t  hard;        // when `cap` tokens do not hold the mass: 1: attend every visible token, 0: attend `cap`
     uint32_t mean_budget; // > 0: tokens attended in the mean: mass by the profile's table, floor a quarter (at least 64), cap twice; mass must be 0
 } fasa_params;
 
@@ -85,7 +84,6 @@ typedef struct fasa_counters {
     uint64_t rebuilds;        // steps that derived more cells than they had written
     uint64_t bytes_k_dom;     // memory of the dominant keys now
     uint64_t bytes_kv;        // memory of the K and V cache now
-    uint64_t lists_hard;      // selections that attend every visible token because `cap` tokens did not hold the mass
 } fasa_counters;
 
 FASA_API const char * fasa_version(void);  // "0.1.0"
@@ -183,7 +181,6 @@ typedef struct fasa_op_case {
     uint32_t         floor;
     uint32_t         cap;
     int32_t          per_head;     // n_list below: n_head when 1, n_head_kv when 0
-    int32_t          hard;
     int32_t          n_forced;     // forced cells per token
     const int32_t  * forced;       // [n_stream, n_tokens, n_forced] cells, -1: none
     const float    * q;            // [n_stream, n_tokens, n_head, n_embd_head_k]

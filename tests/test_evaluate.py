@@ -144,9 +144,9 @@ def test_arms_by_text(profile):
         asked.append(path)
         return (ON.replace(mass=0.5), profile) if path is None else (ON, other)
 
-    arms = parse_arms("mass=0.9,cap=4096; mean_budget=99 ;budget=30,floor=2;profile=x.json,k_dom=q8,hard=1;dense", settings, "p ")
-    assert [a.name for a in arms] == ["p mass=0.9,cap=4096", "p mean_budget=99", "p budget=30,floor=2", "p profile=x.json,k_dom=q8,hard=1", "dense by steps"]
-    assert [a.params for a in arms] == [ON.replace(mass=0.9, cap=4096), ON.replace(mean_budget=99), ON.replace(budget=30, floor=2), ON.replace(k_dom="q8", hard=1), None]
+    arms = parse_arms("mass=0.9,cap=4096; mean_budget=99 ;budget=30,floor=2;profile=x.json,k_dom=q8;dense", settings, "p ")
+    assert [a.name for a in arms] == ["p mass=0.9,cap=4096", "p mean_budget=99", "p budget=30,floor=2", "p profile=x.json,k_dom=q8", "dense by steps"]
+    assert [a.params for a in arms] == [ON.replace(mass=0.9, cap=4096), ON.replace(mean_budget=99), ON.replace(budget=30, floor=2), ON.replace(k_dom="q8"), None]
     assert [a.profile for a in arms] == [profile, profile, profile, other, None] and asked == [None] * 3 + ["x.json"]
     for bad, message in (("mass", "arm 'mass': expected SETTING=VALUE, found 'mass'; such as --arms"), ("mass=0.9;", "arm '': expected SETTING=VALUE, found ''"),
                          ("mass=", "expected SETTING=VALUE, found 'mass='"), ("cap=1,cap=2", "arm 'cap=1,cap=2': cap is given twice"),
@@ -217,13 +217,6 @@ def test_steps_that_stay_dense_are_told(library, tiny, text, profile):
     rows = evaluate(tiny, text, [Arm("late", ON.replace(min_context=300))], profile=profile, windows=1, window=260, score=10)
     assert (rows[1]["steps_sparse"], rows[1]["steps_dense"]) == (4, 6)
     assert table(rows).splitlines()[-1] == "late: 6 of 10 steps were dense"
-
-
-def test_hard_selections_are_told(library, tiny, text, profile):
-    arms = [Arm("hard", ON.replace(mass=0.9, floor=10, cap=30, hard=1)), Arm("soft", ON.replace(mass=0.9, floor=10, cap=30))]
-    _, hard, soft = evaluate(tiny, text, arms, profile=profile, **SIZE)
-    assert soft["hard_share"] == 0 and 0 < hard["hard_share"] <= 1 and hard["tokens_attended"] > 60 and hard["kl"] < soft["kl"]
-    assert table([hard, soft]).splitlines()[3:] == [f"hard: {100 * hard['hard_share']:.1f}% of the selections attended every token (hard)"]
 
 
 def test_evaluate_refuses(library, tiny, text, profile):

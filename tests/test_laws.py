@@ -191,23 +191,6 @@ def test_prefill_is_dense_and_counted(smollm2, profile, text):
         assert s.fasa.layer_reasons() == ["FASA is off"] * 30
 
 
-def test_hard_steps_are_counted(smollm2, profile, text):
-    with open_session(smollm2, profile) as s:
-        tokens = s.tokenize(text)
-        s.decode(tokens[:PREFIX], 0, logits="none")
-        counts = []
-        for hard in (0, 1):
-            s.fasa.set_params(SOME.replace(mass=0.9, floor=40, cap=200, hard=hard))
-            s.fasa.reset_counters()
-            s.decode([tokens[PREFIX]], PREFIX)
-            s.remove(0, PREFIX)
-            counts.append(s.fasa.counters())
-        capped, c = counts
-        assert capped["lists_hard"] == 0 and 0 < c["lists_hard"] < c["lists"] == 90 and c["rows_visible"] == 90 * (PREFIX + 1)
-        # of the first layer the counts are known: the others see other queries
-        assert c["rows_attended"] >= c["lists_hard"] * (PREFIX + 1) + (90 - c["lists_hard"]) * 40
-
-
 def test_a_layer_has_its_own_budget_and_mass(smollm2, profile, text):
     own = replace(profile, layer_budget=np.array([0.5, 2.0] + [1.0] * 28, np.float32), layer_miss=np.array([0.5, 2.0, 99.0] + [1.0] * 27, np.float32),
                   mean_budget={100: 0.5, 300: 0.9, 500: 0.95})

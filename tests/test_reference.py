@@ -51,16 +51,6 @@ def test_select_by_mass_counts_exactly():
     assert len(R.select(score, every, none, 1, 99, 1.0, 1, 2)) == 2    # cap
 
 
-def test_a_hard_step_attends_every_visible_cell():
-    score = np.array([0.125, 0.5, 0.25, 0.125, 0.0], np.float32)
-    visible, none = np.array([1, 1, 1, 1, 0], bool), np.zeros(5, bool)
-    for mass, cap, cells in ((0.75, 2, [1, 2]), (0.76, 2, [0, 1, 2, 3]), (0.76, 3, [0, 1, 2]), (0.5, 1, [1]), (1.0, 4, [0, 1, 2, 3])):
-        assert R.select(score, visible, none, 1, 99, mass, 1, cap, hard=True).tolist() == cells
-    assert R.select(score, visible, none, 1, 2, 0.0, 1, 2, hard=True).tolist() == [1, 2]              # no mass: a fixed budget
-    forced = np.array([1, 1, 1, 0, 0], bool)                                                       # more than the cap, and they hold it
-    assert R.select(score, visible, forced, 1, 99, 0.8, 1, 1, hard=True).tolist() == [0, 1, 2]
-
-
 def test_a_layer_s_mass():
     assert R.layer_mass(0.9, 1.0) == np.float32(0.9) and np.isclose(R.layer_mass(0.9, 0.5), 0.95) and np.isclose(R.layer_mass(0.9, 2.0), 0.8)
     assert R.layer_mass(0.9, 50.0) == R.MASS_LEAST and R.layer_mass(1.0, 50.0) == 1 and R.layer_mass(0.0, 2.0) == 0
