@@ -1,273 +1,417 @@
-"""Speed: dense and FASA alternating in one process, one context, one library; names and columns as llama-bench has them."""
+"""Speed: dense and FASA taking turns in one process, one context, one library. What to measure, and the measurement.
+
+The rows have llama-bench's names; bench_report.py prints and draws them, docs/benchmarks.md explains every column.
+"""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
+import itertools
 import os
 import statistics
-import struct
 import time
-from dataclasses import dataclass, field
-from typing import Any, Callable, Sequence
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from . import native
 from .errors import FasaError
+from .gguf_file import U16, U32, GGUFFile
 from .params import FasaParams
 from .profile import Profile
-from .session import Session
+from .session import Session, cache_type
 
-FORMATS = ("md", "json", "jsonl", "csv")
-STATE_FILL_FROM = 2048  # tokens of depth from which a random cache is filled through the state API
-NOISE = 0.02            # share of dense's speed that counts as equal when the crossover is looked for
+RANDOM_FILL_FROM = 2048   # tokens of depth from which a cache is filled at random
+COPY_BYTES = 512 << 20    # of the copy that gives a device's rate: beyond its caches
+WARM_STEPS = 3            # untimed decode steps of a repetition: CUDA records a graph when it comes again
+NOISE = 0.02              # share of dense's speed that counts as equal when the crossover is looked for
+NO_CACHE = "it has no KV cache that FASA knows"  # fasa_layer_reason of a layer that is not attention
+Report = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure: every combination of the lists. There is one context for every (n_gpu_layers, types, no_kv_offload,
+    n_parallel), one at a time."""
+
+    depths: Sequence[int] = (0, 4096, 8192)            # tokens in the cache of every sequence
+    n_gen: int = 32                                    # tokens per sequence and repetition
+    n_prompt: Sequence[int] = (512,)                   # tokens of the prefill rows; empty or 0: none
+    n_parallel: Sequence[int] = (1,)                   # sequences that decode together
+    n_gpu_layers: Sequence[int] = (0,)
+    types: Sequence[tuple[str, str]] = (("f16", "f16"),)   # of the K and the V cache
+    no_kv_offload: Sequence[int] = (0,)                # 1: the cache in host memory; dense only
+    repetitions: int = 5
+    n_threads: int = 0                                 # 0: all cores
+    n_batch: int = 2048
+    n_ubatch: int = 512
+    fill: str = "auto"                                 # prefill, random, or auto: random from RANDOM_FILL_FROM on
+
+    def check(self, arms: Mapping[str, FasaParams]) -> "Plan":
+        """Returns self, or raises FasaError in one sentence: values out of range, or nothing that FASA could run in."""
+        if not self.depths or min(self.depths) < 0 or self.n_gen < 1 or self.repetitions < 1:
+            raise FasaError("-d, -n and -r: expected depths from 0, and at least 1 token and 1 repetition")
+        if min(self.n_parallel, default=0) < 1 or min(self.n_prompt, default=0) < 0:
+            raise FasaError("-np and -p: expected at least 1 sequence, and prompts from 0 tokens")
+        if self.fill not in ("auto", "prefill", "random"):
+            raise FasaError(f"--fill {self.fill!r}: expected auto, prefill or random")
+        for name in itertools.chain(*self.types):
+            cache_type(name)
+        if all(self.no_kv_offload):
+            raise FasaError("-nkvo 1 is measured dense only, and FASA has nothing to run in; give -nkvo 0,1")
+        for arm, p in arms.items():
+            if max(self.depths) < p.min_context:
+                raise FasaError(f"{arm}: every depth of -d is below min_context, and every step would be dense; use -d with {p.min_context} or more, "
+                                "or a smaller --fasa-min-context")
+        return self
 
 
 @dataclass
 class Row:
-    """One arm at one depth: samples in tokens/s, bytes of K, V and K_dom read per token."""
+    """One arm at one depth: samples in tokens/s over all sequences; bytes per token."""
 
-    arm: str
+    arm: str                             # dense, or the name of a FASA arm
     n_depth: int
-    n_gen: int
-    samples_ts: list[float] = field(default_factory=list)
-    kv_bytes: float = 0.0
-    sparse_share: float = 0.0      # of the steps
+    n_gen: int                           # 0: a prefill row
+    n_prompt: int = 0                    # 0: a decode row
+    n_parallel: int = 1
+    samples_ts: list[float] = field(default_factory=list)   # empty: it could not be measured; see note
+    kv_bytes: float | None = None        # of K, V and K_dom read per token; None: prefill
+    weight_bytes: int | None = None      # of weights read per step; None: not known
+    copy_rate: float | None = None       # bytes/s of the one device that holds weights and cache; None: there are several
+    sparse_share: float = 0.0            # of the steps
     tokens_attended: float | None = None
     note: str = ""
-    fill: str = ""                 # how the cache got its depth: prefill or state
-    ratio: float | None = None     # to dense's tokens/s at this depth
+    fill: str = ""                       # how the cache got its depth: prefill or random
+    ratio: float | None = None           # to dense in the same context
+    ratio_best: float | None = None      # to the fastest dense row of this test, whatever its KV types and nkvo
+    first_step_ms: float | None = None   # of the first decode step: with FASA it derives the dominant keys of all cells
+    ttft_ms: float | None = None         # prefill of depth and prompt, and the first decode step; None: the depth is random
+    params: FasaParams | None = None     # None: dense
     setup: dict[str, Any] = field(default_factory=dict)  # n_threads, type_k, ... by llama-bench's names
 
     @property
-    def avg_ts(self) -> float:
-        return statistics.fmean(self.samples_ts)
+    def test(self) -> str:
+        return f"{f'tg{self.n_gen}' if self.n_gen else f'pp{self.n_prompt}'} @ d{self.n_depth}"
+
+    @property
+    def avg_ts(self) -> float | None:
+        return statistics.fmean(self.samples_ts) if self.samples_ts else None
 
     @property
     def stddev_ts(self) -> float:
         return statistics.stdev(self.samples_ts) if len(self.samples_ts) > 1 else 0.0
 
-    def as_dict(self, extra: dict[str, Any]) -> dict[str, Any]:
-        return {**extra, **self.setup, "test": f"tg{self.n_gen} @ d{self.n_depth}", "arm": self.arm, "n_prompt": 0, "n_gen": self.n_gen,
-                "n_depth": self.n_depth, "avg_ts": self.avg_ts, "stddev_ts": self.stddev_ts, "samples_ts": self.samples_ts, "ratio": self.ratio,
-                "kv_bytes_per_token": self.kv_bytes, "sparse_share": self.sparse_share, "tokens_attended": self.tokens_attended,
-                "fill": self.fill, "note": self.note}
+    @property
+    def token_bytes(self) -> float | None:
+        """Bytes that had to be read for one token: its sequence's K, V and K_dom, and its share of the step's weights."""
+        if self.kv_bytes is None or self.weight_bytes is None:
+            return None
+        return self.kv_bytes + self.weight_bytes / self.n_parallel
+
+    @property
+    def bytes_per_second(self) -> float | None:
+        return None if self.token_bytes is None or not self.samples_ts else self.token_bytes * self.avg_ts
+
+    @property
+    def of_copy_rate(self) -> float | None:
+        return None if self.bytes_per_second is None or self.copy_rate is None else self.bytes_per_second / self.copy_rate
 
 
-# ---- a cache of a given depth ----
+# ---- bytes ----
+
+
+def weight_bytes(model: GGUFFile) -> tuple[int | None, str]:
+    """(bytes of weights that one decode step reads, "" or why that is not known).
+
+    All tensors, but of an embedding only a row is read, unless it is the output matrix too.
+    """
+    if model.get(f"{model.arch}.expert_count", U32, default=0):
+        return None, "mixture of experts: bytes of weights not counted"
+    if model.get("split.count", U16, default=1) > 1:
+        return None, "model in several files: bytes of weights not counted"
+    tied = not any(t.name == "output.weight" for t in model.tensors)
+    skip = {"per_layer_token_embd.weight"} | (set() if tied else {"token_embd.weight"})
+    return sum(t.n_bytes for t in model.tensors if t.name not in skip), ""
+
+
+def one_device(n_layer: int, n_gpu_layers: int, no_kv_offload: int, devices: Sequence[native.Device]) -> str | None:
+    """The device that holds all weights and the whole cache; None when it takes several."""
+    gpus = [d.name for d in devices if d.is_gpu]
+    if not gpus or n_gpu_layers == 0:
+        return "CPU"
+    whole = n_gpu_layers < 0 or n_gpu_layers > n_layer                # the output matrix is one layer more
+    return gpus[0] if len(gpus) == 1 and whole and not no_kv_offload else None
+
+
+def _model_setup(model: str | os.PathLike, plan: Plan) -> tuple[dict[str, Any], dict[tuple[int, int], float | None]]:
+    """(llama-bench's fields of model and machine and the weights' bytes, copy rate by (n_gpu_layers, no_kv_offload))."""
+    gguf, devices = GGUFFile(model), native.devices()
+    n_bytes, why = weight_bytes(gguf)
+    n_layer = gguf.get(f"{gguf.arch}.block_count", U32, default=0)
+    rates = {}
+    for key in itertools.product(plan.n_gpu_layers, plan.no_kv_offload):
+        device = one_device(n_layer, *key, devices)
+        rates[key] = native.copy_rate(device, COPY_BYTES, plan.n_threads) if device else None
+    names = lambda gpu: ", ".join(d.description for d in devices if d.is_gpu == gpu)
+    return {"model_size": sum(t.n_bytes for t in gguf.tensors), "cpu_info": names(False), "gpu_info": names(True),
+            "n_threads": plan.n_threads or os.cpu_count() or 1, "n_batch": plan.n_batch, "n_ubatch": plan.n_ubatch, "flash_attn": 1,
+            "weight_bytes": n_bytes, "weight_note": why}, rates
+
+
+# ---- one context ----
 
 
 @dataclass
-class _Cache:
-    """One KV cache in a sequence's state: (ggml type, bytes of a row) of every K tensor, then of every V tensor."""
+class Sample:
+    """One repetition of one arm."""
 
-    n_layer: int
-    rows: list[tuple[int, int]]
-
-
-def state_layout(raw: bytes, where: str) -> tuple[bytes, list[_Cache]]:
-    """(head, caches) of the state of a sequence that holds one token at position 0.
-
-    The layout is llama_kv_cache::state_write's: magic, sequence, then for every cache (a sliding-window model has two): streams,
-    cells, per cell position, number of sequences and their ids; whether V is transposed, layers, then for every layer's K and
-    every layer's V the type, the bytes of a row, the rows. Raises FasaError when that is not what `raw` holds: recurrent
-    memory, positions of images, V transposed for want of flash attention.
-    """
-    at = 8
-
-    def skip(size: int, fits: bool = True) -> None:
-        nonlocal at
-        at += size
-        if at > len(raw) or not fits:
-            raise FasaError(f"{where}: the state of this model's cache has a layout that cannot be filled at random; use --fill prefill")
-
-    def take(code: str, *expected: int) -> tuple[int, ...]:
-        size = struct.calcsize("<" + code)
-        value = struct.unpack("<" + code, raw[at : at + size].ljust(size, b"\0"))
-        skip(size, not expected or value == expected)
-        return value
-
-    caches = []
-    while at < len(raw) or not caches:
-        take("II", 1, 1)                 # streams, cells
-        take("iIi", 0, 1, 0)             # position, number of sequences, the sequence
-        take("I", 0)                     # V is not transposed
-        cache = _Cache(take("I")[0], [])
-        for _ in range(2 * cache.n_layer):
-            kind, size = take("iQ")
-            skip(size)
-            cache.rows.append((kind, size))
-        caches.append(cache)
-    return raw[:8], caches
+    speed: float               # tokens/s over all sequences
+    counters: dict[str, int]   # FASA's
+    first_s: float             # of the first decode step
+    reason: str                # why that step was dense, "" if it was not
+    prompt_s: float = 0.0      # of the prefill that was timed
 
 
-def _random_rows(rng: np.random.Generator, kind: int, size: int, where: str) -> tuple[np.ndarray, int]:
-    """(a pool of random cells uint8 [4096, 2*size], step): a row is `size` bytes of a pool row from any multiple of `step` on.
+class Bench:
+    """One context: brings its sequences to a depth, and times an arm behind it."""
 
-    Values are standard normal, the scale that normalised keys have.
-    """
-    n = 4096
-    if kind == 1:                                                                   # f16
-        return rng.standard_normal((n, size), np.float32).astype("<f2").view(np.uint8), 2
-    if kind == 8:                                                                   # q8_0: f16 scale and 32 x int8
-        blocks = np.empty((n, 2 * size // 34, 34), np.uint8)
-        blocks[..., :2] = np.frombuffer(np.float16(1 / 40).tobytes(), np.uint8)
-        blocks[..., 2:] = (40 * rng.standard_normal(blocks[..., 2:].shape, np.float32)).clip(-127, 127).astype(np.int8).view(np.uint8)
-        return blocks.reshape(n, -1), 34
-    raise FasaError(f"{where}: a random cache is made in f16 and q8_0, this one is ggml type {kind}; use --fill prefill")
+    def __init__(self, s: Session, n_parallel: int, fill: str, report: Report) -> None:
+        self.s, self.n, self.how, self.report = s, n_parallel, fill, report
+        self.in_cache = 0           # tokens that sequence 0 has by prefill
+        self.prefill_s = 0.0        # seconds that took
+        self.tokens = np.random.default_rng(0).integers(0, s.n_vocab, s.n_ctx // n_parallel).tolist()
 
+    def fill(self, depth: int) -> str:
+        """Every sequence gets `depth` cells. Returns how: prefill or random."""
+        self.s.fasa.set_params(None)
+        if self.how == "random" or (self.how == "auto" and depth >= RANDOM_FILL_FROM):
+            self.in_cache, self.prefill_s = 0, 0.0
+            self.s.fasa.fill_random(depth)
+            return "random"
+        self.prefill(depth)
+        for seq in range(1, self.n if depth else 1):                                  # a copy moves a whole stream, used or not
+            self.s.copy(0, seq)
+        return "prefill"
 
-def random_state(raw: bytes, depth: int, where: str, seed: int = 0) -> np.ndarray:
-    """`raw`, the state of one token, with `depth` random cells instead: uint8 [bytes], for llama_state_seq_set_data."""
-    head, caches = state_layout(raw, where)
-    rng = np.random.default_rng(seed)
-    pools = {row: _random_rows(rng, *row, where) for cache in caches for row in cache.rows}
-    cells = np.zeros((depth, 3), "<i4")                                             # position, number of sequences, sequence
-    cells[:, 0], cells[:, 1] = np.arange(depth), 1
-    out = np.empty(8 + sum(16 + cells.nbytes + sum(12 + depth * size for _, size in c.rows) for c in caches), np.uint8)
-    at = 0
+    def prefill(self, depth: int) -> None:
+        """Decode tokens of sequence 0 until it has `depth`; those that it has by prefill stay."""
+        if not self.in_cache:
+            self.s.clear()
+            self.prefill_s = 0.0
+        start = time.perf_counter()
+        for at in range(self.in_cache, depth, self.s.n_batch):
+            part = self.tokens[at : min(at + self.s.n_batch, depth)]
+            self.s.decode(part, at, logits="none")
+            self.report(f"prefilling {depth}", at + len(part), depth)
+        self.s.synchronize()
+        self.prefill_s += time.perf_counter() - start
+        self.in_cache = depth
 
-    def put(data: bytes | np.ndarray) -> None:
-        nonlocal at
-        a = np.frombuffer(data, np.uint8) if isinstance(data, bytes) else data.reshape(-1).view(np.uint8)
-        out[at : at + len(a)] = a
-        at += len(a)
+    def rewind(self, depth: int) -> None:
+        """Forget what lies behind `depth`. A recurrent memory cannot: it is filled again."""
+        try:
+            for seq in range(self.n):
+                self.s.remove(seq, depth)
+        except FasaError:
+            self.in_cache = 0
+            self.fill(depth)
 
-    put(head)
-    for cache in caches:
-        put(struct.pack("<II", 1, depth))
-        put(cells)
-        put(struct.pack("<II", 0, cache.n_layer))
-        for kind, size in cache.rows:
-            put(struct.pack("<iQ", kind, size))
-            pool, step = pools[kind, size]
-            # another part of the pool's rows, from another row on, for every 4,096 cells: equal cells would tie in the selection
-            for i in range(0, depth, len(pool)):
-                n = min(len(pool), depth - i)
-                left, top = step * int(rng.integers((pool.shape[1] - size) // step + 1)), int(rng.integers(len(pool)))
-                part = out[at : at + n * size].reshape(n, size)
-                first = min(n, len(pool) - top)
-                part[:first] = pool[top : top + first, left : left + size]
-                part[first:] = pool[: n - first, left : left + size]
-                at += n * size
-    return out
+    def step(self, pos: int, j: int) -> None:
+        """One token for every sequence, tokens that differ."""
+        self.s.decode_batch([(1 + (j * 7919 + seq * 104729) % (self.s.n_vocab - 1), pos, seq, True) for seq in range(self.n)])
+        self.s.synchronize()
 
+    def generate(self, p: FasaParams | None, depth: int, n: int) -> Sample:
+        """n decode steps behind `depth` cells and WARM_STEPS, of which the first derives the dominant keys and builds the graph."""
+        self.s.fasa.set_params(p)
+        start = time.perf_counter()
+        self.step(depth, 0)
+        first = time.perf_counter() - start
+        reason = self.s.fasa.step_reason()
+        for j in range(1, WARM_STEPS):
+            self.step(depth + j, j)
+        self.s.fasa.reset_counters()
+        start = time.perf_counter()
+        for j in range(WARM_STEPS, WARM_STEPS + n):
+            self.step(depth + j, j)
+        seconds = time.perf_counter() - start
+        counters = self.s.fasa.counters()
+        self.rewind(depth)
+        return Sample(self.n * n / seconds, counters, first, reason)
 
-def fill_state(session: Session, depth: int, seed: int = 0) -> None:
-    """Put `depth` cells of random keys and values into sequence 0 through the state API: no prefill needed.
-
-    Takes the cache's size in memory once more. Raises FasaError when the cache's state has another layout than expected.
-    """
-    session.clear()
-    session.decode([0], 0, logits="none")
-    raw = session.state(0)
-    session.clear()
-    if depth:
-        session.set_state(random_state(raw, depth, session.path, seed))
-
-
-def prefill(session: Session, depth: int, seed: int = 0, start: int = 0, report: Callable[[int], None] = lambda n: None) -> None:
-    """Decode `depth` random tokens; the first `start` of them are in the cache already. `report` gets the depth reached."""
-    if not start:
-        session.clear()
-    tokens = np.random.default_rng(seed).integers(0, session.n_vocab, depth).tolist()
-    for at in range(start, depth, session.n_batch):
-        part = tokens[at : at + session.n_batch]
-        session.decode(part, at, logits="none")
-        report(at + len(part))
+    def prompt(self, p: FasaParams | None, depth: int, n: int) -> Sample:
+        """A prefill of n tokens of sequence 0 behind `depth` cells, and the first decode step after it."""
+        self.s.fasa.set_params(p)
+        start = time.perf_counter()
+        self.s.decode(self.tokens[depth : depth + n], depth)
+        self.s.synchronize()
+        seconds = time.perf_counter() - start
+        self.step(depth + n, 0)
+        first = time.perf_counter() - start - seconds
+        self.rewind(depth)
+        return Sample(n / seconds, {}, first, "", seconds)
 
 
 # ---- the measurement ----
 
 
-def _time_arm(s: Session, p: FasaParams | None, depth: int, n: int) -> tuple[float, dict[str, int], str]:
-    """(tokens/s, counters, why the first step was dense) of n tokens, one a step, behind `depth` cells; the cache is left at that depth."""
-    s.fasa.set_params(p)
-    s.decode([1], depth)                                    # derives the dominant keys and builds the graph, untimed
-    reason = s.fasa.step_reason()
-    s.fasa.reset_counters()
-    start = time.perf_counter()
-    for j in range(n):
-        s.decode([1 + (j * 7919) % (s.n_vocab - 1)], depth + 1 + j)
-    seconds = time.perf_counter() - start
-    counters = s.fasa.counters()
-    s.remove(0, depth)
-    return n / seconds, counters, reason
-
-
-def bench(model: str | os.PathLike, depths: Sequence[int], params: FasaParams, n_gen: int = 32, repetitions: int = 5, n_threads: int = 0,
-          n_gpu_layers: int = 0, type_k: str = "f16", type_v: str = "f16", fill: str = "auto", profile: Profile | None = None,
-          progress: Callable[[str, int, int], None] | None = None) -> list[Row]:
-    """Two rows per depth. fill: prefill, state, or auto (state from 2,048 tokens of depth on, where the cache allows it).
-
-    Raises FasaError when no step of the whole run was sparse, or the profile does not fit.
-    """
-    if not depths or min(depths) < 0 or n_gen < 1 or repetitions < 1:
-        raise FasaError("-d, -n and -r: expected depths from 0, and at least 1 token and 1 repetition")
-    if fill not in ("auto", "prefill", "state"):
-        raise FasaError(f"--fill {fill!r}: expected auto, prefill or state")
-    profile = profile or Profile.load(model)
-    report = progress or (lambda what, n, total: None)
-    rows: list[Row] = []
-    reason, total, done, in_cache = "", len(set(depths)) * repetitions * 2, 0, 0      # in_cache: prefilled tokens
-    with Session(model, n_ctx=max(depths) + n_gen + 8, n_threads=n_threads, n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v) as s:
-        s.fasa.set_profile(profile)
-        setup = {"n_threads": n_threads or os.cpu_count() or 1, "n_gpu_layers": n_gpu_layers, "type_k": type_k, "type_v": type_v, "flash_attn": True}
-        row_bytes = s.fasa.counters()["bytes_kv"] / s.n_ctx                           # K and V of one cell, all layers
-
-        def set_depth(depth: int) -> str:
-            nonlocal in_cache
-            s.fasa.set_params(None)
-            if fill == "state" or (fill == "auto" and depth >= STATE_FILL_FROM):
-                in_cache = 0
+def _contexts(model: str | os.PathLike, plan: Plan) -> Iterator[tuple[dict[str, Any], Session | FasaError]]:
+    """(settings by llama-bench's names and n_parallel, session) of every context, one after another; a context that cannot be
+    made comes as its error."""
+    room = max(plan.n_gen, max(plan.n_prompt, default=0) + 1) + 8
+    per_sequence = -(-(max(plan.depths) + room) // 256) * 256                  # llama.cpp rounds up too
+    for ngl in plan.n_gpu_layers:
+        with Session(model, n_ctx=256, n_batch=plan.n_batch, n_ubatch=plan.n_ubatch, n_threads=plan.n_threads, n_gpu_layers=ngl) as s:
+            for (k, v), nkvo, n in itertools.product(plan.types, plan.no_kv_offload, plan.n_parallel):
+                found: Session | FasaError = s
                 try:
-                    fill_state(s, depth)
-                    return "state"
-                except FasaError:
-                    if fill == "state":
-                        raise
-            prefill(s, depth, start=in_cache, report=lambda n: report(f"prefilling {depth}", n, depth))
-            in_cache = depth
-            return "prefill"
+                    s.reopen(n_ctx=per_sequence * n, n_seq_max=n, type_k=k, type_v=v, no_kv_offload=bool(nkvo))
+                except FasaError as e:
+                    found = e
+                yield {"n_gpu_layers": ngl, "type_k": k, "type_v": v, "no_kv_offload": bool(nkvo), "n_parallel": n}, found
 
-        for depth in sorted(set(depths)):
-            filled = set_depth(depth)
-            pair = [Row("dense", depth, n_gen, fill=filled, setup=setup), Row("fasa", depth, n_gen, fill=filled, setup=setup)]
-            c: dict[str, int] = {}                                                    # FASA's counters over the repetitions
-            for r in range(-1, repetitions):                                          # the first round warms up
-                for row, p in zip(pair, (None, params)):
-                    speed, counters, why = _time_arm(s, p, depth, n_gen if r >= 0 else min(n_gen, 4))
-                    if r < 0:
-                        continue
-                    row.samples_ts.append(speed)
-                    if p is not None:
-                        reason = why or reason
-                        c = {k: c.get(k, 0) + n for k, n in counters.items()}
-                    done += 1
-                    report("benchmarking", done, total)
-            dense, fasa = pair
-            steps = n_gen * repetitions
-            dense.kv_bytes = row_bytes * (depth + 1 + (n_gen + 1) / 2)
-            dense.ratio, fasa.ratio = 1.0, fasa.avg_ts / dense.avg_ts
-            fasa.sparse_share = c["steps_sparse"] / steps
-            executions = (c["layers_sparse"] + c["layers_dense"]) / max(c["steps_sparse"], 1) * steps   # layers x steps
-            sparse = c["layers_sparse"] / max(executions, 1)
-            fasa.kv_bytes = (c["bytes_fac"] + c["bytes_tip"]) / steps + (1 - sparse) * dense.kv_bytes
-            if c["lists"]:
-                fasa.tokens_attended = c["rows_attended"] / c["lists"]
-            if c["steps_sparse"] < steps:
-                fasa.note = f"dense (n < {params.min_context})" if "min_context" in reason else f"dense ({reason})"
-                if c["steps_sparse"]:
-                    fasa.note = f"{steps - c['steps_sparse']} of {steps} steps {fasa.note}"
-            elif c["layers_dense"]:
-                reasons = sorted({x for x in s.fasa.layer_reasons() if x})
-                fasa.note = f"{c['layers_dense'] // steps} layers dense ({'; '.join(reasons)})"
-            rows += pair
+
+def bench(model: str | os.PathLike, plan: Plan, arms: Mapping[str, FasaParams], profile: Profile | None = None, progress: Report | None = None,
+          emit: Callable[[list[Row]], None] | None = None) -> list[Row]:
+    """Rows of dense and every FASA arm (name: settings), which take turns; `emit` gets those of a depth when they are there.
+
+    Raises FasaError when the profile does not fit, as soon as an arm turns out dense at a depth from its min_context on, and when no
+    step of the whole run was sparse.
+    """
+    plan.check(arms)
+    profile = profile or Profile.load(model)
+    common, rates = _model_setup(model, plan)
+    weights, why = common.pop("weight_bytes"), common.pop("weight_note")
+    rows: list[Row] = []
+    depths, report = sorted(set(plan.depths)), progress or (lambda what, n, total: None)
+    n_contexts = len(plan.n_gpu_layers) * len(plan.types) * len(plan.no_kv_offload) * len(plan.n_parallel)
+    for i, (settings, s) in enumerate(_contexts(model, plan)):
+        n = settings.pop("n_parallel")
+        here: dict[str, FasaParams | None] = {"dense": None, **({} if settings["no_kv_offload"] else arms)}
+        shared = {"n_parallel": n, "setup": common | settings}
+        if isinstance(s, FasaError):
+            note = f"not measured: {str(s).removeprefix(f'{model}: ')}"
+            group = [Row(arm, d, plan.n_gen, note=note, params=p, **shared) for d in depths for arm, p in here.items()]
+            _add(rows, group, emit)
+            continue
+        if len(here) > 1:
+            s.fasa.set_profile(profile)
+        b = Bench(s, n, plan.fill, report)
+        for j, depth in enumerate(depths):
+            group = _measure(b, plan, here, depth)
+            for row in group:
+                row.setup, row.weight_bytes = shared["setup"], weights
+                row.copy_rate = rates[settings["n_gpu_layers"], settings["no_kv_offload"]]
+                row.note = "; ".join(filter(None, [row.note, why if row.n_gen and row.params is None else ""]))
+            _add(rows, group, emit)
+            report("benchmarking", i * len(depths) + j + 1, n_contexts * len(depths))
     if not any(r.sparse_share for r in rows):
-        raise FasaError(f"FASA was asked for and no step of the run used it: {reason}; use deeper -d DEPTHS or a smaller --fasa-min-context")
+        raise FasaError(f"FASA was asked for and no step used it: {next(r.note for r in rows if r.params is not None)}")
+    set_ratio_best(rows)
     return rows
+
+
+def _add(rows: list[Row], group: list[Row], emit: Callable[[list[Row]], None] | None) -> None:
+    rows += group
+    if emit:
+        emit(group)
+
+
+def _measure(b: Bench, plan: Plan, arms: Mapping[str, FasaParams | None], depth: int) -> list[Row]:
+    """The rows of one depth: prefill (of one sequence alone), then decode."""
+    filled = b.fill(depth)
+    before = b.prefill_s if filled == "prefill" else None
+    rows = []
+    for n_prompt in [p for p in plan.n_prompt if p and b.n == 1]:
+        group = {arm: Row(arm, depth, 0, n_prompt, fill=filled, params=p) for arm, p in arms.items()}
+        for arm, samples in _turns(arms, plan.repetitions, lambda p, warm: b.prompt(p, depth, n_prompt)).items():
+            _times(group[arm], samples, before)
+        rows += _ratios(group)
+    group = {arm: Row(arm, depth, plan.n_gen, n_parallel=b.n, fill=filled, params=p) for arm, p in arms.items()}
+    last: dict[str, Sample] = {}
+
+    def generate(p: FasaParams | None, warm: bool) -> Sample:
+        sample = b.generate(p, depth, min(plan.n_gen, 4) if warm else plan.n_gen)
+        if warm and p is not None and depth >= p.min_context and not sample.counters["steps_sparse"]:
+            raise FasaError(f"FASA was asked for and no step at depth {depth} used it: {sample.reason}{dense_layers(b.s.fasa.layer_reasons(), ': ')}")
+        return sample
+
+    for arm, samples in _turns(arms, plan.repetitions, generate).items():
+        row = group[arm]
+        _times(row, samples, before)
+        _count(row, samples, b)
+    return rows + _ratios(group)
+
+
+def _turns(arms: Mapping[str, FasaParams | None], repetitions: int, run: Callable[[FasaParams | None, bool], Sample]) -> dict[str, list[Sample]]:
+    """`repetitions` samples of every arm, the arms taking turns; a first round, which is not kept, warms up."""
+    kept: dict[str, list[Sample]] = {arm: [] for arm in arms}
+    for r in range(-1, repetitions):
+        for arm, p in arms.items():
+            sample = run(p, r < 0)
+            if r >= 0:
+                kept[arm].append(sample)
+    return kept
+
+
+def _times(row: Row, samples: list[Sample], prefill_s: float | None) -> None:
+    row.samples_ts = [x.speed for x in samples]
+    row.first_step_ms = 1000 * statistics.fmean(x.first_s for x in samples)
+    if prefill_s is not None:
+        row.ttft_ms = 1000 * (prefill_s + statistics.fmean(x.prompt_s + x.first_s for x in samples))
+
+
+def _count(row: Row, samples: list[Sample], b: Bench) -> None:
+    """Bytes and tokens of a decode row, from FASA's counters; what ran dense read all rows of its sequence."""
+    row_bytes = samples[0].counters["bytes_kv"] / b.s.n_ctx                           # K and V of one cell, all layers
+    all_rows = row_bytes * (row.n_depth + WARM_STEPS + (row.n_gen + 1) / 2)
+    if row.params is None:
+        row.kv_bytes = all_rows
+        return
+    steps = row.n_gen * len(samples)                                                  # of a batch of n tokens each
+    c = {k: sum(x.counters[k] for x in samples) for k in samples[0].counters}
+    executions = (c["layers_sparse"] + c["layers_dense"]) / max(c["steps_sparse"], 1) * steps   # layers x steps
+    sparse = c["layers_sparse"] / max(executions, 1)
+    row.sparse_share = c["steps_sparse"] / steps
+    row.kv_bytes = (c["bytes_fac"] + c["bytes_tip"]) / (steps * row.n_parallel) + (1 - sparse) * all_rows
+    if c["lists"]:
+        row.tokens_attended = c["rows_attended"] / c["lists"]
+    if c["steps_sparse"] < steps:
+        reason = next(x.reason for x in samples)
+        row.note = f"dense (n < {row.params.min_context})" if row.n_depth < row.params.min_context else f"dense ({reason})"
+        if c["steps_sparse"]:
+            row.note = f"{steps - c['steps_sparse']} of {steps} steps {row.note}"
+    elif c["layers_dense"]:
+        row.note = dense_layers(b.s.fasa.layer_reasons())
+
+
+def dense_layers(reasons: Sequence[str | None], before: str = "") -> str:
+    """How many attention layers are dense in a sparse step, and why; "" when none is."""
+    why = Counter(x for x in reasons if x and x != NO_CACHE)
+    n = sum(x != NO_CACHE for x in reasons)
+    return f"{before}{sum(why.values())} of {n} layers dense ({'; '.join(f'{k}: {x}' for x, k in sorted(why.items()))})" if why else ""
+
+
+def _ratios(group: Mapping[str, Row]) -> list[Row]:
+    for row in group.values():
+        row.ratio = row.avg_ts / group["dense"].avg_ts
+    return list(group.values())
+
+
+def set_ratio_best(rows: Sequence[Row]) -> None:
+    """Fill ratio_best: a row's speed over that of the fastest dense row with the same test, sequences and layers on the GPU."""
+    key = lambda r: (r.test, r.n_parallel, r.setup.get("n_gpu_layers"))
+    best: dict[Any, float] = {}
+    for r in rows:
+        if r.params is None and r.samples_ts:
+            best[key(r)] = max(best.get(key(r), 0.0), r.avg_ts)
+    for r in rows:
+        r.ratio_best = r.avg_ts / best[key(r)] if r.samples_ts and key(r) in best else None
+
+
+# ---- the crossover ----
 
 
 def crossover(rows: Sequence[Row], noise: float = NOISE) -> int | None:
@@ -276,17 +420,23 @@ def crossover(rows: Sequence[Row], noise: float = NOISE) -> int | None:
     Only rows that ran sparse count. "No slower": at most `noise` (a share) below dense's mean.
     """
     found = None
-    for r in sorted((r for r in rows if r.arm == "fasa"), key=lambda r: -r.n_depth):
+    for r in sorted((r for r in rows if r.params is not None), key=lambda r: -r.n_depth):
         if not r.sparse_share or r.ratio is None or r.ratio < 1 - noise:
             break
         found = r.n_depth
     return found
 
 
-def find_crossover(model: str | os.PathLike, params: FasaParams, depths: Sequence[int] = (256, 512, 768, 1024, 1536, 2048, 3072, 4096),
-                   **kw: Any) -> tuple[int | None, list[Row]]:
-    """(depth, rows): `bench` with FASA at every depth; the depth is what `min_context` should be. kw: as bench's."""
-    rows = bench(model, depths, params.replace(min_context=0), **kw)
+def find_crossover(model: str | os.PathLike, plan: Plan, params: FasaParams, **kw: Any) -> tuple[int | None, list[Row]]:
+    """(depth, rows): `bench` with FASA at every depth, decode rows only; the depth is what `min_context` should be. kw: as bench's.
+
+    Raises FasaError when the plan has several contexts: each would have a crossover of its own.
+    """
+    lists = {"-np": plan.n_parallel, "-ngl": plan.n_gpu_layers, "-ctk": plan.types, "-nkvo": plan.no_kv_offload}
+    several = [flag for flag, values in lists.items() if len(values) > 1]
+    if several:
+        raise FasaError(f"--find-crossover looks for one depth; give {' and '.join(several)} one value")
+    rows = bench(model, replace(plan, n_prompt=()), {"fasa": params.replace(min_context=0)}, **kw)
     return crossover(rows), rows
 
 
@@ -297,48 +447,3 @@ def crossover_text(depth: int | None, rows: Sequence[Row]) -> str:
     if depth == min(r.n_depth for r in rows):
         return f"FASA is no slower than dense from depth {depth} on, the smallest one measured: --fasa-min-context {depth}, or less."
     return f"FASA is no slower than dense from depth {depth} on: --fasa-min-context {depth}."
-
-
-# ---- output ----
-
-
-def table(rows: Sequence[Row], model: str) -> str:
-    """llama-bench's markdown, with the arm, the bytes, the tokens attended and the ratio."""
-    head = ["model", "test", "arm", "t/s", "KV MB/token", "attended", "ratio"]
-    cells = []
-    for r in rows:
-        attended = "all" if r.arm == "dense" else r.note if r.tokens_attended is None else f"{r.tokens_attended:.0f}"
-        if r.tokens_attended is not None and r.note:
-            attended += f"; {r.note}"
-        cells.append([os.path.basename(model)[:40], f"tg{r.n_gen} @ d{r.n_depth}", r.arm, f"{r.avg_ts:.2f} +- {r.stddev_ts:.2f}",
-                      f"{r.kv_bytes / 1e6:.2f}", attended, "" if r.arm == "dense" or r.ratio is None else f"{r.ratio:.2f}x"])
-    width = [max(len(line[i]) for line in [head, *cells]) for i in range(len(head))]
-    show = lambda line: "| " + " | ".join(x.ljust(w) if i == 0 else x.rjust(w) for i, (x, w) in enumerate(zip(line, width))) + " |"
-    rule = "| " + " | ".join("-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(width)) + " |"
-    return "\n".join([show(head), rule, *map(show, cells)])
-
-
-def as_json(rows: Sequence[Row], model: str, params: FasaParams) -> list[dict[str, Any]]:
-    """llama-bench's names and ours; `fasa` holds the settings of the FASA arm."""
-    extra = {"build_commit": f"fasa_gguf {native.version()}, llama-cpp-python {native.LLAMA_CPP_VERSION}", "model_filename": str(model)}
-    return [{**r.as_dict(extra), "fasa": None if r.arm == "dense" else dict(params.__dict__)} for r in rows]
-
-
-def render(rows: Sequence[Row], model: str, params: FasaParams, output: str = "md") -> str:
-    """The rows as md (a table), json, jsonl or csv (settings as fasa_budget, ...; samples separated by spaces)."""
-    if output == "md":
-        return table(rows, model)
-    entries = as_json(rows, model, params)
-    if output == "json":
-        return json.dumps(entries, indent=1)
-    if output == "jsonl":
-        return "\n".join(json.dumps(e) for e in entries)
-    if output == "csv":
-        out = io.StringIO()
-        flat = [{**{k: v for k, v in e.items() if k != "fasa"}, "samples_ts": " ".join(f"{x:.6g}" for x in e["samples_ts"]),
-                 **{f"fasa_{k}": (e["fasa"] or {}).get(k) for k in params.__dict__}} for e in entries]
-        writer = csv.DictWriter(out, list(flat[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(flat)
-        return out.getvalue().rstrip("\n")
-    raise FasaError(f"-o {output!r}: expected one of {', '.join(FORMATS)}")

@@ -80,8 +80,8 @@ def _run_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("-ctv", "--cache-type-v", default="f16", help="type of the V cache")
 
 
-def _fasa_flags(p: argparse.ArgumentParser) -> None:
-    group = p.add_argument_group("FASA settings (each is also an environment variable, FASA_BUDGET and so on)")
+def _fasa_flags(p: argparse.ArgumentParser, more: str = "") -> None:
+    group = p.add_argument_group(f"FASA settings (each is also an environment variable, FASA_BUDGET and so on{more})")
     for f in fields(FasaParams):
         group.add_argument("--fasa-" + f.name.replace("_", "-"), metavar="X", default=None, help=f"{f.metadata['help']} [{f.metadata['unit']}; {f.default}]")
     group.add_argument("--fasa-preset", choices=PRESETS, default=None,
@@ -265,17 +265,22 @@ def _eval_flags(a: argparse.Namespace) -> None:
 
 
 def _arms(a: argparse.Namespace) -> list[Any]:
-    """One arm for each profile and budget or mass."""
-    from .evaluate import Arm
+    """One arm for each profile and budget, mass or text of --arms; without any of the three, one for each profile."""
+    from .evaluate import Arm, parse_arms
 
     arms = []
-    for path in a.profile.split(",") if a.profile else [a.model]:
+    paths = a.profile.split(",") if a.profile else [a.model]
+    for path in paths:
         base, profile = _params(a, Profile.load(path))
-        fixed = a.budgets or ([] if a.masses else [base.budget])
-        settings = [base.replace(budget=b, mass=0.0 if a.masses else base.mass) for b in fixed]
-        for p in settings + [base.replace(mass=m) for m in a.masses or []]:
-            name = [a.fasa_preset, profile.ranking_method, f"k={p.chunks or 'auto'}", p.k_dom, f"mass={p.mass:g}" if p.mass > 0 else f"B={p.budget}"]
+        settings = [base.replace(budget=b, mass=0.0, mean_budget=0) for b in a.budgets or []]
+        settings += [base.replace(mass=m, mean_budget=0) for m in a.masses or []]
+        for p in settings or ([] if a.arms else [base]):
+            much = f"mass={p.mass:g}" if p.mass > 0 else f"mean={p.mean_budget}" if p.mean_budget else f"B={p.budget}"
+            name = [a.fasa_preset, profile.ranking_method, f"k={p.chunks or 'auto'}", p.k_dom, much]
             arms.append(Arm(" ".join(filter(None, name)), p.check(), profile))
+        if a.arms:
+            arms += parse_arms(a.arms, lambda other: _params(a, Profile.load(other)) if other else (base, profile),
+                               f"{Path(path).name} " if len(paths) > 1 else "")
     return arms
 
 
@@ -334,32 +339,6 @@ def _eval_answers(a: argparse.Namespace, arms: list[Any], setup: Any) -> None:
         print(tasks.needle_table(out["rows"], out["grid"]) if a.task == "needle" else tasks.table(out["rows"]))
 
 
-def cmd_bench(a: argparse.Namespace) -> None:
-    from .bench import bench, crossover_text, find_crossover, render
-
-    model, profile = a.model, None
-    if a.shape:
-        from .embed import model_shape
-        from .gguf_file import GGUFFile
-        from .synthetic import cached_model, synthetic_profile, write_model
-
-        model = a.output_model or cached_model(a.shape, lambda text: print(text, file=sys.stderr))
-        if not os.path.exists(model):
-            print(f"writing a random {a.shape} model to {model}", file=sys.stderr)
-            write_model(model, a.shape)
-        profile = synthetic_profile(*model_shape(GGUFFile(model)))
-    profile = profile or Profile.load(a.profile or model)
-    params, profile = _params(a, profile)
-    setup = dict(n_gen=a.n_gen, repetitions=a.repetitions, n_threads=a.threads, n_gpu_layers=a.n_gpu_layers, type_k=a.cache_type_k,
-                 type_v=a.cache_type_v, fill=a.fill, profile=profile, progress=_bar())
-    if a.find_crossover:
-        depth, rows = find_crossover(model, params, **({"depths": a.n_depth} if a.n_depth else {}), **setup)
-        print(crossover_text(depth, rows), file=sys.stderr)
-    else:
-        rows = bench(model, a.n_depth or [0, 4096, 8192], params, **setup)
-    print(render(rows, str(model), params, "json" if a.json else a.output))
-
-
 def _eval_parser(p: argparse.ArgumentParser) -> None:
     _model(p)
     _run_flags(p)
@@ -372,6 +351,8 @@ def _eval_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--detokenize", choices=("wikitext",), help="undo a corpus' word tokenisation")
     p.add_argument("--budgets", type=_list(1), help="comma list; one arm each")
     p.add_argument("--masses", type=_shares, help="comma list of target masses; one arm each")
+    p.add_argument("--arms", metavar="TEXT", help="arms with settings of their own, such as 'mass=0.9,cap=4096;mass=0.9,floor=16'; "
+                   "profile=FILE is one too, and `dense` alone is dense step by step")
     p.add_argument("--resume", metavar="FILE.jsonl", help="keep every finished sample here, and skip those that are there")
     p.add_argument("--json", action="store_true", help="figures as JSON")
     p.add_argument("--windows", type=_whole(1), help="ppl: windows [10]; long: texts [1]")
@@ -443,22 +424,10 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-fasa", action="store_true", help="dense")
     _eval_parser(command("eval", cmd_eval, "Quality of FASA beside dense: perplexity, RULER's tasks, needles, long generation.",
                          "model.gguf -f text.txt --budgets 256,512"))
-    from .cli_quality import add_commands
+    from . import cli_bench, cli_quality
 
-    add_commands(command)
-    p = command("bench", cmd_bench, "Tokens per second of dense and FASA, alternating in one process.", "model.gguf -d 0,4096,8192")
-    _model(p)
-    _run_flags(p)
-    _fasa_flags(p)
-    p.add_argument("-d", "--n-depth", type=_list(0), help="comma list of cache depths in tokens [0,4096,8192]")
-    p.add_argument("-n", "--n-gen", type=_whole(1), default=32, help="tokens per repetition")
-    p.add_argument("-r", "--repetitions", type=_whole(1), default=5, help="repetitions per arm")
-    p.add_argument("--fill", choices=("auto", "prefill", "state"), default="auto", help="how the cache gets its depth")
-    p.add_argument("--shape", choices=("8b", "3b", "1b", "tiny"), help="make and use a random model of this shape")
-    p.add_argument("--output-model", help="where --shape writes its model; default: the user's cache folder")
-    p.add_argument("--find-crossover", action="store_true", help="the depth from which on FASA is no slower than dense: what --fasa-min-context should be")
-    p.add_argument("-o", "--output", choices=("md", "json", "jsonl", "csv"), default="md", help="format of the rows")
-    p.add_argument("--json", action="store_true", help="the same as -o json")
+    cli_quality.add_commands(command)
+    cli_bench.add_commands(command)
     return ap
 
 

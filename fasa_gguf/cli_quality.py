@@ -1,4 +1,4 @@
-"""The commands `compare` and `sweep` of the command line."""
+"""The commands `compare`, `sweep` and `calibrate-layers` of the command line."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def _read(path: str, detokenize: str | None) -> str:
     return detokenize_wikitext(text) if detokenize == "wikitext" else text
 
 
-def _text_flags(p: argparse.ArgumentParser, windows: int) -> None:
+def _text_flags(p: argparse.ArgumentParser, windows: int, score: int = 384) -> None:
     p.add_argument("-f", "--file", required=True, help="text")
     p.add_argument("--detokenize", choices=("wikitext",), help="undo a corpus' word tokenisation")
-    p.add_argument("--windows", type=_whole(1), default=windows, help="windows")
-    p.add_argument("--window", type=_whole(2), default=4096, help="tokens per window")
-    p.add_argument("--score", type=_whole(1), default=384, help="last tokens of a window that are decoded and scored")
+    p.add_argument("--windows", type=_whole(1), default=windows, help=f"windows [{windows}]")
+    p.add_argument("--window", type=_whole(2), default=4096, help="tokens per window [4096]")
+    p.add_argument("--score", type=_whole(1), default=score, help=f"last tokens of a window that are decoded and scored [{score}]")
 
 
 def cmd_compare(a: argparse.Namespace) -> None:
@@ -71,8 +71,21 @@ def cmd_sweep(a: argparse.Namespace) -> None:
     print(f"{a.output}: sweep.json, sweep.png", file=sys.stderr)
 
 
+def cmd_calibrate_layers(a: argparse.Namespace) -> None:
+    from .layers import LayerPlan, calibrate_layers, table
+    from .profile import Profile
+
+    params, profile = _params(a, Profile.load(a.profile or a.model))
+    plan = LayerPlan(() if a.table_only else a.masses or LayerPlan.masses, a.budgets or LayerPlan.budgets, a.group)
+    out = a.output or str(Path(a.model).with_suffix(".fasa.json"))
+    _, result = calibrate_layers(a.model, _read(a.file, a.detokenize), out, plan, params, profile, a.windows, a.window, a.score, _bar(), a.resume,
+                                 n_threads=a.threads, n_gpu_layers=a.n_gpu_layers, type_k=a.cache_type_k, type_v=a.cache_type_v)
+    print(json.dumps(result, indent=1) if a.json else table(result))
+    print(f"{out}: the profile", file=sys.stderr)
+
+
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
-    """Both, through cli.parser's own way to add one."""
+    """All three, through cli.parser's own way to add one."""
     p: Any = command("compare", cmd_compare, "Sparse attention methods at equal budget in a small reference decoder (needs torch).",
                      "model.gguf -f test.txt --tune valid.txt --budgets 128,256,512,1024 -o compare")
     _model(p)
@@ -102,3 +115,16 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("--max-loss", type=_percent, default=0.01, metavar="PERCENT", help="perplexity that may be lost, in percent of dense's [1%%]")
     p.add_argument("-o", "--output", metavar="DIR", required=True, help="folder of sweep.json and sweep.png; finished windows there are not run again")
     p.add_argument("--json", action="store_true", help="print sweep.json")
+    p = command("calibrate-layers", cmd_calibrate_layers, "Find how much of the attention each layer may miss, and the masses of mean budgets.",
+                "model.gguf -f text.txt -o profile.json")
+    _model(p)
+    _run_flags(p)
+    _fasa_flags(p)
+    _text_flags(p, 3, 128)
+    p.add_argument("--masses", type=_shares, help="comma list of masses at which a layer is sparse alone [0.5,0.75,0.9]")
+    p.add_argument("--budgets", type=_list(1), help="comma list of mean budgets whose masses are looked for [128,256,512,1024]")
+    p.add_argument("--group", type=_whole(1), default=1, help="neighbouring layers that share a factor: fewer runs, less noise [1]")
+    p.add_argument("--table-only", action="store_true", help="only the masses of mean budgets")
+    p.add_argument("--resume", metavar="FILE.jsonl", help="keep finished runs here instead of in OUTPUT.partial.jsonl, for other --masses too")
+    p.add_argument("-o", "--output", help="profile to write [MODEL's name.fasa.json]")
+    p.add_argument("--json", action="store_true", help="figures as JSON")

@@ -8,6 +8,7 @@ a batch in f32, and a quantised model's products differ too. Figures as llama-pe
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -38,6 +39,32 @@ class Arm:
     name: str
     params: FasaParams | None = None
     profile: Profile | None = None
+
+
+def parse_arms(text: str, settings: Callable[[str | None], tuple[FasaParams, Profile]], prefix: str = "") -> list[Arm]:
+    """Arms from a text such as "mass=0.9,cap=4096;mass=0.9,floor=16": settings of FasaParams by name on top of those that
+    `settings(None)` gives. `profile=FILE` takes another profile, whose own settings `settings(FILE)` gives; `dense` alone is dense
+    decoded step by step. An arm's name is its text behind the prefix. Raises FasaError naming the arm."""
+    arms = []
+    for part in text.split(";"):
+        part, values, path = part.strip(), {}, None
+        where = f"--arms: arm {part!r}"
+        if part == "dense":
+            arms.append(Arm("dense by steps"))
+            continue
+        for item in part.split(","):
+            name, equals, value = (x.strip() for x in item.partition("="))
+            if not equals or not value:
+                raise FasaError(f"{where}: expected SETTING=VALUE, found {item!r}; such as --arms 'mass=0.9,cap=4096;budget=256'")
+            if name in values or (name == "profile" and path):
+                raise FasaError(f"{where}: {name} is given twice")
+            if name == "profile":
+                path = value
+            else:
+                values[name] = value
+        base, profile = settings(path)
+        arms.append(Arm(prefix + part, FasaParams.from_mapping(values, where, base), profile))
+    return arms
 
 
 def describe(model: str | os.PathLike, arms: Sequence[Arm], profile: Profile | None, text: str | None, n_threads: int, n_gpu_layers: int,
@@ -118,10 +145,10 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def score_tokens(dense: np.ndarray, arm: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(nll, KL(dense || arm), same top token), each [n], from log-probabilities [n, n_vocab] and next tokens [n]."""
+def score_tokens(dense: np.ndarray, arm: np.ndarray, target: np.ndarray, p: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(nll, KL(dense || arm), same top token), each [n], from log-probabilities [n, n_vocab] and next tokens [n]; p: exp(dense)."""
     nll = -np.take_along_axis(arm, target[:, None], -1)[:, 0]
-    kl = (np.exp(dense) * (dense - arm)).sum(-1)
+    kl = ((np.exp(dense) if p is None else p) * (dense - arm)).sum(-1)
     return nll, kl, (dense.argmax(-1) == arm.argmax(-1)).astype(np.float64)
 
 
@@ -140,27 +167,31 @@ def cut_windows(session: Session, text: str, windows: int, window: int, score: i
     return out
 
 
-def _score_window(s: Session, switch: ArmSwitch, arms: Sequence[Arm], tokens: Sequence[int], prefix: int,
+def _score_window(s: Session, switch: ArmSwitch, arms: Sequence[Arm | None], tokens: Sequence[int], prefix: int,
                   batched_dense: bool) -> Iterator[dict[str, Any]]:
-    """nll, kl, hit and counters of one window's tail, dense first and then every arm. tokens: the window and one more."""
+    """nll, kl, hit and counters of one window's tail for every arm, None being dense. tokens: the window and one more."""
     switch.use(None)
     s.clear()
     s.decode(tokens[:prefix], 0, logits="none")
     tail, target = tokens[prefix:-1], np.array(tokens[prefix + 1 :])
 
-    def by_steps() -> np.ndarray:
-        return log_softmax(np.stack([s.decode([t], prefix + i) for i, t in enumerate(tail)]))
+    def by_steps() -> Iterator[np.ndarray]:                                           # [1, n_vocab] log-probabilities of one token after the other
+        return (log_softmax(s.decode([t], prefix + i)[None]) for i, t in enumerate(tail))
 
-    dense = log_softmax(s.decode(tail, prefix, logits="all")) if batched_dense else by_steps()
-    for arm in [None, *arms]:
-        logp, counters = dense, {}
-        if arm is not None:
+    dense = log_softmax(s.decode(tail, prefix, logits="all")) if batched_dense else np.concatenate(list(by_steps()))
+    p = np.exp(dense)
+    for arm in arms:
+        counters = {}
+        if arm is None:
+            nll, kl, hit = score_tokens(dense, dense, target, p)
+        else:
             s.remove(0, prefix)
             switch.use(arm)
-            logp, counters = by_steps(), s.fasa.counters()
+            each = [score_tokens(dense[i : i + 1], x, target[i : i + 1], p[i : i + 1]) for i, x in enumerate(by_steps())]
+            nll, kl, hit = (np.concatenate(x) for x in zip(*each))
+            counters = s.fasa.counters()
             if arm.params is not None and counters["steps_sparse"] == 0:
                 raise FasaError(f"arm {arm.name}: FASA was asked for and no step used it: {s.fasa.step_reason()}")
-        nll, kl, hit = score_tokens(dense, logp, target)
         yield {"nll": nll.tolist(), "kl": kl.tolist(), "hit": hit.tolist(), "counters": counters}
 
 
@@ -168,7 +199,8 @@ def evaluate(model: str | os.PathLike, text: str, arms: Sequence[Arm], windows: 
              n_threads: int = 0, n_gpu_layers: int = 0, type_k: str = "f16", type_v: str = "f16", batched_dense: bool = True,
              profile: Profile | None = None, progress: Callable[[str, int, int], None] | None = None,
              resume: str | os.PathLike | None = None) -> list[dict[str, Any]]:
-    """One row of figures per arm, dense first. window and score in tokens; resume: a file that keeps finished windows.
+    """One row of figures per arm, dense first. window and score in tokens; all arms share a window's prefill and dense pass.
+    resume: a file that keeps every arm's finished windows; a rerun may ask for other arms too, and runs what is not there.
 
     Raises FasaError when the text is too short, when no profile is there, and when an arm that asked for FASA ran no sparse step.
     """
@@ -180,7 +212,10 @@ def evaluate(model: str | os.PathLike, text: str, arms: Sequence[Arm], windows: 
         profile = Profile.load(model)
     results = [Score("dense")] + [Score(a.name) for a in arms]
     report = progress or (lambda what, n, total: None)
-    journal = Journal(resume, {"task": "ppl", **describe(model, arms, profile, text, n_threads, n_gpu_layers, type_k, type_v),
+    every: list[Arm | None] = [None, *arms]
+    own = [describe(model, [a], profile, None, n_threads, n_gpu_layers, type_k, type_v)["arms"][0] for a in arms]
+    keys = ["dense", *(f"{a.name} {text_print(json.dumps(d, sort_keys=True))}" for a, d in zip(arms, own))]
+    journal = Journal(resume, {"task": "ppl", **describe(model, [], profile, text, n_threads, n_gpu_layers, type_k, type_v),
                                "windows": windows, "window": window, "score": score, "batched_dense": batched_dense})
     with journal, Session(model, n_ctx=window, n_threads=n_threads, n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v) as s:
         if window > s.n_ctx_train:
@@ -189,24 +224,24 @@ def evaluate(model: str | os.PathLike, text: str, arms: Sequence[Arm], windows: 
         prefix, total, done = window - score, windows * (1 + len(arms)), 0
         switch = ArmSwitch(s, profile)
         for i_window, tokens in enumerate(texts):
-            if done_before := journal.get(str(i_window)):
-                for result, part in zip(results, done_before):
-                    result.add(part)
-                done += len(results)
+            parts = [journal.get(f"{i_window} {key}") for key in keys]
+            missing = [i for i, part in enumerate(parts) if part is None]
+            done += len(keys) - len(missing)
+            if missing:
+                for i, part in zip(missing, _score_window(s, switch, [every[i] for i in missing], tokens, prefix, batched_dense)):
+                    parts[i] = part
+                    journal.add(f"{i_window} {keys[i]}", part)
+                    done += 1
+                    report("evaluating", done, total)
+            else:
                 report("evaluating", done, total)
-                continue
-            parts = []
-            for part in _score_window(s, switch, arms, tokens, prefix, batched_dense):
-                parts.append(part)
-                results[len(parts) - 1].add(part)
-                done += 1
-                report("evaluating", done, total)
-            journal.add(str(i_window), parts)
+            for result, part in zip(results, parts):
+                result.add(part)
         setup = {"build_commit": f"fasa_gguf {native.version()}, llama-cpp-python {native.LLAMA_CPP_VERSION}", "model_filename": str(model),
                  "n_threads": n_threads or os.cpu_count() or 1, "n_gpu_layers": n_gpu_layers, "type_k": type_k, "type_v": type_v, "flash_attn": True,
                  "n_ctx": window, "n_windows": windows, "dense": "batch" if batched_dense else "steps"}
     return [{**setup, **r.row(results[0]), "fasa": None if a is None or a.params is None else dict(a.params.__dict__)}
-            for r, a in zip(results, [None, *arms])]
+            for r, a in zip(results, every)]
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:

@@ -146,6 +146,12 @@ class Context:
             p.weight, _d = _array("float", np.concatenate([np.asarray(profile.weight[il]).ravel() for il in ranked]), np.float32)
         if profile.layer_budget is not None:
             p.layer_budget, _e = _array("float", profile.layer_budget, np.float32)
+        if profile.layer_miss is not None:
+            p.layer_miss, _f = _array("float", profile.layer_miss, np.float32)
+        if profile.mean_budget:
+            p.n_mean_budget = len(profile.mean_budget)
+            p.mean_budget, _g = _array("uint32_t", list(profile.mean_budget), np.uint32)
+            p.mean_budget_mass, _h = _array("float", list(profile.mean_budget.values()), np.float32)
         _check(self._lib.fasa_set_profile(self._ctx, p))
 
     def set_params(self, params: FasaParams | None) -> None:
@@ -162,8 +168,16 @@ class Context:
         """The settings in force; None when FASA is off."""
         p = _struct("fasa_params")
         _check(self._lib.fasa_get_params(self._ctx, p))
-        if not p.enabled:
-            return None
+        return self._from_struct(p) if p.enabled else None
+
+    def layer_params(self, il: int) -> FasaParams | None:
+        """The settings in force in one layer, with the budget and the mass that it really has; None when FASA is off."""
+        p = _struct("fasa_params")
+        _check(self._lib.fasa_get_layer_params(self._ctx, il, p))
+        return self._from_struct(p) if p.enabled else None
+
+    @staticmethod
+    def _from_struct(p: Any) -> FasaParams:
         values = {f.name: getattr(p, f.name) for f in fields(FasaParams)}
         return FasaParams(**{**values, "k_dom": K_DOM_TYPES[p.k_dom], "mass": float(p.mass)})
 
@@ -180,6 +194,10 @@ class Context:
     def invalidate(self) -> None:
         """Mark all dominant keys stale: the next sparse step derives them anew from the stored K."""
         _check(self._lib.fasa_invalidate(self._ctx))
+
+    def fill_random(self, n_cells: int, seed: int = 0) -> None:
+        """Give every sequence `n_cells` cells of random K and V instead of what it has (fasa_fill_random)."""
+        _check(self._lib.fasa_fill_random(self._ctx, n_cells, seed))
 
     def layer_reasons(self) -> list[str | None]:
         """Per layer, why it stays dense in a sparse step; None where it runs sparse."""
@@ -234,6 +252,44 @@ class Context:
         error, self._observer_error = self._observer_error, None
         if error is not None:
             raise error
+
+
+@dataclass
+class Device:
+    """A device of ggml: its name ("CPU", "CUDA0"), what it is, and whether it is a GPU."""
+
+    name: str
+    description: str
+    is_gpu: bool
+
+
+def devices() -> list[Device]:
+    """What ggml's backends found on this machine, in their order."""
+    _api()
+    ffi, lib = _ggml()
+    found = [lib.ggml_backend_dev_get(i) for i in range(lib.ggml_backend_dev_count())]
+    text = lambda p: ffi.string(p).decode("utf-8", "replace")
+    return [Device(text(lib.ggml_backend_dev_name(d)), text(lib.ggml_backend_dev_description(d)), lib.ggml_backend_dev_type(d) in (1, 2)) for d in found]
+
+
+@functools.lru_cache(maxsize=None)
+def _ggml() -> tuple[Any, Any]:
+    """(ffi, lib): some of ggml-backend.h, which llama_cpp's ctypes API lacks."""
+    import cffi
+
+    ffi = cffi.FFI()
+    ffi.cdef("size_t ggml_backend_dev_count(void); void * ggml_backend_dev_get(size_t); const char * ggml_backend_dev_name(void *);"
+             "const char * ggml_backend_dev_description(void *); int ggml_backend_dev_type(void *);")
+    return ffi, ffi.dlopen(str(_library("ggml")))
+
+
+@functools.lru_cache(maxsize=None)
+def copy_rate(device: str, n_bytes: int, n_threads: int = 0) -> float:
+    """Bytes read plus bytes written per second when `device` copies n_bytes within its memory; measured once per process."""
+    ffi, lib = _api()
+    rate = ffi.new("double *")
+    _check(lib.fasa_copy_rate(device.encode(), n_threads or os.cpu_count() or 1, n_bytes, rate))
+    return rate[0]
 
 
 def rank_recall(q: np.ndarray, k: np.ndarray, q_pos: Sequence[int], chunk_dims: np.ndarray, n_rank: int, budget: int,

@@ -35,6 +35,7 @@ class FasaParams:
     max_tokens: int = _setting(8, "tokens per sequence", "a batch with more tokens than this is prefill, and dense")
     k_dom: str = _setting("q4", "f16, q8 or q4", "how the dominant keys are stored")
     per_head: int = _setting(0, "0 or 1", "1: every query head selects for itself, as published; 0: those of a KV head together")
+    mean_budget: int = _setting(0, "tokens in the mean", "> 0: tokens attended in the mean; mass is then looked up in the profile, floor is a quarter of it (at least 64), cap twice")
 
     def replace(self, **changes: Any) -> "FasaParams":
         """A copy with some settings changed."""
@@ -56,6 +57,8 @@ class FasaParams:
             raise FasaError("setting budget: expected at least 1 token, found 0")
         if self.mass > 0 and not 1 <= self.floor <= self.cap:
             raise FasaError(f"settings floor and cap: expected 1 <= floor <= cap, found {self.floor} and {self.cap}")
+        if self.mass > 0 and self.mean_budget > 0:
+            raise FasaError(f"settings mass and mean_budget: expected one of them, found {self.mass:g} and {self.mean_budget}")
         if self.per_head > 1:
             raise FasaError(f"setting per_head: expected 0 or 1, found {self.per_head}")
         if self.max_tokens < 1:
@@ -64,7 +67,8 @@ class FasaParams:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str, base: "FasaParams | None" = None) -> "FasaParams":
-        """Settings by name, numbers may be text; unknown names and unreadable values raise FasaError naming `where`."""
+        """Settings by name, numbers may be text; unknown names and unreadable values raise FasaError naming `where`. Of
+        budget, mass and mean_budget the one that is given takes the place of the base's."""
         known = {f.name: f for f in dataclasses.fields(cls)}
         changes: dict[str, Any] = {}
         for name, value in values.items():
@@ -75,6 +79,10 @@ class FasaParams:
                 changes[name] = kind(value)
             except (TypeError, ValueError):
                 raise FasaError(f"{where}: setting {name}: expected {known[name].metadata['unit']}, found {value!r}") from None
+        if changes.get("mass", 0) > 0 or ("budget" in changes and "mass" not in changes):
+            changes.setdefault("mean_budget", 0)
+        if changes.get("mean_budget", 0) > 0 or ("budget" in changes and "mean_budget" not in values):
+            changes.setdefault("mass", 0.0)
         return (base or cls()).replace(**changes).check()
 
     @classmethod

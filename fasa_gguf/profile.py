@@ -39,7 +39,10 @@ KEYS = (
     ("fasa.recall", "[f32]", "share of the attention kept, per KV head, with the leading 1, 2, ... n chunks at fasa.recall_budget"),
     ("fasa.recall_k", "u32", "n of fasa.recall; 0: none"),
     ("fasa.recall_budget", "u32", "tokens attended while fasa.recall was measured"),
-    ("fasa.layer_budget", "[f32]", "share of the budget for every layer, mean 1"),
+    ("fasa.layer_budget", "[f32]", "share of a fixed budget for every layer, mean 1"),
+    ("fasa.layer_miss", "[f32]", "with a target mass, a layer's is 1 - (1 - mass) * layer_miss: how much more than others it may miss"),
+    ("fasa.mean_budget", "[u32]", "table of mean budgets: tokens per step and KV head in the mean, ascending"),
+    ("fasa.mean_budget_mass", "[f32]", "the target mass that takes as many tokens, ascending; between two, log(1 - mass) is linear in log(tokens)"),
     ("fasa.rope.layout", "str", "norm: a chunk is dims (2i, 2i+1); neox: (i, i + dims/2). Chunk ids do not depend on it"),
     ("fasa.rope.dims", "u32", "rotated dimensions per head"),
     ("fasa.rope.base", "f32", "frequency base under which the ranking was made"),
@@ -72,6 +75,8 @@ class Profile:
     recall_k: int = 0
     recall_budget: int = 0
     layer_budget: np.ndarray | None = None  # float32 [n_layer]
+    layer_miss: np.ndarray | None = None    # float32 [n_layer]
+    mean_budget: dict[int, float] = field(default_factory=dict)  # mean tokens -> target mass, both ascending
     defaults: dict[str, Any] = field(default_factory=dict)      # some of FasaParams
     calibration: dict[str, Any] = field(default_factory=dict)   # tool, corpus, corpus_sha256, tokens, context, source, ...
 
@@ -113,6 +118,10 @@ class Profile:
             out |= {"recall_k": self.recall_k, "recall_budget": self.recall_budget, "recall": flat(self.recall, float)}
         if self.layer_budget is not None:
             out["layer_budget"] = [float(x) for x in self.layer_budget]
+        if self.layer_miss is not None:
+            out["layer_miss"] = [float(x) for x in self.layer_miss]
+        if self.mean_budget:
+            out |= {"mean_budget": [int(n) for n in self.mean_budget], "mean_budget_mass": [float(x) for x in self.mean_budget.values()]}
         out["ranking"] = flat(self.ranking, int)
         return out
 
@@ -199,11 +208,22 @@ class Profile:
             if kept.size and not (kept.min() >= 0 and kept.max() <= 1.001):  # 1 up to rounding
                 raise fail("recall", "shares from 0 to 1", _Said(f"{kept.min():.4g} to {kept.max():.4g} in layer {il}"))
         out.recall_budget = get("recall_budget", 0)
-        if "layer_budget" in values:
-            shares = np.asarray(get("layer_budget"), np.float32)
-            if len(shares) != n_layer or not ((shares > 0) & (shares < 100)).all():
-                raise fail("layer_budget", f"{n_layer} shares above 0 and below 100", values["layer_budget"])
-            out.layer_budget = shares
+        for key, what in (("layer_budget", "shares"), ("layer_miss", "factors")):
+            if key in values:
+                each = np.asarray(get(key), np.float32)
+                if len(each) != n_layer or not ((each > 0) & (each < 100)).all():
+                    raise fail(key, f"{n_layer} {what} above 0 and below 100", values[key])
+                setattr(out, key, each)
+        if "mean_budget" in values or "mean_budget_mass" in values:
+            tokens, masses = get("mean_budget"), get("mean_budget_mass")
+            if not tokens or tokens[0] < 1 or any(a >= b for a, b in zip(tokens, tokens[1:])):
+                raise fail("mean_budget", "numbers of tokens, each larger than the one before", _Said(_brief(tokens) if not tokens else str(tokens[:8])))
+            if len(masses) != len(tokens):
+                raise fail("mean_budget_mass", f"{len(tokens)} numbers, one for each of mean_budget", _Said(f"{len(masses)} numbers"))
+            small = np.asarray(masses, np.float32)
+            if not (small[0] > 0 and small[-1] < 1 and (np.diff(small) > 0).all()):
+                raise fail("mean_budget_mass", "masses between 0 and 1, each larger than the one before", _Said(str([_short(float(x)) for x in masses[:8]])))
+            out.mean_budget = dict(zip(tokens, (float(x) for x in masses)))
         for group in ("rope", "default", "calibration"):
             found = {k.split(".", 1)[1]: get(k) for k in values if k.startswith(group + ".")}
             setattr(out, "defaults" if group == "default" else group, found)
@@ -216,6 +236,9 @@ class Profile:
             FasaParams.from_mapping(out.defaults, "fasa.default")
         except FasaError as e:
             raise FasaError(f"{where}: keys fasa.default.*: {e}; {REMAKE}") from None
+        if (n := out.defaults.get("mean_budget", 0)) and not min(out.mean_budget, default=n + 1) <= n <= max(out.mean_budget, default=0):
+            reach = f"{min(out.mean_budget)} to {max(out.mean_budget)} tokens" if out.mean_budget else "none"
+            raise fail("default.mean_budget", "a number that the table fasa.mean_budget reaches", _Said(f"{n}, and the table has {reach}"))
         return out
 
     def check_values(self, where: str) -> None:
@@ -380,6 +403,10 @@ def inspect_table(profile: Profile, chunks: int = 0) -> str:
              f"calibrated on {c.get('corpus', '?')}: {c.get('tokens', '?')} tokens in windows of {c.get('context', '?')}, from {c.get('source', '?')}"]
     if profile.defaults:
         lines.append("defaults: " + ", ".join(f"{n} {v}" for n, v in profile.defaults.items()))
+    if profile.mean_budget:
+        lines.append("mean budgets: " + ", ".join(f"{n} at mass {m:.4g}" for n, m in profile.mean_budget.items()))
+    if profile.layer_miss is not None:
+        lines.append(f"layers may miss {profile.layer_miss.min():.3g} to {profile.layer_miss.max():.3g} times 1 - mass")
     lines.append(f"\n{'layer':>5}  {'attention kept':>14}  best {k} chunks of KV head 0 (0 is the fastest frequency)")
     for il, rows in enumerate(profile.ranking):
         if not profile.n_chunk[il]:

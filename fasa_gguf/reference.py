@@ -155,6 +155,30 @@ def decode_step(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarr
     return attend(q, k, v, cells, scale, soft_cap, sink), cells
 
 
+# ---- from a profile to a layer's mass ----
+
+MASS_LEAST = 2.0**-20   # 0 would be a fixed budget
+
+
+def layer_mass(mass: float, miss: float) -> np.float32:
+    """The target mass of a layer that may miss `miss` times what others miss (fasa.layer_miss): 1 - (1 - mass)*miss, kept above 0."""
+    return np.float32(min(max(1 - (1 - float(np.float32(mass))) * float(np.float32(miss)), MASS_LEAST), 1.0) if mass > 0 else 0.0)
+
+
+def mean_budget_mass(tokens: np.ndarray, mass: np.ndarray, n: int) -> np.float32:
+    """The target mass that takes n tokens in the mean, by a table (fasa.mean_budget, fasa.mean_budget_mass), both [n_entry] and
+    ascending: log(1 - mass) is linear in log(tokens) between two entries. 0 when n lies outside."""
+    tokens, missed = np.asarray(tokens, np.float64), np.log(1 - np.asarray(mass, np.float32).astype(np.float64))
+    if not len(tokens) or not tokens[0] <= n <= tokens[-1]:
+        return np.float32(0)
+    return np.float32(1 - np.exp(np.interp(np.log(n), np.log(tokens), missed)))
+
+
+def mean_budget_bounds(n: int) -> tuple[int, int]:
+    """(floor, cap) of a mean budget: fewest and most tokens of a step."""
+    return max(min(n, 64), n // 4), 2 * n
+
+
 # ---- ranking the chunks (calibration) ----
 
 

@@ -46,18 +46,18 @@ def last_log() -> str:
 class Session:
     """One model, one context. Close it, or use it in a `with`.
 
-    n_ctx, n_batch, n_ubatch in tokens; type_k, type_v: names in CACHE_TYPES. Raises FasaError when the model cannot be
-    loaded or the context not be made.
+    n_ctx, n_batch, n_ubatch in tokens, n_ctx over all sequences; type_k, type_v: names in CACHE_TYPES; no_kv_offload: the cache
+    stays in host memory. Raises FasaError when the model cannot be loaded or the context not be made.
     """
 
     def __init__(self, model_path: str | os.PathLike, n_ctx: int = 4096, n_batch: int = 512, n_ubatch: int = 512, n_threads: int = 0,
                  flash_attn: bool = True, type_k: str = "f16", type_v: str = "f16", n_seq_max: int = 1, kv_unified: bool = False,
-                 n_gpu_layers: int = 0, swa_full: bool = True) -> None:
+                 n_gpu_layers: int = 0, swa_full: bool = True, no_kv_offload: bool = False) -> None:
         self.llama = llama = native.load()
         self.path = str(model_path)
         self._model = self._ctx = None
         quiet()
-        types = cache_type(type_k), cache_type(type_v)
+        cache_type(type_k), cache_type(type_v)
         if not os.path.exists(model_path):
             raise FasaError(f"{model_path}: no such file")
         llama.llama_backend_init()
@@ -66,19 +66,37 @@ class Session:
         self._model = llama.llama_model_load_from_file(os.fsencode(model_path), params)
         if not self._model:
             raise FasaError(f"{model_path}: llama.cpp cannot load this model: {last_log()}")
-        params = llama.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = n_ctx, n_batch, min(n_ubatch, n_batch), n_seq_max
-        params.n_threads = params.n_threads_batch = n_threads or os.cpu_count() or 1
-        params.flash_attn_type = 1 if flash_attn else 0
-        params.type_k, params.type_v = types
-        params.kv_unified, params.swa_full = kv_unified, swa_full
-        self._ctx = llama.llama_init_from_model(self._model, params)
-        if not self._ctx:
-            self.close()
-            raise FasaError(f"{model_path}: llama.cpp cannot make a context of {n_ctx} tokens: {last_log()}")
-        self.n_ctx, self.n_batch = llama.llama_n_ctx(self.ctx), n_batch
         self.n_ctx_train = llama.llama_model_n_ctx_train(self.model)
         self.n_vocab = llama.llama_vocab_n_tokens(self.vocab)
+        self._settings = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch, "n_threads": n_threads, "flash_attn": flash_attn, "type_k": type_k,
+                          "type_v": type_v, "n_seq_max": n_seq_max, "kv_unified": kv_unified, "swa_full": swa_full, "no_kv_offload": no_kv_offload}
+        try:
+            self.reopen()
+        except FasaError:
+            self.close()
+            raise
+
+    def reopen(self, **changes: Any) -> None:
+        """Free the context and make another one with some of the constructor's settings changed; the model stays loaded.
+
+        After a FasaError the session has no context, and may be reopened with other settings.
+        """
+        self._settings |= changes
+        llama, model, p = self.llama, self.model, self._settings
+        types = cache_type(p["type_k"]), cache_type(p["type_v"])
+        if self._ctx:
+            llama.llama_free(self._ctx)
+        self._ctx = None
+        params = llama.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = p["n_ctx"], p["n_batch"], min(p["n_ubatch"], p["n_batch"]), p["n_seq_max"]
+        params.n_threads = params.n_threads_batch = p["n_threads"] or os.cpu_count() or 1
+        params.flash_attn_type = 1 if p["flash_attn"] else 0
+        params.type_k, params.type_v = types
+        params.kv_unified, params.swa_full, params.offload_kqv = p["kv_unified"], p["swa_full"], not p["no_kv_offload"]
+        self._ctx = llama.llama_init_from_model(model, params)
+        if not self._ctx:
+            raise FasaError(f"{self.path}: llama.cpp cannot make a context of {p['n_ctx']} tokens: {last_log()}")
+        self.n_ctx, self.n_batch = llama.llama_n_ctx(self.ctx), p["n_batch"]
         self._fasa = native.Context(ctypes.cast(self.ctx, ctypes.c_void_p).value)
 
     def __enter__(self) -> "Session":
@@ -182,6 +200,14 @@ class Session:
         """Forget positions [p0, p1) of a sequence; -1: to the end."""
         if not self.llama.llama_memory_seq_rm(self.memory, seq, p0, p1):
             raise FasaError(f"{self.path}: this model's memory cannot forget single positions")
+
+    def copy(self, source: int, target: int) -> None:
+        """Sequence `target` becomes what `source` is."""
+        self.llama.llama_memory_seq_cp(self.memory, source, target, -1, -1)
+
+    def synchronize(self) -> None:
+        """Wait until the device has finished what was decoded."""
+        self.llama.llama_synchronize(self.ctx)
 
     def clear(self) -> None:
         self.llama.llama_memory_clear(self.memory, True)

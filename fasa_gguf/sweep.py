@@ -32,8 +32,8 @@ def make_arms(grid: Grid, base: FasaParams, profile: Profile) -> list[Arm]:
         raise FasaError(f"--chunks {','.join(map(str, chunks))}: expected 1 to {most}, the chunks of this model's heads")
     if not grid.budgets and not grid.masses:
         raise FasaError("nothing to sweep: give --budgets or --masses")
-    out = [Arm(f"k={k} B={b}", base.replace(chunks=k, budget=b, mass=0.0).check(), profile) for k in chunks for b in sorted(set(grid.budgets))]
-    return out + [Arm(f"k={k} mass={m:g}", base.replace(chunks=k, mass=m).check(), profile) for k in chunks for m in sorted(set(grid.masses))]
+    out = [Arm(f"k={k} B={b}", base.replace(chunks=k, budget=b, mass=0.0, mean_budget=0).check(), profile) for k in chunks for b in sorted(set(grid.budgets))]
+    return out + [Arm(f"k={k} mass={m:g}", base.replace(chunks=k, mass=m, mean_budget=0).check(), profile) for k in chunks for m in sorted(set(grid.masses))]
 
 
 def recommend(rows: Sequence[dict[str, Any]], max_loss: float) -> dict[str, Any] | None:

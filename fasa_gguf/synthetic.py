@@ -40,12 +40,12 @@ def _tensors(shape: str) -> list[tuple[str, int, int]]:
 
 
 def write_model(path: str | os.PathLike, shape: str, seed: int = 0) -> None:
-    """A GGUF of one of SHAPES, one tensor in memory at a time; `path` is there when it is whole.
+    """A GGUF of one of SHAPES with a profile that knows nothing, one tensor in memory at a time; `path` is there when it is whole.
 
     Raises FasaError for an unknown shape, a file that cannot be written, or when the gguf package is missing.
     """
     try:
-        from gguf import GGMLQuantizationType, GGUFWriter
+        from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
     except ImportError:
         raise FasaError("making a random model needs the gguf package; run `pip install 'fasa_gguf[test]'`") from None
     if shape not in SHAPES:
@@ -69,6 +69,10 @@ def write_model(path: str | os.PathLike, shape: str, seed: int = 0) -> None:
     w.add_layer_norm_rms_eps(1e-5)
     w.add_tokenizer_model("no_vocab")
     w.add_file_type(2)
+    profile = synthetic_profile([n_head_kv] * n_layer, [width // 2] * n_layer, seed)
+    profile.rope = {"layout": "norm", "dims": width, "base": 500000.0}
+    for key, kind, value, item in profile.to_gguf_kv():
+        w.add_key_value(key, value, GGUFValueType(kind), None if item is None else GGUFValueType(item))
     tensors = _tensors(shape)
     for name, rows, cols in tensors:
         if rows:
@@ -108,7 +112,7 @@ def synthetic_profile(n_head_kv: list[int], n_chunk: list[int], seed: int | None
 
 def cached_model(shape: str, say: Callable[[str], None] = lambda text: None) -> Path:
     """The random model of a shape in the user's cache folder, written when it is not there; `say` is told so."""
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fasa_gguf" / f"random-{shape}.gguf"
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fasa_gguf" / f"random-{shape}.fasa.gguf"
     if shape in SHAPES and not path.exists():
         say(f"writing a random {shape} model, {model_bytes(shape) / 1e9:.1f} GB, to {path}")
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -49,6 +49,7 @@ fasa_params fasa_params_default(void) {
     p.max_tokens  = 8;
     p.k_dom       = FASA_K_DOM_Q4;
     p.per_head    = 0;
+    p.mean_budget = 0;
     return p;
 }
 
@@ -110,6 +111,23 @@ static int fasa_configure(llama_context * ctx, const std::vector<fasa_cache *> &
     return 0;
 }
 
+// the mass of a mean budget, by a profile's table
+static int fasa_find_mass(const uint32_t * tokens, const float * mass, size_t n, fasa_params & p) {
+    if (!p.enabled || p.mean_budget == 0) {
+        return 0;
+    }
+    if (n == 0) {
+        return fasa_set_error("mean_budget %u: the profile has no table of mean budgets; make one with `fasa-gguf calibrate-layers MODEL -f TEXT`, or give a mass",
+                p.mean_budget);
+    }
+    const float found = fasa_mean_budget_mass(tokens, mass, n, p.mean_budget);
+    if (found == 0) {
+        return fasa_set_error("mean_budget %u: the profile's table reaches from %u to %u tokens; give one of these, or a mass", p.mean_budget, tokens[0], tokens[n - 1]);
+    }
+    p.mass = found;
+    return 0;
+}
+
 // ---- profile ----
 
 int fasa_set_profile(llama_context * ctx, const fasa_profile * p) {
@@ -151,11 +169,30 @@ int fasa_set_profile(llama_context * ctx, const fasa_profile * p) {
         }
     }
 
+    for (uint32_t il = 0; p->layer_miss && il < p->n_layer; ++il) {
+        if (!(p->layer_miss[il] > 0) || !std::isfinite(p->layer_miss[il])) {
+            return fasa_set_error("layer %u: layer_miss is %g, and must be above 0", il, (double) p->layer_miss[il]);
+        }
+    }
+    for (uint32_t i = 0; i < p->n_mean_budget; ++i) {
+        const float before = i > 0 ? p->mean_budget_mass[i - 1] : 0.0f;
+        if (!(p->mean_budget_mass[i] > before) || p->mean_budget_mass[i] >= 1 || p->mean_budget[i] <= (i > 0 ? p->mean_budget[i - 1] : 0)) {
+            return fasa_set_error("entry %u of the table of mean budgets: %u tokens at a mass of %g; both must ascend, and the mass lie between 0 and 1", i,
+                    p->mean_budget[i], (double) p->mean_budget_mass[i]);
+        }
+    }
+
     auto & state = *fasa_state_of(caches);
+    if (fasa_find_mass(p->mean_budget, p->mean_budget_mass, p->n_mean_budget, state.params) != 0) {
+        return -1;
+    }
     state.n_head_kv.assign(p->n_head_kv, p->n_head_kv + p->n_layer);
     state.n_chunk  .assign(p->n_chunk,   p->n_chunk   + p->n_layer);
     state.ranking  .assign(p->ranking,   p->ranking   + n_ranking);
     state.offset = std::move(offset);
+    state.layer_miss       = p->layer_miss ? std::vector<float>(p->layer_miss, p->layer_miss + p->n_layer) : std::vector<float>();
+    state.mean_budget     .assign(p->mean_budget,      p->mean_budget      + p->n_mean_budget);
+    state.mean_budget_mass.assign(p->mean_budget_mass, p->mean_budget_mass + p->n_mean_budget);
     state.weight_k = p->weight ? p->weight_k : 0;
     state.weight       = p->weight       ? std::vector<float>(p->weight, p->weight + n_weight)             : std::vector<float>();
     state.layer_budget = p->layer_budget ? std::vector<float>(p->layer_budget, p->layer_budget + p->n_layer) : std::vector<float>();
@@ -186,6 +223,12 @@ int fasa_set_params(llama_context * ctx, const fasa_params * params) {
             return fasa_set_error("settings out of range: budget %u (1 to 2^31-1), sink %u and recent %u (up to 65536), max_tokens %u (from 1), k_dom %d (0 to 2)",
                     p.budget, p.sink, p.recent, p.max_tokens, p.k_dom);
         }
+        if (p.mean_budget > 0 && p.mass != 0) {
+            return fasa_set_error("settings mean_budget %u and mass %g: give one of them", p.mean_budget, (double) p.mass);
+        }
+        if (fasa_find_mass(state.mean_budget.data(), state.mean_budget_mass.data(), state.mean_budget.size(), p) != 0) {
+            return -1;
+        }
         if (!(p.mass >= 0 && p.mass <= 1) || (p.mass > 0 && (p.floor < 1 || p.floor > p.cap || p.cap > INT32_MAX))) {
             return fasa_set_error("settings out of range: mass %g (0 to 1), floor %u and cap %u (1 <= floor <= cap)", (double) p.mass, p.floor, p.cap);
         }
@@ -207,6 +250,22 @@ int fasa_get_params(const llama_context * ctx, fasa_params * params) {
     }
     const auto caches = fasa_caches_of(ctx);
     *params = caches.empty() ? fasa_params_default() : fasa_state_of(caches)->params;
+    params->mass = params->mean_budget > 0 ? 0.0f : params->mass; // as it was given
+    return 0;
+}
+
+int fasa_get_layer_params(const llama_context * ctx, int32_t il, fasa_params * params) {
+    if (fasa_check_size(params, "fasa_params") != 0) {
+        return -1;
+    }
+    if (ctx == nullptr || il < 0 || il >= (int32_t) ctx->get_model().hparams.n_layer()) {
+        return fasa_set_error("layer %d: no such layer", il);
+    }
+    const auto caches = fasa_caches_of(ctx);
+    if (caches.empty()) {
+        return -1;
+    }
+    *params = fasa_state_of(caches)->layer_params(il);
     return 0;
 }
 

@@ -18,15 +18,17 @@ class  llama_kv_cache;
 class  llama_kv_cache_context;
 struct llama_memory_i;
 struct llama_ubatch;
+struct fasa_pool;
 
 // What belongs to a context; shared by its caches (sliding-window models have two).
 struct fasa_state {
-    fasa_params params = fasa_params_default();
+    fasa_params params = fasa_params_default(); // mean_budget > 0: with the mass that it means
 
     // the profile; offset[il]: where layer il begins in ranking
     std::vector<uint32_t> n_head_kv, n_chunk, offset;
     std::vector<uint16_t> ranking;
-    std::vector<float>    weight, layer_budget;
+    std::vector<float>    weight, layer_budget, layer_miss, mean_budget_mass;
+    std::vector<uint32_t> mean_budget;
     uint32_t              weight_k = 0;
 
     fasa_stats         stats;
@@ -38,6 +40,19 @@ struct fasa_state {
     std::string step_reason = "no attention layer has asked FASA yet";
 
     bool has_profile() const { return !n_chunk.empty(); }
+
+    // the settings of one layer: its own budget and mass, and those that a mean budget means
+    fasa_params layer_params(uint32_t il) const {
+        fasa_params p = params;
+        p.budget = fasa_layer_budget(params, il < layer_budget.size() ? layer_budget[il] : 1.0f);
+        p.mass   = fasa_layer_mass(params.mass, il < layer_miss.size() ? layer_miss[il] : 1.0f);
+        if (p.mean_budget > 0) {
+            p.floor = fasa_mean_budget_floor(p.mean_budget);
+            p.cap   = fasa_mean_budget_cap(p.mean_budget);
+            p.mean_budget = 0;
+        }
+        return p;
+    }
 };
 
 struct fasa_layer {
@@ -78,6 +93,10 @@ struct fasa_cache {
     // fill the inputs of a sparse step; ranges [n_stream][2*FASA_MAX_RANGES], forced [n_tokens][n_forced]
     void set_ranges(int32_t * ranges, uint32_t n_stream);
     void set_forced(int32_t * forced, uint32_t n_forced, const llama_ubatch & ubatch) const;
+
+    // for fasa_fill_random
+    int  check_fill(uint32_t n_cells) const;
+    void fill_random(uint32_t n_cells, uint64_t seed, std::map<ggml_type, fasa_pool> & pools);
 
     uint32_t n_kv    = 0; // of the ubatch being computed
     size_t   size_kv() const;

@@ -173,8 +173,8 @@ ggml_tensor * fasa_build_attn(
     op.n_hadamard = cache->n_hadamard();
     op.scale      = kq_scale;
     op.soft_cap   = soft_cap;
-    op.params     = state.params;
-    op.budget     = fasa_layer_budget(state.params, size_t(il) < state.layer_budget.size() ? state.layer_budget[il] : 1.0f);
+    op.params     = state.layer_params(il);
+    op.budget     = op.params.budget;
 
     const auto nodes   = fasa_build_layer(graph.ctx0, op, &state.stats);
     const auto backend = fasa_backend_of(graph, layer);

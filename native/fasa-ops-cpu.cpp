@@ -97,8 +97,9 @@ static inline fasa_f32x16 fasa_exp(fasa_f32x16 x, float e) {
 #endif
 }
 
-typedef float fasa_f32x8 __attribute__((vector_size(32)));
-typedef float fasa_f32x4 __attribute__((vector_size(16)));
+typedef float   fasa_f32x8 __attribute__((vector_size(32)));
+typedef float   fasa_f32x4 __attribute__((vector_size(16)));
+typedef int32_t fasa_i32x4 __attribute__((vector_size(16)));
 
 static inline float fasa_sum(fasa_f32x16 v) {
     fasa_f32x8 h[2];
@@ -148,6 +149,12 @@ static inline void fasa_row_to_f32(const void * src, float * dst, ggml_type type
 #endif
     } else {
         ggml_get_type_traits(type)->to_float(src, dst, n);
+    }
+}
+
+static inline void fasa_prefetch(const char * p, size_t bytes) {
+    for (size_t i = 0; i < bytes; i += 64) {
+        __builtin_prefetch(p + i);
     }
 }
 
@@ -422,7 +429,11 @@ static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
                     for (int64_t c = 0; c < n; c += FASA_TILE) {
                         f(n_dom, fasa_at(k_dom, (cell + c)/FASA_TILE, head/n_group, s), query, head, x[0] + c);
                     }
+                    const int64_t next = head + m == n_head ? span + 1 : span; // K_dom of the next heads comes while the exponentials are at work
+                    const int64_t n_next = next == last ? 0 : std::min<int64_t>(FASA_SPAN, n_kv - next*FASA_SPAN)/FASA_TILE*k_dom->nb[1];
+                    const char  * k_next = fasa_at(k_dom, next*FASA_SPAN/FASA_TILE, (head + m)%n_head/n_group, s);
                     for (int64_t i = 0; i < m; ++i, ++head) {
+                        fasa_prefetch(k_next + i*n_next/m, n_next/m);
                         float * row = (float *) fasa_at(dst, head, t, s);
                         fasa_tip_span(x[i], hide, p.soft_cap, n, row + cell, row + n_kv + span, row + n_kv + n_span + span);
                     }
@@ -434,58 +445,105 @@ static void fasa_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
 
 // ---- SELECT ----
 
-// score and key of every cell [n_kv] from n_group rows of TIP; the group's score is the sum of their softmaxes (times 2^60)
-static void fasa_select_score(const ggml_tensor * tip, int64_t head, int64_t n_group, int64_t t, int64_t s, float * score, uint32_t * key) {
-    const int64_t n_kv = fasa_tip_n_kv(tip), n_span = fasa_n_span(n_kv), stride = tip->nb[1]/sizeof(float);
-    const float * row = (const float *) fasa_at(tip, head, t, s);
+// 2^e of a whole number -127 < e < 128
+static inline float fasa_pow2(float e) {
+    const int32_t bits = ((int32_t) e + 127) << 23;
+    float x;
+    memcpy(&x, &bits, sizeof(x));
+    return x;
+}
 
-    std::vector<float> most(n_group), inv(n_group), factor(n_group);
+// what every span of the rows of a group is to be multiplied with: factor [n_group][n_span]
+static void fasa_select_factors(const float * row, int64_t stride, int64_t n_group, int64_t n_kv, float * factor) {
+    const int64_t n_span = fasa_n_span(n_kv);
     for (int64_t g = 0; g < n_group; ++g) {
         const float * e = row + g*stride + n_kv, * sum = e + n_span;
-        most[g] = *std::max_element(e, e + n_span);
+        const float most = *std::max_element(e, e + n_span);
         float total[32] = {}; // in the order of a warp's sum
         for (int64_t i = 0; i < n_span; ++i) {
-            total[i%32] += e[i] - most[g] > -FASA_SPAN_RANGE ? ldexpf(sum[i], int(e[i] - most[g])) : 0.0f;
+            total[i%32] += e[i] - most > -FASA_SPAN_RANGE ? sum[i]*fasa_pow2(e[i] - most) : 0.0f;
         }
         for (int half = 16; half > 0; half /= 2) {
             for (int l = 0; l < half; ++l) {
                 total[l] += total[l + half];
             }
         }
-        inv[g] = total[0] > 0.0f ? 1.0f/total[0] : 0.0f;
-    }
-    for (int64_t i = 0; i < n_span; ++i) {
-        for (int64_t g = 0; g < n_group; ++g) {
-            const float e = row[g*stride + n_kv + i] - most[g];
-            factor[g] = e > -FASA_SCORE_RANGE ? ldexpf(inv[g], int(e) + FASA_SCORE_EXP) : 0.0f;
-        }
-        const int64_t last = std::min(n_kv, (i + 1)*FASA_SPAN);
-        int64_t j = i*FASA_SPAN;
-        for (; j + 16 <= last; j += 16) {
-            fasa_f32x16 sum = {};
-            for (int64_t g = 0; g < n_group; ++g) { // a hidden cell is -1 in every row
-                sum += fasa_load<fasa_f32x16>(row + g*stride + j)*factor[g];
-            }
-            const fasa_i32x16 hidden = fasa_load<fasa_f32x16>(row + j) < 0.0f;
-            const fasa_i32x16 bits   = ((fasa_i32x16) sum + 1) & ~hidden; // fasa_key
-            memcpy(score + j, &sum,  sizeof(sum));
-            memcpy(key   + j, &bits, sizeof(bits));
-        }
-        for (; j < last; ++j) {
-            score[j] = 0.0f;
-            for (int64_t g = 0; g < n_group; ++g) {
-                score[j] += row[g*stride + j]*factor[g];
-            }
-            key[j] = row[j] < 0 ? FASA_KEY_HIDDEN : fasa_key(score[j]);
+        const float inv = total[0] > 0.0f ? 1.0f/total[0] : 0.0f;
+        for (int64_t i = 0; i < n_span; ++i) {
+            factor[g*n_span + i] = e[i] - most > -FASA_SCORE_RANGE ? inv*fasa_pow2(e[i] - most + FASA_SCORE_EXP) : 0.0f;
         }
     }
 }
 
+// the largest of each half of 16 keys below 2^31
+static inline void fasa_block_max(fasa_i32x16 v, uint32_t * most) {
+    static_assert(FASA_BLOCK == 8, "half a vector");
+#if defined(__AVX512F__)
+    __m512i m = (__m512i) v;
+    m = _mm512_max_epi32(m, _mm512_shuffle_epi32(m, (_MM_PERM_ENUM) 0x4e));
+    m = _mm512_max_epi32(m, _mm512_shuffle_epi32(m, (_MM_PERM_ENUM) 0xb1));
+    m = _mm512_max_epi32(m, _mm512_shuffle_i32x4(m, m, 0xb1));
+    v = (fasa_i32x16) m;
+    most[0] = (uint32_t) v[0];
+    most[1] = (uint32_t) v[8];
+#else
+    fasa_i32x4 q[4];
+    memcpy(q, &v, sizeof(v));
+    for (int i = 0; i < 2; ++i) {
+        const fasa_i32x4 m = q[2*i] > q[2*i + 1] ? q[2*i] : q[2*i + 1];
+        most[i] = (uint32_t) std::max(std::max(m[0], m[1]), std::max(m[2], m[3]));
+    }
+#endif
+}
+
+// The keys of 16 cells from n_group rows of TIP; the group's score is the sum of their softmaxes (times 2^60). Returns -1 for every
+// hidden cell, which is -1 in every row.
+static inline fasa_i32x16 fasa_select_16(const float * row, int64_t stride, int64_t n_group, const float * factor, int64_t n_span,
+        uint32_t * key, uint32_t * most) {
+    fasa_f32x16 sum = {};
+    for (int64_t g = 0; g < n_group; ++g) {
+        sum += fasa_load<fasa_f32x16>(row + g*stride)*factor[g*n_span];
+    }
+    const fasa_i32x16 hidden = fasa_load<fasa_f32x16>(row) < 0.0f;
+    const fasa_i32x16 bits   = ((fasa_i32x16) sum + 1) & ~hidden; // fasa_key
+    memcpy(key, &bits, sizeof(bits));
+    fasa_block_max(bits, most);
+    return hidden;
+}
+
 struct fasa_select_work { // of a thread: the op has no work buffer
-    std::vector<float>    score;
-    std::vector<uint32_t> key, scratch;
-    fasa_keys_view        view;
+    std::vector<float> factor, last; // last [n_group][16]: the cells behind the last whole 16
+    fasa_keys          keys;
+    fasa_candidates    candidates;
 };
+
+// the keys of one list, from n_group rows of TIP
+static void fasa_select_keys(const ggml_tensor * tip, int64_t head, int64_t n_group, int64_t t, int64_t s, fasa_select_work & w) {
+    const int64_t n_kv = fasa_tip_n_kv(tip), n_span = fasa_n_span(n_kv), stride = tip->nb[1]/sizeof(float), whole = n_kv/16*16;
+    const float * row = (const float *) fasa_at(tip, head, t, s);
+
+    w.keys.reset(n_kv);
+    w.factor.resize(n_group*n_span);
+    fasa_select_factors(row, stride, n_group, n_kv, w.factor.data());
+    uint32_t * key = w.keys.key.data(), * most = w.keys.most.data();
+    fasa_i32x16 hidden = {};
+    for (int64_t i = 0; i < n_span; ++i) {
+        for (int64_t j = i*FASA_SPAN; j < std::min(whole, (i + 1)*FASA_SPAN); j += 16) {
+            hidden += fasa_select_16(row + j, stride, n_group, w.factor.data() + i, n_span, key + j, most + j/FASA_BLOCK);
+        }
+    }
+    if (whole < n_kv) {
+        w.last.assign(n_group*16, -1.0f);
+        for (int64_t g = 0; g < n_group; ++g) {
+            memcpy(w.last.data() + g*16, row + g*stride + whole, (n_kv - whole)*sizeof(float));
+        }
+        hidden += fasa_select_16(w.last.data(), 16, n_group, w.factor.data() + n_span - 1, n_span, key + whole, most + whole/FASA_BLOCK);
+    }
+    w.keys.n_visible = w.keys.key.size();
+    for (int l = 0; l < 16; ++l) {
+        w.keys.n_visible += hidden[l];
+    }
+}
 
 static void fasa_select_lists(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth, fasa_select_work & w) {
     const ggml_tensor * tip    = dst->src[0];
@@ -494,23 +552,20 @@ static void fasa_select_lists(ggml_tensor * dst, const fasa_op_params & p, int i
     const int64_t n_kv = fasa_tip_n_kv(tip), n_list = dst->ne[1], n_tps = dst->ne[2], n_stream = dst->ne[3];
     const int64_t n_group = tip->ne[1]/n_list; // query heads that share a list
 
-    w.score.resize(n_kv);
-    w.key.resize(n_kv);
     uint64_t attended = 0, visible = 0, lists = 0;
     for (int64_t i = ith; i < n_list*n_tps*n_stream; i += nth) {
         const int64_t h = i%n_list, t = i/n_list%n_tps, s = i/n_list/n_tps;
-        fasa_select_score(tip, h*n_group, n_group, t, s, w.score.data(), w.key.data());
+        fasa_select_keys(tip, h*n_group, n_group, t, s, w);
         const int32_t * cells = (const int32_t *) fasa_at(forced, t, s, 0);
         for (int64_t j = 0; j < forced->ne[0]; ++j) {
-            if (cells[j] >= 0 && cells[j] < n_kv && w.key[cells[j]] != FASA_KEY_HIDDEN) {
-                w.key[cells[j]] = FASA_KEY_FORCED;
+            if (cells[j] >= 0 && cells[j] < n_kv) {
+                w.keys.force(cells[j]);
             }
         }
         int32_t * list = (int32_t *) fasa_at(dst, h, t, s);
-        w.view.set(w.key.data(), n_kv);
-        list[0] = fasa_select(w.view, w.score.data(), n_group, { p.budget, p.mass, p.floor, p.cap }, list + 1, w.scratch);
+        list[0] = fasa_select(w.keys, n_group, { p.budget, p.mass, p.floor, p.cap }, list + 1, w.candidates);
         attended += list[0];
-        visible  += w.view.n_visible;
+        visible  += w.keys.n_visible;
         lists    += 1;
     }
     if (auto * stats = (fasa_stats *) p.userdata) {
@@ -526,19 +581,6 @@ static void fasa_select_op(ggml_tensor * dst, const fasa_op_params & p, int ith,
 }
 
 // ---- FAC ----
-
-static inline float fasa_dot(const float * a, const float * b, int64_t n) {
-    fasa_f32x16 acc = {};
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-        acc += fasa_load<fasa_f32x16>(a + i)*fasa_load<fasa_f32x16>(b + i);
-    }
-    float sum = fasa_sum(acc);
-    for (; i < n; ++i) {
-        sum += a[i]*b[i];
-    }
-    return sum;
-}
 
 // x [n] = softmax of x, a logit `sink` (or -inf) taking part and giving nothing
 static void fasa_softmax(float * x, int64_t n, float sink) {
@@ -563,60 +605,141 @@ static void fasa_softmax(float * x, int64_t n, float sink) {
 }
 
 // The rows of a list lie anywhere in the cache, so they are asked for some rows ahead.
-static inline void fasa_prefetch_row(const char * row, size_t bytes) {
-    for (size_t i = 0; i < bytes; i += 64) {
-        __builtin_prefetch(row + i);
+static constexpr int64_t FASA_AHEAD = 12; // rows
+static constexpr int64_t FASA_ROWS  = 16; // read, then worked on by all heads that share them
+
+// rows [m, d] f32 of the cells list [m, of n in all]; those of the cells behind, or of `next` at the list's end, are asked for
+static void fasa_fac_read(const ggml_tensor * t, int64_t h, int64_t s, const int32_t * list, int64_t m, int64_t n, const ggml_tensor * next,
+        const int32_t * next_list, float * rows) {
+    const size_t bytes = ggml_row_size(t->type, t->ne[0]);
+    for (int64_t i = 0; i < m; ++i) {
+        const int64_t ahead = i + FASA_AHEAD;
+        if (ahead < n) {
+            fasa_prefetch(fasa_at(t, h, list[ahead], s), bytes);
+        } else if (next) {
+            fasa_prefetch(fasa_at(next, h, next_list[std::min(ahead - n, FASA_AHEAD - 1)], s), ggml_row_size(next->type, next->ne[0]));
+        }
+        fasa_row_to_f32(fasa_at(t, h, list[i], s), rows + i*t->ne[0], t->type, t->ne[0]);
     }
 }
 
-static constexpr int64_t FASA_AHEAD = 12; // rows
+// x [M, stride], n of each: the products of the query heads q [M][d] with rows [n, d]
+template <int M> static void fasa_fac_dots(const float * rows, int64_t n, int64_t d, const float * const * q, float * x, int64_t stride) {
+    for (int64_t i = 0; i < n; ++i, rows += d) {
+        fasa_f32x16 acc[M] = {};
+        int64_t j = 0;
+        for (; j + 16 <= d; j += 16) {
+            const fasa_f32x16 r = fasa_load<fasa_f32x16>(rows + j);
+            #pragma GCC unroll 4
+            for (int m = 0; m < M; ++m) {
+                acc[m] += r*fasa_load<fasa_f32x16>(q[m] + j);
+            }
+        }
+        #pragma GCC unroll 4
+        for (int m = 0; m < M; ++m) {
+            float sum = fasa_sum(acc[m]);
+            for (int64_t l = j; l < d; ++l) {
+                sum += rows[l]*q[m][l];
+            }
+            x[m*stride + i] = sum;
+        }
+    }
+}
+
+// 16*W dimensions, from j on, of out [M][d] += x [M, stride] * rows [n, d]: they stay in registers
+template <int M, int W> static inline void fasa_fac_add_at(const float * rows, int64_t n, int64_t d, int64_t j, const float * x, int64_t stride, float * const * out) {
+    fasa_f32x16 acc[M][W];
+    for (int m = 0; m < M; ++m) {
+        memcpy(acc[m], out[m] + j, sizeof(acc[m]));
+    }
+    for (int64_t i = 0; i < n; ++i) {
+        #pragma GCC unroll 2
+        for (int w = 0; w < W; ++w) {
+            const fasa_f32x16 r = fasa_load<fasa_f32x16>(rows + i*d + j + 16*w);
+            #pragma GCC unroll 4
+            for (int m = 0; m < M; ++m) {
+                acc[m][w] += r*x[m*stride + i];
+            }
+        }
+    }
+    for (int m = 0; m < M; ++m) {
+        memcpy(out[m] + j, acc[m], sizeof(acc[m]));
+    }
+}
+
+template <int M> static void fasa_fac_add(const float * rows, int64_t n, int64_t d, const float * x, int64_t stride, float * const * out) {
+    int64_t j = 0;
+    for (; j + 32 <= d; j += 32) {
+        fasa_fac_add_at<M, 2>(rows, n, d, j, x, stride, out);
+    }
+    for (; j + 16 <= d; j += 16) {
+        fasa_fac_add_at<M, 1>(rows, n, d, j, x, stride, out);
+    }
+    for (; j < d; ++j) {
+        for (int m = 0; m < M; ++m) {
+            for (int64_t i = 0; i < n; ++i) {
+                out[m][j] += x[m*stride + i]*rows[i*d + j];
+            }
+        }
+    }
+}
+
+static constexpr int64_t FASA_HEADS = 4; // that share registers
+static constexpr decltype(&fasa_fac_dots<1>) fasa_fac_dots_of[] = { fasa_fac_dots<1>, fasa_fac_dots<2>, fasa_fac_dots<3>, fasa_fac_dots<4> };
+static constexpr decltype(&fasa_fac_add<1>)  fasa_fac_add_of [] = { fasa_fac_add<1>,  fasa_fac_add<2>,  fasa_fac_add<3>,  fasa_fac_add<4>  };
+
+struct fasa_fac_work { // of a thread: the op has no work buffer
+    std::vector<float>         logit; // [heads][n]
+    std::vector<float>         rows;  // [FASA_ROWS][d]
+    std::vector<const float *> q;     // [heads]
+    std::vector<float *>       out;   // [heads]
+};
 
 // query heads [g0, g1) of one KV head and token over one list
 static void fasa_fac_heads(const ggml_tensor * t, const fasa_op_params & p, int64_t h, int64_t tok, int64_t s, int64_t g0, int64_t g1,
-        std::vector<float> & logit, std::vector<float> & row) {
+        fasa_fac_work & w) {
     const ggml_tensor * q = t->src[1], * k = t->src[2], * v = t->src[3], * mask = t->src[4], * sinks = t->src[5];
 
     const int64_t d_k = k->ne[0], d_v = v->ne[0], n_tps = t->ne[2], m = g1 - g0;
     const int64_t n_group = t->ne[1]/k->ne[1];
-    const size_t  k_bytes = ggml_row_size(k->type, d_k), v_bytes = ggml_row_size(v->type, d_v);
 
     const int64_t       own  = n_group*t->src[0]->ne[1]/t->ne[1]; // query heads of a KV head over those that share a list
     const int32_t     * list = (const int32_t *) fasa_at(t->src[0], h*own + g0*own/n_group, tok, s);
     const ggml_fp16_t * hide = (const ggml_fp16_t *) fasa_at(mask, tok, 0, s);
     const int64_t       n    = *list++;
 
-    logit.resize(m*n);
-    row.resize(std::max(d_k, d_v));
-    for (int64_t i = 0; i < n; ++i) {
-        if (i + FASA_AHEAD < n) {
-            fasa_prefetch_row(fasa_at(k, h, list[i + FASA_AHEAD], s), k_bytes);
+    w.logit.resize(m*n);
+    w.rows.resize(FASA_ROWS*std::max(d_k, d_v));
+    w.q.resize(m);
+    w.out.resize(m);
+    for (int64_t g = 0; g < m; ++g) {
+        w.q[g]   = (const float *) fasa_at(q, h*n_group + g0 + g, s*n_tps + tok, 0);
+        w.out[g] = (float *) fasa_at(t, h*n_group + g0 + g, tok, s);
+        memset(w.out[g], 0, d_v*sizeof(float));
+    }
+    float * logit = w.logit.data(), * rows = w.rows.data();
+    for (int64_t i = 0; i < n; i += FASA_ROWS) {
+        const int64_t n_row = std::min(FASA_ROWS, n - i);
+        fasa_fac_read(k, h, s, list + i, n_row, n - i, n < FASA_AHEAD ? nullptr : v, list, rows);
+        for (int64_t g = 0; g < m; g += FASA_HEADS) {
+            fasa_fac_dots_of[std::min(FASA_HEADS, m - g) - 1](rows, n_row, d_k, w.q.data() + g, logit + g*n + i, n);
         }
-        fasa_row_to_f32(fasa_at(k, h, list[i], s), row.data(), k->type, d_k);
-        const float bias = GGML_CPU_FP16_TO_FP32(hide[list[i]]);
-        for (int64_t g = 0; g < m; ++g) {
-            const float dot = p.scale*fasa_dot(row.data(), (const float *) fasa_at(q, h*n_group + g0 + g, s*n_tps + tok, 0), d_k);
-            logit[g*n + i] = (p.soft_cap > 0 ? p.soft_cap*tanhf(dot/p.soft_cap) : dot) + bias;
-        }
-        if (i + FASA_AHEAD >= n) { // the first values, while the last keys are at work
-            fasa_prefetch_row(fasa_at(v, h, list[std::min(n - 1, i + FASA_AHEAD - n)], s), v_bytes);
+        for (int64_t j = i; j < i + n_row; ++j) {
+            const float bias = GGML_CPU_FP16_TO_FP32(hide[list[j]]);
+            for (int64_t g = 0; g < m; ++g) {
+                const float dot = p.scale*logit[g*n + j];
+                logit[g*n + j] = (p.soft_cap > 0 ? p.soft_cap*tanhf(dot/p.soft_cap) : dot) + bias;
+            }
         }
     }
     for (int64_t g = 0; g < m; ++g) {
-        fasa_softmax(logit.data() + g*n, n, sinks ? ((const float *) sinks->data)[h*n_group + g0 + g] : -INFINITY);
-        memset(fasa_at(t, h*n_group + g0 + g, tok, s), 0, d_v*sizeof(float));
+        fasa_softmax(logit + g*n, n, sinks ? ((const float *) sinks->data)[h*n_group + g0 + g] : -INFINITY);
     }
-    for (int64_t i = 0; i < n; ++i) {
-        if (i + FASA_AHEAD < n) {
-            fasa_prefetch_row(fasa_at(v, h, list[i + FASA_AHEAD], s), v_bytes);
-        }
-        fasa_row_to_f32(fasa_at(v, h, list[i], s), row.data(), v->type, d_v);
-        for (int64_t g = 0; g < m; ++g) {
-            float       * __restrict out = (float *) fasa_at(t, h*n_group + g0 + g, tok, s);
-            const float * __restrict x   = row.data();
-            const float                w = logit[g*n + i];
-            for (int64_t d = 0; d < d_v; ++d) {
-                out[d] += w*x[d];
-            }
+    for (int64_t i = 0; i < n; i += FASA_ROWS) {
+        const int64_t n_row = std::min(FASA_ROWS, n - i);
+        fasa_fac_read(v, h, s, list + i, n_row, n - i, nullptr, nullptr, rows);
+        for (int64_t g = 0; g < m; g += FASA_HEADS) {
+            fasa_fac_add_of[std::min(FASA_HEADS, m - g) - 1](rows, n_row, d_v, logit + g*n + i, n, w.out.data() + g);
         }
     }
 }
@@ -627,15 +750,14 @@ static void fasa_fac(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
     const int64_t n_head = dst->ne[1], n_tps = dst->ne[2], n_stream = dst->ne[3], n_head_kv = k->ne[1], n_group = n_head/n_head_kv;
     const int64_t n_list = list->ne[1], n_shared = n_head/n_list; // query heads that share a list
 
-    thread_local std::vector<float> logit_of_thread, row_of_thread;
-    auto & logit = logit_of_thread;
-    auto & row   = row_of_thread;
+    thread_local fasa_fac_work work_of_thread;
+    auto & work = work_of_thread;
     int64_t first, last;
     fasa_split(n_head*n_tps*n_stream, ith, nth, first, last);
     for (int64_t i = first; i < last;) {
         const int64_t head = i%n_head, t = i/n_head%n_tps, s = i/n_head/n_tps;
         const int64_t h = head/n_group, g0 = head%n_group, g1 = std::min(g0/n_shared*n_shared + n_shared, g0 + last - i);
-        fasa_fac_heads(dst, p, h, t, s, g0, g1, logit, row);
+        fasa_fac_heads(dst, p, h, t, s, g0, g1, work);
         i += g1 - g0;
     }
 

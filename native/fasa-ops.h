@@ -132,7 +132,7 @@ struct fasa_layer_op {
     int32_t       n_hadamard;
     float         scale;
     float         soft_cap;
-    fasa_params   params;  // mass, floor, cap, per_head
+    fasa_params   params;  // floor, cap, per_head, and mass of this layer
     uint32_t      budget;  // of this layer
 };
 

@@ -41,7 +41,11 @@ typedef struct fasa_profile {
     const uint16_t * ranking;      // [sum over layers of n_head_kv*n_chunk] chunk ids, best first
     uint32_t         weight_k;     // number of leading chunks that have a weight, 0: none
     const float    * weight;       // [sum over ranked layers of n_head_kv*weight_k] or NULL
-    const float    * layer_budget; // [n_layer] share of the budget, mean 1; or NULL
+    const float    * layer_budget; // [n_layer] share of a fixed budget, mean 1; or NULL
+    const float    * layer_miss;   // [n_layer] > 0: with a target mass a layer's is 1 - (1 - mass)*layer_miss; or NULL
+    uint32_t         n_mean_budget;    // entries of the table of mean budgets, 0: none
+    const uint32_t * mean_budget;      // [n_mean_budget] mean number of tokens, ascending
+    const float    * mean_budget_mass; // [n_mean_budget] the target mass that takes as many, ascending, between 0 and 1
 } fasa_profile;
 
 // How to decode. The defaults are in fasa_params_default; units are tokens (= KV cells) unless said otherwise.
@@ -59,6 +63,7 @@ typedef struct fasa_params {
     uint32_t max_tokens;  // a ubatch with more tokens per stream than this is prefill and stays dense
     int32_t  k_dom;       // enum fasa_k_dom_type
     int32_t  per_head;    // 1: every query head selects for itself, as published; 0: the heads of a KV head select together
+    uint32_t mean_budget; // > 0: tokens attended in the mean: mass by the profile's table, floor a quarter (at least 64), cap twice; mass must be 0
 } fasa_params;
 
 // What happened since the context was made or fasa_reset_counters.
@@ -91,6 +96,8 @@ FASA_API int fasa_set_profile(struct llama_context * ctx, const fasa_profile * p
 // Settings of a live context; allocates the dominant keys when enabled, and may be called between any two decodes.
 FASA_API int fasa_set_params(struct llama_context * ctx, const fasa_params * params);
 FASA_API int fasa_get_params(const struct llama_context * ctx, fasa_params * params); // params->size set by the caller
+// The same with the budget, mass, floor and cap that layer il really has: its shares of the profile and a mean budget applied.
+FASA_API int fasa_get_layer_params(const struct llama_context * ctx, int32_t il, fasa_params * params); // size set by the caller
 
 // Mark every dominant key stale, so that the next sparse step derives all of them again from the stored K.
 FASA_API int fasa_invalidate(struct llama_context * ctx);
@@ -138,6 +145,14 @@ FASA_API int fasa_get_model_info(const struct llama_context * ctx, fasa_model_in
 // shape of one attention layer: out[0..3] = n_head, n_head_kv, n_embd_head_k, n_rot; n_head_kv = 0: no attention there
 FASA_API int fasa_get_layer_shape(const struct llama_context * ctx, int32_t il, int32_t * out);
 
+// For `fasa-gguf bench`. Every sequence of the context gets n_cells cells of random K and V at the positions from 0 on, without a
+// prefill and without a copy of the cache in host memory; what was there is forgotten. Sequence = stream, so with a unified cache
+// only sequence 0. Values are standard normal. Recurrent state is cleared.
+FASA_API int fasa_fill_random(struct llama_context * ctx, uint32_t n_cells, uint64_t seed);
+// Bytes read plus bytes written per second when the backend ("CPU", "CUDA0") copies `bytes` from one of its tensors to another;
+// n_threads of a CPU do it.
+FASA_API int fasa_copy_rate(const char * backend, int32_t n_threads, uint64_t bytes, double * bytes_per_second);
+
 // The ops of one layer on given host arrays, through a ggml graph on the named backend ("CPU", "CUDA0"): for tests
 // against fasa_gguf/reference.py. Outputs may be NULL.
 typedef struct fasa_op_case {
@@ -175,7 +190,7 @@ typedef struct fasa_op_case {
     const float    * sinks;        // [n_head] attention sinks or NULL
     float          * out_est;      // [n_stream, n_tokens, n_head, n_kv]
     int32_t        * out_count;    // [n_stream, n_tokens, n_list]
-    int32_t        * out_list;     // [n_stream, n_tokens, n_list, list length = max(budget, cap, n_forced) clipped to n_kv]
+    int32_t        * out_list;     // [n_stream, n_tokens, n_list, list length = fasa_list_length of fasa-select.h]
     float          * out;          // [n_stream, n_tokens, n_head, n_embd_head_v]
 } fasa_op_case;
 FASA_API int fasa_op_run(const fasa_op_case * test);

@@ -94,30 +94,6 @@ def test_dense_in_a_batch_is_dense_in_steps(smollm2):
     assert rows[1]["kl"] < 0.006 and abs(rows[1]["ppl_ratio"] - 1) < 0.02
 
 
-def test_bench(tiny_profiled):
-    from fasa_gguf.bench import as_json, bench, table
-
-    params = FasaParams(chunks=4, budget=64, min_context=256)
-    rows = bench(tiny_profiled, [0, 300], params, n_gen=4, repetitions=2, fill="prefill")
-    assert [(r.arm, r.n_depth) for r in rows] == [("dense", 0), ("fasa", 0), ("dense", 300), ("fasa", 300)]
-    assert rows[3].sparse_share == 1 and rows[3].tokens_attended == 64 and rows[3].kv_bytes < rows[2].kv_bytes
-    entry = as_json(rows, "m.gguf", params)[3]
-    assert entry["test"] == "tg4 @ d300" and entry["arm"] == "fasa" and len(entry["samples_ts"]) == 2
-    assert "tg4 @ d300" in table(rows, "m.gguf")
-    with pytest.raises(FasaError, match="no step of the run used it"):
-        bench(tiny_profiled, [0], params.replace(min_context=4096), n_gen=2, repetitions=1)
-
-
-def test_a_filled_state_has_the_cells_asked_for(tiny_profiled):
-    from fasa_gguf.bench import fill_state
-    from fasa_gguf.session import Session
-
-    with Session(tiny_profiled, n_ctx=1024) as s:
-        fill_state(s, 700)
-        assert s.llama.llama_memory_seq_pos_max(s.memory, 0) == 699
-        assert np.isfinite(s.decode([5], 700)).all()
-
-
 def test_drop_in(tiny_profiled, tiny, capfd):
     from fasa_gguf import Llama
 
@@ -157,7 +133,7 @@ def test_llama_cpp_imported_first(library, tmp_path):
 
 def test_every_command_has_help_an_example_and_a_place_in_the_docs(capsys):
     docs = (ROOT / "README.md").read_text() + "".join(p.read_text() for p in (ROOT / "docs").glob("*.md"))
-    for name in ("calibrate", "embed-profile", "inspect", "run", "eval", "compare", "sweep", "bench"):
+    for name in ("calibrate", "embed-profile", "inspect", "run", "eval", "compare", "sweep", "calibrate-layers", "bench"):
         with pytest.raises(SystemExit) as e:
             cli.main([name, "--help"])
         assert e.value.code == 0 and f"example: fasa-gguf {name}" in capsys.readouterr().out
@@ -196,7 +172,7 @@ def test_commands(tiny, tiny_profiled, tmp_path, capsys):
     assert cli.main(["run", str(model), "-p", "x", "-n", "4", "-c", "1024", "--fasa-min-context", "900"]) == 1
     assert "FASA was asked for and no step used it" in capsys.readouterr().err
     assert cli.main(["bench", str(model), "-d", "300", "-n", "2", "-r", "1", "--fill", "prefill", "--fasa-min-context", "0", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)[1]["sparse_share"] == 1
+    assert json.loads(capsys.readouterr().out)[-1]["sparse_share"] == 1
     assert cli.main(["run", str(model), "-p", "x", "--fasa-budget", "many"]) == 1
     assert "setting budget: expected tokens per step and KV head, found 'many'" in capsys.readouterr().err
     assert cli.main(["embed-profile", str(model), "--remove"]) == 0

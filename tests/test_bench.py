@@ -1,19 +1,31 @@
-"""Speed: a cache filled at random, arms that alternate, figures, formats; and random models."""
+"""Speed: arms that take turns in every context, bytes and figures of a row, what is refused."""
 
-import csv
-import io
 import json
-import struct
+from dataclasses import replace
 
-import numpy as np
 import pytest
 
-from fasa_gguf import FasaError, FasaParams, bench as b, synthetic
+from fasa_gguf import FasaError, FasaParams, bench as b, cli, embed, synthetic
+from fasa_gguf.bench import Plan, Row
+from fasa_gguf.cli_bench import _types
 from fasa_gguf.embed import model_shape
-from fasa_gguf.gguf_file import GGUFFile
+from fasa_gguf.gguf_file import STR, U16, U32, GGUFFile, pack_kv
+from fasa_gguf.native import Device
 from fasa_gguf.profile import Profile
+from fasa_gguf.session import Session
+
+from test_fill import hybrid, sliding  # noqa: F401 (fixtures)
+from tiny_gguf import gguf_bytes
 
 ON = FasaParams(chunks=4, budget=64, min_context=0)
+QUICK = Plan([300], n_gen=4, repetitions=2, n_prompt=(), n_threads=1)         # two threads wait for each other on a busy machine
+CELL = 3 * 2 * 2 * 16 * 2                                # layers, K and V, KV heads, head_dim, bytes
+CELL_F32 = 2 * CELL
+
+
+@pytest.fixture(autouse=True)
+def small_copy(monkeypatch):
+    monkeypatch.setattr(b, "COPY_BYTES", 8 << 20)
 
 
 @pytest.fixture(scope="module")
@@ -22,170 +34,240 @@ def profile(tiny):
 
 
 @pytest.fixture(scope="module")
-def random_model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("random") / "random-tiny.gguf"
-    synthetic.write_model(path, "tiny")
-    return path
+def profiled(tiny, profile, tmp_path_factory):
+    return embed.rewrite(tiny, profile, tmp_path_factory.mktemp("bench") / "tiny.gguf")
 
 
-def one_token_state(n_layer=2, kind=1, size=64, v_trans=0, n_stream=1):
-    """The state of a sequence with one token, as llama_kv_cache::state_write lays it out."""
-    head = struct.pack("<II", 0xAF143CD8, 0) + struct.pack("<II", n_stream, 1) + struct.pack("<iIi", 0, 1, 0) + struct.pack("<II", v_trans, n_layer)
-    return head + b"".join(struct.pack("<iQ", kind, size) + bytes(size) for _ in range(2 * n_layer))
+def run(model, plan, profile, params=ON, **kw):
+    return b.bench(model, plan, {"fasa": params}, profile, **kw)
 
 
-# ---- the cache ----
-
-
-def test_the_layout_of_a_state():
-    head, caches = b.state_layout(one_token_state(), "m.gguf")
-    assert head == struct.pack("<II", 0xAF143CD8, 0)
-    assert [(c.n_layer, c.rows) for c in caches] == [(2, [(1, 64)] * 4)]
-    two = one_token_state() + one_token_state(n_layer=1, size=32)[8:]                 # a model with a sliding-window cache
-    assert [(c.n_layer, c.rows) for c in b.state_layout(two, "m.gguf")[1]] == [(2, [(1, 64)] * 4), (1, [(1, 32)] * 2)]
-
-
-@pytest.mark.parametrize("raw", [one_token_state()[:-1], one_token_state(v_trans=1), one_token_state(n_stream=2), b"", one_token_state() + b"\0",
-                                 one_token_state(n_layer=0)[:-4] + struct.pack("<IiQ", 1, 1, 2**63)])
-def test_another_layout_is_refused(raw):
-    with pytest.raises(FasaError, match="m.gguf: the state of this model's cache has a layout .*; use --fill prefill"):
-        b.state_layout(raw, "m.gguf")
-
-
-def test_a_random_state_has_the_layout_and_no_two_equal_cells():
-    raw, depth = one_token_state(n_layer=1, size=64), 9000                             # more cells than the pool has
-    state = b.random_state(raw, depth, "m.gguf").tobytes()
-    assert struct.unpack_from("<IIII", state) == (0xAF143CD8, 0, 1, depth)
-    cells = np.frombuffer(state, "<i4", 3 * depth, 16).reshape(depth, 3)
-    assert np.array_equal(cells[:, 0], np.arange(depth)) and (cells[:, 1] == 1).all() and (cells[:, 2] == 0).all()
-    at = 16 + cells.nbytes
-    assert struct.unpack_from("<IIiQ", state, at) == (0, 1, 1, 64)
-    k = np.frombuffer(state, "<f2", 32 * depth, at + 20).reshape(depth, 32)
-    at += 20 + k.nbytes
-    assert struct.unpack_from("<iQ", state, at) == (1, 64)
-    v = np.frombuffer(state, "<f2", 32 * depth, at + 12).reshape(depth, 32)
-    assert at + 12 + v.nbytes == len(state)
-    assert len(np.unique(k, axis=0)) == depth and not np.array_equal(k, v)
-    assert abs(float(k.astype(np.float32).mean())) < 0.01 and abs(float(k.astype(np.float32).std()) - 1) < 0.01
-    assert np.array_equal(b.random_state(raw, depth, "m.gguf"), np.frombuffer(state, np.uint8))   # seeded
-    with pytest.raises(FasaError, match="m.gguf: a random cache is made in f16 and q8_0, this one is ggml type 2; use --fill prefill"):
-        b.random_state(one_token_state(kind=2), 10, "m.gguf")
-
-
-def test_random_q8_0_cells_are_normal():
-    state = b.random_state(one_token_state(n_layer=1, kind=8, size=68), 100, "m.gguf")
-    rows = state[16 + 1200 + 20 :][:6800].reshape(100, 2, 34)
-    scale = np.ascontiguousarray(rows[..., :2]).view("<f2").astype(np.float32)
-    values = scale * rows[..., 2:].view(np.int8).astype(np.float32)
-    assert abs(values.mean()) < 0.05 and abs(values.std() - 1) < 0.05
-
-
-@pytest.mark.parametrize("kind, ggml", [("f16", 1), ("q8_0", 8)])
-def test_the_library_returns_the_cells_it_was_given(library, random_model, kind, ggml):
-    from fasa_gguf.session import Session
-
-    with Session(random_model, n_ctx=512, type_k=kind, type_v=kind) as s:
-        s.decode([0], 0, logits="none")
-        assert {row[0] for row in b.state_layout(s.state(0), "m")[1][0].rows} == {ggml}
-        wanted = b.random_state(s.state(0), 300, "m")
-        b.fill_state(s, 300)
-        assert s.llama.llama_memory_seq_pos_max(s.memory, 0) == 299
-        assert s.state(0) == wanted.tobytes()
-        assert np.isfinite(s.decode([5], 300)).all()
-        b.fill_state(s, 0)
-        assert s.llama.llama_memory_seq_pos_max(s.memory, 0) == -1
+# ---- the cache gets its depth ----
 
 
 def test_prefill_goes_on_from_what_is_there(library, tiny):
-    from fasa_gguf.session import Session
-
-    with Session(tiny, n_ctx=512, n_batch=64, n_ubatch=64) as s:
+    with Session(tiny, n_ctx=512, n_batch=64, n_ubatch=64, n_threads=1) as s:
         seen = []
-        b.prefill(s, 128, report=seen.append)
-        b.prefill(s, 192, start=128, report=seen.append)
-        parts = s.decode([5], 192)
-        assert seen == [64, 128, 192]
-        b.prefill(s, 192)
-        assert np.array_equal(s.decode([5], 192), parts)
+        bench = b.Bench(s, 1, "prefill", lambda what, n, total: seen.append(n))
+        assert bench.fill(128) == "prefill" == bench.fill(192)
+        parts, seconds = s.decode([5], 192), bench.prefill_s
+        assert seen == [64, 128, 192] and seconds > 0
+        bench.in_cache = 0
+        bench.fill(192)
+        assert (s.decode([5], 192) == parts).all()
+
+
+def test_sequences_are_copies_of_a_prefill_or_random(library, tiny):
+    with Session(tiny, n_ctx=3 * 512, n_seq_max=3, n_threads=1) as s:
+        ends = lambda: [s.llama.llama_memory_seq_pos_max(s.memory, seq) for seq in range(3)]
+        bench = b.Bench(s, 3, "prefill", lambda *x: None)
+        for depth in (100, 150):
+            bench.fill(depth)
+            logits = [s.decode([5], depth, seq=seq) for seq in range(3)]
+            assert all(abs(x - logits[0]).max() < 1e-3 for x in logits)
+            bench.rewind(depth)
+            assert ends() == [depth - 1] * 3
+        bench.how = "random"
+        assert bench.fill(300) == "random" and ends() == [299] * 3 and bench.in_cache == 0
+
+
+def test_auto_fills_at_random_from_a_depth_on(library, tiny, profile, monkeypatch):
+    monkeypatch.setattr(b, "RANDOM_FILL_FROM", 64)
+    filled = lambda fill: [(r.fill, r.ttft_ms is not None) for r in run(tiny, replace(QUICK, depths=[32, 128], repetitions=1, fill=fill), profile)]
+    assert filled("auto") == [("prefill", True)] * 2 + [("random", False)] * 2
+    assert filled("random") == [("random", False)] * 4 and filled("prefill") == [("prefill", True)] * 4
+
+
+def test_a_hybrid_model_is_filled_again(library, hybrid):  # noqa: F811
+    profile = synthetic.synthetic_profile([0, 2, 0, 2], [0, 8, 0, 8])
+    for fill in ("random", "prefill"):
+        dense, fasa = run(hybrid, replace(QUICK, depths=[300], fill=fill), profile)
+        assert (fasa.sparse_share, fasa.tokens_attended, fasa.note) == (1, 64, "") and dense.kv_bytes == 2 * 2 * 2 * 16 * 2 * (300 + 3 + 2.5)
+
+
+def test_a_model_with_a_window(library, sliding):  # noqa: F811
+    dense, fasa = run(sliding, replace(QUICK, fill="random"), synthetic.synthetic_profile([2] * 4, [8] * 4))
+    assert fasa.sparse_share == 1 and fasa.kv_bytes < dense.kv_bytes
 
 
 # ---- the measurement ----
 
 
 def test_bytes_and_tokens_of_a_row(library, tiny, profile):
-    dense, fasa = b.bench(tiny, [300], ON, n_gen=4, repetitions=2, profile=profile)
-    cell = 3 * 2 * 2 * 16 * 2                                                        # layers, K and V, KV heads, head_dim, bytes
-    assert dense.kv_bytes == cell * (300 + 1 + 2.5) and dense.tokens_attended is None and dense.sparse_share == 0
-    fac, tip = cell * 64, 3 * 2 * 320 * (8 // 2 + 2)                                 # 10 tiles of 32 cells; 8 dims in 4 bits and a scale
+    dense, fasa = run(tiny, QUICK, profile)
+    assert dense.kv_bytes == CELL * (300 + 3 + 2.5) and dense.tokens_attended is None and dense.sparse_share == 0
+    fac, tip = CELL * 64, 3 * 2 * 320 * (8 // 2 + 2)                                 # 10 tiles of 32 cells; 8 dims in 4 bits and a scale
     assert fac + tip <= fasa.kv_bytes <= fac + tip * 512 / 320                        # the view is padded to 512 cells at most
     assert fasa.tokens_attended == 64 and fasa.sparse_share == 1 and fasa.note == ""
-    assert fasa.ratio == pytest.approx(fasa.avg_ts / dense.avg_ts) and (dense.fill, fasa.fill) == ("prefill", "prefill")
-    assert len(fasa.samples_ts) == 2 and min(fasa.samples_ts) > 0
+    assert fasa.ratio == pytest.approx(fasa.avg_ts / dense.avg_ts) == fasa.ratio_best and (dense.fill, fasa.fill) == ("prefill", "prefill")
+    assert len(fasa.samples_ts) == 2 and min(fasa.samples_ts) > 0 and fasa.setup["type_k"] == "f16" and fasa.setup["no_kv_offload"] is False
+    weights = sum(t.n_bytes for t in GGUFFile(tiny).tensors) - 259 * 64 * 4
+    assert (dense.weight_bytes, dense.token_bytes) == (weights, weights + dense.kv_bytes)
+    assert dense.bytes_per_second == dense.token_bytes * dense.avg_ts and dense.of_copy_rate == dense.bytes_per_second / dense.copy_rate
+    assert 0 < dense.of_copy_rate < 1e3
 
 
-def test_arms_alternate(library, tiny, profile, monkeypatch):
-    seen, time_arm = [], b._time_arm
+def test_arms_take_turns(library, tiny, profile, monkeypatch):
+    seen, generate = [], b.Bench.generate
 
-    def spy(s, p, depth, n):
-        seen.append((p is not None, depth, n))
-        assert s.llama.llama_memory_seq_pos_max(s.memory, 0) == depth - 1             # the tail is gone
-        return time_arm(s, p, depth, n)
+    def spy(self, p, depth, n):
+        seen.append((p and p.k_dom, depth, n))
+        assert self.s.llama.llama_memory_seq_pos_max(self.s.memory, 0) == depth - 1   # the tail is gone
+        return generate(self, p, depth, n)
 
-    monkeypatch.setattr(b, "_time_arm", spy)
-    told = []
-    b.bench(tiny, [40, 20, 20], ON, n_gen=6, repetitions=2, profile=profile, progress=lambda *x: told.append(x))
-    warm, real = [(False, 4), (True, 4)], [(False, 6), (True, 6)]
+    monkeypatch.setattr(b.Bench, "generate", spy)
+    told, groups = [], []
+    arms = {"q4": ON, "q8": ON.replace(k_dom="q8")}
+    rows = b.bench(tiny, replace(QUICK, depths=[40, 20, 20], n_gen=6), arms, profile, lambda *x: told.append(x), groups.append)
+    warm, real = [(None, 4), ("q4", 4), ("q8", 4)], [(None, 6), ("q4", 6), ("q8", 6)]
     assert [(arm, n) for arm, depth, n in seen if depth == 20] == warm + real + real
-    assert [depth for _, depth, _ in seen] == [20] * 6 + [40] * 6
-    assert told[-1] == ("benchmarking", 8, 8) and ("prefilling 40", 40, 40) in told
+    assert [depth for _, depth, _ in seen] == [20] * 9 + [40] * 9
+    assert told[-1] == ("benchmarking", 2, 2) and ("prefilling 40", 40, 40) in told
+    assert [[(r.arm, r.n_depth) for r in g] for g in groups] == [[(arm, d) for arm in ("dense", "q4", "q8")] for d in (20, 40)] and sum(groups, []) == rows
+
+
+def test_prefill_rows_and_the_time_to_the_first_token(library, tiny, profile):
+    rows = run(tiny, replace(QUICK, depths=[0, 300], n_prompt=[32, 0, 64]), profile)
+    assert [r.test for r in rows] == [f"{t} @ d{d}" for d in (0, 300) for t in ("pp32", "pp32", "pp64", "pp64", "tg4", "tg4")]
+    prompt = rows[7]
+    assert (prompt.arm, prompt.n_prompt, prompt.n_gen, prompt.kv_bytes, prompt.of_copy_rate) == ("fasa", 32, 0, None, None) and prompt.ratio > 0
+    assert all(r.ttft_ms >= r.first_step_ms > 0 for r in rows)
+    whole = rows[0]                                                                   # at depth 0 the prompt is all there is
+    mean_s = sum(32 / x for x in whole.samples_ts) / 2
+    assert whole.ttft_ms == pytest.approx(whole.first_step_ms + 1000 * mean_s, rel=0.05)
+    assert prompt.ttft_ms > prompt.first_step_ms + 1000 * sum(32 / x for x in prompt.samples_ts) / 2   # and the prefill of the depth
+
+
+def test_sequences_in_parallel(library, tiny, profile):
+    rows = run(tiny, replace(QUICK, n_parallel=[1, 3], n_prompt=[16], fill="random"), profile)
+    assert [(r.n_parallel, r.test) for r in rows] == [(1, "pp16 @ d300")] * 2 + [(1, "tg4 @ d300")] * 2 + [(3, "tg4 @ d300")] * 2
+    one, three = rows[3], rows[5]
+    assert (three.sparse_share, three.tokens_attended) == (1, 64) and three.kv_bytes == pytest.approx(one.kv_bytes)   # per token
+    assert rows[4].kv_bytes == rows[2].kv_bytes and rows[4].token_bytes == rows[4].kv_bytes + rows[4].weight_bytes / 3
+
+
+def test_every_type_and_place_of_the_cache_has_its_context(library, tiny, profile, monkeypatch):
+    live, made, reopen = [0], [], Session.reopen
+
+    def spy(self, **kw):
+        live[0] -= self._ctx is not None
+        reopen(self, **kw)
+        live[0] += 1
+        made.append((kw.get("type_k"), kw.get("no_kv_offload"), live[0]))
+
+    monkeypatch.setattr(Session, "reopen", spy)
+    rows = run(tiny, replace(QUICK, types=[("f16", "f16"), ("f32", "f32")], no_kv_offload=(0, 1)), profile)
+    assert [(r.arm, r.setup["type_k"], r.setup["no_kv_offload"]) for r in rows] == [
+        (arm, k, nkvo) for k in ("f16", "f32") for arm, nkvo in (("dense", False), ("fasa", False), ("dense", True))]
+    assert made[1:] == [(k, nkvo, 1) for k in ("f16", "f32") for nkvo in (False, True)]    # one at a time; the first is a small one
+    assert rows[3].kv_bytes == CELL_F32 * (300 + 3 + 2.5)
+    best = max(r.avg_ts for r in rows if r.arm == "dense")
+    assert all(r.ratio_best == pytest.approx(r.avg_ts / best) for r in rows)
+    assert rows[1].ratio == pytest.approx(rows[1].avg_ts / rows[0].avg_ts)            # its own context's
+
+
+def test_layers_on_the_gpu_make_rows_of_their_own(library, tiny, profile, monkeypatch):
+    opened = []
+    monkeypatch.setattr(b, "Session", lambda *a, **kw: opened.append(kw["n_gpu_layers"]) or Session(*a, **kw))
+    rows = run(tiny, replace(QUICK, n_gpu_layers=[0, 2], repetitions=1, n_gen=1), profile)
+    assert opened == [0, 2] and [r.setup["n_gpu_layers"] for r in rows] == [0, 0, 2, 2]
+    assert rows[3].ratio_best == rows[3].ratio                                        # beside dense of as many layers
 
 
 def test_what_stays_dense_says_so(library, tiny, profile):
     # the view of the cache grows from 256 to 512 cells in the middle of the run at depth 250
-    rows = b.bench(tiny, [0, 250, 300], ON.replace(min_context=300), n_gen=10, repetitions=1, profile=profile)
+    rows = run(tiny, replace(QUICK, depths=[0, 250, 300], n_gen=10, repetitions=1), profile, ON.replace(min_context=300))
     notes = {r.n_depth: r.note for r in rows if r.arm == "fasa"}
-    assert notes == {0: "dense (n < 300)", 250: "5 of 10 steps dense (n < 300)", 300: ""}
-    shallow = [r for r in rows if r.n_depth == 0]
-    assert shallow[0].kv_bytes == shallow[1].kv_bytes and shallow[1].sparse_share == 0
-    half = Profile(profile.n_head_kv, [8, 0, 8], [profile.ranking[0], np.zeros((0, 0), np.uint16), profile.ranking[2]], "synthetic")
-    dense, fasa = b.bench(tiny, [300], ON, n_gen=4, repetitions=2, profile=half)
-    assert fasa.note.startswith("1 layers dense (") and fasa.sparse_share == 1
+    assert notes == {0: "dense (n < 300)", 250: "3 of 10 steps dense (n < 300)", 300: ""}
+    assert rows[0].kv_bytes == rows[1].kv_bytes and rows[1].sparse_share == 0
+    half = Profile(profile.n_head_kv, [8, 0, 8], [profile.ranking[0], profile.ranking[1][:0, :0], profile.ranking[2]], "synthetic")
+    dense, fasa = run(tiny, QUICK, half)
+    assert fasa.note == "1 of 3 layers dense (1: the profile has no ranking for it)" and fasa.sparse_share == 1
     assert dense.kv_bytes / 3 < fasa.kv_bytes < dense.kv_bytes                        # the dense layer reads all of its third
 
 
+def test_dense_layers_are_counted_by_reason():
+    assert b.dense_layers([None, "x", b.NO_CACHE, "y", "x"]) == "3 of 4 layers dense (2: x; 1: y)"
+    assert b.dense_layers([None, b.NO_CACHE]) == "" and b.dense_layers(["x"], ": ") == ": 1 of 1 layers dense (1: x)"
+
+
+def test_dense_at_a_depth_that_should_be_sparse_ends_the_run(library, tiny, profile):
+    none = Profile(profile.n_head_kv, [0] * 3, [profile.ranking[0][:0, :0]] * 3, "synthetic")
+    groups = []
+    with pytest.raises(FasaError, match=r"no step at depth 40 used it: no layer can run sparse: 3 of 3 layers dense \(3: the profile has no ranking for it\)"):
+        run(tiny, replace(QUICK, depths=[0, 40]), none, ON.replace(min_context=30), emit=groups.append)
+    assert [r.n_depth for r in groups[0]] == [0, 0] and len(groups) == 1              # what was measured is there
+
+
+def test_a_context_that_cannot_be_made_is_a_row_that_says_so(library, tiny, profile):
+    rows = run(tiny, replace(QUICK, types=[("q8_0", "q8_0"), ("f16", "f16")]), profile)   # heads of 16 are no block of q8_0
+    assert [r.note.startswith("not measured: llama.cpp cannot make a context of 512 tokens") for r in rows] == [True, True, False, False]
+    assert rows[0].avg_ts is None and rows[0].of_copy_rate is None and rows[0].ratio_best is None and rows[3].ratio_best > 0
+    with pytest.raises(FasaError, match="no step used it: not measured: llama.cpp cannot make a context"):
+        run(tiny, replace(QUICK, types=[("q8_0", "q8_0")]), profile)
+
+
 def test_bench_refuses(library, tiny, profile):
-    with pytest.raises(FasaError, match="no step of the run used it: the context is shorter than min_context; use deeper -d DEPTHS"):
-        b.bench(tiny, [0, 10], ON.replace(min_context=4096), n_gen=2, repetitions=1, profile=profile)
+    for message, plan, params in [
+        ("fasa: every depth of -d is below min_context, and every step would be dense; use -d with 4096 or more", replace(QUICK, depths=[0, 10]), ON.replace(min_context=4096)),
+        ("-d, -n and -r: expected depths from 0", replace(QUICK, depths=[-1]), ON),
+        ("-np and -p: expected at least 1 sequence", replace(QUICK, n_parallel=[0]), ON),
+        ("--fill 'air': expected auto, prefill or random", replace(QUICK, fill="air"), ON),
+        ("cache type 'q9': expected one of f32, f16", replace(QUICK, types=[("f16", "q9")]), ON),
+        ("-nkvo 1 is measured dense only, and FASA has nothing to run in; give -nkvo 0,1", replace(QUICK, no_kv_offload=[1]), ON),
+    ]:
+        with pytest.raises(FasaError, match=message):
+            run(tiny, plan, profile, params)
     with pytest.raises(FasaError, match="there is no FASA profile in this model; run `fasa-gguf embed-profile"):
-        b.bench(tiny, [10], ON)
-    with pytest.raises(FasaError, match="-d, -n and -r: expected depths from 0"):
-        b.bench(tiny, [-1], ON, profile=profile)
-    with pytest.raises(FasaError, match="--fill 'air': expected auto, prefill or state"):
-        b.bench(tiny, [1], ON, profile=profile, fill="air")
+        run(tiny, QUICK, None)
 
 
-def test_auto_fills_by_state_where_it_can(library, tiny, profile, monkeypatch):
-    monkeypatch.setattr(b, "STATE_FILL_FROM", 64)
-    filled = lambda **kw: [r.fill for r in b.bench(tiny, [32, 128], ON, n_gen=2, repetitions=1, profile=profile, **kw)]
-    assert filled() == ["prefill", "prefill", "state", "state"]
-    assert filled(fill="state") == ["state"] * 4
-
-    def refuse(*a):
-        raise FasaError("another layout")
-
-    monkeypatch.setattr(b, "fill_state", refuse)
-    assert filled() == ["prefill"] * 4
-    with pytest.raises(FasaError, match="another layout"):
-        filled(fill="state")
+# ---- bytes ----
 
 
-def planted(*ratios):
+@pytest.mark.parametrize("names, keys, expected", [
+    (["token_embd.weight", "output.weight", "x"], [], (32 * (2 + 3), "")),
+    (["token_embd.weight", "x"], [], (32 * (1 + 2), "")),                             # tied: the embedding is the output matrix
+    (["token_embd.weight", "output.weight", "per_layer_token_embd.weight"], [], (32 * 2, "")),
+    (["x"], [pack_kv("llama.expert_count", U32, 8)], (None, "mixture of experts: bytes of weights not counted")),
+    (["x"], [pack_kv("llama.expert_count", U32, 0), pack_kv("split.count", U16, 2)], (None, "model in several files: bytes of weights not counted")),
+])
+def test_bytes_of_weights_that_a_step_reads(tmp_path, names, keys, expected):
+    infos = [(name, (8, i + 1), 0, 32 * (i * (i + 1) // 2), bytes(32 * (i + 1))) for i, name in enumerate(names)]   # 32 bytes, 64, 96
+    path = tmp_path / "m.gguf"
+    path.write_bytes(gguf_bytes([pack_kv("general.architecture", STR, "llama"), *keys], infos))
+    assert b.weight_bytes(GGUFFile(path)) == expected
+
+
+def test_unknown_weights_leave_the_columns_empty(library, tiny, profile, monkeypatch):
+    monkeypatch.setattr(b, "weight_bytes", lambda model: (None, "mixture of experts"))
+    dense, fasa = run(tiny, QUICK, profile)
+    assert (dense.note, fasa.note) == ("mixture of experts", "") and fasa.kv_bytes > 0
+    assert fasa.token_bytes is None and fasa.bytes_per_second is None and fasa.of_copy_rate is None
+
+
+CPU, GPU, GPU1 = Device("CPU", "a CPU", False), Device("CUDA0", "a GPU", True), Device("CUDA1", "a GPU", True)
+
+
+@pytest.mark.parametrize("ngl, nkvo, devices, where", [
+    (99, 0, [CPU], "CPU"), (0, 0, [GPU, CPU], "CPU"), (0, 1, [GPU, CPU], "CPU"), (-1, 0, [GPU, CPU], "CUDA0"), (33, 0, [GPU, CPU], "CUDA0"),
+    (32, 0, [GPU, CPU], None), (99, 1, [GPU, CPU], None), (99, 0, [GPU, GPU1, CPU], None),
+])
+def test_the_device_that_holds_everything(ngl, nkvo, devices, where):
+    assert b.one_device(32, ngl, nkvo, devices) == where
+
+
+# ---- the crossover ----
+
+
+def planted(*ratios: float | None):
     """Rows at depths 0, 100, 200, ...: FASA at `ratio` times dense's 50 tokens/s; None: it stayed dense."""
     rows = []
     for i, ratio in enumerate(ratios):
-        rows.append(b.Row("dense", 100 * i, 8, [49.0, 51.0], kv_bytes=2e6, ratio=1.0, fill="prefill"))
-        rows.append(b.Row("fasa", 100 * i, 8, [50 * (ratio or 1)] * 2, kv_bytes=2e6 if ratio is None else 5e5, sparse_share=float(ratio is not None),
-                          tokens_attended=None if ratio is None else 64.0, note="dense (n < 64)" if ratio is None else "", ratio=ratio or 1.0, fill="prefill"))
+        rows.append(Row("dense", 100 * i, 8, samples_ts=[49.0, 51.0], kv_bytes=2e6, ratio=1.0, fill="prefill"))
+        rows.append(Row("fasa", 100 * i, 8, samples_ts=[50 * (ratio or 1)] * 2, kv_bytes=2e6 if ratio is None else 5e5, sparse_share=float(ratio is not None),
+                        tokens_attended=None if ratio is None else 64.0, note="dense (n < 64)" if ratio is None else "", ratio=ratio or 1.0,
+                        fill="prefill", params=ON))
     return rows
 
 
@@ -199,79 +281,47 @@ def test_crossover(ratios, depth):
 
 
 def test_find_crossover_measures_every_depth(library, tiny, profile):
-    depth, rows = b.find_crossover(tiny, ON.replace(min_context=4096), [16, 300], profile=profile, n_gen=3, repetitions=1)
+    depth, rows = b.find_crossover(tiny, replace(QUICK, depths=[16, 300], n_gen=3, repetitions=1), ON.replace(min_context=4096), profile=profile)
     assert [(r.n_depth, r.sparse_share) for r in rows if r.arm == "fasa"] == [(16, 1.0), (300, 1.0)]
     assert depth == b.crossover(rows)
+    with pytest.raises(FasaError, match="--find-crossover looks for one depth; give -np and -nkvo one value"):
+        b.find_crossover(tiny, replace(QUICK, n_parallel=[1, 2], no_kv_offload=[0, 1]), ON, profile=profile)
 
 
-# ---- output ----
+# ---- the command line ----
 
 
-def test_the_table():
-    assert b.table(planted(None, 1.5), "dir/model.gguf") == """\
-| model      |       test |   arm |           t/s | KV MB/token |       attended | ratio |
-| ---------- | ---------: | ----: | ------------: | ----------: | -------------: | ----: |
-| model.gguf |   tg8 @ d0 | dense | 50.00 +- 1.41 |        2.00 |            all |       |
-| model.gguf |   tg8 @ d0 |  fasa | 50.00 +- 0.00 |        2.00 | dense (n < 64) | 1.00x |
-| model.gguf | tg8 @ d100 | dense | 50.00 +- 1.41 |        2.00 |            all |       |
-| model.gguf | tg8 @ d100 |  fasa | 75.00 +- 0.00 |        0.50 |             64 | 1.50x |"""
+def test_types_go_in_pairs():
+    assert _types("f16", None) == [("f16", "f16")] and _types("f16,q8_0", None) == [("f16", "f16"), ("q8_0", "q8_0")]
+    assert _types("f16,q8_0", "f16") == [("f16", "f16"), ("q8_0", "f16")] and _types("f16", "f16,q4_0") == [("f16", "f16"), ("f16", "q4_0")]
+    with pytest.raises(FasaError, match="-ctk and -ctv: expected lists of one length, or one type for all, found 2 and 3"):
+        _types("f16,q8_0", "f16,f16,f16")
 
 
-def test_the_formats(library):
-    rows = planted(None, 1.5)
-    entries = json.loads(b.render(rows, "model.gguf", ON, "json"))
-    last = entries[3]
-    assert (last["test"], last["arm"], last["n_prompt"], last["n_gen"], last["n_depth"]) == ("tg8 @ d100", "fasa", 0, 8, 100)
-    assert (last["avg_ts"], last["stddev_ts"], last["samples_ts"], last["ratio"]) == (75.0, 0.0, [75.0, 75.0], 1.5)
-    assert last["fasa"]["budget"] == 64 and entries[2]["fasa"] is None and last["model_filename"] == "model.gguf" and "0.3.36" in last["build_commit"]
-    assert [json.loads(line) for line in b.render(rows, "model.gguf", ON, "jsonl").splitlines()] == entries
-    flat = list(csv.DictReader(io.StringIO(b.render(rows, "model.gguf", ON, "csv"))))
-    assert len(flat) == 4 and flat[3]["samples_ts"] == "75 75" and flat[3]["fasa_budget"] == "64" and flat[2]["fasa_budget"] == "" and flat[1]["note"] == "dense (n < 64)"
-    assert b.render(rows, "model.gguf", ON) == b.table(rows, "model.gguf")
-    with pytest.raises(FasaError, match="-o 'sql': expected one of md, json, jsonl, csv"):
-        b.render(rows, "model.gguf", ON, "sql")
+def test_the_command(library, profiled, capsys, tmp_path):
+    def call(*flags, code=0):
+        assert cli.main(["bench", str(profiled), "-n", "2", "-r", "1", "-t", "1", "--fasa-min-context", "0", *flags]) == code
+        return capsys.readouterr()
+
+    png = tmp_path / "p.png"
+    out, err = call("-d", "0,300", "-p", "8", "-np", "1,2", "-nkvo", "0,1", "--fasa-k-dom", "q4,f16", "--fasa-budget", "64", "--plot", str(png))
+    lines = out.strip().splitlines()
+    assert len(lines) == 2 + 2 * (2 * 3 + 3) + 2 * (2 * 1 + 1) and err.endswith(f"picture: {png}\n") and png.read_bytes()[:4] == b"\x89PNG"
+    assert "| fasa k_dom=f16 |" in out and lines[0].split()[1:11:2] == ["model", "arm", "nkvo", "np", "test"]
+    rows = [json.loads(line) for line in call("-d", "300", "-p", "0", "-ctk", "f16,f32", "-o", "jsonl", "-ngl", "0")[0].splitlines()]
+    assert [(r["arm"], r["type_k"], r["type_v"], r["no_kv_offload"]) for r in rows] == [(arm, t, t, False) for t in ("f16", "f32") for arm in ("dense", "fasa")]
+    assert rows[1]["fasa"]["budget"] == 512 and rows[1]["n_ubatch"] == 512 and rows[1]["flash_attn"] == 1
+    out, err = call("-d", "300", "-ctk", "q8_0", "--plot", str(png), code=1)                # what there is, then the error
+    assert out.count("not measured: llama.cpp cannot make a context") == 2 and "FASA was asked for and no step used it: not measured" in err
+    assert "give every --fasa setting one value" in call("--find-crossover", "--fasa-budget", "64,128", code=1).err
+    assert "FASA is " in call("--find-crossover", "-d", "32").err
+    with pytest.raises(SystemExit):
+        cli.main(["bench", str(profiled), "-nkvo", "yes"])
+    assert "expected a comma list of 0 and 1, found 'yes'" in capsys.readouterr().err
 
 
-# ---- random models ----
-
-
-def test_a_random_model_decodes(library, random_model):
-    from fasa_gguf.session import Session
-
-    model = GGUFFile(random_model)
-    heads, chunks = model_shape(model)
-    assert (heads, chunks) == ([2] * 8, [64] * 8) and not list(random_model.parent.glob("*.tmp-*"))
-    assert sum(t.n_bytes for t in model.tensors) == synthetic.model_bytes("tiny")
-    with Session(random_model, n_ctx=256) as s:
-        assert s.n_vocab == 32000
-        logits = s.decode([1, 2, 3], 0)
-        assert np.isfinite(logits).all() and logits.std() > 0
-
-
-def test_sizes_of_the_shapes():
-    assert {k: round(synthetic.model_bytes(k) / 1e9, 2) for k in synthetic.SHAPES} == {"8b": 4.52, "3b": 2.03, "1b": 0.84, "tiny": 0.09}
-
-
-def test_a_random_model_is_whole_or_not_there(tmp_path):
-    with pytest.raises(FasaError, match="shape '70b': expected one of 8b, 3b, 1b, tiny"):
-        synthetic.write_model(tmp_path / "x.gguf", "70b")
-    with pytest.raises(FasaError, match="cannot be written: No such file or directory; a tiny model takes 0.1 GB"):
-        synthetic.write_model(tmp_path / "none" / "x.gguf", "tiny")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_the_cached_model_is_written_once(tmp_path, monkeypatch):
-    written, said = [], []
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(synthetic, "write_model", lambda path, shape: (written.append(shape), path.write_bytes(b"")))
-    path = synthetic.cached_model("1b", said.append)
-    assert path == tmp_path / "fasa_gguf" / "random-1b.gguf" == synthetic.cached_model("1b", said.append)
-    assert written == ["1b"] and said == [f"writing a random 1b model, 0.8 GB, to {path}"]
-
-
-def test_a_synthetic_profile_is_marked():
-    p = synthetic.synthetic_profile([2, 0, 2], [8, 0, 8])
-    assert p.ranking_method == "synthetic" and p.ranking[0].tolist() == [list(range(8))] * 2 and p.ranking[1].shape == (0, 0)
-    shuffled = synthetic.synthetic_profile([2], [8], seed=1)
-    assert all(sorted(r) == list(range(8)) for r in shuffled.ranking[0].tolist()) and shuffled.ranking[0].tolist() != p.ranking[0].tolist()
-    assert Profile.from_flat(p.to_flat(), "t").ranking_method == "synthetic"
+def test_random_weights_have_no_mass(monkeypatch, capsys, profiled):
+    monkeypatch.setattr(synthetic, "cached_model", lambda shape, say: profiled)
+    assert cli.main(["bench", "--shape", "8b", "--fasa-mass", "0.9"]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "--fasa-mass with --shape: the attention of random weights is spread evenly, so a target mass means nothing" in err

@@ -68,6 +68,14 @@ def test_a_setting_is_a_flag_over_the_environment_over_the_profile(monkeypatch):
     profile = synthetic_profile([2], [8])
     profile.defaults = {"budget": 1, "sink": 1, "recent": 11}
     assert cli._params(a, profile) == (FasaParams(budget=7, sink=9, recent=11, k_dom="q8"), profile)
+    a.fasa_mass = "0.9"
+    profile.defaults["mean_budget"] = 99
+    assert cli._params(a, profile)[0] == FasaParams(budget=7, sink=9, recent=11, k_dom="q8", mass=0.9)      # not the mean budget of the profile
+    a.fasa_mass, a.fasa_mean_budget = None, "64"
+    profile.defaults["mass"] = profile.defaults.pop("mean_budget") / 100
+    assert cli._params(a, profile)[0] == FasaParams(budget=7, sink=9, recent=11, k_dom="q8", mean_budget=64)        # nor its mass
+    a.fasa_mean_budget = None
+    assert cli._params(a, profile)[0] == FasaParams(budget=7, sink=9, recent=11, k_dom="q8")                        # a budget is a fixed one
     a.fasa_preset, profile.ranking_method = "paper", "ca"
     assert cli._params(a, profile)[0] == FasaParams(budget=7, sink=9, recent=0, k_dom="q8", chunks=2, per_head=1)
 

@@ -6,7 +6,7 @@ import pytest
 from fasa_gguf import FasaError, FasaParams
 from fasa_gguf.calibrate import default_corpus
 from fasa_gguf.embed import model_shape
-from fasa_gguf.evaluate import Arm, Score, cut_windows, detokenize_wikitext, evaluate, log_softmax, score_tokens, table
+from fasa_gguf.evaluate import Arm, ArmSwitch, Score, cut_windows, detokenize_wikitext, evaluate, log_softmax, parse_arms, score_tokens, table
 from fasa_gguf.gguf_file import GGUFFile
 from fasa_gguf.profile import Profile
 from fasa_gguf.session import Session
@@ -107,11 +107,53 @@ def test_a_run_that_was_cut_off_goes_on(library, tiny, text, profile, tmp_path, 
     monkeypatch.setattr(Session, "clear", stop)
     with pytest.raises(KeyboardInterrupt):
         evaluate(tiny, text, [Arm("a", ON)], profile=profile, resume=path, **SIZE)
-    assert len(path.read_text().splitlines()) == 2                                          # the settings and one window
+    assert len(path.read_text().splitlines()) == 3                                          # the settings, and two arms of one window
     assert evaluate(tiny, text, [Arm("a", ON)], profile=profile, resume=path, **SIZE) == whole and len(calls) == 3
     assert evaluate(tiny, text, [Arm("a", ON)], profile=profile, resume=path, **SIZE) == whole and len(calls) == 3
-    with pytest.raises(FasaError, match=r"r.jsonl: was begun with other settings \(arms\[0\].fasa.budget: 60 there, 61 here\); use the same"):
-        evaluate(tiny, text, [Arm("a", ON.replace(budget=61))], profile=profile, resume=path, **SIZE)
+    with pytest.raises(FasaError, match=r"r.jsonl: was begun with other settings \(score: 20 there, 21 here\); use the same"):
+        evaluate(tiny, text, [Arm("a", ON)], profile=profile, resume=path, **{**SIZE, "score": 21})
+    before = path.read_text()
+    arms = [Arm("a", ON.replace(budget=61)), Arm("a", ON), Arm("c", ON)]                      # other arms in the same file: only they run
+    fresh = evaluate(tiny, text, arms, profile=profile, **SIZE)
+    assert evaluate(tiny, text, arms, profile=profile, resume=path, **SIZE) == fresh and [fresh[0], fresh[2]] == whole
+    added = path.read_text().removeprefix(before).splitlines()
+    assert [line[9:12] for line in added] == ["0 a", "0 c", "1 a", "1 c"] and len(calls) == 7
+
+
+def test_an_arm_that_was_cut_off_leaves_the_others(library, tiny, text, profile, tmp_path, monkeypatch):
+    arms, path, use, calls = [Arm("a", ON), Arm("b", ON.replace(budget=61))], tmp_path / "r.jsonl", ArmSwitch.use, []
+    whole = evaluate(tiny, text, arms, profile=profile, **SIZE)
+
+    def stop(self, arm):
+        calls.append(arm and arm.name)
+        if calls == [None, "a", "b"]:
+            raise KeyboardInterrupt
+        use(self, arm)
+
+    monkeypatch.setattr(ArmSwitch, "use", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tiny, text, arms, profile=profile, resume=path, **SIZE)
+    assert evaluate(tiny, text, arms, profile=profile, resume=path, **SIZE) == whole
+    assert calls[3:] == [None, "b", None, "a", "b"]
+
+
+def test_arms_by_text(profile):
+    other, asked = synthetic_profile(profile.n_head_kv, profile.n_chunk, seed=3), []
+
+    def settings(path):
+        asked.append(path)
+        return (ON.replace(mass=0.5), profile) if path is None else (ON, other)
+
+    arms = parse_arms("mass=0.9,cap=4096; mean_budget=99 ;budget=30,floor=2;profile=x.json,k_dom=q8;dense", settings, "p ")
+    assert [a.name for a in arms] == ["p mass=0.9,cap=4096", "p mean_budget=99", "p budget=30,floor=2", "p profile=x.json,k_dom=q8", "dense by steps"]
+    assert [a.params for a in arms] == [ON.replace(mass=0.9, cap=4096), ON.replace(mean_budget=99), ON.replace(budget=30, floor=2), ON.replace(k_dom="q8"), None]
+    assert [a.profile for a in arms] == [profile, profile, profile, other, None] and asked == [None] * 3 + ["x.json"]
+    for bad, message in (("mass", "arm 'mass': expected SETTING=VALUE, found 'mass'; such as --arms"), ("mass=0.9;", "arm '': expected SETTING=VALUE, found ''"),
+                         ("mass=", "expected SETTING=VALUE, found 'mass='"), ("cap=1,cap=2", "arm 'cap=1,cap=2': cap is given twice"),
+                         ("magic=1", "arm 'magic=1': unknown setting 'magic'; known are chunks"), ("mass=x", "arm 'mass=x': setting mass: expected share, 0 to 1, found 'x'"),
+                         ("mass=0.9,cap=3", "settings floor and cap: expected 1 <= floor <= cap, found 64 and 3"), ("mass=0.9,mean_budget=9", "settings mass and mean_budget")):
+        with pytest.raises(FasaError, match=message):
+            parse_arms(bad, settings)
 
 
 # ---- arms ----

@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from fasa_gguf import FasaError, FasaParams, embed
+from fasa_gguf import FasaError, FasaParams, embed, reference as R
 from fasa_gguf.calibrate import default_corpus
 from fasa_gguf.evaluate import log_softmax
 from fasa_gguf.synthetic import synthetic_profile
@@ -188,6 +189,49 @@ def test_prefill_is_dense_and_counted(smollm2, profile, text):
         s.fasa.set_params(None)
         assert s.fasa.counters()["bytes_k_dom"] == 0
         assert s.fasa.layer_reasons() == ["FASA is off"] * 30
+
+
+def test_a_layer_has_its_own_budget_and_mass(smollm2, profile, text):
+    own = replace(profile, layer_budget=np.array([0.5, 2.0] + [1.0] * 28, np.float32), layer_miss=np.array([0.5, 2.0, 99.0] + [1.0] * 27, np.float32),
+                  mean_budget={100: 0.5, 300: 0.9, 500: 0.95})
+    with open_session(smollm2, own) as s:
+        assert s.fasa.layer_params(0) is None
+        s.fasa.set_params(SOME.replace(mass=0.9))
+        for il in range(4):
+            p = s.fasa.layer_params(il)
+            assert np.float32(p.mass) == R.layer_mass(0.9, own.layer_miss[il]) and p.budget == [50, 200, 100, 100][il]
+        for n in (100, 123, 300, 444, 500):
+            s.fasa.set_params(SOME.replace(mean_budget=n))
+            mass = R.mean_budget_mass(list(own.mean_budget), list(own.mean_budget.values()), n)
+            real = s.fasa.layer_params(3)
+            assert np.isclose(real.mass, mass, atol=2e-7) and (real.floor, real.cap) == R.mean_budget_bounds(n) and real.mean_budget == 0 and s.fasa.params().mass == 0 and s.fasa.params().mean_budget == n
+        tokens = s.tokenize(text)
+        s.decode(tokens[:PREFIX], 0, logits="none")
+        seen = []
+        for params in (SOME.replace(mean_budget=300), SOME.replace(mass=0.9, floor=75, cap=600)):
+            s.fasa.set_params(params)
+            s.fasa.reset_counters()
+            seen.append((s.decode([tokens[PREFIX]], PREFIX), s.fasa.counters()["rows_attended"]))
+            s.remove(0, PREFIX)
+        assert (seen[0][0] == seen[1][0]).all() and seen[0][1] == seen[1][1]
+        for params, message in ((SOME.replace(mean_budget=501), "mean_budget 501: the profile's table reaches from 100 to 500 tokens; give one of these, or a mass"),
+                                (SOME.replace(mean_budget=99), "mean_budget 99: the profile's table reaches")):
+            with pytest.raises(FasaError, match=message):
+                s.fasa.set_params(params)
+        s.fasa.set_params(SOME.replace(mean_budget=300))
+        with pytest.raises(FasaError, match="mean_budget 300: the profile has no table of mean budgets; make one with `fasa-gguf calibrate-layers MODEL -f TEXT`"):
+            s.fasa.set_profile(profile)
+        assert np.isclose(s.fasa.layer_params(0).mass, 0.95)                     # what was there stays
+        s.fasa.set_profile(replace(own, mean_budget={300: 0.8, 500: 0.9}, layer_miss=None))
+        assert np.isclose(s.fasa.layer_params(0).mass, 0.8)                      # a live context takes the new table
+        for bad, message in ((dict(layer_miss=np.array([1.0] * 29 + [0.0])), "layer 29: layer_miss is 0, and must be above 0"),
+                             (dict(mean_budget={300: 0.9, 500: 0.8}), "entry 1 of the table of mean budgets: 500 tokens at a mass of 0.8; both must ascend"),
+                             (dict(mean_budget={300: 0.9, 200: 0.95}), "entry 1 of the table of mean budgets: 200 tokens"),
+                             (dict(mean_budget={300: 1.0}), "entry 0 of the table")):
+            with pytest.raises(FasaError, match=message):
+                s.fasa.set_profile(replace(own, **bad))
+        with pytest.raises(FasaError, match="layer 30: no such layer"):
+            s.fasa.layer_params(30)
 
 
 def test_what_cannot_run_says_why(smollm2, profile):

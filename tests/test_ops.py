@@ -7,13 +7,16 @@ from fasa_gguf import reference as R
 
 
 def run(library, *, n_kv=333, n_head=6, n_head_kv=2, d=64, d_v=64, n_tokens=2, n_stream=1, n_dom=24, k_dom="q4", type_k="f16", budget=40,
-        n_hadamard=0, soft_cap=0.0, mass=0.0, floor=10, cap=100, hidden=30, sinks=False, equal=False, per_head=False, seed=0):
+        n_hadamard=0, soft_cap=0.0, mass=0.0, floor=10, cap=100, hidden=30, sinks=False, equal=False, per_head=False, distinct=0,
+        n_threads=2, seed=0):
     rng = np.random.default_rng(seed)
     q = rng.standard_normal((n_stream, n_tokens, n_head, d)).astype(np.float32) * 2
     k = rng.standard_normal((n_stream, n_kv, n_head_kv, d)).astype(np.float32)
     v = rng.standard_normal((n_stream, n_kv, n_head_kv, d_v)).astype(np.float32)
     if equal:
         k[:] = k[:, :1]
+    if distinct:                                                                  # so many different keys: the others tie with one of them
+        k[:] = k[:, rng.integers(0, distinct, n_kv)]
     k, v = (x.astype(np.float16).astype(np.float32) for x in (k, v))
     mask = np.zeros((n_stream, n_tokens, n_kv), np.float32)
     mask[rng.random(mask.shape) < 0.1] = -np.inf
@@ -25,7 +28,8 @@ def run(library, *, n_kv=333, n_head=6, n_head_kv=2, d=64, d_v=64, n_tokens=2, n
     learned = rng.standard_normal(n_head).astype(np.float32) if sinks else None
     scale = d**-0.5
     got = library.op_run(q=q, k=k, v=v, mask=mask, dims=dims, weight=weight, forced=forced, budget=budget, scale=scale, mass=mass, floor=floor,
-                         cap=cap, per_head=per_head, soft_cap=soft_cap, k_dom=k_dom, type_k=type_k, n_hadamard=n_hadamard, sinks=learned)
+                         cap=cap, per_head=per_head, soft_cap=soft_cap, k_dom=k_dom, type_k=type_k, n_hadamard=n_hadamard, sinks=learned,
+                         n_threads=n_threads)
     g = n_head // n_head_kv
     for s in range(n_stream):
         for h in range(n_head_kv):
@@ -55,7 +59,7 @@ def run(library, *, n_kv=333, n_head=6, n_head_kv=2, d=64, d_v=64, n_tokens=2, n
                     assert abs(count - len(cells)) <= (1 if mass else 0)
                     assert (np.diff(listed) > 0).all()
                     # softmax differs in the last bit, so only near-equal scores may swap at the edge
-                    assert len(set(listed) ^ set(cells)) <= 2
+                    assert len(set(listed) ^ set(cells)) <= (2 if not distinct else abs(count - len(cells)))
                     out = R.attend(qt[part], k[s, :, h], v[s, :, h], listed, scale, soft_cap, None if learned is None else learned[of])
                     assert np.allclose(got["out"][s, t, of], out, atol=1e-4 if type_k == "f16" else 0.05)
     return got
@@ -103,6 +107,21 @@ def test_budget_beyond_the_cells_attends_all(library):
 def test_equal_scores_go_to_the_lowest_cells(library):
     got = run(library, equal=True, hidden=0)
     assert got["count"].min() == 40
+
+
+@pytest.mark.parametrize("mass", [0.0, 0.6])
+def test_ties_at_the_threshold_go_to_the_lower_cells(library, mass):
+    run(library, n_kv=1500, distinct=7, hidden=0, mass=mass, cap=1000)
+    run(library, n_kv=700, distinct=3, budget=300, mass=mass, n_head=9, n_head_kv=3)
+
+
+@pytest.mark.parametrize("mass", [0.0, 0.7])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_the_number_of_threads_changes_nothing(library, mass, tokens):
+    one, *others = [run(library, n_kv=2007, n_head=9, n_head_kv=3, n_tokens=tokens, mass=mass, budget=200, n_threads=n) for n in (1, 2, 3, 5)]
+    for other in others:
+        for name in one:
+            assert (one[name] == other[name]).all(), name
 
 
 def test_one_visible_cell(library):

@@ -25,8 +25,10 @@ def full_profile():
     p.weight_k, p.weight = 2, [np.full((N_HEAD_KV, 2), 0.5 + il, np.float32) for il in range(N_LAYER)]
     p.recall_k, p.recall_budget, p.recall = 1, 64, [np.full((N_HEAD_KV, 1), 0.75, np.float32)] * N_LAYER
     p.layer_budget = np.array([0.5, 1.5, 1], np.float32)
+    p.layer_miss, p.mean_budget = np.array([0.25, 2, 1], np.float32), {100: 0.5, 256: 0.875}
     p.rope = {"layout": "norm", "dims": WIDTH, "base": 10000.0, "scale": 1.0}
-    p.defaults = {"chunks": 3, "budget": 256, "mass": 0.5, "floor": 8, "cap": 99, "sink": 2, "recent": 9, "min_context": 7, "max_tokens": 4, "k_dom": "q8", "per_head": 1}
+    p.defaults = {"chunks": 3, "budget": 256, "mass": 0.5, "floor": 8, "cap": 99, "sink": 2, "recent": 9, "min_context": 7, "max_tokens": 4, "k_dom": "q8", "per_head": 1,
+                  "mean_budget": 0}
     p.calibration = {"tool": "t", "corpus": "c", "corpus_sha256": "ab", "tokens": 10, "context": 5, "source": "gguf", "weights_sha256": "cd"}
     return p
 
@@ -47,6 +49,7 @@ def test_json_both_ways(tmp_path):
     assert q.to_flat() == p.to_flat() and os.listdir(tmp_path) == ["p.json"]
     assert [r.dtype for r in q.ranking] == [np.uint16] * 3 and q.ranking[2].shape == (N_HEAD_KV, WIDTH // 2)
     assert np.array_equal(q.ranking[2], p.ranking[2]) and q.weight[1].dtype == np.float32 and q.weight[1][0, 0] == 1.5
+    assert q.layer_miss.tolist() == [0.25, 2, 1] and q.mean_budget == {100: 0.5, 256: 0.875}
     assert q.params() == FasaParams(chunks=3, budget=256, mass=0.5, floor=8, cap=99, sink=2, recent=9, min_context=7, max_tokens=4, k_dom="q8", per_head=1)
     assert p.to_json().count("\n") == len(p.to_flat()) + 2  # one key a line
 
@@ -142,6 +145,14 @@ BAD = [
     (put_at("recall", 0, -0.25), "key fasa.recall: expected shares from 0 to 1, found -0.25 to 0.75 in layer 0"),
     (put("layer_budget", [0.0, 1, 1]), "key fasa.layer_budget: expected 3 shares above 0 and below 100, found a list of 3"),
     (put("layer_budget", [1, 1]), "key fasa.layer_budget: expected 3 shares above 0 and below 100, found a list of 2"),
+    (put("layer_miss", [1.0, 0.0, 1]), "key fasa.layer_miss: expected 3 factors above 0 and below 100, found a list of 3"),
+    (put_at("mean_budget", 1, 100), "key fasa.mean_budget: expected numbers of tokens, each larger than the one before, found .100, 100."),
+    (put_at("mean_budget", 0, 0), "key fasa.mean_budget: expected numbers of tokens, each larger than the one before, found .0, 256."),
+    (put("mean_budget", []), "key fasa.mean_budget: expected numbers of tokens, each larger than the one before, found a list of 0"),
+    (lambda f: f.pop("mean_budget"), "key fasa.mean_budget: expected .u32., found nothing"),
+    (put("mean_budget_mass", [0.5]), "key fasa.mean_budget_mass: expected 2 numbers, one for each of mean_budget, found 1 numbers"),
+    (put_at("mean_budget_mass", 1, 1.0), "key fasa.mean_budget_mass: expected masses between 0 and 1, each larger than the one before, found .0.5, 1.0."),
+    (put_at("mean_budget_mass", 0, 0.9), "key fasa.mean_budget_mass: expected masses between 0 and 1, each larger than the one before, found .0.9, 0.875."),
     (put("rope.layout", "odd"), "key fasa.rope.layout: expected norm or neox, found 'odd'"),
     (put("rope.base", 0.0), "key fasa.rope.base: expected a number above 0, found 0.0"),
     (put("rope.base", float("inf")), "key fasa.rope.base: expected f32, found inf"),
@@ -152,6 +163,9 @@ BAD = [
     (put("default.cap", 1), "keys fasa.default..: settings floor and cap: expected 1 <= floor <= cap, found 8 and 1"),
     (put("default.k_dom", "q5"), "keys fasa.default..: setting k_dom: expected one of f16, q8, q4, found 'q5'"),
     (put("default.per_head", 2), "keys fasa.default..: setting per_head: expected 0 or 1, found 2"),
+    (lambda f: f.update({"default.mass": 0.5, "default.mean_budget": 9}), "keys fasa.default..: settings mass and mean_budget: expected one of them, found 0.5 and 9"),
+    (lambda f: f.update({"default.mass": 0, "default.mean_budget": 257}), "key fasa.default.mean_budget: expected a number that the table fasa.mean_budget reaches, found 257, and the table has 100 to 256 tokens"),
+    (lambda f: [f.pop("mean_budget"), f.pop("mean_budget_mass"), f.update({"default.mass": 0, "default.mean_budget": 9})], "key fasa.default.mean_budget: expected .*, found 9, and the table has none"),
     (put("calibration.corpus", "x" * 5000), "key fasa.calibration.corpus: expected text of fewer than 4096 characters, found 'xxx"),
     (put("surprise", 1), "key fasa.surprise: expected one of the keys of format version 1, found an unknown one"),
     (put("a\nb", 1), r"key fasa.a\?b: expected one of the keys"),
@@ -250,6 +264,7 @@ def test_inspect_table_names_chunks_and_attention_kept():
     p.n_chunk[1], p.ranking[1] = 0, np.zeros((0, 0), np.uint16)
     lines = inspect_table(p, chunks=3).splitlines()
     assert lines[0] == "method synthetic, 3 layers, 2 KV heads, 0 to 8 chunks per head, rope norm base 10000.0"
+    assert "mean budgets: 100 at mass 0.5, 256 at mass 0.875" in lines and "layers may miss 0.25 to 2 times 1 - mass" in lines
     row = {line.split()[0]: line.split()[1:] for line in lines[-3:]}
     assert row["0"] == ["75.0%", "7", "3", "1"] and row["1"] == ["dense"]
 

@@ -51,6 +51,19 @@ def test_select_by_mass_counts_exactly():
     assert len(R.select(score, every, none, 1, 99, 1.0, 1, 2)) == 2    # cap
 
 
+def test_a_layer_s_mass():
+    assert R.layer_mass(0.9, 1.0) == np.float32(0.9) and np.isclose(R.layer_mass(0.9, 0.5), 0.95) and np.isclose(R.layer_mass(0.9, 2.0), 0.8)
+    assert R.layer_mass(0.9, 50.0) == R.MASS_LEAST and R.layer_mass(1.0, 50.0) == 1 and R.layer_mass(0.0, 2.0) == 0
+
+
+def test_the_mass_of_a_mean_budget():
+    tokens, mass = [100, 400, 800], [0.5, 0.875, 0.9]
+    assert [R.mean_budget_mass(tokens, mass, n) for n in (100, 400, 800)] == [np.float32(x) for x in mass]
+    assert np.isclose(R.mean_budget_mass(tokens, mass, 200), 0.75)                                   # half way: sqrt(1/2 * 1/8) is missed
+    assert [R.mean_budget_bounds(n) for n in (40, 128, 256, 512)] == [(40, 80), (64, 256), (64, 512), (128, 1024)]
+    assert [R.mean_budget_mass(tokens, mass, n) for n in (99, 801)] == [0, 0] and R.mean_budget_mass([], [], 5) == 0
+
+
 def test_forced_cells_go_by_position():
     positions = np.array([7, 6, 5, 4, 3, 2, 1, 0])
     forced = R.forced_cells(positions, np.ones(8, bool), 2, 3)
