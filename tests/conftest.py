@@ -62,3 +62,21 @@ def tiny(tmp_path_factory):
     path = tmp_path_factory.mktemp("tiny") / "tiny.gguf"
     write_tiny(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def profile(tiny):
+    """A random ranking for the tiny model, for modules without a profile of their own."""
+    from fasa_gguf.embed import model_shape
+    from fasa_gguf.gguf_file import GGUFFile
+    from fasa_gguf.synthetic import synthetic_profile
+
+    return synthetic_profile(*model_shape(GGUFFile(tiny)), seed=2)
+
+
+@pytest.fixture(scope="session")
+def text():
+    """The start of the corpus that is calibrated on by default, for modules without a text of their own."""
+    from fasa_gguf.calibrate import default_corpus
+
+    return default_corpus()[1][:30000]

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from fasa_gguf import FasaError, FasaParams
-from fasa_gguf.calibrate import default_corpus
 from fasa_gguf.embed import model_shape
 from fasa_gguf.evaluate import Arm, ArmSwitch, Score, cut_windows, detokenize_wikitext, evaluate, log_softmax, parse_arms, score_tokens, table
 from fasa_gguf.gguf_file import GGUFFile
@@ -19,11 +18,6 @@ SIZE = dict(windows=2, window=300, score=20)
 @pytest.fixture(scope="module")
 def profile(tiny):
     return synthetic_profile(*model_shape(GGUFFile(tiny)))
-
-
-@pytest.fixture(scope="module")
-def text():
-    return default_corpus()[1][:30000]
 
 
 # ---- metrics ----

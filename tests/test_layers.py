@@ -8,26 +8,14 @@ import pytest
 
 from fasa_gguf import FasaError, FasaParams, cli
 from fasa_gguf import layers as L
-from fasa_gguf.calibrate import default_corpus
-from fasa_gguf.embed import model_shape, rewrite
+from fasa_gguf.embed import rewrite
 from fasa_gguf.evaluate import ArmSwitch
-from fasa_gguf.gguf_file import GGUFFile
 from fasa_gguf.profile import Profile
 from fasa_gguf.synthetic import synthetic_profile
 
 BASE = FasaParams(sink=2, recent=4, floor=6, chunks=4, min_context=0)
 SIZE = dict(windows=1, window=300, score=10, n_threads=1)
 PLAN = L.LayerPlan(masses=(0.5, 0.9), budgets=(80, 120, 200))
-
-
-@pytest.fixture(scope="module")
-def profile(tiny):
-    return synthetic_profile(*model_shape(GGUFFile(tiny)), seed=2)
-
-
-@pytest.fixture(scope="module")
-def text():
-    return default_corpus()[1][:30000]
 
 
 # ---- arithmetic ----

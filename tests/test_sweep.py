@@ -5,24 +5,11 @@ import json
 import pytest
 
 from fasa_gguf import FasaError, FasaParams, cli, evaluate as E
-from fasa_gguf.calibrate import default_corpus
-from fasa_gguf.embed import model_shape, rewrite
-from fasa_gguf.gguf_file import GGUFFile
+from fasa_gguf.embed import rewrite
 from fasa_gguf.sweep import Grid, advice, make_arms, recommend, sweep, table
-from fasa_gguf.synthetic import synthetic_profile
 
 BASE = FasaParams(sink=4, recent=8, min_context=0)
 SIZE = dict(windows=2, window=300, score=10, n_threads=1)
-
-
-@pytest.fixture(scope="module")
-def profile(tiny):
-    return synthetic_profile(*model_shape(GGUFFile(tiny)), seed=2)
-
-
-@pytest.fixture(scope="module")
-def text():
-    return default_corpus()[1][:30000]
 
 
 def row(arm, loss, read, se=0.001, chunks=4, budget=128, mass=0.0):
