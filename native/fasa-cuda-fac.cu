@@ -1,9 +1,8 @@
 // FAC: exact attention over the cells of a list, rows read in place.
 //
 // A token's row is read by LANES lanes, eight dimensions each, so a warp works on 32/LANES tokens of the list at a time, for
-// up to M query heads of the group. A list is split over blocks, a cluster where the GPU has clusters (9.0 and later), which add up
-// their parts through shared memory; elsewhere the last block of a list that is done adds them up. Either way in the order of the
-// list, so the result does not depend on which block is done when.
+// up to M query heads of the group. A list is split over blocks; the last block of a list that is done adds the parts up, in
+// the order of the list, so the result does not depend on which one that is.
 
 #include "fasa-cuda.cuh"
 #include "fasa-cuda-row.cuh"
@@ -24,16 +23,42 @@ struct fasa_fac_args {
     ggml_type type_k, type_v;
     int n_list_len, n_list, n_tps, n_head, n_shared, n_group, n_chunk, d;
     float scale, soft_cap;
-    bool cluster;           // the blocks of a list are a cluster
     uint64_t row_bytes, bytes_dense, bytes_tip;
 };
+
+// Eight values of a row: as they are stored where that is f16, so that more rows can be asked for at once
+template <bool F16> struct fasa_fac_values;
+template <> struct fasa_fac_values<true> {
+    uint4 v;
+    __device__ void zero() { v = make_uint4(0, 0, 0, 0); }
+    __device__ void load(ggml_type, const char * row, int dim) { v = ((const uint4 *) row)[dim/8]; }
+    __device__ void get(float * x) const { fasa_load8<GGML_TYPE_F16>((const char *) &v, 0, x); }
+};
+template <> struct fasa_fac_values<false> {
+    float v[8];
+    __device__ void zero() {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            v[i] = 0.0f;
+        }
+    }
+    __device__ void load(ggml_type type, const char * row, int dim) { fasa_load8(type, row, dim, v); }
+    __device__ void get(float * x) const {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            x[i] = v[i];
+        }
+    }
+};
+
+template <bool F16> static constexpr int FASA_AHEAD = F16 ? 4 : 2; // tokens of a lane that are read together
 
 template <int LANES, int M, bool F16>
 static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fasa_fac_args a) {
     constexpr int TOKENS = 32/LANES; // of a warp, at a time
-    constexpr int AHEAD  = 2;        // tokens of a lane that are read together
+    constexpr int AHEAD  = FASA_AHEAD<F16>;
 
-    extern __shared__ __align__(16) float smem[]; // [N_WARP + 1][M][stride]
+    extern __shared__ __align__(16) float smem[]; // [N_WARP][M][stride]
     __shared__ bool last_block;
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32, dim = lane%LANES*8;
@@ -64,57 +89,65 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
         }
     }
     for (int i0 = from + warp*TOKENS; i0 < to; i0 += N_WARP*TOKENS*AHEAD) {
-        float x[AHEAD][8], y[AHEAD][8], bias[AHEAD];
+        fasa_fac_values<F16> keys[AHEAD], values[AHEAD];
+        float bias[AHEAD], logit[AHEAD][M];
 #pragma unroll
         for (int u = 0; u < AHEAD; ++u) {
             const int i = i0 + u*N_WARP*TOKENS + lane/LANES;
             bias[u] = -INFINITY;
-#pragma unroll
-            for (int j = 0; j < 8; ++j) {
-                x[u][j] = y[u][j] = 0.0f;
-            }
+            keys[u].zero(), values[u].zero();
             if (i < to) {
                 const int64_t cell = cells[i];
                 bias[u] = __half2float(mask[cell])*LOG2E;
                 if (active) {
-                    if constexpr (F16) {
-                        fasa_load8<GGML_TYPE_F16>(k + cell*a.k_nb2, dim, x[u]);
-                        fasa_load8<GGML_TYPE_F16>(v + cell*a.v_nb2, dim, y[u]);
-                    } else {
-                        fasa_load8(a.type_k, k + cell*a.k_nb2, dim, x[u]);
-                        fasa_load8(a.type_v, v + cell*a.v_nb2, dim, y[u]);
-                    }
+                    keys  [u].load(a.type_k, k + cell*a.k_nb2, dim);
+                    values[u].load(a.type_v, v + cell*a.v_nb2, dim);
                 }
             }
         }
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
-            float logit[AHEAD], top = most[m];
+        for (int u = 0; u < AHEAD; ++u) {
+            float x[8];
+            keys[u].get(x);
 #pragma unroll
-            for (int u = 0; u < AHEAD; ++u) {
+            for (int m = 0; m < M; ++m) {
                 float dot = 0.0f;
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
-                    dot += q[m][j]*x[u][j];
+                    dot += q[m][j]*x[j];
                 }
                 dot = fasa_warp_sum<LANES>(dot);
-                logit[u] = (a.soft_cap > 0.0f ? fasa_soft_cap(dot, a.soft_cap) : dot)*LOG2E + bias[u];
-                top = fmaxf(top, logit[u]);
+                logit[u][m] = (a.soft_cap > 0.0f ? fasa_soft_cap(dot, a.soft_cap) : dot)*LOG2E + bias[u];
             }
-            const float shift = top == -INFINITY ? 0.0f : top, scale = fasa_exp2(most[m] - shift);
+        }
+        float shift[M];
+#pragma unroll
+        for (int m = 0; m < M; ++m) {
+            float top = most[m];
+#pragma unroll
+            for (int u = 0; u < AHEAD; ++u) {
+                top = fmaxf(top, logit[u][m]);
+            }
+            shift[m] = top == -INFINITY ? 0.0f : top;
+            const float scale = fasa_exp2(most[m] - shift[m]);
             most[m] = top;
             sum[m] *= scale;
 #pragma unroll
             for (int j = 0; j < 8; ++j) {
                 acc[m][j] *= scale;
             }
+        }
 #pragma unroll
-            for (int u = 0; u < AHEAD; ++u) {
-                const float w = fasa_exp2(logit[u] - shift);
+        for (int u = 0; u < AHEAD; ++u) {
+            float y[8];
+            values[u].get(y);
+#pragma unroll
+            for (int m = 0; m < M; ++m) {
+                const float w = fasa_exp2(logit[u][m] - shift[m]);
                 sum[m] += w;
 #pragma unroll
                 for (int j = 0; j < 8; ++j) {
-                    acc[m][j] += w*y[u][j];
+                    acc[m][j] += w*y[j];
                 }
             }
         }
@@ -147,10 +180,9 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
     }
     __syncthreads();
 
-    // Parts at(b) [M][stride] -> their sum, of the values [from, to) of the n_m*d: to `part` unfinished, or to dst. `part` may not be
-    // one of the parts.
+    // parts at(b) [M][stride] -> their sum: to `part` unfinished, or to dst
     __shared__ float factor[MAX_SPLIT][M], most_all[M], sum_all[M];
-    const auto combine = [&](auto at, int n_part, int from, int to, float * part) {
+    const auto combine = [&](auto at, int n_part, float * part) {
         for (int i = threadIdx.x; i < n_part*n_m; i += blockDim.x) {
             factor[i/n_m][i%n_m] = at(i/n_m)[i%n_m*stride + a.d];
         }
@@ -183,7 +215,7 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
             }
         }
         __syncthreads();
-        for (int i = from + threadIdx.x; i < to; i += blockDim.x) {
+        for (int i = threadIdx.x; i < n_m*a.d; i += blockDim.x) {
             const int m = i/a.d, j = i%a.d;
             float value = 0.0f;
 #pragma unroll 8
@@ -201,18 +233,10 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
         }
         __syncthreads();
     };
-    const int  row  = token*gridDim.y + blockIdx.y, n_value = n_m*a.d;
-    float    * mine = smem + N_WARP*M*stride, * parts = a.part + (int64_t) row*n_split*M*stride;
-    const auto of_warp = [&](int b) { return smem + b*M*stride; };
-    if (n_split == 1) {
-        combine(of_warp, N_WARP, 0, n_value, nullptr);
-    } else if (a.cluster) { // a block of the cluster adds up its share of the values
-        combine(of_warp, N_WARP, 0, n_value, mine);
-        fasa_cluster_sync();
-        combine([&](int b) { return fasa_cluster_map(mine, b); }, n_split, n_value*split/n_split, n_value*(split + 1)/n_split, nullptr);
-        fasa_cluster_sync(); // nobody leaves while its part is read
-    } else { // the last block that is done adds them all up
-        combine(of_warp, N_WARP, 0, n_value, parts + (int64_t) split*M*stride);
+    const int  row = token*gridDim.y + blockIdx.y;
+    float    * parts = a.part + (int64_t) row*n_split*M*stride;
+    combine([&](int b) { return smem + b*M*stride; }, N_WARP, n_split == 1 ? nullptr : parts + (int64_t) split*M*stride);
+    if (n_split > 1) {
         if (threadIdx.x == 0) {
             __threadfence();
             last_block = atomicInc(&a.work->ticket[row], n_split - 1) == n_split - 1u; // back to 0 with the last one
@@ -222,10 +246,10 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
             return;
         }
         __threadfence();
-        combine([&](int b) { return parts + (int64_t) b*M*stride; }, n_split, 0, n_value, nullptr);
+        combine([&](int b) { return parts + (int64_t) b*M*stride; }, n_split, nullptr);
     }
 
-    if (threadIdx.x == 0 && chunk == 0 && (split == 0 || !a.cluster)) {
+    if (threadIdx.x == 0 && chunk == 0) {
         auto * c = (unsigned long long *) a.work->counter;
         atomicAdd(&c[fasa_work::BYTES_FAC], n*a.row_bytes);
         if (list == 0 && token == 0) {
@@ -241,47 +265,20 @@ template <int LANES, int M, bool F16> static void fasa_fac_launch(ggml_backend_c
     const int  device   = ggml_cuda_get_device();
     const auto & info   = ggml_cuda_info().devices[device];
     const int  n_row    = a.n_list*a.n_chunk*n_token;
-    const bool clusters = info.cc >= 900;
-    int n_split = std::max(1, std::min({ (a.n_list_len - 1 + 63)/64, MAX_SPLIT, info.nsm/n_row }));
-    if (n_row > fasa_work::TICKETS) {
-        n_split = 1;
-    }
-    const size_t n_byte = (N_WARP + 1)*M*fasa_part_stride(a.d)*sizeof(float);
+    const int  tokens   = N_WARP*32/LANES*FASA_AHEAD<F16>; // of a block, at a time
+    const int  n_split  = n_row > fasa_work::TICKETS ? 1 :
+        std::max(1, std::min({ (a.n_list_len - 1 + tokens/2 - 1)/(tokens/2), MAX_SPLIT, (info.nsm + n_row/2)/n_row }));
+    const size_t n_byte = (size_t) N_WARP*M*fasa_part_stride(a.d)*sizeof(float);
     const auto kernel = fasa_fac_kernel<LANES, M, F16>;
-    static std::atomic<uint32_t> known{0}; // devices whose limits were raised
+    static std::atomic<uint32_t> known{0}; // devices whose limit was raised
     if (!(known & 1u << device)) {
-        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (N_WARP + 1)*M*fasa_part_stride(256)*sizeof(float)));
-        if (clusters) {
-            CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-        }
+        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, N_WARP*M*fasa_part_stride(256)*sizeof(float)));
         known |= 1u << device;
     }
-    cudaLaunchAttribute attr = {};
-    cudaLaunchConfig_t config = {};
-    const auto divide = [&](int n) {
-        attr.id = cudaLaunchAttributeClusterDimension;
-        attr.val.clusterDim.x = n;
-        attr.val.clusterDim.y = attr.val.clusterDim.z = 1;
-        config.gridDim  = dim3(n, a.n_list*a.n_chunk, n_token);
-        config.blockDim = dim3(32*N_WARP);
-        config.dynamicSmemBytes = n_byte;
-        config.stream   = ctx.stream();
-        config.attrs    = &attr;
-        config.numAttrs = a.cluster ? 1 : 0;
-    };
-    a.cluster = clusters && n_split > 1;
-    divide(n_split);
-    for (int found = 0; a.cluster && n_split > 1; divide(--n_split)) { // as many as run in one wave
-        if (cudaOccupancyMaxActiveClusters(&found, kernel, &config) == cudaSuccess && found >= n_row) {
-            break;
-        }
-        (void) cudaGetLastError();
-    }
-    a.cluster = a.cluster && n_split > 1;
-    divide(n_split);
-    ggml_cuda_pool_alloc<float> part(ctx.pool(), a.cluster || n_split == 1 ? 1 : (size_t) n_row*n_split*M*fasa_part_stride(a.d));
+    ggml_cuda_pool_alloc<float> part(ctx.pool(), n_split == 1 ? 1 : (size_t) n_row*n_split*M*fasa_part_stride(a.d));
     a.part = part.get();
-    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a));
+    kernel<<<dim3(n_split, a.n_list*a.n_chunk, n_token), 32*N_WARP, n_byte, ctx.stream()>>>(a);
+    CUDA_CHECK(cudaGetLastError());
 }
 
 template <int LANES, int M> static void fasa_fac_type(ggml_backend_cuda_context & ctx, const fasa_fac_args & a, int n_token) {

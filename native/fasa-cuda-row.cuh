@@ -91,15 +91,3 @@ static __device__ __forceinline__ void fasa_cluster_sync() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
-
-// the address that `p`, in this block's shared memory, has in block `rank` of the cluster
-template <typename T> static __device__ __forceinline__ const T * fasa_cluster_map(const T * p, int rank) {
-#if __CUDA_ARCH__ >= 900
-    uint64_t there;
-    asm("mapa.u64 %0, %1, %2;" : "=l"(there) : "l"((uint64_t) p), "r"(rank));
-    return (const T *) there;
-#else
-    GGML_UNUSED(rank);
-    return p;
-#endif
-}

@@ -10,10 +10,11 @@
 //   -- barrier
 //   3. every block ranks the edge's cells, which gives the last cell taken, and writes its part of the list
 //
-// The bins are 2% wide, so the edge holds tens of cells. Where it holds more than EDGE (equal scores), one block finds the last
-// cell by a radix search over the row. Keys and shares are whole numbers, so nothing depends on the order of the blocks. The
-// blocks of a row are a cluster where the GPU has clusters (9.0 and later); elsewhere they are launched together (cooperatively),
-// and their barriers spin.
+// The bins are 2% wide, so the edge holds tens of cells. Where it holds more than EDGE (even attention), step 2 is done again on the
+// edge alone, in ever narrower bins, until few are left or all of them are equal. Keys and shares are whole numbers, so nothing
+// depends on the order of the blocks. The
+// blocks of a row are a cluster where that pays and the GPU has clusters (9.0 and later); elsewhere they are launched together
+// (cooperatively), and their barriers spin.
 
 #include "fasa-cuda.cuh"
 #include "fasa-cuda-tip.cuh"
@@ -23,6 +24,7 @@ typedef unsigned long long fasa_u64;
 static constexpr int N_THREAD  = 512;
 static constexpr int N_WARP    = N_THREAD/32;
 static constexpr int MAX_GROUP = 128;
+static constexpr int MAX_FACTOR = 512;
 static constexpr int STATIC_SMEM = 1024; // bytes, at most, that the kernel has beside its dynamic shared memory
 static constexpr int BINS = fasa_work::BINS, EDGE = fasa_work::EDGE;
 
@@ -47,7 +49,7 @@ struct fasa_select_args {
     float         * scores; // the TIP node's memory [n_len, n_head, n_tps, n_stream]
     const int32_t * forced; // [n_forced, n_tps, n_stream]
     int32_t       * dst;    // [n_list_len, n_list, n_tps, n_stream]
-    uint32_t      * key;    // [row][n_kv]: keys of rows whose scores lie in global memory, or of crowded ones
+    uint32_t      * key;    // [row][n_kv]: keys of rows whose scores lie in global memory
     fasa_work     * work;
     int n_row, n_list, n_shared, n_forced, n_list_len, n_part, part_cells; // n_shared: query heads of a list
     bool in_smem;           // scores and keys of a block's cells lie in its shared memory
@@ -63,14 +65,16 @@ struct fasa_select_block {
     uint32_t count[BINS];
     float    most[MAX_GROUP], inv[MAX_GROUP];
     float    piece[2*N_WARP*8];
+    float    factor[MAX_FACTOR]; // [n_shared][spans of the block]: what its exponentials are multiplied by
     fasa_u64 scan_mass[N_WARP];
     uint32_t scan[N_WARP];
 
     uint32_t n_edge_mine, edge_base; // cells of this block at the edge, and where they go
-    uint32_t n_forced;
+    uint32_t n_visible;
     uint32_t n_before_reached, n_to_reached; // cells above the bin where the mass is reached, and with it
     uint32_t n;        // cells to take; of the ones at the edge: `n - before`
     uint32_t before;   // cells above the edge
+    uint32_t n_edge;   // cells of the row at the edge
     fasa_u64 held;     // their mass
     int      bin;      // of the edge; -1: every cell is taken
     bool     by_mass;  // the edge's cells are taken until `need` is held
@@ -179,6 +183,15 @@ static __device__ void fasa_select_keys(const fasa_select_args & a, fasa_select_
     const int  lane = threadIdx.x % 32, first = l.first, last = l.last;
     const bool mass = a.need > 0;
     fasa_select_norms(a, b, l.tip);
+    const auto factor = [&](int g, int span) {
+        const float d = l.tip[(int64_t) g*a.tip.n_len + a.tip.n_kv + span] - b.most[g];
+        return d > -FASA_SCORE_RANGE ? __fmul_rn(b.inv[g], __int_as_float((int(d) + FASA_SCORE_EXP + 127) << 23)) : 0.0f;
+    };
+    const int  n_span = (last - first + FASA_SPAN - 1)/FASA_SPAN;
+    const bool staged = n_span*a.n_shared <= MAX_FACTOR;
+    for (int i = threadIdx.x; staged && i < n_span*a.n_shared; i += N_THREAD) {
+        b.factor[i] = factor(i/n_span, first/FASA_SPAN + i%n_span);
+    }
     for (int i = threadIdx.x; i < BINS; i += N_THREAD) {
         b.count[i] = 0;
         if (mass) {
@@ -195,21 +208,14 @@ static __device__ void fasa_select_keys(const fasa_select_args & a, fasa_select_
         for (int u = 0; u < TILES; ++u) {
             hidden[u] = j0 + 32*u + lane >= last;
         }
-        for (int g0 = 0; g0 < a.n_shared; g0 += 32) {
-            float factor = 0.0f; // of head g0 + lane
-            if (g0 + lane < a.n_shared) {
-                const float d = l.tip[(int64_t) (g0 + lane)*a.tip.n_len + a.tip.n_kv + j0/FASA_SPAN] - b.most[g0 + lane];
-                factor = d > -FASA_SCORE_RANGE ? __fmul_rn(b.inv[g0 + lane], __int_as_float((int(d) + FASA_SCORE_EXP + 127) << 23)) : 0.0f;
-            }
-            for (int g = g0; g < min(a.n_shared, g0 + 32); ++g) {
-                const float   f = __shfl_sync(0xffffffff, factor, g - g0);
-                const float * x = l.x + g*l.x_stride + j0 - first + lane;
+        for (int g = 0; g < a.n_shared; ++g) {
+            const float   f = staged ? b.factor[g*n_span + (j0 - first)/FASA_SPAN] : factor(g, j0/FASA_SPAN);
+            const float * x = l.x + g*l.x_stride + j0 - first + lane;
 #pragma unroll
-                for (int u = 0; u < TILES; ++u) {
-                    const float v = j0 + 32*u + lane < last ? x[32*u] : -1.0f;
-                    score[u]  = __fmaf_rn(v, f, score[u]);
-                    hidden[u] = hidden[u] || v < 0.0f;
-                }
+            for (int u = 0; u < TILES; ++u) {
+                const float v = j0 + 32*u + lane < last ? x[32*u] : -1.0f;
+                score[u]  = __fmaf_rn(v, f, score[u]);
+                hidden[u] = hidden[u] || v < 0.0f;
             }
         }
 #pragma unroll
@@ -253,137 +259,118 @@ static __device__ void fasa_select_keys(const fasa_select_args & a, fasa_select_
     __syncthreads();
 }
 
-// Step 2: the edge, from the row's histogram. Also returns the number of visible cells.
-static __device__ uint32_t fasa_select_edge(const fasa_select_args & a, fasa_select_block & b, const fasa_work::slot & slot) {
-    const bool by_need = a.need > 0;
-    constexpr int MINE = BINS/N_THREAD;
-    const int top = BINS - 1 - MINE*threadIdx.x; // a thread has bins top, top - 1, ...
+// adds the block's histogram to the row's
+static __device__ void fasa_select_publish(const fasa_select_args & a, const fasa_select_block & b, fasa_work::histogram & bins) {
+    for (int i = threadIdx.x; i < BINS; i += N_THREAD) {
+        if (b.count[i] > 0) {
+            atomicAdd(&bins.count[i], b.count[i]);
+        }
+        if (a.need > 0 && b.mass[i] > 0) {
+            atomicAdd((fasa_u64 *) &bins.mass[i], b.mass[i]);
+        }
+    }
+}
 
-    uint32_t count[MINE], n_mine = 0, n_visible;
-    fasa_u64 mass[MINE], mass_mine = 0, mass_all = 0, mass_before = 0;
+static __device__ void fasa_select_clear(fasa_work::histogram & bins, int part, int n_part) {
+    for (int i = part*N_THREAD + threadIdx.x; i < BINS; i += n_part*N_THREAD) {
+        bins.count[i] = 0, bins.mass[i] = 0;
+    }
+}
+
+// Step 2: the bin of a histogram where the list ends. first: the histogram is of all cells, and tells how many are visible and to be
+// taken; else of the edge's cells, behind b.before cells that hold b.held.
+static __device__ void fasa_select_edge(const fasa_select_args & a, fasa_select_block & b, const fasa_work::histogram & bins, bool first) {
+    constexpr int MINE = BINS/N_THREAD;
+    const int  top     = BINS - 1 - MINE*threadIdx.x; // a thread has bins top, top - 1, ...
+    const bool by_need = first ? a.need > 0 : b.by_mass;
+
+    uint32_t count[MINE], n_mine = 0, n_all;
+    fasa_u64 mass[MINE], mass_mine = 0, mass_all = 0, held = first ? 0 : b.held;
 #pragma unroll
     for (int i = 0; i < MINE; ++i) {
-        count[i] = __ldcg(&slot.count[top - i]);
+        count[i] = __ldcg(&bins.count[top - i]);
         n_mine  += count[i];
-        mass[i]  = by_need ? __ldcg(&slot.mass[top - i]) : 0;
+        mass[i]  = by_need ? __ldcg(&bins.mass[top - i]) : 0;
         mass_mine += mass[i];
     }
-    const uint32_t n_before = fasa_block_scan(n_mine, b.scan, n_visible);
+    uint32_t n_before = first ? 0 : b.before;
+    n_before += fasa_block_scan(n_mine, b.scan, n_all);
     if (by_need) {
-        mass_before = fasa_block_scan(mass_mine, b.scan_mass, mass_all);
+        held += fasa_block_scan(mass_mine, b.scan_mass, mass_all);
     }
     if (threadIdx.x == 0) {
-        b.n_forced = count[0];
+        if (first) {
+            const auto at_most = [&](uint32_t n) { return min(max(n, count[0]), n_all); }; // the forced ones are in the top bin
+            b.n_visible = n_all;
+            b.n_floor   = at_most(a.floor), b.n_cap = at_most(a.cap);
+            b.n         = at_most(a.budget);
+            b.by_mass   = false;
+            b.bin       = -1;
+        }
         b.n_before_reached = b.n_to_reached = UINT32_MAX;
     }
     __syncthreads();
-
-    const auto at_most = [&](uint32_t n) { return min(max(n, b.n_forced), n_visible); };
     if (by_need) {
-        fasa_u64 held = mass_before;
-        uint32_t n    = n_before;
+        fasa_u64 sum = held;
+        uint32_t n   = n_before;
+#pragma unroll
         for (int i = 0; i < MINE; ++i) {
-            if (held < a.need && held + mass[i] >= a.need) {
+            if (sum < a.need && sum + mass[i] >= a.need) {
                 b.n_before_reached = n, b.n_to_reached = n + count[i];
                 b.bin  = top - i;
-                b.held = held;
+                b.held = sum;
             }
-            held += mass[i], n += count[i];
+            sum += mass[i], n += count[i];
         }
         __syncthreads();
-        const uint32_t n_floor = at_most(a.floor), n_cap = at_most(a.cap);
-        const bool by_mass = b.n_to_reached != UINT32_MAX && b.n_to_reached > n_floor && b.n_before_reached < n_cap;
+        const bool by_mass = b.n_to_reached != UINT32_MAX && b.n_to_reached > b.n_floor && b.n_before_reached < b.n_cap;
         if (threadIdx.x == 0) {
             b.by_mass = by_mass;
-            b.n_floor = n_floor, b.n_cap = n_cap;
             b.before  = b.n_before_reached;
-            b.n       = b.n_to_reached <= n_floor ? n_floor : n_cap;
-        }
-        if (by_mass) {
-            __syncthreads();
-            return n_visible;
-        }
-    } else if (threadIdx.x == 0) {
-        b.by_mass = false;
-        b.n = at_most(a.budget);
-    }
-    __syncthreads();
-    if (b.n == n_visible) {
-        if (threadIdx.x == 0) {
-            b.bin = -1;
-        }
-    } else {
-        uint32_t n = n_before;
-        for (int i = 0; i < MINE; ++i) {
-            if (n < b.n && n + count[i] >= b.n) {
-                b.bin = top - i;
-                b.before = n;
+            b.n_edge  = b.n_to_reached - b.n_before_reached;
+            b.n       = b.n_to_reached <= b.n_floor ? b.n_floor : b.n_cap;
+            if (!by_mass && first) {
+                b.bin = -1;
             }
-            n += count[i];
+        }
+        __syncthreads();
+        if (by_mass) {
+            return;
         }
     }
+    uint32_t n = n_before;
+#pragma unroll
+    for (int i = 0; i < MINE; ++i) {
+        if (n < b.n && n + count[i] >= b.n && b.n < b.n_visible) {
+            b.bin    = top - i;
+            b.before = n;
+            b.n_edge = count[i];
+        }
+        n += count[i];
+    }
     __syncthreads();
-    return n_visible;
 }
 
-// The last cell taken, by one block over all cells of a row, when too many lie at the edge
-static __device__ void fasa_select_last(const fasa_select_args & a, fasa_select_block & b, const uint32_t * key) {
-    const uint32_t low = fasa_bin_first(b.bin), high = b.bin == BINS - 1 ? UINT32_MAX : fasa_bin_first(b.bin + 1) - 1; // keys at the edge
-    __shared__ uint32_t prefix, above;
-    __shared__ fasa_u64 held;
-    for (bool by_mass = b.by_mass, done = false; !done;) {
-        if (threadIdx.x == 0) {
-            prefix = 0, above = b.before, held = b.held;
-        }
-        for (int shift = 21; shift >= 0; shift -= shift == 21 ? 11 : 10) { // 11, 11 and 10 bits
-            const int keep = shift + (shift == 0 ? 10 : 11);
-            __syncthreads();
-            for (int i = threadIdx.x; i < BINS; i += N_THREAD) {
-                b.count[i] = 0, b.mass[i] = 0;
-            }
-            __syncthreads();
-            for (int j = threadIdx.x; j < a.tip.n_kv; j += N_THREAD) {
-                const uint32_t k = __ldcg(&key[j]);
-                if (k >= low && k <= high && (keep == 32 || k >> keep == prefix)) {
-                    atomicAdd(&b.count[k >> shift & (BINS - 1) & ((1u << (keep - shift)) - 1)], 1);
-                    atomicAdd(&b.mass [k >> shift & (BINS - 1) & ((1u << (keep - shift)) - 1)], k == FASA_KEY_FORCED ? 0 : fasa_key_share(k));
-                }
-            }
-            __syncthreads();
-            if (threadIdx.x == 0) {
-                int digit = (1 << (keep - shift)) - 1;
-                while (digit > 0 && (by_mass ? held + b.mass[digit] < a.need : above + b.count[digit] < b.n)) {
-                    above += b.count[digit], held += b.mass[digit];
-                    --digit;
-                }
-                prefix = prefix << (keep - shift) | digit;
-            }
-        }
-        __syncthreads();
-        done = !by_mass;
-        if (by_mass) { // how many of the equal ones; then once more, by that number
-            if (threadIdx.x == 0) {
-                const fasa_u64 share = fasa_key_share(prefix);
-                const fasa_u64 equal = share > 0 ? (a.need - held + share - 1)/share : 1;
-                b.n = (uint32_t) min((fasa_u64) b.n_cap, max((fasa_u64) b.n_floor, above + equal));
-            }
-            by_mass = false;
-        }
-        __syncthreads();
-    }
-    // the cell where the equal ones end
-    uint32_t n = above;
-    for (int j0 = 0; j0 < a.tip.n_kv && n < b.n; j0 += N_THREAD) {
-        const int j = j0 + threadIdx.x;
-        const bool equal = j < a.tip.n_kv && __ldcg(&key[j]) == prefix;
-        uint32_t total;
-        const uint32_t at = n + fasa_block_scan<uint32_t>(equal, b.scan, total);
-        if (equal && at == b.n - 1) {
-            b.last_key = prefix, b.last_cell = j;
-        }
-        n += total;
+// Step 2a: too many cells lie at the edge, in keys [low, low + (BINS << shift)): their histogram, over the row. key: of `n` cells.
+static __device__ void fasa_select_refine(const fasa_select_args & a, fasa_select_block & b, fasa_work::histogram & bins, const uint32_t * key, int n,
+        uint32_t low, uint32_t last, int shift) {
+    for (int i = threadIdx.x; i < BINS; i += N_THREAD) {
+        b.count[i] = 0, b.mass[i] = 0;
     }
     __syncthreads();
+    for (int j = threadIdx.x; j < n; j += N_THREAD) {
+        if (key[j] >= low && key[j] <= last) {
+            const uint32_t bin = (key[j] - low) >> shift, same = __match_any_sync(__activemask(), bin);
+            if ((threadIdx.x & 31) == __ffs(same) - 1) {
+                atomicAdd(&b.count[bin], __popc(same));
+            }
+            if (b.by_mass) {
+                atomicAdd(&b.mass[bin], fasa_key_share(key[j]));
+            }
+        }
+    }
+    __syncthreads();
+    fasa_select_publish(a, b, bins);
 }
 
 // a cell of the edge as a number: larger is taken earlier
@@ -391,17 +378,17 @@ static __device__ __forceinline__ fasa_u64 fasa_edge(uint32_t key, int cell) {
     return (fasa_u64) key << 32 | (0xffffffffu - (uint32_t) cell);
 }
 
-// cells surely taken in the parts before this one
-static __device__ uint32_t fasa_select_before(const fasa_work::slot & slot, int part) {
+// the sum of what the parts before this one have counted
+static __device__ uint32_t fasa_select_before(const uint32_t * count, int part) {
     static_assert(fasa_work::PARTS <= 64, "two of them a lane");
     const int lane = threadIdx.x % 32;
-    return fasa_warp_sum((lane < part ? __ldcg(&slot.part[lane]) : 0u) + (lane + 32 < part ? __ldcg(&slot.part[lane + 32]) : 0u));
+    return fasa_warp_sum((lane < part ? __ldcg(&count[lane]) : 0u) + (lane + 32 < part ? __ldcg(&count[lane + 32]) : 0u));
 }
 
-// Step 2b: the cells of [first, last) that are surely taken are counted; those at the edge go to the slot, in any order. settled:
-// the last cell taken is known, so none is at the edge.
+// Step 2b: the cells of [first, last) that are surely taken, those with keys above `edge_last`, are counted, and those at the edge go
+// to the slot, in any order; where they are too many, and so equal, only their number.
 static __device__ void fasa_select_hand_in(fasa_select_block & b, fasa_work::slot & slot, int part, int first, int last, const uint32_t * key,
-        uint32_t low, uint32_t high, bool settled) {
+        uint32_t edge_first, uint32_t edge_last, bool equal) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32;
     if (threadIdx.x == 0) {
         b.n_edge_mine = 0;
@@ -411,10 +398,13 @@ static __device__ void fasa_select_hand_in(fasa_select_block & b, fasa_work::slo
 #pragma unroll 4
     for (int j = first + threadIdx.x; j < last; j += N_THREAD) {
         const uint32_t k = key[j - first];
-        if (settled ? k > b.last_key || (k == b.last_key && j <= b.last_cell) : k >= high) {
+        if (k > edge_last) {
             n_mine++;
-        } else if (!settled && k >= low) {
-            b.mass[atomicAdd(&b.n_edge_mine, 1)] = fasa_edge(k, j);
+        } else if (k >= edge_first) {
+            const uint32_t at = atomicAdd(&b.n_edge_mine, 1);
+            if (!equal) {
+                b.mass[at] = fasa_edge(k, j);
+            }
         }
     }
     n_mine = fasa_warp_sum(n_mine);
@@ -425,12 +415,13 @@ static __device__ void fasa_select_hand_in(fasa_select_block & b, fasa_work::slo
     if (warp == 0) {
         const uint32_t n_part = fasa_warp_sum(lane < N_WARP ? b.scan[lane] : 0u);
         if (lane == 0) {
-            slot.part[part] = n_part;
-            b.edge_base = b.n_edge_mine > 0 ? atomicAdd(&slot.n_edge, b.n_edge_mine) : 0;
+            slot.part [part] = n_part;
+            slot.equal[part] = b.n_edge_mine;
+            b.edge_base = !equal && b.n_edge_mine > 0 ? atomicAdd(&slot.n_edge, b.n_edge_mine) : 0;
         }
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < (int) b.n_edge_mine; i += N_THREAD) {
+    for (int i = threadIdx.x; !equal && i < (int) b.n_edge_mine; i += N_THREAD) {
         slot.edge[b.edge_base + i] = b.mass[i];
     }
 }
@@ -505,6 +496,44 @@ static __device__ uint32_t fasa_select_rank(const fasa_select_args & a, fasa_sel
     return b.n_edge_mine;
 }
 
+// Step 3a where the edge's cells are all equal: the lower ones are taken. Sets the last one taken of [first, last); returns how many are
+// taken in the parts before.
+static __device__ uint32_t fasa_select_equal(const fasa_select_args & a, fasa_select_block & b, const fasa_work::slot & slot, int part, int first, int last,
+        const uint32_t * key, uint32_t value) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x/32, each = (last - first + N_THREAD - 1)/N_THREAD*32;
+    const int from = first + warp*each, to = min(last, from + each);
+    uint32_t n = b.n;
+    if (b.by_mass) {
+        const fasa_u64 share = fasa_key_share(value), some = share > 0 ? (a.need - b.held + share - 1)/share : 1;
+        n = (uint32_t) min((fasa_u64) b.n_cap, max((fasa_u64) b.n_floor, b.before + some));
+    }
+    const uint32_t taken = n - b.before, before = min(taken, fasa_select_before(slot.equal, part));
+    const auto equal = [&](int j) { return __ballot_sync(0xffffffff, j + lane < to && key[j + lane - first] == value); };
+    uint32_t mine = 0;
+    for (int j = from; j < to; j += 32) {
+        mine += __popc(equal(j));
+    }
+    __syncthreads();
+    if (lane == 0) {
+        b.scan[warp] = mine;
+    }
+    if (threadIdx.x == 0) {
+        b.n = n;
+        b.last_key = value, b.last_cell = taken - before >= b.n_edge_mine ? INT_MAX : -1;
+    }
+    __syncthreads();
+    uint32_t at = before + fasa_warp_sum(lane < warp ? b.scan[lane] : 0u); // equal cells before this warp's
+    for (int j = from; j < to && at < taken; j += 32) {
+        const uint32_t some = equal(j);
+        if ((some >> lane & 1) && at + __popc(some & ((1u << lane) - 1)) == taken - 1 && b.last_cell != INT_MAX) {
+            b.last_cell = j + lane;
+        }
+        at += __popc(some);
+    }
+    __syncthreads();
+    return before;
+}
+
 // Step 3b: the cells of [first, last) that are taken, ascending; a warp writes those of a range of its own
 static __device__ void fasa_select_write(fasa_select_block & b, int first, int last, const uint32_t * key, int32_t * out) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32, each = (last - first + N_THREAD - 1)/N_THREAD*32;
@@ -541,52 +570,44 @@ static __device__ void fasa_select_write(fasa_select_block & b, int first, int l
 static __device__ void fasa_select_row(const fasa_select_args & a, fasa_select_block & b, const fasa_tip_list & l, fasa_work::slot & slot,
         fasa_row_barrier & row_barrier, int row, int part, uint32_t * key) {
     fasa_select_keys(a, b, l, key);
-    for (int i = threadIdx.x; i < BINS; i += N_THREAD) {
-        if (b.count[i] > 0) {
-            atomicAdd(&slot.count[i], b.count[i]);
-        }
-        if (a.need > 0 && b.mass[i] > 0) {
-            atomicAdd((fasa_u64 *) &slot.mass[i], b.mass[i]);
-        }
-    }
+    fasa_select_publish(a, b, slot.bins[0]);
     row_barrier.wait();
+    fasa_select_edge(a, b, slot.bins[0], true);
 
-    const uint32_t n_visible = fasa_select_edge(a, b, slot);
-    const int      n_edge    = b.bin < 0 ? 0 : __ldcg(&slot.count[b.bin]);
-    const bool     whole     = b.bin < 0 || (!b.by_mass && n_edge == b.n - b.before); // all of the edge's cells are taken
-    const bool     crowded   = !whole && n_edge > EDGE;
-    const uint32_t low       = b.bin < 0 ? FASA_KEY_HIDDEN + 1 : fasa_bin_first(b.bin);
-    const uint32_t high      = whole ? low : b.bin == BINS - 1 ? UINT32_MAX : fasa_bin_first(b.bin + 1); // keys from here on are taken
+    // the keys of the edge; where they are too many, ever narrower bins, until they are few or equal
+    uint32_t edge_first = FASA_KEY_HIDDEN + 1, edge_last = FASA_KEY_HIDDEN; // none: every cell is taken
+    int level = 0;
+    if (b.bin >= 0) {
+        edge_first = fasa_bin_first(b.bin);
+        edge_last  = b.bin == BINS - 1 ? UINT32_MAX : fasa_bin_first(b.bin + 1) - 1;
+    }
+    while (b.bin >= 0 && b.n_edge > EDGE && edge_first < edge_last) {
+        const int shift = max(0, 32 - __clz(edge_last - edge_first) - 11);
+        ++level;
+        __syncthreads();
+        fasa_select_refine(a, b, slot.bins[level%3], key, l.last - l.first, edge_first, edge_last, shift);
+        row_barrier.wait();
+        fasa_select_clear(slot.bins[(level - 1)%3], part, a.n_part); // read by all; used again two levels on
+        fasa_select_edge(a, b, slot.bins[level%3], false);
+        edge_first += (uint32_t) b.bin << shift;
+        edge_last   = min(edge_last, edge_first + (1u << shift) - 1);
+    }
+    const bool equal = b.bin >= 0 && b.n_edge > EDGE;
     __syncthreads();
-    if (threadIdx.x == 0) {
-        b.last_key = low, b.last_cell = INT_MAX;
-    }
-    if (crowded) {
-        uint32_t * all = a.key + (int64_t) row*a.tip.n_kv;
-        for (int j = l.first + threadIdx.x; all + l.first != key && j < l.last; j += N_THREAD) {
-            all[j] = key[j - l.first];
-        }
-        row_barrier.wait();
-        if (part == 0) {
-            fasa_select_last(a, b, all);
-            if (threadIdx.x == 0) {
-                slot.result_key = b.last_key, slot.result_cell = b.last_cell, slot.result_n = b.n;
-            }
-        }
-        row_barrier.wait();
-        if (threadIdx.x == 0) {
-            b.last_key = __ldcg(&slot.result_key), b.last_cell = __ldcg(&slot.result_cell), b.n = __ldcg(&slot.result_n);
-        }
-    }
-    fasa_select_hand_in(b, slot, part, l.first, l.last, key, low, high, crowded || whole);
+    fasa_select_hand_in(b, slot, part, l.first, l.last, key, edge_first, edge_last, equal);
     row_barrier.wait();
 
-    for (int i = part*N_THREAD + threadIdx.x; i < BINS; i += a.n_part*N_THREAD) {
-        slot.count[i] = 0, slot.mass[i] = 0; // read by all: left empty
-    }
-    uint32_t offset = fasa_select_before(slot, part);
-    if (!whole && !crowded) {
-        offset += fasa_select_rank(a, b, slot, n_edge, l.first);
+    fasa_select_clear(slot.bins[level%3], part, a.n_part);
+    uint32_t offset = fasa_select_before(slot.part, part);
+    if (equal) {
+        offset += fasa_select_equal(a, b, slot, part, l.first, l.last, key, edge_first);
+    } else if (b.bin >= 0) {
+        offset += fasa_select_rank(a, b, slot, b.n_edge, l.first);
+    } else {
+        if (threadIdx.x == 0) {
+            b.last_key = edge_first, b.last_cell = INT_MAX;
+        }
+        __syncthreads();
     }
     int32_t * list = a.dst + (int64_t) row*a.n_list_len;
     fasa_select_write(b, l.first, l.last, key, list + 1 + offset);
@@ -595,13 +616,13 @@ static __device__ void fasa_select_row(const fasa_select_args & a, fasa_select_b
         slot.n_edge = 0;
         auto * c = (fasa_u64 *) a.work->counter;
         atomicAdd(&c[fasa_work::ROWS_ATTENDED], (fasa_u64) b.n);
-        atomicAdd(&c[fasa_work::ROWS_VISIBLE],  (fasa_u64) n_visible);
+        atomicAdd(&c[fasa_work::ROWS_VISIBLE],  (fasa_u64) b.n_visible);
         atomicAdd(&c[fasa_work::LISTS], 1ull);
     }
 }
 
 template <int K_DOM, int M, int GROUPS>
-static __global__ void __launch_bounds__(N_THREAD, 1) fasa_select_kernel(const fasa_select_args a) {
+static __global__ void __launch_bounds__(N_THREAD, 1) fasa_select_kernel(const __grid_constant__ fasa_select_args a) {
     extern __shared__ __align__(16) char smem[];
     fasa_select_block & b = *(fasa_select_block *) smem;
     float * in_smem = (float *) (smem + sizeof(fasa_select_block)); // [n_shared][part_cells]; the first of them become keys
@@ -732,7 +753,9 @@ template <int K_DOM, int M, int GROUPS> static void fasa_select_launch(ggml_back
     GGML_ASSERT((fasa_tip_smem<K_DOM, M>(a.tip.n_dom, a.tip.d, N_WARP) <= offsetof(fasa_select_block, most)));
     fasa_select_plan plan;
     const bool in_smem = !keep_scores && !a.given;
-    if (clusters && in_smem && fasa_select_plan_cluster(kernel, a, plan)) {
+    // A cluster's barrier is cheaper, but with few rows clusters leave many multiprocessors idle: better for short contexts only.
+    const bool short_enough = a.tip.n_span <= 64 || a.n_row >= ggml_cuda_info().devices[device].nsm/8;
+    if (clusters && in_smem && short_enough && fasa_select_plan_cluster(kernel, a, plan)) {
         a.in_smem = true;
     } else {
         fasa_select_plan_together(kernel, a, plan, in_smem);

@@ -82,8 +82,8 @@ template <int K_DOM> static __device__ void fasa_k_dom_write(int n_dom, const in
     }
 }
 
-// the stale cells of [first, last), by one warp
-template <int K_DOM> static __device__ void fasa_refresh(const fasa_tip_args & a, int h, int s, int first, int last, float * row) {
+// the stale cells of [first, last), by one warp; few as a rule, so not in the way of the code around it
+template <int K_DOM> static __device__ __noinline__ void fasa_refresh(const fasa_tip_args & a, int h, int s, int first, int last, float * row) {
     const int lane = threadIdx.x % 32;
     const int32_t * range = a.ranges + s*2*FASA_MAX_RANGES;
     int from = 0, to = 0;
@@ -165,67 +165,79 @@ template <int K_DOM, int M> struct fasa_tip_query {
     }
 };
 
-// The dominant keys of a cell of each of two tiles (lane = cell) in registers, and their logits. GROUPS: number of groups of a cell.
-template <int K_DOM, int GROUPS> struct fasa_tip_keys {
-    static constexpr int WORDS = K_DOM == FASA_K_DOM_F16 ? 4 : K_DOM == FASA_K_DOM_Q8 ? 2 : 1; // of a group
-    uint32_t v[GROUPS][2][WORDS];
-    half     s[GROUPS][2];
-
-    // groups from g0 on
-    __device__ __forceinline__ void load(const char * const block[2], int n_dom, int g0) {
-        const int lane = threadIdx.x % 32;
-        const size_t data = fasa_block_scales(K_DOM, n_dom);
+// logits [2][M] of a cell of each of two tiles (lane = cell); GROUPS: number of groups of a cell, asked for at once; 0: any number
+template <int K_DOM, int M, int GROUPS>
+static __device__ __forceinline__ void fasa_tip_cells(const fasa_tip_query<K_DOM, M> & q, int n_dom, const char * const block[2], float out[2][M]) {
+    const int lane = threadIdx.x % 32, n_group = n_dom/FASA_GROUP;
+    const size_t data = fasa_block_scales(K_DOM, n_dom);
 #pragma unroll
-        for (int g = 0; g < GROUPS; ++g) {
+    for (int m = 0; m < M; ++m) {
+        out[0][m] = out[1][m] = 0.0f;
+    }
+    constexpr int WORDS = K_DOM == FASA_K_DOM_F16 ? 4 : K_DOM == FASA_K_DOM_Q8 ? 2 : 1; // of a group
+    const auto load = [&](int g, uint32_t v[2][WORDS], half s[2]) {
 #pragma unroll
-            for (int u = 0; u < 2; ++u) {
-                if constexpr (K_DOM == FASA_K_DOM_F16) {
+        for (int u = 0; u < 2; ++u) {
+            if constexpr (K_DOM == FASA_K_DOM_F16) {
 #pragma unroll
-                    for (int i = 0; i < FASA_GROUP/2; ++i) {
-                        const uint16_t * x = (const uint16_t *) (block[u] + data) + ((g0 + g)*FASA_GROUP + 2*i)*FASA_TILE + lane;
-                        v[g][u][i] = x[0] | (uint32_t) x[FASA_TILE] << 16;
-                    }
-                } else {
-                    s[g][u] = ((const half *) block[u])[(g0 + g)*FASA_TILE + lane];
+                for (int i = 0; i < FASA_GROUP/2; ++i) {
+                    const uint16_t * x = (const uint16_t *) (block[u] + data) + (g*FASA_GROUP + 2*i)*FASA_TILE + lane;
+                    v[u][i] = x[0] | (uint32_t) x[FASA_TILE] << 16;
+                }
+            } else {
+                s[u] = ((const half *) block[u])[g*FASA_TILE + lane];
 #pragma unroll
-                    for (int i = 0; i < WORDS; ++i) {
-                        v[g][u][i] = ((const uint32_t *) (block[u] + data))[((g0 + g)*WORDS + i)*FASA_TILE + lane];
-                    }
+                for (int i = 0; i < WORDS; ++i) {
+                    v[u][i] = ((const uint32_t *) (block[u] + data))[(g*WORDS + i)*FASA_TILE + lane];
                 }
             }
         }
-    }
-
-    // adds what these groups give to the logits out [2][M]
-    template <int M> __device__ __forceinline__ void score(const fasa_tip_query<K_DOM, M> & q, int n_dom, int g0, float out[2][M]) const {
+    };
+    const auto group = [&](int g, const uint32_t v[2][WORDS], const half s[2]) {
 #pragma unroll
-        for (int g = 0; g < GROUPS; ++g) {
+        for (int m = 0; m < M; ++m) {
+            if constexpr (K_DOM == FASA_K_DOM_F16) {
 #pragma unroll
-            for (int m = 0; m < M; ++m) {
-                if constexpr (K_DOM == FASA_K_DOM_F16) {
-#pragma unroll
-                    for (int i = 0; i < FASA_GROUP/2; ++i) {
-                        const float2 x = *(const float2 *) &q.x[m*n_dom + (g0 + g)*FASA_GROUP + 2*i];
-#pragma unroll
-                        for (int u = 0; u < 2; ++u) {
-                            const float2 k = __half22float2(*(const half2 *) &v[g][u][i]);
-                            out[u][m] += k.x*x.x + k.y*x.y;
-                        }
-                    }
-                } else {
-                    const int4 w = q.word[m*(n_dom/FASA_GROUP) + g0 + g];
+                for (int i = 0; i < FASA_GROUP/2; ++i) {
+                    const float2 x = *(const float2 *) &q.x[m*n_dom + g*FASA_GROUP + 2*i];
 #pragma unroll
                     for (int u = 0; u < 2; ++u) {
-                        const int lo = K_DOM == FASA_K_DOM_Q4 ? v[g][u][0] & 0x0f0f0f0f : v[g][u][0];
-                        const int hi = K_DOM == FASA_K_DOM_Q4 ? v[g][u][0] >> 4 & 0x0f0f0f0f : v[g][u][1];
-                        const int dot = __dp4a(hi, w.y, __dp4a(lo, w.x, w.w));
-                        out[u][m] += (__int_as_float(dot) - 12582912.0f)*(__half2float(s[g][u])*__int_as_float(w.z));
+                        const float2 k = __half22float2(*(const half2 *) &v[u][i]);
+                        out[u][m] += k.x*x.x + k.y*x.y;
                     }
+                }
+            } else {
+                const int4 w = q.word[m*n_group + g];
+#pragma unroll
+                for (int u = 0; u < 2; ++u) {
+                    const int lo = K_DOM == FASA_K_DOM_Q4 ? v[u][0] & 0x0f0f0f0f : v[u][0], hi = K_DOM == FASA_K_DOM_Q4 ? v[u][0] >> 4 & 0x0f0f0f0f : v[u][1];
+                    const int dot = __dp4a(hi, w.y, __dp4a(lo, w.x, w.w));
+                    out[u][m] += (__int_as_float(dot) - 12582912.0f)*(__half2float(s[u])*__int_as_float(w.z));
                 }
             }
         }
+    };
+    if constexpr (GROUPS > 0) {
+        uint32_t v[GROUPS][2][WORDS];
+        half     s[GROUPS][2];
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g) {
+            load(g, v[g], s[g]);
+        }
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g) {
+            group(g, v[g], s[g]);
+        }
+    } else {
+#pragma unroll 2
+        for (int g = 0; g < n_group; ++g) {
+            uint32_t v[2][WORDS];
+            half     s[2] = {};
+            load(g, v, s);
+            group(g, v, s);
+        }
     }
-};
+}
 
 // What a block works on: the cells [first, last) of one list, `first` at the start of a span.
 struct fasa_tip_list {
@@ -238,10 +250,7 @@ struct fasa_tip_list {
 
 // TIP of a list. smem: room for the queries and a row for every warp (fasa_tip_smem); piece [2][n_warp][M]. A warp takes a span,
 // or where the block has fewer spans than warps a piece of one.
-template <int K_DOM, int M, int N_GROUP> struct fasa_tip_block {
-    static constexpr bool WHOLE  = N_GROUP > 0; // all groups of a cell at once; else one by one
-    static constexpr int  GROUPS = WHOLE ? N_GROUP : 1;
-
+template <int K_DOM, int M, int GROUPS> struct fasa_tip_block {
     const fasa_tip_args & a;
     const fasa_tip_list & l;
     fasa_tip_query<K_DOM, M> query;
@@ -268,43 +277,17 @@ template <int K_DOM, int M, int N_GROUP> struct fasa_tip_block {
         if (g0 == 0) {
             fasa_refresh<K_DOM>(a, h, s, from, to, row);
         }
-        fasa_tip_keys<K_DOM, GROUPS> keys, ahead; // GROUPS > 0: those of the next two tiles are asked for early
-        const char * block[2];
-        const auto find = [&](int tile) {
-            block[0] = blocks + tile/FASA_TILE*a.k_dom_nb1;
-            block[1] = tile + FASA_TILE < to ? block[0] + a.k_dom_nb1 : block[0];
-        };
-        find(from);
-        if (WHOLE && from < to) {
-            ahead.load(block, a.n_dom, 0);
-        }
 #pragma unroll 1
         for (int tile = from; tile < to; tile += 2*FASA_TILE) {
+            const char * const first = blocks + tile/FASA_TILE*a.k_dom_nb1;
+            const char * const block[2] = { first, tile + FASA_TILE < to ? first + a.k_dom_nb1 : first };
             float hide[2], y[2][M];
 #pragma unroll
             for (int u = 0; u < 2; ++u) {
                 const int cell = tile + u*FASA_TILE + lane;
                 hide[u] = cell < to ? __half2float(mask[cell]) : -INFINITY;
-#pragma unroll
-                for (int m = 0; m < M; ++m) {
-                    y[u][m] = 0.0f;
-                }
             }
-            if constexpr (WHOLE) {
-                keys = ahead;
-                if (tile + 2*FASA_TILE < to) {
-                    find(tile + 2*FASA_TILE);
-                    ahead.load(block, a.n_dom, 0);
-                }
-                keys.score(query, a.n_dom, 0, y);
-            } else {
-                find(tile);
-#pragma unroll 2
-                for (int g = 0; g < a.n_dom/FASA_GROUP; ++g) {
-                    keys.load(block, a.n_dom, g);
-                    keys.score(query, a.n_dom, g, y);
-                }
-            }
+            fasa_tip_cells<K_DOM, M, GROUPS>(query, a.n_dom, block, y);
 #pragma unroll
             for (int u = 0; u < 2; ++u) {
                 const int cell = tile + u*FASA_TILE + lane;

@@ -50,21 +50,22 @@ static constexpr int FASA_SPAN_RANGE  = 100; // TIP: a score below 2^-FASA_SPAN_
 
 // What the kernels of a device keep across launches: zeroed once, and left zero where it matters (counts, tickets).
 struct fasa_work {
-    static constexpr int BINS = 2048, EDGE = 1024, PARTS = 64, SLOTS = 128, TICKETS = 4096;
+    static constexpr int BINS = 2048, EDGE = 1024, PARTS = 64, SLOTS = 64, TICKETS = 4096;
 
     enum { LAYERS_SPARSE, ROWS_ATTENDED, ROWS_VISIBLE, LISTS, BYTES_TIP, BYTES_FAC, BYTES_DENSE, N_COUNTER };
     uint64_t counter[8];      // as in fasa_stats
     uint32_t ticket[TICKETS]; // FAC: blocks of a list that are done
-    struct slot {             // SELECT: one list
+    struct histogram {
         uint64_t mass [BINS];
         uint32_t count[BINS];
-        uint64_t edge[EDGE];
-        uint32_t part[PARTS];
-        uint32_t result_key, result_n;
-        int32_t  result_cell, unused[29];
-        uint32_t n_edge,     unused_1[31]; // cache lines of their own: every block of a row is at them
-        uint32_t arrived,    unused_2[31];
-        uint32_t generation, unused_3[31];
+    };
+    struct slot {             // SELECT: one list
+        histogram bins[3];
+        uint64_t  edge [EDGE];
+        uint32_t  part [PARTS], equal[PARTS];
+        uint32_t  n_edge,     unused_1[31]; // cache lines of their own: every block of a row is at them
+        uint32_t  arrived,    unused_2[31];
+        uint32_t  generation, unused_3[31];
     } slots[SLOTS];
 };
 

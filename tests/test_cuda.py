@@ -9,9 +9,9 @@ import pytest
 
 
 def case(*, n_kv=1500, n_head=8, n_head_kv=2, d=64, n_tokens=2, n_stream=1, n_dom=24, hidden=30, n_hadamard=0, sinks=False, equal=False,
-         infinite=False, seed=0, **settings):
+         infinite=False, spread=2.0, seed=0, **settings):
     rng = np.random.default_rng(seed)
-    q = rng.standard_normal((n_stream, n_tokens, n_head, d)).astype(np.float32) * 2
+    q = rng.standard_normal((n_stream, n_tokens, n_head, d)).astype(np.float32) * np.float32(spread)
     k = rng.standard_normal((n_stream, n_kv, n_head_kv, d)).astype(np.float32)
     v = rng.standard_normal((n_stream, n_kv, n_head_kv, d)).astype(np.float32)
     if equal:
@@ -37,7 +37,7 @@ def compare(library, cuda, **kw):
 
     seen = np.isfinite(cpu["est"])
     assert (np.isfinite(own["est"]) == seen).all()
-    bad = np.abs(own["est"] - cpu["est"])[seen] > 2e-5 * max(1, np.abs(cpu["est"][seen]).max(initial=0))
+    bad = np.abs(own["est"][seen] - cpu["est"][seen]) > 2e-5 * max(1, np.abs(cpu["est"][seen]).max(initial=0))
     assert bad.sum() <= max(2 * c["q"].shape[2], 0.003 * bad.size)
 
     assert (got["count"] == cpu["count"]).all()
@@ -87,6 +87,12 @@ def test_equal_scores_go_to_the_lowest_cells(library, cuda, n_kv, mass):
     got = compare(library, cuda, equal=True, hidden=0, n_kv=n_kv, mass=mass, floor=10, cap=10**6)
     if mass == 0:
         assert got["count"].min() == 200
+
+
+@pytest.mark.parametrize("spread", [0.03, 1e-3, 1e-5, 0.0])
+@pytest.mark.parametrize("mass,floor,cap", [(0.0, 1, 1), (0.6, 1, 10**6), (0.6, 9000, 10**6), (0.6, 1, 300)])
+def test_even_attention(library, cuda, spread, mass, floor, cap):
+    compare(library, cuda, spread=spread, n_kv=20000, budget=3000, mass=mass, floor=floor, cap=cap, n_tokens=1)
 
 
 @pytest.mark.parametrize("mass", [0.0, 0.9])
