@@ -17,14 +17,16 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
     uint64_t     epoch;
     std::string  dense_reason; // "" = sparse
     uint32_t     n_stream;
-    int          n_sparse = 0; // layers, in this graph
-    int          n_dense  = 0;
+    bool         gpu_waits;    // its layers on GPUs are dense
+    int          n_sparse  = 0; // layers, in this graph
+    int          n_dense   = 0;
+    int          n_waiting = 0; // of n_dense, layers on GPUs that wait for a longer context
 
     ggml_tensor * ranges = nullptr; // i32 [2*FASA_MAX_RANGES, n_stream]
     ggml_tensor * forced = nullptr; // i32 [n_forced, n_tps, n_stream]
 
-    llm_graph_input_fasa(fasa_cache * cache, std::string dense_reason, uint32_t n_stream) :
-        cache(cache), epoch(cache->state->epoch), dense_reason(std::move(dense_reason)), n_stream(n_stream) {
+    llm_graph_input_fasa(fasa_cache * cache, std::string dense_reason, uint32_t n_stream, bool gpu_waits) :
+        cache(cache), epoch(cache->state->epoch), dense_reason(std::move(dense_reason)), n_stream(n_stream), gpu_waits(gpu_waits) {
     }
 
     void set_input(const llama_ubatch * ubatch) override {
@@ -52,14 +54,15 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
             state.step_reason = "";
         } else {
             state.steps_dense++;
-            state.step_reason = dense_reason.empty() ? "no layer can run sparse" : dense_reason;
+            state.step_reason = !dense_reason.empty() ? dense_reason :
+                n_waiting > 0 ? "the context is shorter than min_context_gpu" : "no layer can run sparse";
         }
     }
 
     bool can_reuse(const llm_graph_params & params) override {
         const auto & ubatch = params.ubatch;
         const uint32_t n = params.cparams.kv_unified ? 1 : ubatch.n_seqs_unq;
-        return epoch == cache->state->epoch && n == n_stream &&
+        return epoch == cache->state->epoch && n == n_stream && gpu_waits == fasa_gpu_waits(cache->state->params, cache->n_kv) &&
             dense_reason == fasa_step_dense_reason(cache->state->params, ubatch.n_tokens, params.n_outputs, n, cache->n_kv);
     }
 };
@@ -74,7 +77,7 @@ llm_graph_input_fasa * fasa_graph_input(const llm_graph_context & graph, fasa_ca
     const auto & params = cache->state->params;
 
     std::string reason = fasa_step_dense_reason(params, graph.n_tokens, graph.n_outputs, k->ne[3], k->ne[2]);
-    auto input = std::make_unique<llm_graph_input_fasa>(cache, reason, k->ne[3]);
+    auto input = std::make_unique<llm_graph_input_fasa>(cache, reason, k->ne[3], fasa_gpu_waits(params, k->ne[2]));
     if (reason.empty()) {
         input->ranges = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_I32, 2*FASA_MAX_RANGES, k->ne[3]);
         input->forced = ggml_new_tensor_3d(graph.ctx0, GGML_TYPE_I32, std::max(1u, params.sink + params.recent), graph.n_tokens/k->ne[3], k->ne[3]);
@@ -147,8 +150,10 @@ ggml_tensor * fasa_build_attn(
     if (layer.reason.empty()) {
         layer.reason = fasa_attn_dense_reason(graph, q, k, kq_b, kq_mask, v_mla);
     }
-    if (!input->dense_reason.empty() || !layer.reason.empty()) {
+    const bool waits = layer.work && input->gpu_waits;
+    if (!input->dense_reason.empty() || !layer.reason.empty() || waits) {
         input->n_dense++;
+        input->n_waiting += waits;
         return nullptr;
     }
     input->n_sparse++;

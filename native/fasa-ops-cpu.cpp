@@ -64,6 +64,24 @@ static inline fasa_i32x16 fasa_dot4(fasa_i32x16 sum, fasa_i32x16 x, int32_t q) {
 #endif
 }
 
+// x*f + sum, rounded once where the machine can: the scores that CUDA selects from are made so, and not every compiler contracts
+static inline fasa_f32x16 fasa_fma(fasa_f32x16 x, float f, fasa_f32x16 sum) {
+#if defined(__AVX512F__)
+    return (fasa_f32x16) _mm512_fmadd_ps((__m512) x, _mm512_set1_ps(f), (__m512) sum);
+#elif defined(__AVX2__) && defined(__FMA__)
+    __m256 a[2], b[2];
+    memcpy(a, &x,   sizeof(x));
+    memcpy(b, &sum, sizeof(sum));
+    for (int i = 0; i < 2; ++i) {
+        b[i] = _mm256_fmadd_ps(a[i], _mm256_set1_ps(f), b[i]);
+    }
+    memcpy(&sum, b, sizeof(sum));
+    return sum;
+#else
+    return x*f + sum;
+#endif
+}
+
 static inline fasa_f32x16 fasa_f32_i32(fasa_i32x16 x) {
 #if defined(__AVX512F__)
     return (fasa_f32x16) _mm512_cvtepi32_ps((__m512i) x);
@@ -502,7 +520,7 @@ static inline fasa_i32x16 fasa_select_16(const float * row, int64_t stride, int6
         uint32_t * key, uint32_t * most) {
     fasa_f32x16 sum = {};
     for (int64_t g = 0; g < n_group; ++g) {
-        sum += fasa_load<fasa_f32x16>(row + g*stride)*factor[g*n_span];
+        sum = fasa_fma(fasa_load<fasa_f32x16>(row + g*stride), factor[g*n_span], sum);
     }
     const fasa_i32x16 hidden = fasa_load<fasa_f32x16>(row) < 0.0f;
     const fasa_i32x16 bits   = ((fasa_i32x16) sum + 1) & ~hidden; // fasa_key

@@ -60,6 +60,11 @@ inline const char * fasa_step_dense_reason(const fasa_params & p, uint32_t n_tok
     return "";
 }
 
+// whether a layer on a GPU stays dense in a step that is sparse elsewhere
+inline bool fasa_gpu_waits(const fasa_params & p, uint32_t n_kv) {
+    return p.min_context > 0 && n_kv < p.min_context_gpu;
+}
+
 // ---- which cells ----
 
 static constexpr uint32_t FASA_KEY_HIDDEN = 0;          // not visible

@@ -60,6 +60,7 @@ typedef struct fasa_params {
     uint32_t sink;        // first tokens of the sequence that are always attended
     uint32_t recent;      // last tokens of the sequence that are always attended
     uint32_t min_context; // a step whose cache view holds fewer cells than this stays dense
+    uint32_t min_context_gpu; // the same for a layer on a GPU; without effect when min_context is 0
     uint32_t max_tokens;  // a ubatch with more tokens per stream than this is prefill and stays dense
     int32_t  k_dom;       // enum fasa_k_dom_type
     int32_t  per_head;    // 1: every query head selects for itself, as published; 0: the heads of a KV head select together
