@@ -334,7 +334,7 @@ def _measure(b: Bench, plan: Plan, arms: Mapping[str, FasaParams | None], depth:
 
     def generate(p: FasaParams | None, warm: bool) -> Sample:
         sample = b.generate(p, depth, min(plan.n_gen, 4) if warm else plan.n_gen)
-        if warm and p is not None and depth >= p.min_context and not sample.counters["steps_sparse"]:
+        if warm and p is not None and depth >= shortest(p, sample.reason) and not sample.counters["steps_sparse"]:
             raise FasaError(f"FASA was asked for and no step at depth {depth} used it: {sample.reason}{dense_layers(b.s.fasa.layer_reasons(), ': ')}")
         return sample
 
@@ -380,11 +380,17 @@ def _count(row: Row, samples: list[Sample], b: Bench) -> None:
         row.tokens_attended = c["rows_attended"] / c["lists"]
     if c["steps_sparse"] < steps:
         reason = next(x.reason for x in samples)
-        row.note = f"dense (n < {row.params.min_context})" if row.n_depth < row.params.min_context else f"dense ({reason})"
+        least = shortest(row.params, reason)
+        row.note = f"dense (n < {least})" if row.n_depth < least else f"dense ({reason})"
         if c["steps_sparse"]:
             row.note = f"{steps - c['steps_sparse']} of {steps} steps {row.note}"
     elif c["layers_dense"]:
         row.note = dense_layers(b.s.fasa.layer_reasons())
+
+
+def shortest(p: FasaParams, reason: str) -> int:
+    """The depth from which on a step that was dense for this reason would be sparse, as far as lengths decide."""
+    return max(p.min_context, p.min_context_gpu) if reason == native.WAITS_FOR_GPU else p.min_context
 
 
 def dense_layers(reasons: Sequence[str | None], before: str = "") -> str:

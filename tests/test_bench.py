@@ -14,6 +14,7 @@ from fasa_gguf.native import Device
 from fasa_gguf.profile import Profile
 from fasa_gguf.session import Session
 
+from conftest import ROOT
 from test_fill import hybrid, sliding  # noqa: F401 (fixtures)
 from tiny_gguf import gguf_bytes
 
@@ -325,3 +326,11 @@ def test_random_weights_have_no_mass(monkeypatch, capsys, profiled):
     assert cli.main(["bench", "--shape", "8b", "--fasa-mass", "0.9"]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "--fasa-mass with --shape: the attention of random weights is spread evenly, so a target mass means nothing" in err
+
+
+def test_a_depth_below_what_layers_on_a_gpu_wait_for_is_short_not_an_error():
+    from fasa_gguf import native
+
+    p = FasaParams(min_context=100, min_context_gpu=500)
+    assert b.shortest(p, native.WAITS_FOR_GPU) == 500 and b.shortest(p, "no layer can run sparse") == 100
+    assert f'"{native.WAITS_FOR_GPU}"' in (ROOT / "native" / "fasa-graph.cpp").read_text()
