@@ -17,7 +17,7 @@ from .errors import FasaError
 from .params import K_DOM_TYPES, FasaParams
 
 LLAMA_CPP_VERSION = "0.3.36"  # the llama-cpp-python whose ctypes mirror fits our library; patches/UPSTREAM pins the same
-WAITS_FOR_GPU = "the context is shorter than min_context_gpu"  # a step_reason (native/fasa-graph.cpp)
+WAITS_FOR_GPU = "the context is shorter than min_context_gpu"  # a step_reason (native/fasa-select.h)
 
 
 def lib_dir() -> Path:

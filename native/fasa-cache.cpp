@@ -40,6 +40,9 @@ const char * fasa_cache::layer_dense_reason(size_t ikv) const {
     }
     const auto buft = ggml_backend_buffer_get_type(l.k->buffer);
     if (!ggml_backend_buft_is_host(buft)) {
+        if (fasa_gpu_waits(state->params, kv.get_size())) {
+            return FASA_WAITS_FOR_GPU; // and needs no dominant keys
+        }
         const auto dev    = ggml_backend_buft_get_device(buft);
         const auto reason = dev ? (fasa_dense_reason_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "fasa_dense_reason") : nullptr;
         if (reason == nullptr) {

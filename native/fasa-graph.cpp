@@ -55,7 +55,7 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
         } else {
             state.steps_dense++;
             state.step_reason = !dense_reason.empty() ? dense_reason :
-                n_waiting > 0 ? "the context is shorter than min_context_gpu" : "no layer can run sparse";
+                n_waiting > 0 ? FASA_WAITS_FOR_GPU : "no layer can run sparse";
         }
     }
 
@@ -150,7 +150,7 @@ ggml_tensor * fasa_build_attn(
     if (layer.reason.empty()) {
         layer.reason = fasa_attn_dense_reason(graph, q, k, kq_b, kq_mask, v_mla);
     }
-    const bool waits = layer.work && input->gpu_waits;
+    const bool waits = (layer.work && input->gpu_waits) || layer.reason == FASA_WAITS_FOR_GPU;
     if (!input->dense_reason.empty() || !layer.reason.empty() || waits) {
         input->n_dense++;
         input->n_waiting += waits;

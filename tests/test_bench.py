@@ -333,4 +333,4 @@ def test_a_depth_below_what_layers_on_a_gpu_wait_for_is_short_not_an_error():
 
     p = FasaParams(min_context=100, min_context_gpu=500)
     assert b.shortest(p, native.WAITS_FOR_GPU) == 500 and b.shortest(p, "no layer can run sparse") == 100
-    assert f'"{native.WAITS_FOR_GPU}"' in (ROOT / "native" / "fasa-graph.cpp").read_text()
+    assert f'"{native.WAITS_FOR_GPU}"' in (ROOT / "native" / "fasa-select.h").read_text()
