@@ -12,6 +12,7 @@
 
 fasa_cache::fasa_cache(llama_kv_cache & kv) : state(std::make_shared<fasa_state>()), kv(kv) {
     stale.resize(kv.n_stream);
+    owed .resize(kv.n_stream);
     layers.resize(kv.layers.size());
     on_changed();
 }
@@ -230,14 +231,24 @@ int32_t fasa_cache::n_hadamard() const {
     return n;
 }
 
-void fasa_cache::set_ranges(int32_t * ranges, uint32_t n_stream) {
+void fasa_cache::set_ranges(int32_t * ranges, uint32_t n_stream, bool gpu_waits) {
     std::fill(ranges, ranges + n_stream*2*FASA_MAX_RANGES, 0);
     const llama_seq_id s0 = *std::min_element(strm.begin(), strm.end());
     uint64_t cells = 0;
     for (uint32_t s = 0; s < n_stream; ++s) {
+        auto & later = owed[s0 + s];
+        if (!gpu_waits) {
+            for (const auto & r : later.data) {
+                stale[s0 + s].add(r.first, r.second);
+            }
+            later = {};
+        }
         // cells behind the last used one are empty, and are marked again when they are written
         const auto fresh = stale[s0 + s].take(kv.v_cells[s0 + s].used_max_p1());
         stale[s0 + s] = {};
+        for (size_t i = 0; gpu_waits && i < fresh.data.size(); ++i) {
+            later.add(fresh.data[i].first, fresh.data[i].second);
+        }
         for (size_t i = 0; i < fresh.data.size(); ++i) {
             ranges[s*2*FASA_MAX_RANGES + 2*i    ] = (int32_t) fresh.data[i].first;
             ranges[s*2*FASA_MAX_RANGES + 2*i + 1] = (int32_t) fresh.data[i].second;

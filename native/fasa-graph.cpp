@@ -33,7 +33,7 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
         auto & state = *cache->state;
         if (ranges && ranges->buffer) {
             std::vector<int32_t> data(ggml_nelements(ranges));
-            cache->set_ranges(data.data(), n_stream);
+            cache->set_ranges(data.data(), n_stream, n_waiting > 0);
             ggml_backend_tensor_set(ranges, data.data(), 0, ggml_nbytes(ranges));
         }
         if (forced && forced->buffer) {
@@ -150,7 +150,7 @@ ggml_tensor * fasa_build_attn(
     if (layer.reason.empty()) {
         layer.reason = fasa_attn_dense_reason(graph, q, k, kq_b, kq_mask, v_mla);
     }
-    const bool waits = layer.work && input->gpu_waits;
+    const bool waits = layer.work && layer.reason.empty() && input->gpu_waits;
     if (!input->dense_reason.empty() || !layer.reason.empty() || waits) {
         input->n_dense++;
         input->n_waiting += waits;
