@@ -27,6 +27,7 @@ COPY_BYTES = 512 << 20    # of the copy that gives a device's rate: beyond its c
 WARM_STEPS = 3            # untimed decode steps of a repetition: CUDA records a graph when it comes again
 NOISE = 0.02              # share of dense's speed that counts as equal when the crossover is looked for
 NO_CACHE = "it has no KV cache that FASA knows"  # fasa_layer_reason of a layer that is not attention
+GPU_WAITS = "the context is shorter than min_context_gpu"  # fasa_step_reason where layers on GPUs are all that could be sparse
 Report = Callable[[str, int, int], None]
 
 
@@ -277,8 +278,8 @@ def bench(model: str | os.PathLike, plan: Plan, arms: Mapping[str, FasaParams], 
           emit: Callable[[list[Row]], None] | None = None) -> list[Row]:
     """Rows of dense and every FASA arm (name: settings), which take turns; `emit` gets those of a depth when they are there.
 
-    Raises FasaError when the profile does not fit, as soon as an arm turns out dense at a depth from its min_context on, and when no
-    step of the whole run was sparse.
+    Raises FasaError when the profile does not fit, as soon as an arm turns out dense at a depth from its min_context on (with all layers
+    on GPUs: min_context_gpu), and when no step of the whole run was sparse.
     """
     plan.check(arms)
     profile = profile or Profile.load(model)
@@ -308,7 +309,9 @@ def bench(model: str | os.PathLike, plan: Plan, arms: Mapping[str, FasaParams], 
             _add(rows, group, emit)
             report("benchmarking", i * len(depths) + j + 1, n_contexts * len(depths))
     if not any(r.sparse_share for r in rows):
-        raise FasaError(f"FASA was asked for and no step used it: {next(r.note for r in rows if r.params is not None)}")
+        note, least = next((r.note, r.params.min_context_gpu) for r in reversed(rows) if r.params is not None)
+        more = f"; with all layers on a GPU use -d with {least} or more, or a smaller --fasa-min-context-gpu" if note == f"dense (n < {least})" else ""
+        raise FasaError(f"FASA was asked for and no step used it: {note}{more}")
     set_ratio_best(rows)
     return rows
 
@@ -334,7 +337,7 @@ def _measure(b: Bench, plan: Plan, arms: Mapping[str, FasaParams | None], depth:
 
     def generate(p: FasaParams | None, warm: bool) -> Sample:
         sample = b.generate(p, depth, min(plan.n_gen, 4) if warm else plan.n_gen)
-        if warm and p is not None and depth >= p.min_context and not sample.counters["steps_sparse"]:
+        if warm and p is not None and not below(p, depth, sample.reason) and not sample.counters["steps_sparse"]:
             raise FasaError(f"FASA was asked for and no step at depth {depth} used it: {sample.reason}{dense_layers(b.s.fasa.layer_reasons(), ': ')}")
         return sample
 
@@ -380,11 +383,17 @@ def _count(row: Row, samples: list[Sample], b: Bench) -> None:
         row.tokens_attended = c["rows_attended"] / c["lists"]
     if c["steps_sparse"] < steps:
         reason = next(x.reason for x in samples)
-        row.note = f"dense (n < {row.params.min_context})" if row.n_depth < row.params.min_context else f"dense ({reason})"
+        least = below(row.params, row.n_depth, reason)
+        row.note = f"dense (n < {least})" if least else f"dense ({reason})"
         if c["steps_sparse"]:
             row.note = f"{steps - c['steps_sparse']} of {steps} steps {row.note}"
     elif c["layers_dense"]:
         row.note = dense_layers(b.s.fasa.layer_reasons())
+
+
+def below(p: FasaParams, depth: int, reason: str) -> int:
+    """The min_context or min_context_gpu that a depth is below, the step being dense for `reason`; 0: neither."""
+    return p.min_context if depth < p.min_context else p.min_context_gpu if reason == GPU_WAITS else 0
 
 
 def dense_layers(reasons: Sequence[str | None], before: str = "") -> str:
@@ -428,7 +437,8 @@ def crossover(rows: Sequence[Row], noise: float = NOISE) -> int | None:
 
 
 def find_crossover(model: str | os.PathLike, plan: Plan, params: FasaParams, **kw: Any) -> tuple[int | None, list[Row]]:
-    """(depth, rows): `bench` with FASA at every depth, decode rows only; the depth is what `min_context` should be. kw: as bench's.
+    """(depth, rows): `bench` with FASA at every depth, decode rows only; the depth is what `min_context`, with layers on a GPU
+    `min_context_gpu`, should be. kw: as bench's.
 
     Raises FasaError when the plan has several contexts: each would have a crossover of its own.
     """
@@ -442,8 +452,10 @@ def find_crossover(model: str | os.PathLike, plan: Plan, params: FasaParams, **k
 
 def crossover_text(depth: int | None, rows: Sequence[Row]) -> str:
     """One sentence."""
+    on_gpu = rows[0].setup.get("n_gpu_layers") and rows[0].setup.get("gpu_info")
+    flag = "--fasa-min-context-gpu" if on_gpu else "--fasa-min-context"
     if depth is None:
         return f"FASA is slower than dense at depth {max(r.n_depth for r in rows)}: no crossover among the depths measured."
     if depth == min(r.n_depth for r in rows):
-        return f"FASA is no slower than dense from depth {depth} on, the smallest one measured: --fasa-min-context {depth}, or less."
-    return f"FASA is no slower than dense from depth {depth} on: --fasa-min-context {depth}."
+        return f"FASA is no slower than dense from depth {depth} on, the smallest one measured: {flag} {depth}, or less."
+    return f"FASA is no slower than dense from depth {depth} on: {flag} {depth}."

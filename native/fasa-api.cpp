@@ -345,7 +345,7 @@ const char * fasa_layer_reason(const llama_context * ctx, int32_t il) {
                 return "FASA is off";
             }
             const auto & layer = cache->layer(il);
-            return !layer.reason.empty() ? layer.reason.c_str() : layer.asked ? nullptr :
+            return !layer.reason.empty() ? layer.reason.c_str() : layer.waits ? FASA_GPU_WAITS : layer.asked ? nullptr :
                 "no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its attention by another path";
         }
     }

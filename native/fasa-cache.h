@@ -62,6 +62,7 @@ struct fasa_layer {
     ggml_tensor * work   = nullptr; // i8  [sizeof(fasa_work)], one for all layers of a device; nullptr: the layer is on the CPU
     std::string   reason;           // why it is dense, "" when it is not
     bool          asked = false;    // fasa_build_attn was called for it: a graph builds this attention where the hook is
+    bool          waits = false;    // dense in the last graph, because it is on a GPU and the context is short
 };
 
 struct fasa_cache {

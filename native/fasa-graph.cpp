@@ -55,7 +55,7 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
         } else {
             state.steps_dense++;
             state.step_reason = !dense_reason.empty() ? dense_reason :
-                n_waiting > 0 ? "the context is shorter than min_context_gpu" : "no layer can run sparse";
+                n_waiting > 0 ? FASA_GPU_WAITS : "no layer can run sparse";
         }
     }
 
@@ -150,10 +150,10 @@ ggml_tensor * fasa_build_attn(
     if (layer.reason.empty()) {
         layer.reason = fasa_attn_dense_reason(graph, q, k, kq_b, kq_mask, v_mla);
     }
-    const bool waits = layer.work && layer.reason.empty() && input->gpu_waits;
-    if (!input->dense_reason.empty() || !layer.reason.empty() || waits) {
+    layer.waits = layer.work && layer.reason.empty() && input->gpu_waits;
+    if (!input->dense_reason.empty() || !layer.reason.empty() || layer.waits) {
         input->n_dense++;
-        input->n_waiting += waits;
+        input->n_waiting += layer.waits;
         return nullptr;
     }
     input->n_sparse++;

@@ -191,6 +191,22 @@ def test_dense_layers_are_counted_by_reason():
     assert b.dense_layers([None, b.NO_CACHE]) == "" and b.dense_layers(["x"], ": ") == ": 1 of 1 layers dense (1: x)"
 
 
+def test_layers_on_a_gpu_may_wait(library, tiny, profile, monkeypatch):
+    p = FasaParams(min_context=30, min_context_gpu=900)
+    assert [b.below(p, 20, "x"), b.below(p, 40, "x"), b.below(p, 40, b.GPU_WAITS)] == [30, 0, 900]
+    measure = b.Bench.generate
+
+    def waiting(self, *a):                                                            # as if all layers were on a GPU
+        sample = measure(self, *a)
+        return replace(sample, counters=sample.counters | {"steps_sparse": 0, "layers_sparse": 0}, reason=b.GPU_WAITS)
+
+    monkeypatch.setattr(b.Bench, "generate", waiting)
+    groups = []
+    with pytest.raises(FasaError, match=r"no step used it: dense \(n < 900\); with all layers on a GPU use -d with 900 or more, or a smaller --fasa-min-context-gpu"):
+        run(tiny, QUICK, profile, ON.replace(min_context=30, min_context_gpu=900), emit=groups.append)
+    assert [r.note for r in groups[0]] == ["", "dense (n < 900)"]
+
+
 def test_dense_at_a_depth_that_should_be_sparse_ends_the_run(library, tiny, profile):
     none = Profile(profile.n_head_kv, [0] * 3, [profile.ranking[0][:0, :0]] * 3, "synthetic")
     groups = []
@@ -278,6 +294,8 @@ def test_crossover(ratios, depth):
     assert b.crossover(rows) == depth
     text = b.crossover_text(depth, rows)
     assert "no crossover among the depths measured" in text if depth is None else f"from depth {depth} on" in text
+    rows[0].setup = {"n_gpu_layers": 99, "gpu_info": "a GPU"}
+    assert depth is None or f"--fasa-min-context-gpu {depth}" in b.crossover_text(depth, rows)
 
 
 def test_find_crossover_measures_every_depth(library, tiny, profile):
