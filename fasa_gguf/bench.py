@@ -27,7 +27,6 @@ COPY_BYTES = 512 << 20    # of the copy that gives a device's rate: beyond its c
 WARM_STEPS = 3            # untimed decode steps of a repetition: CUDA records a graph when it comes again
 NOISE = 0.02              # share of dense's speed that counts as equal when the crossover is looked for
 NO_CACHE = "it has no KV cache that FASA knows"  # fasa_layer_reason of a layer that is not attention
-GPU_WAITS = "the context is shorter than min_context_gpu"  # fasa_step_reason where layers on GPUs are all that could be sparse
 Report = Callable[[str, int, int], None]
 
 
@@ -172,6 +171,7 @@ class Sample:
     counters: dict[str, int]   # FASA's
     first_s: float             # of the first decode step
     reason: str                # why that step was dense, "" if it was not
+    layer_reasons: Sequence[str | None] = ()  # why layers were dense after the last step
     prompt_s: float = 0.0      # of the prefill that was timed
 
 
@@ -238,9 +238,9 @@ class Bench:
         for j in range(WARM_STEPS, WARM_STEPS + n):
             self.step(depth + j, j)
         seconds = time.perf_counter() - start
-        counters = self.s.fasa.counters()
-        self.rewind(depth)
-        return Sample(self.n * n / seconds, counters, first, reason)
+        sample = Sample(self.n * n / seconds, self.s.fasa.counters(), first, reason, self.s.fasa.layer_reasons())
+        self.rewind(depth)                                                            # which may turn FASA off
+        return sample
 
     def prompt(self, p: FasaParams | None, depth: int, n: int) -> Sample:
         """A prefill of n tokens of sequence 0 behind `depth` cells, and the first decode step after it."""
@@ -252,7 +252,7 @@ class Bench:
         self.step(depth + n, 0)
         first = time.perf_counter() - start - seconds
         self.rewind(depth)
-        return Sample(n / seconds, {}, first, "", seconds)
+        return Sample(n / seconds, {}, first, "", prompt_s=seconds)
 
 
 # ---- the measurement ----
@@ -337,8 +337,8 @@ def _measure(b: Bench, plan: Plan, arms: Mapping[str, FasaParams | None], depth:
 
     def generate(p: FasaParams | None, warm: bool) -> Sample:
         sample = b.generate(p, depth, min(plan.n_gen, 4) if warm else plan.n_gen)
-        if warm and p is not None and not below(p, depth, sample.reason) and not sample.counters["steps_sparse"]:
-            raise FasaError(f"FASA was asked for and no step at depth {depth} used it: {sample.reason}{dense_layers(b.s.fasa.layer_reasons(), ': ')}")
+        if warm and p is not None and not p.least_above(depth, sample.reason) and not sample.counters["steps_sparse"]:
+            raise FasaError(f"FASA was asked for and no step at depth {depth} used it: {sample.reason}{dense_layers(sample.layer_reasons, ': ')}")
         return sample
 
     for arm, samples in _turns(arms, plan.repetitions, generate).items():
@@ -383,17 +383,12 @@ def _count(row: Row, samples: list[Sample], b: Bench) -> None:
         row.tokens_attended = c["rows_attended"] / c["lists"]
     if c["steps_sparse"] < steps:
         reason = next(x.reason for x in samples)
-        least = below(row.params, row.n_depth, reason)
+        least = row.params.least_above(row.n_depth, reason)
         row.note = f"dense (n < {least})" if least else f"dense ({reason})"
         if c["steps_sparse"]:
             row.note = f"{steps - c['steps_sparse']} of {steps} steps {row.note}"
     elif c["layers_dense"]:
-        row.note = dense_layers(b.s.fasa.layer_reasons())
-
-
-def below(p: FasaParams, depth: int, reason: str) -> int:
-    """The min_context or min_context_gpu that a depth is below, the step being dense for `reason`; 0: neither."""
-    return p.min_context if depth < p.min_context else p.min_context_gpu if reason == GPU_WAITS else 0
+        row.note = dense_layers(samples[-1].layer_reasons)
 
 
 def dense_layers(reasons: Sequence[str | None], before: str = "") -> str:

@@ -11,6 +11,7 @@ from fasa_gguf.cli_bench import _types
 from fasa_gguf.embed import model_shape
 from fasa_gguf.gguf_file import STR, U16, U32, GGUFFile, pack_kv
 from fasa_gguf.native import Device
+from fasa_gguf.params import GPU_WAITS
 from fasa_gguf.profile import Profile
 from fasa_gguf.session import Session
 
@@ -193,12 +194,12 @@ def test_dense_layers_are_counted_by_reason():
 
 def test_layers_on_a_gpu_may_wait(library, tiny, profile, monkeypatch):
     p = FasaParams(min_context=30, min_context_gpu=900)
-    assert [b.below(p, 20, "x"), b.below(p, 40, "x"), b.below(p, 40, b.GPU_WAITS)] == [30, 0, 900]
+    assert [p.least_above(20, "x"), p.least_above(40, "x"), p.least_above(40, GPU_WAITS)] == [30, 0, 900]
     measure = b.Bench.generate
 
     def waiting(self, *a):                                                            # as if all layers were on a GPU
         sample = measure(self, *a)
-        return replace(sample, counters=sample.counters | {"steps_sparse": 0, "layers_sparse": 0}, reason=b.GPU_WAITS)
+        return replace(sample, counters=sample.counters | {"steps_sparse": 0, "layers_sparse": 0}, reason=GPU_WAITS)
 
     monkeypatch.setattr(b.Bench, "generate", waiting)
     groups = []
