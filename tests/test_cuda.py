@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fasa_gguf import FasaParams
+from fasa_gguf.params import GPU_WAITS
 from fasa_gguf.session import Session
 
 
@@ -134,6 +135,7 @@ def test_layers_that_waited_derive_what_the_others_had(library, cuda, tiny, prof
             for pos in range(240, 256):
                 s.decode([pos % 200 + 1], pos)
             before = s.fasa.counters()
+            assert sorted(s.fasa.layer_reasons(), key=str) == [None, GPU_WAITS, GPU_WAITS]
             if invalidate:
                 s.fasa.invalidate()
             logits = s.decode([7], 256)                                               # the first step that sees 512 cells
