@@ -171,6 +171,7 @@ class Sample:
     counters: dict[str, int]   # FASA's
     first_s: float             # of the first decode step
     reason: str                # why that step was dense, "" if it was not
+    layer_reasons: Sequence[str | None] = ()  # why layers were dense after the last step
     prompt_s: float = 0.0      # of the prefill that was timed
 
 
@@ -237,9 +238,9 @@ class Bench:
         for j in range(WARM_STEPS, WARM_STEPS + n):
             self.step(depth + j, j)
         seconds = time.perf_counter() - start
-        counters = self.s.fasa.counters()
-        self.rewind(depth)
-        return Sample(self.n * n / seconds, counters, first, reason)
+        sample = Sample(self.n * n / seconds, self.s.fasa.counters(), first, reason, self.s.fasa.layer_reasons())
+        self.rewind(depth)                                                            # which may turn FASA off
+        return sample
 
     def prompt(self, p: FasaParams | None, depth: int, n: int) -> Sample:
         """A prefill of n tokens of sequence 0 behind `depth` cells, and the first decode step after it."""
@@ -251,7 +252,7 @@ class Bench:
         self.step(depth + n, 0)
         first = time.perf_counter() - start - seconds
         self.rewind(depth)
-        return Sample(n / seconds, {}, first, "", seconds)
+        return Sample(n / seconds, {}, first, "", prompt_s=seconds)
 
 
 # ---- the measurement ----
@@ -277,8 +278,8 @@ def bench(model: str | os.PathLike, plan: Plan, arms: Mapping[str, FasaParams], 
           emit: Callable[[list[Row]], None] | None = None) -> list[Row]:
     """Rows of dense and every FASA arm (name: settings), which take turns; `emit` gets those of a depth when they are there.
 
-    Raises FasaError when the profile does not fit, as soon as an arm turns out dense at a depth from its min_context on, and when no
-    step of the whole run was sparse.
+    Raises FasaError when the profile does not fit, as soon as an arm turns out dense at a depth from its min_context on (with all layers
+    on GPUs: min_context_gpu), and when no step of the whole run was sparse.
     """
     plan.check(arms)
     profile = profile or Profile.load(model)
@@ -308,7 +309,9 @@ def bench(model: str | os.PathLike, plan: Plan, arms: Mapping[str, FasaParams], 
             _add(rows, group, emit)
             report("benchmarking", i * len(depths) + j + 1, n_contexts * len(depths))
     if not any(r.sparse_share for r in rows):
-        raise FasaError(f"FASA was asked for and no step used it: {next(r.note for r in rows if r.params is not None)}")
+        note, least = next((r.note, r.params.min_context_gpu) for r in reversed(rows) if r.params is not None)
+        more = f"; with all layers on a GPU use -d with {least} or more, or a smaller --fasa-min-context-gpu" if note == f"dense (n < {least})" else ""
+        raise FasaError(f"FASA was asked for and no step used it: {note}{more}")
     set_ratio_best(rows)
     return rows
 
@@ -334,8 +337,8 @@ def _measure(b: Bench, plan: Plan, arms: Mapping[str, FasaParams | None], depth:
 
     def generate(p: FasaParams | None, warm: bool) -> Sample:
         sample = b.generate(p, depth, min(plan.n_gen, 4) if warm else plan.n_gen)
-        if warm and p is not None and depth >= shortest(p, sample.reason) and not sample.counters["steps_sparse"]:
-            raise FasaError(f"FASA was asked for and no step at depth {depth} used it: {sample.reason}{dense_layers(b.s.fasa.layer_reasons(), ': ')}")
+        if warm and p is not None and not p.least_above(depth, sample.reason) and not sample.counters["steps_sparse"]:
+            raise FasaError(f"FASA was asked for and no step at depth {depth} used it: {sample.reason}{dense_layers(sample.layer_reasons, ': ')}")
         return sample
 
     for arm, samples in _turns(arms, plan.repetitions, generate).items():
@@ -380,17 +383,12 @@ def _count(row: Row, samples: list[Sample], b: Bench) -> None:
         row.tokens_attended = c["rows_attended"] / c["lists"]
     if c["steps_sparse"] < steps:
         reason = next(x.reason for x in samples)
-        least = shortest(row.params, reason)
-        row.note = f"dense (n < {least})" if row.n_depth < least else f"dense ({reason})"
+        least = row.params.least_above(row.n_depth, reason)
+        row.note = f"dense (n < {least})" if least else f"dense ({reason})"
         if c["steps_sparse"]:
             row.note = f"{steps - c['steps_sparse']} of {steps} steps {row.note}"
     elif c["layers_dense"]:
-        row.note = dense_layers(b.s.fasa.layer_reasons())
-
-
-def shortest(p: FasaParams, reason: str) -> int:
-    """The depth from which on a step that was dense for this reason would be sparse, as far as lengths decide."""
-    return max(p.min_context, p.min_context_gpu) if reason == native.WAITS_FOR_GPU else p.min_context
+        row.note = dense_layers(samples[-1].layer_reasons)
 
 
 def dense_layers(reasons: Sequence[str | None], before: str = "") -> str:
@@ -434,7 +432,8 @@ def crossover(rows: Sequence[Row], noise: float = NOISE) -> int | None:
 
 
 def find_crossover(model: str | os.PathLike, plan: Plan, params: FasaParams, **kw: Any) -> tuple[int | None, list[Row]]:
-    """(depth, rows): `bench` with FASA at every depth, decode rows only; the depth is what `min_context` should be. kw: as bench's.
+    """(depth, rows): `bench` with FASA at every depth, decode rows only; the depth is what `min_context`, with layers on a GPU
+    `min_context_gpu`, should be. kw: as bench's.
 
     Raises FasaError when the plan has several contexts: each would have a crossover of its own.
     """
@@ -448,8 +447,10 @@ def find_crossover(model: str | os.PathLike, plan: Plan, params: FasaParams, **k
 
 def crossover_text(depth: int | None, rows: Sequence[Row]) -> str:
     """One sentence."""
+    on_gpu = rows[0].setup.get("n_gpu_layers") and rows[0].setup.get("gpu_info")
+    flag = "--fasa-min-context-gpu" if on_gpu else "--fasa-min-context"
     if depth is None:
         return f"FASA is slower than dense at depth {max(r.n_depth for r in rows)}: no crossover among the depths measured."
     if depth == min(r.n_depth for r in rows):
-        return f"FASA is no slower than dense from depth {depth} on, the smallest one measured: --fasa-min-context {depth}, or less."
-    return f"FASA is no slower than dense from depth {depth} on: --fasa-min-context {depth}."
+        return f"FASA is no slower than dense from depth {depth} on, the smallest one measured: {flag} {depth}, or less."
+    return f"FASA is no slower than dense from depth {depth} on: {flag} {depth}."

@@ -114,7 +114,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("--fill", choices=("auto", "prefill", "random"), default="auto", help="how the cache gets its depth; auto: random from 2048 on")
     p.add_argument("--shape", choices=tuple(SHAPES), help="make and use a random model of this shape")
     p.add_argument("--output-model", help="where --shape writes its model; default: the user's cache folder")
-    p.add_argument("--find-crossover", action="store_true", help="the depth from which on FASA is no slower than dense: what --fasa-min-context should be")
+    p.add_argument("--find-crossover", action="store_true", help="the depth from which on FASA is no slower than dense: what --fasa-min-context, on a GPU --fasa-min-context-gpu, should be")
     p.add_argument("-o", "--output", choices=("md", "json", "jsonl", "csv"), default="md", help="format of the rows; jsonl: each as soon as it is measured")
     p.add_argument("--json", action="store_true", help="the same as -o json")
     p.add_argument("--plot", metavar="FILE.png", help="write a picture of tokens/s against depth")

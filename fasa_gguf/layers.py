@@ -171,6 +171,9 @@ def _checked(plan: LayerPlan, profile: Profile, window: int, base: FasaParams) -
     if not plan.budgets or min(plan.budgets) <= base.sink + base.recent or max(plan.budgets) >= window or len(set(plan.budgets)) < len(plan.budgets):
         raise FasaError(f"--budgets {','.join(map(str, plan.budgets))}: expected different numbers from {base.sink + base.recent + 1}, above sink and recent, "
                         f"to {window - 1}, below --window")
+    default = profile.defaults.get("mean_budget", 0)
+    if default and not min(plan.budgets) <= default <= max(plan.budgets):
+        raise FasaError(f"--budgets {','.join(map(str, plan.budgets))}: expected numbers that reach {default}, the profile's default mean_budget")
     if plan.group < 1:
         raise FasaError(f"--group {plan.group}: expected at least 1")
     if base.min_context > window:

@@ -17,7 +17,6 @@ from .errors import FasaError
 from .params import K_DOM_TYPES, FasaParams
 
 LLAMA_CPP_VERSION = "0.3.36"  # the llama-cpp-python whose ctypes mirror fits our library; patches/UPSTREAM pins the same
-WAITS_FOR_GPU = "the context is shorter than min_context_gpu"  # a step_reason (native/fasa-select.h)
 
 
 def lib_dir() -> Path:
@@ -369,9 +368,15 @@ def op_run(*, q: np.ndarray, v: np.ndarray, forced: np.ndarray, **case: Any) -> 
     return out
 
 
+TIME_CELLS = 16384  # FASA_TIME_CELLS of fasa-op-run.cpp
+
+
 def op_time(*, n_layer: int = 4, n_rep: int = 20, **case: Any) -> dict[str, float]:
     """Seconds a layer of dense flash attention ("dense"), of TIP and SELECT ("select"), and of all of FASA ("fasa"), the fastest of n_rep
     runs over n_layer caches. k and v float32 [1, 16384, n_head_kv, head_dim] are repeated over n_kv cells. Raises FasaError."""
+    for name in ("k", "v"):
+        if case[name].shape[:2] != (1, TIME_CELLS):
+            raise FasaError(f"op_time: expected {name} of shape [1, {TIME_CELLS}, n_head_kv, head_dim], found {list(case[name].shape)}")
     keep: list[Any] = []
     times = _struct("fasa_op_times")
     _check(_api()[1].fasa_op_time(_op_case(keep, **case), n_layer, n_rep, times))

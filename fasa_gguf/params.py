@@ -10,6 +10,7 @@ from typing import Any, Mapping
 from .errors import FasaError
 
 K_DOM_TYPES = ("f16", "q8", "q4")
+GPU_WAITS = "the context is shorter than min_context_gpu"  # fasa_step_reason where only layers on GPUs could be sparse
 
 
 def _setting(default: Any, unit: str, help: str) -> Any:
@@ -41,6 +42,10 @@ class FasaParams:
     def replace(self, **changes: Any) -> "FasaParams":
         """A copy with some settings changed."""
         return dataclasses.replace(self, **changes)
+
+    def least_above(self, n_cells: int, reason: str) -> int:
+        """min_context or min_context_gpu, where `n_cells` are below it and a step is dense for that (`reason`, of step_reason); else 0."""
+        return self.min_context if n_cells < self.min_context else self.min_context_gpu if reason == GPU_WAITS else 0
 
     def check(self) -> "FasaParams":
         """Returns self, or raises FasaError naming the first setting that is out of range."""

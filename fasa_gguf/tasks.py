@@ -131,10 +131,12 @@ def _run_sample(s: Session, switch: ArmSwitch, arms: Sequence[Arm], prompt: Sequ
         switch.use(arm)
         out = greedy(s, prompt[-1], len(prompt) - 1, n_predict, lambda out: mark(out) == 1)
         counters = s.fasa.counters()
-        if arm.params is not None and not counters["steps_sparse"] and len(prompt) >= arm.params.min_context:
-            raise FasaError(f"arm {arm.name}: FASA was asked for and no step used it: {s.fasa.step_reason()}")
+        reason = s.fasa.step_reason()
+        least = arm.params.least_above(len(prompt), reason) if arm.params else 0
+        if arm.params is not None and not counters["steps_sparse"] and not least:
+            raise FasaError(f"arm {arm.name}: FASA was asked for and no step used it: {reason}")
         results.append({"arm": arm.name, "text": s.detokenize(out), "n_tokens": len(out), "score": mark(out), "counters": counters,
-                        "min_context": arm.params.min_context if arm.params else None})
+                        "min_context": least or arm.params.min_context if arm.params else None})
     return {"task": record["task"], "index": record["index"], "haystack": record.get("haystack"), "n_prompt": len(prompt),
             "outputs": record["outputs"], "arms": results}
 
@@ -150,8 +152,10 @@ def _check_used(arms: Sequence[Arm], longest: int, samples: Sequence[dict[str, A
             continue
         if samples is None and -(-longest // 256) * 256 < arm.params.min_context or \
                 samples is not None and not any(r["arms"][1 + i]["counters"]["steps_sparse"] for r in samples):
-            raise FasaError(f"arm {arm.name}: FASA was asked for and no step could use it: no prompt reaches min_context, "
-                            f"{arm.params.min_context}; use a smaller --fasa-min-context or larger --lengths")
+            least = max((r["arms"][1 + i]["min_context"] for r in samples or ()), default=arm.params.min_context)
+            gpu = "_gpu" if least > arm.params.min_context else ""
+            raise FasaError(f"arm {arm.name}: FASA was asked for and no step could use it: no prompt reaches min_context{gpu}, "
+                            f"{least}; use a smaller --fasa-min-context{gpu.replace('_', '-')} or larger --lengths")
 
 
 def run_jobs(model: str | os.PathLike, jobs: Sequence[Job], arms: Sequence[Arm], setup: Setup = Setup(), profile: Profile | None = None,

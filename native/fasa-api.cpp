@@ -131,20 +131,13 @@ static int fasa_find_mass(const uint32_t * tokens, const float * mass, size_t n,
 
 // ---- profile ----
 
-int fasa_set_profile(llama_context * ctx, const fasa_profile * p) {
-    if (fasa_check_size(p, "fasa_profile") != 0) {
-        return -1;
-    }
-    const auto caches = fasa_caches_of(ctx);
-    if (caches.empty()) {
-        return -1;
-    }
-    const auto & hparams = ctx->get_model().hparams;
+// shapes and ranking against the model; offset, n_ranking and n_weight: of the flat arrays
+static int fasa_check_ranking(const fasa_profile * p, const llama_hparams & hparams, std::vector<uint32_t> & offset, size_t & n_ranking, size_t & n_weight) {
     if (p->n_layer != hparams.n_layer()) {
         return fasa_set_error("the profile is for a model of %u layers, this one has %u", p->n_layer, hparams.n_layer());
     }
-    size_t n_ranking = 0, n_weight = 0;
-    std::vector<uint32_t> offset(p->n_layer);
+    n_ranking = n_weight = 0;
+    offset.resize(p->n_layer);
     for (uint32_t il = 0; il < p->n_layer; ++il) {
         offset[il] = n_ranking;
         if (p->n_chunk[il] == 0) {
@@ -169,7 +162,10 @@ int fasa_set_profile(llama_context * ctx, const fasa_profile * p) {
             }
         }
     }
+    return 0;
+}
 
+static int fasa_check_masses(const fasa_profile * p) {
     for (uint32_t il = 0; p->layer_miss && il < p->n_layer; ++il) {
         if (!(p->layer_miss[il] > 0) || !std::isfinite(p->layer_miss[il])) {
             return fasa_set_error("layer %u: layer_miss is %g, and must be above 0", il, (double) p->layer_miss[il]);
@@ -182,7 +178,22 @@ int fasa_set_profile(llama_context * ctx, const fasa_profile * p) {
                     p->mean_budget[i], (double) p->mean_budget_mass[i]);
         }
     }
+    return 0;
+}
 
+int fasa_set_profile(llama_context * ctx, const fasa_profile * p) {
+    if (fasa_check_size(p, "fasa_profile") != 0) {
+        return -1;
+    }
+    const auto caches = fasa_caches_of(ctx);
+    if (caches.empty()) {
+        return -1;
+    }
+    std::vector<uint32_t> offset;
+    size_t n_ranking, n_weight;
+    if (fasa_check_ranking(p, ctx->get_model().hparams, offset, n_ranking, n_weight) != 0 || fasa_check_masses(p) != 0) {
+        return -1;
+    }
     auto & state = *fasa_state_of(caches);
     if (fasa_find_mass(p->mean_budget, p->mean_budget_mass, p->n_mean_budget, state.params) != 0) {
         return -1;
@@ -345,7 +356,7 @@ const char * fasa_layer_reason(const llama_context * ctx, int32_t il) {
                 return "FASA is off";
             }
             const auto & layer = cache->layer(il);
-            return !layer.reason.empty() ? layer.reason.c_str() : layer.asked ? nullptr :
+            return !layer.reason.empty() ? layer.reason.c_str() : layer.waits ? FASA_GPU_WAITS : layer.asked ? nullptr :
                 "no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its attention by another path";
         }
     }

@@ -12,6 +12,7 @@
 
 fasa_cache::fasa_cache(llama_kv_cache & kv) : state(std::make_shared<fasa_state>()), kv(kv) {
     stale.resize(kv.n_stream);
+    owed .resize(kv.n_stream);
     layers.resize(kv.layers.size());
     on_changed();
 }
@@ -41,7 +42,7 @@ const char * fasa_cache::layer_dense_reason(size_t ikv) const {
     const auto buft = ggml_backend_buffer_get_type(l.k->buffer);
     if (!ggml_backend_buft_is_host(buft)) {
         if (fasa_gpu_waits(state->params, kv.get_size())) {
-            return FASA_WAITS_FOR_GPU; // and needs no dominant keys
+            return FASA_GPU_WAITS; // and needs no dominant keys
         }
         const auto dev    = ggml_backend_buft_get_device(buft);
         const auto reason = dev ? (fasa_dense_reason_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "fasa_dense_reason") : nullptr;
@@ -233,14 +234,24 @@ int32_t fasa_cache::n_hadamard() const {
     return n;
 }
 
-void fasa_cache::set_ranges(int32_t * ranges, uint32_t n_stream) {
+void fasa_cache::set_ranges(int32_t * ranges, uint32_t n_stream, bool gpu_waits) {
     std::fill(ranges, ranges + n_stream*2*FASA_MAX_RANGES, 0);
     const llama_seq_id s0 = *std::min_element(strm.begin(), strm.end());
     uint64_t cells = 0;
     for (uint32_t s = 0; s < n_stream; ++s) {
+        auto & later = owed[s0 + s];
+        if (!gpu_waits) {
+            for (const auto & r : later.data) {
+                stale[s0 + s].add(r.first, r.second);
+            }
+            later = {};
+        }
         // cells behind the last used one are empty, and are marked again when they are written
         const auto fresh = stale[s0 + s].take(kv.v_cells[s0 + s].used_max_p1());
         stale[s0 + s] = {};
+        for (size_t i = 0; gpu_waits && i < fresh.data.size(); ++i) {
+            later.add(fresh.data[i].first, fresh.data[i].second);
+        }
         for (size_t i = 0; i < fresh.data.size(); ++i) {
             ranges[s*2*FASA_MAX_RANGES + 2*i    ] = (int32_t) fresh.data[i].first;
             ranges[s*2*FASA_MAX_RANGES + 2*i + 1] = (int32_t) fresh.data[i].second;

@@ -62,6 +62,7 @@ struct fasa_layer {
     ggml_tensor * work   = nullptr; // i8  [sizeof(fasa_work)], one for all layers of a device; nullptr: the layer is on the CPU
     std::string   reason;           // why it is dense, "" when it is not
     bool          asked = false;    // fasa_build_attn was called for it: a graph builds this attention where the hook is
+    bool          waits = false;    // dense in the last graph, because it is on a GPU and the context is short
 };
 
 struct fasa_cache {
@@ -90,8 +91,9 @@ struct fasa_cache {
     bool         has_layer(int32_t il) const;
     int32_t      n_hadamard() const; // block of the rotation of the stored K, 0: none
 
-    // fill the inputs of a sparse step; ranges [n_stream][2*FASA_MAX_RANGES], forced [n_tokens][n_forced]
-    void set_ranges(int32_t * ranges, uint32_t n_stream);
+    // fill the inputs of a sparse step; ranges [n_stream][2*FASA_MAX_RANGES], forced [n_tokens][n_forced]; gpu_waits: some layers on GPUs
+    // are dense in it, and get what the others are to refresh now in the first step in which they are not
+    void set_ranges(int32_t * ranges, uint32_t n_stream, bool gpu_waits);
     void set_forced(int32_t * forced, uint32_t n_forced, const llama_ubatch & ubatch) const;
 
     // for fasa_fill_random
@@ -107,6 +109,7 @@ private:
 
     std::vector<fasa_layer>  layers; // by index in the KV cache
     std::vector<fasa_ranges> stale;  // [n_stream]
+    std::vector<fasa_ranges> owed;   // [n_stream] no longer stale, but for the layers on GPUs that waited
 
     std::vector<llama_seq_id> strm;      // streams of the ubatch being computed
     std::vector<int64_t>  new_cells; // [n_tokens] the cells that it writes

@@ -12,8 +12,9 @@
 //
 // The bins are 2% wide, so the edge holds tens of cells. Where it holds more than EDGE (even attention), step 2 is done again on the
 // edge alone, in ever narrower bins, until few are left or all of them are equal. Keys and shares are whole numbers, so nothing
-// depends on the order of the blocks. The
-// blocks of a row are a cluster where that pays and the GPU has clusters (9.0 and later); elsewhere they are launched together
+// depends on the order of the blocks.
+//
+// The blocks of a row are a cluster where that pays and the GPU has clusters (9.0 and later); elsewhere they are launched together
 // (cooperatively), and their barriers spin.
 
 #include "fasa-cuda.cuh"

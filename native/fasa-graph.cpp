@@ -33,7 +33,7 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
         auto & state = *cache->state;
         if (ranges && ranges->buffer) {
             std::vector<int32_t> data(ggml_nelements(ranges));
-            cache->set_ranges(data.data(), n_stream);
+            cache->set_ranges(data.data(), n_stream, n_waiting > 0);
             ggml_backend_tensor_set(ranges, data.data(), 0, ggml_nbytes(ranges));
         }
         if (forced && forced->buffer) {
@@ -55,7 +55,7 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
         } else {
             state.steps_dense++;
             state.step_reason = !dense_reason.empty() ? dense_reason :
-                n_waiting > 0 ? FASA_WAITS_FOR_GPU : "no layer can run sparse";
+                n_waiting > 0 ? FASA_GPU_WAITS : "no layer can run sparse";
         }
     }
 
@@ -150,10 +150,10 @@ ggml_tensor * fasa_build_attn(
     if (layer.reason.empty()) {
         layer.reason = fasa_attn_dense_reason(graph, q, k, kq_b, kq_mask, v_mla);
     }
-    const bool waits = (layer.work && input->gpu_waits) || layer.reason == FASA_WAITS_FOR_GPU;
-    if (!input->dense_reason.empty() || !layer.reason.empty() || waits) {
+    layer.waits = layer.work ? layer.reason.empty() && input->gpu_waits : layer.reason == FASA_GPU_WAITS; // the cache, or the step, is short
+    if (!input->dense_reason.empty() || !layer.reason.empty() || layer.waits) {
         input->n_dense++;
-        input->n_waiting += waits;
+        input->n_waiting += layer.waits;
         return nullptr;
     }
     input->n_sparse++;

@@ -54,8 +54,9 @@ fasa_layer_nodes fasa_build_layer(ggml_context * ctx, const fasa_layer_op & op, 
         const int64_t length = fasa_list_length(op.params, op.budget, op.forced->ne[0], n_kv);
         const int64_t n_list = op.params.per_head ? n_head : op.k->ne[1];
 
-        ggml_tensor * src[] = { nodes.tip, op.forced, op.work };
-        nodes.select = ggml_custom_4d(ctx, GGML_TYPE_I32, 1 + length, n_list, n_tps, n_stream, src, op.work ? 3 : 2, fasa_cpu_op_get(), GGML_N_TASKS_MAX, stats);
+        // on a device SELECT runs TIP too: without ranges among its sources their memory could become its dst in the last layer
+        ggml_tensor * src[] = { nodes.tip, op.forced, op.work, op.ranges };
+        nodes.select = ggml_custom_4d(ctx, GGML_TYPE_I32, 1 + length, n_list, n_tps, n_stream, src, op.work ? 4 : 2, fasa_cpu_op_get(), GGML_N_TASKS_MAX, stats);
 
         fasa_op_params p = fasa_op_make(FASA_OP_SELECT, stats, device);
         p.budget = op.budget;

@@ -14,7 +14,8 @@
 //   SELECT   the cells to attend, per list and token
 //            dst  i32 [1 + length, n_list, n_tps, n_stream]: the count, then the cells, ascending; n_list is n_head_kv, or n_head
 //                 when every query head has a list of its own (fasa_params::per_head)
-//            src  TIP, forced i32 [n_forced, n_tps, n_stream], -1: none, work i8 [sizeof(fasa_work)] or none (on the CPU)
+//            src  TIP, forced i32 [n_forced, n_tps, n_stream], -1: none; on a device also work i8 [sizeof(fasa_work)], and ranges, which
+//                 its launch reads for TIP
 //   FAC      exact attention over those cells
 //            dst  f32 [d_v, n_head, n_tps, n_stream]
 //            src  SELECT, q, k, v [d_v, n_head_kv, n_kv, n_stream], mask, sinks f32 [n_head] or none

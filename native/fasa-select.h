@@ -60,9 +60,9 @@ inline const char * fasa_step_dense_reason(const fasa_params & p, uint32_t n_tok
     return "";
 }
 
-static constexpr const char * FASA_WAITS_FOR_GPU = "the context is shorter than min_context_gpu";
+// whether a layer on a GPU stays dense in a step that is sparse elsewhere, and the reason then
+static constexpr const char * FASA_GPU_WAITS = "the context is shorter than min_context_gpu";
 
-// whether a layer on a GPU stays dense in a step that is sparse elsewhere
 inline bool fasa_gpu_waits(const fasa_params & p, uint32_t n_kv) {
     return p.min_context > 0 && n_kv < p.min_context_gpu;
 }

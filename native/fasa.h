@@ -107,6 +107,7 @@ FASA_API int fasa_get_counters(const struct llama_context * ctx, fasa_counters *
 FASA_API int fasa_reset_counters(struct llama_context * ctx);
 
 // Why layer il is dense even in a sparse step: one clause; NULL when it can run sparse. il outside the model: "no such layer".
+// A layer on a GPU has a reason while the context is shorter than min_context_gpu too.
 // Known once a graph was built with FASA on, which the first decode does.
 FASA_API const char * fasa_layer_reason(const struct llama_context * ctx, int32_t il);
 // Why the last decode step as a whole was dense: "" when it was sparse.

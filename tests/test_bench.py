@@ -11,10 +11,10 @@ from fasa_gguf.cli_bench import _types
 from fasa_gguf.embed import model_shape
 from fasa_gguf.gguf_file import STR, U16, U32, GGUFFile, pack_kv
 from fasa_gguf.native import Device
+from fasa_gguf.params import GPU_WAITS
 from fasa_gguf.profile import Profile
 from fasa_gguf.session import Session
 
-from conftest import ROOT
 from test_fill import hybrid, sliding  # noqa: F401 (fixtures)
 from tiny_gguf import gguf_bytes
 
@@ -192,6 +192,22 @@ def test_dense_layers_are_counted_by_reason():
     assert b.dense_layers([None, b.NO_CACHE]) == "" and b.dense_layers(["x"], ": ") == ": 1 of 1 layers dense (1: x)"
 
 
+def test_layers_on_a_gpu_may_wait(library, tiny, profile, monkeypatch):
+    p = FasaParams(min_context=30, min_context_gpu=900)
+    assert [p.least_above(20, "x"), p.least_above(40, "x"), p.least_above(40, GPU_WAITS)] == [30, 0, 900]
+    measure = b.Bench.generate
+
+    def waiting(self, *a):                                                            # as if all layers were on a GPU
+        sample = measure(self, *a)
+        return replace(sample, counters=sample.counters | {"steps_sparse": 0, "layers_sparse": 0}, reason=GPU_WAITS)
+
+    monkeypatch.setattr(b.Bench, "generate", waiting)
+    groups = []
+    with pytest.raises(FasaError, match=r"no step used it: dense \(n < 900\); with all layers on a GPU use -d with 900 or more, or a smaller --fasa-min-context-gpu"):
+        run(tiny, QUICK, profile, ON.replace(min_context=30, min_context_gpu=900), emit=groups.append)
+    assert [r.note for r in groups[0]] == ["", "dense (n < 900)"]
+
+
 def test_dense_at_a_depth_that_should_be_sparse_ends_the_run(library, tiny, profile):
     none = Profile(profile.n_head_kv, [0] * 3, [profile.ranking[0][:0, :0]] * 3, "synthetic")
     groups = []
@@ -279,6 +295,8 @@ def test_crossover(ratios, depth):
     assert b.crossover(rows) == depth
     text = b.crossover_text(depth, rows)
     assert "no crossover among the depths measured" in text if depth is None else f"from depth {depth} on" in text
+    rows[0].setup = {"n_gpu_layers": 99, "gpu_info": "a GPU"}
+    assert depth is None or f"--fasa-min-context-gpu {depth}" in b.crossover_text(depth, rows)
 
 
 def test_find_crossover_measures_every_depth(library, tiny, profile):
@@ -326,11 +344,3 @@ def test_random_weights_have_no_mass(monkeypatch, capsys, profiled):
     assert cli.main(["bench", "--shape", "8b", "--fasa-mass", "0.9"]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "--fasa-mass with --shape: the attention of random weights is spread evenly, so a target mass means nothing" in err
-
-
-def test_a_depth_below_what_layers_on_a_gpu_wait_for_is_short_not_an_error():
-    from fasa_gguf import native
-
-    p = FasaParams(min_context=100, min_context_gpu=500)
-    assert b.shortest(p, native.WAITS_FOR_GPU) == 500 and b.shortest(p, "no layer can run sparse") == 100
-    assert f'"{native.WAITS_FOR_GPU}"' in (ROOT / "native" / "fasa-select.h").read_text()

@@ -7,6 +7,10 @@ reordered), of the largest value.
 import numpy as np
 import pytest
 
+from fasa_gguf import FasaParams
+from fasa_gguf.params import GPU_WAITS
+from fasa_gguf.session import Session
+
 
 def case(*, n_kv=1500, n_head=8, n_head_kv=2, d=64, n_tokens=2, n_stream=1, n_dom=24, hidden=30, n_hadamard=0, sinks=False, equal=False,
          infinite=False, spread=2.0, seed=0, **settings):
@@ -116,3 +120,27 @@ def test_runs_give_the_same_bits(library, cuda):
     for _ in range(5):
         again = library.op_run(**c, backend=cuda)
         assert all((first[name] == again[name])[np.isfinite(first[name])].all() for name in first)
+
+
+def test_layers_that_waited_derive_what_the_others_had(library, cuda, tiny, profile):
+    on = FasaParams(chunks=4, budget=64, min_context=1, min_context_gpu=512)          # of 3 layers 2 are on the GPU
+    with Session(tiny, n_ctx=1024, n_threads=1, n_gpu_layers=3) as s:
+        s.fasa.set_profile(profile)
+
+        def run(invalidate):
+            s.fasa.set_params(None)
+            s.clear()
+            s.decode(np.random.default_rng(0).integers(0, s.n_vocab, 240).tolist(), 0, logits="none")
+            s.fasa.set_params(on)
+            for pos in range(240, 256):
+                s.decode([pos % 200 + 1], pos)
+            before = s.fasa.counters()
+            assert sorted(s.fasa.layer_reasons(), key=str) == [None, GPU_WAITS, GPU_WAITS]
+            if invalidate:
+                s.fasa.invalidate()
+            logits = s.decode([7], 256)                                               # the first step that sees 512 cells
+            return before, s.fasa.counters(), logits
+
+        before, after, logits = run(False)
+        assert before["layers_sparse"] == before["layers_dense"] / 2 > 0 and after["layers_sparse"] - before["layers_sparse"] == 3
+        assert np.abs(logits - run(True)[2]).max() < 1e-3

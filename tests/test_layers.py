@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -163,6 +164,8 @@ def test_a_calibration_that_was_cut_off_goes_on(library, tiny, text, profile, tm
 def test_what_is_refused(tiny, text, profile, tmp_path, plan, base, message):
     with pytest.raises(FasaError, match=message):
         L.calibrate_layers(tiny, text, tmp_path / "p.json", plan, base, profile, **SIZE)
+    with pytest.raises(FasaError, match="--budgets 80,120,200: expected numbers that reach 256, the profile's default mean_budget"):
+        L.calibrate_layers(tiny, text, tmp_path / "p.json", PLAN, BASE, replace(profile, defaults={"mean_budget": 256}), **SIZE)
     with pytest.raises(FasaError, match="none/p.json: the folder does not exist; make it, or give another -o"):
         L.calibrate_layers(tiny, text, tmp_path / "none" / "p.json", PLAN, BASE, profile, **SIZE)
 

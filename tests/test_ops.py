@@ -154,3 +154,17 @@ def test_bad_cases_are_refused(library):
                        forced=z((1, 1, 1)), budget=1, scale=1.0, backend="NONE")
     with pytest.raises(FasaError, match="outside of the 3 cells"):
         library.rank_recall(np.zeros((1, 1, 4)), np.zeros((3, 4)), [3], np.array([[0, 1], [2, 3]]), 1, 1, 0, 0, 1.0)
+
+
+def test_times_of_a_layer(library):
+    from fasa_gguf import FasaError
+
+    rng = np.random.default_rng(0)
+    rows = lambda n: rng.standard_normal((1, n, 1, 16)).astype(np.float32)
+    case = dict(q=rows(1), k=rows(16384), v=rows(16384), dims=np.arange(8)[None], weight=np.ones((1, 8)), forced=np.full((1, 1, 4), -1), budget=64,
+                scale=0.25, n_kv=2000, n_threads=1)
+    assert min(library.op_time(n_layer=2, n_rep=1, **case).values()) > 0
+    for message, wrong in [(r"op_time: expected k of shape \[1, 16384, n_head_kv, head_dim\], found \[1, 100, 1, 16\]", dict(k=rows(100))),
+                           ("n_layer .1 to 100. or n_rep .from 1. is out of range", dict(n_rep=0)), ("there is no backend NONE", dict(backend="NONE"))]:
+        with pytest.raises(FasaError, match=message):
+            library.op_time(**{**case, **wrong})
