@@ -14,7 +14,7 @@ from typing import Any, Callable, Sequence
 
 from . import __version__
 from .errors import FasaError
-from .params import FasaParams
+from .params import FasaParams, not_used
 from .profile import PRESETS, Profile
 
 
@@ -216,7 +216,7 @@ def cmd_run(a: argparse.Namespace) -> None:
     s = llm.fasa_stats()
     print(_figures(s, len(tokens), first - start, n, end - first), file=sys.stderr)
     if asked and not s["steps_sparse"]:
-        raise FasaError(f"FASA was asked for and no step used it: {_why_dense(s, n)}")
+        raise FasaError(not_used(_why_dense(s, n)))
 
 
 def _ends(llm: Any, token: int) -> bool:

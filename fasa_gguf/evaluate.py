@@ -20,7 +20,7 @@ import numpy as np
 from . import native
 from .errors import FasaError
 from .journal import Journal, model_print, text_print
-from .params import FasaParams
+from .params import FasaParams, not_used
 from .profile import Profile
 from .session import Session
 
@@ -191,7 +191,7 @@ def _score_window(s: Session, switch: ArmSwitch, arms: Sequence[Arm | None], tok
             nll, kl, hit = (np.concatenate(x) for x in zip(*each))
             counters = s.fasa.counters()
             if arm.params is not None and counters["steps_sparse"] == 0:
-                raise FasaError(f"arm {arm.name}: FASA was asked for and no step used it: {s.fasa.step_reason()}")
+                raise FasaError(f"arm {arm.name}: {not_used(s.fasa.step_reason())}")
         yield {"nll": nll.tolist(), "kl": kl.tolist(), "hit": hit.tolist(), "counters": counters}
 
 

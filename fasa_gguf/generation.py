@@ -16,6 +16,7 @@ from . import native
 from .errors import FasaError
 from .evaluate import Arm, ArmSwitch, columns, cut_windows
 from .journal import Journal
+from .params import not_used
 from .profile import Profile
 from .session import Session
 from .tasks import COUNTERS, Progress, Setup
@@ -88,7 +89,7 @@ def _arm_piece(w: _Writer, switch: ArmSwitch, arm: Arm, prompt: Sequence[int], d
     w.skip(min(equal + 1, n))                                                    # what it need not write again
     counters = s.fasa.counters()
     if arm.params is not None and not counters["steps_sparse"]:
-        raise FasaError(f"arm {arm.name}: FASA was asked for and no step used it: {s.fasa.step_reason()}")
+        raise FasaError(f"arm {arm.name}: {not_used(s.fasa.step_reason())}")
     return {"forced": forced, "tokens": tokens, "counters": counters}
 
 

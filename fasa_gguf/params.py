@@ -13,6 +13,12 @@ K_DOM_TYPES = ("f16", "q8", "q4")
 GPU_WAITS = "the context is shorter than min_context_gpu"  # fasa_step_reason where only layers on GPUs could be sparse
 
 
+def not_used(reason: str) -> str:
+    """The sentence for a run that asked for FASA and in which no step used it; `reason` of step_reason."""
+    way = {GPU_WAITS: "use --fasa-min-context-gpu 0", "the context is shorter than min_context": "use a smaller --fasa-min-context"}.get(reason)
+    return f"FASA was asked for and no step used it: {reason}" + (f"; {way} or a longer context" if way else "")
+
+
 def _setting(default: Any, unit: str, help: str) -> Any:
     return field(default=default, metadata={"unit": unit, "help": help})
 

@@ -23,6 +23,7 @@ from . import native, ruler
 from .errors import FasaError
 from .evaluate import Arm, ArmSwitch, columns, describe
 from .journal import Journal, text_print
+from .params import not_used
 from .profile import Profile
 from .session import Session
 
@@ -134,7 +135,7 @@ def _run_sample(s: Session, switch: ArmSwitch, arms: Sequence[Arm], prompt: Sequ
         reason = s.fasa.step_reason()
         least = arm.params.least_above(len(prompt), reason) if arm.params else 0
         if arm.params is not None and not counters["steps_sparse"] and not least:
-            raise FasaError(f"arm {arm.name}: FASA was asked for and no step used it: {reason}")
+            raise FasaError(f"arm {arm.name}: {not_used(reason)}")
         results.append({"arm": arm.name, "text": s.detokenize(out), "n_tokens": len(out), "score": mark(out), "counters": counters,
                         "min_context": least or arm.params.min_context if arm.params else None})
     return {"task": record["task"], "index": record["index"], "haystack": record.get("haystack"), "n_prompt": len(prompt),
