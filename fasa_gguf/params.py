@@ -23,7 +23,7 @@ def _setting(default: Any, unit: str, help: str) -> Any:
     return field(default=default, metadata={"unit": unit, "help": help})
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)  # settings come and go, so positions mean nothing
 class FasaParams:
     """How to decode with FASA; a token is one KV cell.
 

@@ -93,7 +93,8 @@ def test_fasa_selects_the_sets_of_the_reference(options):
         got = method.select(0, q, k, TAIL)
         floor, cap = method.bounds()
         for h in range(2):
-            p = FasaParams(method.chunks(), BUDGET, method.mass, floor, cap, method.sink, method.recent, 0, 8, method.k_dom)
+            p = FasaParams(chunks=method.chunks(), budget=BUDGET, mass=method.mass, floor=floor, cap=cap, sink=method.sink, recent=method.recent,
+                           k_dom=method.k_dom)
             for t in range(N_QUERY):
                 visible = position <= N_KV - N_QUERY + t
                 _, cells = R.decode_step(q[2 * h : 2 * h + 2, t].numpy(), k[h].numpy(), k[h].numpy(), position, visible, profile.ranking[0][h],

@@ -241,7 +241,8 @@ def library_arms(jobs: Sequence[Job], decoder: Decoder, profile: Profile | None)
             continue
         m = job.method(decoder, Knowledge(profile))
         floor, cap = m.bounds()
-        params = FasaParams(m.chunks(), max(job.budget, 1), m.mass, floor, cap, m.sink, m.recent, 0, 8, m.k_dom, int(not m.shared))
+        params = FasaParams(chunks=m.chunks(), budget=max(job.budget, 1), mass=m.mass, floor=floor, cap=cap, sink=m.sink, recent=m.recent, min_context=0,
+                            k_dom=m.k_dom, per_head=int(not m.shared))
         out[job] = Arm(f"{job.spec} {job.budget}", params, profile)
     return out
 
