@@ -44,6 +44,7 @@ class FasaParams:
     k_dom: str = _setting("q4", "f16, q8 or q4", "how the dominant keys are stored")
     per_head: int = _setting(0, "0 or 1", "1: every query head selects for itself, as published; 0: those of a KV head together")
     mean_budget: int = _setting(0, "tokens in the mean", "> 0: tokens attended in the mean; mass is then looked up in the profile, floor is a quarter of it (at least 64), cap twice")
+    row_cache: int = _setting(0, "MiB", "FASA-M: device memory, over all layers, that keeps recently attended rows; 0: none")
 
     def replace(self, **changes: Any) -> "FasaParams":
         """A copy with some settings changed."""

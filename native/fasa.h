@@ -31,6 +31,12 @@ enum fasa_k_dom_type {
     FASA_K_DOM_Q4  = 2,
 };
 
+// where the K and V of a context's layers on GPUs lie
+enum fasa_kv_place {
+    FASA_KV_DEVICE = 0, // FASA-C: on the layer's device, as in the stock library
+    FASA_KV_HOST   = 1, // FASA-M: in pinned host memory that the device reads and writes in place; the dominant keys stay on the device
+};
+
 // The ranking of the frequency chunks. All arrays are copied by fasa_set_profile.
 // The flat arrays run over layers, then KV heads, then ranks.
 typedef struct fasa_profile {
@@ -65,6 +71,7 @@ typedef struct fasa_params {
     int32_t  k_dom;       // enum fasa_k_dom_type
     int32_t  per_head;    // 1: every query head selects for itself, as published; 0: the heads of a KV head select together
     uint32_t mean_budget; // > 0: tokens attended in the mean: mass by the profile's table, floor a quarter (at least 64), cap twice; mass must be 0
+    uint32_t row_cache;   // FASA_KV_HOST: MiB of device memory, over all layers, that keep recently attended rows; 0: none
 } fasa_params;
 
 // What happened since the context was made or fasa_reset_counters.
@@ -85,11 +92,21 @@ typedef struct fasa_counters {
     uint64_t rebuilds;        // steps that derived more cells than they had written
     uint64_t bytes_k_dom;     // memory of the dominant keys now
     uint64_t bytes_kv;        // memory of the K and V cache now
+    uint64_t bytes_kv_host;   // of which in pinned host memory (FASA_KV_HOST)
+    uint64_t bytes_row_cache; // device memory that keeps recently attended rows
+    uint64_t rows_fetched;    // rows (K and V of a token and KV head) that sparse layers read from pinned host memory
+    uint64_t rows_reused;     // rows that they found in the row cache instead
+    uint64_t bytes_fetched;   // bytes of rows_fetched
+    uint64_t bytes_staged;    // bytes of K and V that dense layers copied from pinned host memory to their device
 } fasa_counters;
 
 FASA_API const char * fasa_version(void);  // "0.1.0"
 FASA_API const char * fasa_error(void);    // the last error of this thread, one sentence; "" if none
 FASA_API fasa_params  fasa_params_default(void);
+
+// Where the caches of contexts that this thread makes from now on lie: enum fasa_kv_place. Layers on the CPU, and on devices that
+// FASA has no kernels for, are not affected. A cache that cannot be pinned fails the making of the context; fasa_error() says why.
+FASA_API int fasa_set_kv_place(int32_t place);
 
 // Attach a profile to a context. Fails when a shape does not fit the model (both shapes are named).
 FASA_API int fasa_set_profile(struct llama_context * ctx, const fasa_profile * profile);
@@ -154,6 +171,12 @@ FASA_API int fasa_fill_random(struct llama_context * ctx, uint32_t n_cells, uint
 // Bytes read plus bytes written per second when the backend ("CPU", "CUDA0") copies `bytes` from one of its tensors to another;
 // n_threads of a CPU do it.
 FASA_API int fasa_copy_rate(const char * backend, int32_t n_threads, uint64_t bytes, double * bytes_per_second);
+
+// Bytes per second that a device ("CUDA0") takes from `bytes` of pinned host memory: as one copy, and as a gather of n_rows rows of
+// row_bytes each (a multiple of 16), at random, by a kernel that does nothing else.
+FASA_API int fasa_host_rate(const char * backend, uint64_t bytes, uint64_t row_bytes, uint64_t n_rows, double * copy, double * gather);
+// Device memory in bytes, by the driver's count.
+FASA_API int fasa_device_memory(const char * backend, uint64_t * free, uint64_t * total);
 
 // The ops of one layer on given host arrays, through a ggml graph on the named backend ("CPU", "CUDA0"): for tests
 // against fasa_gguf/reference.py. Outputs may be NULL.
