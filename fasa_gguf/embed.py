@@ -162,12 +162,18 @@ def first_shard(model: GGUFFile) -> None:
         raise FasaError(f"{model.path}: this is file {number + 1} of {count} of a split model, and the profile belongs in the first; use {_shard(model, 0)}")
 
 
+def shards(model: GGUFFile) -> Iterator[GGUFFile]:
+    """The files of a model, one or several, the first one first. Raises FasaError when `model` is not the first, or a file is not usable."""
+    first_shard(model)
+    yield model
+    for i in range(1, _split(model)[1]):
+        yield GGUFFile(_shard(model, i))
+
+
 def weights_sha256(model: GGUFFile) -> str:
     """Hash of the q and k projection weights as stored, in file order, whether split or not: two models of one shape differ in it."""
-    first_shard(model)
     h = hashlib.sha256()
-    for i in range(_split(model)[1]):
-        part = model if i == 0 else GGUFFile(_shard(model, i))
+    for part in shards(model):
         with open(part.path, "rb") as f:
             for t in part.tensors:
                 if any(name in t.name for name in ("attn_q.weight", "attn_k.weight", "attn_qkv.weight")):

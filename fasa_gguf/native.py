@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -9,7 +10,7 @@ import sys
 from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -90,10 +91,37 @@ def version() -> str:
     return ffi.string(lib.fasa_version()).decode()
 
 
+def last_error() -> str:
+    """The last complaint of the native library on this thread; "" when there was none."""
+    ffi, lib = _api()
+    return ffi.string(lib.fasa_error()).decode("utf-8", "replace")
+
+
 def _check(code: int) -> None:
     if code != 0:
-        ffi, lib = _api()
-        raise FasaError(ffi.string(lib.fasa_error()).decode())
+        raise FasaError(last_error())
+
+
+@contextlib.contextmanager
+def kv_place(host: bool) -> Iterator[None]:
+    """Where K and V of a context that this thread makes inside lie: with `host` in pinned host memory (FASA-M), else on their device.
+
+    Raises FasaError in place of an exception raised inside when the library says why the memory could not be had.
+    """
+    if not host:
+        yield
+        return
+    _, lib = _api()
+    _check(lib.fasa_set_kv_place(lib.FASA_KV_HOST))
+    before = last_error()
+    try:
+        yield
+    except Exception as e:
+        if last_error() != before:
+            raise FasaError(last_error()) from e
+        raise
+    finally:
+        lib.fasa_set_kv_place(lib.FASA_KV_DEVICE)
 
 
 def _struct(name: str, **values: Any) -> Any:
@@ -290,6 +318,29 @@ def copy_rate(device: str, n_bytes: int, n_threads: int = 0) -> float:
     rate = ffi.new("double *")
     _check(lib.fasa_copy_rate(device.encode(), n_threads or os.cpu_count() or 1, n_bytes, rate))
     return rate[0]
+
+
+@functools.lru_cache(maxsize=None)
+def host_rate(device: str, n_bytes: int, row_bytes: int, n_rows: int) -> tuple[float, float]:
+    """(copy, gather): bytes per second that a device takes from n_bytes of pinned host memory, as one copy, and as n_rows random rows of
+    row_bytes each, by a kernel that does nothing else; measured once per process. Raises FasaError."""
+    ffi, lib = _api()
+    copy, gather = ffi.new("double *"), ffi.new("double *")
+    _check(lib.fasa_host_rate(device.encode(), n_bytes, row_bytes, n_rows, copy, gather))
+    return copy[0], gather[0]
+
+
+def device_memory(device: str) -> tuple[int, int]:
+    """(free, total) bytes of a device ("CUDA0"), by the driver's count. Raises FasaError."""
+    ffi, lib = _api()
+    free, total = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+    _check(lib.fasa_device_memory(device.encode(), free, total))
+    return free[0], total[0]
+
+
+def cuda_devices() -> list[str]:
+    """Names of the CUDA devices of this machine; none with a build that has no CUDA."""
+    return [d.name for d in devices() if d.is_gpu and d.name.startswith("CUDA")]
 
 
 def rank_recall(q: np.ndarray, k: np.ndarray, q_pos: Sequence[int], chunk_dims: np.ndarray, n_rank: int, budget: int,
