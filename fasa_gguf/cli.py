@@ -14,7 +14,7 @@ from typing import Any, Callable, Sequence
 
 from . import __version__
 from .errors import FasaError
-from .params import FasaParams, not_used
+from .params import MODES, FasaParams, not_used
 from .profile import PRESETS, Profile
 
 
@@ -80,12 +80,15 @@ def _run_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("-ctv", "--cache-type-v", default="f16", help="type of the V cache")
 
 
-def _fasa_flags(p: argparse.ArgumentParser, more: str = "") -> None:
+def _fasa_flags(p: argparse.ArgumentParser, more: str = "", mode: bool = True) -> None:
     group = p.add_argument_group(f"FASA settings (each is also an environment variable, FASA_BUDGET and so on{more})")
     for f in fields(FasaParams):
         group.add_argument("--fasa-" + f.name.replace("_", "-"), metavar="X", default=None, help=f"{f.metadata['help']} [{f.metadata['unit']}; {f.default}]")
     group.add_argument("--fasa-preset", choices=PRESETS, default=None,
                        help="where the settings above begin: `paper` is FASA as published, for a profile ranked by ca")
+    if mode:
+        group.add_argument("--fasa-mode", choices=MODES, default=None,
+                           help="where K and V lie: c on the device, m in pinned host memory, auto: m when c does not fit the GPU [FASA_MODE, or auto]")
     group.add_argument("--profile", help="a profile's JSON file instead of the one in the model (eval: a comma list, one arm each)")
 
 
@@ -173,7 +176,7 @@ def _load(a: argparse.Namespace) -> tuple[Any, bool]:
     from .session import cache_type, last_log, quiet
 
     given = [a.profile, a.fasa_preset, *(getattr(a, "fasa_" + f.name) for f in fields(FasaParams))]
-    asked = not a.no_fasa and any(x is not None for x in given)
+    asked = not a.no_fasa and (any(x is not None for x in given) or a.fasa_mode == "m")
     fasa: Any = "off" if a.no_fasa else "auto"
     profile = None
     if asked:
@@ -184,7 +187,7 @@ def _load(a: argparse.Namespace) -> tuple[Any, bool]:
     threads = a.threads or os.cpu_count()
     quiet()
     try:
-        return Llama(a.model, fasa=fasa, fasa_profile=profile, n_ctx=-(-a.ctx_size // 256) * 256,  # llama.cpp rounds up too
+        return Llama(a.model, fasa=fasa, fasa_profile=profile, fasa_mode=a.fasa_mode, n_ctx=-(-a.ctx_size // 256) * 256,  # llama.cpp rounds up too
                      n_batch=a.batch_size, n_ubatch=min(a.ubatch_size, a.batch_size), n_threads=threads, n_threads_batch=threads,
                      n_gpu_layers=a.n_gpu_layers, type_k=types[0], type_v=types[1], flash_attn=True, verbose=False), asked
     except (ValueError, RuntimeError) as e:
@@ -286,22 +289,23 @@ def _arms(a: argparse.Namespace) -> list[Any]:
 
 def cmd_eval(a: argparse.Namespace) -> None:
     from .evaluate import detokenize_wikitext
+    from .placement import chosen_mode
 
     _eval_flags(a)
     text = _text(a.file)[1] if a.file else None
     if text and a.detokenize == "wikitext":
         text = detokenize_wikitext(text)
-    arms = _arms(a)
+    arms, mode = _arms(a), chosen_mode(a.fasa_mode)
     if a.task == "ppl":
         from .evaluate import evaluate, table
 
         rows = evaluate(a.model, text, arms, a.windows, a.window, a.score, a.threads, a.n_gpu_layers, a.cache_type_k, a.cache_type_v,
-                        not a.dense_steps, None, _bar(), a.resume)
+                        not a.dense_steps, None, _bar(), a.resume, mode)
         print(json.dumps(rows, indent=1) if a.json else table(rows))
         return
     from .tasks import Setup
 
-    machine = dict(n_threads=a.threads, n_gpu_layers=a.n_gpu_layers, type_k=a.cache_type_k, type_v=a.cache_type_v)
+    machine = dict(n_threads=a.threads, n_gpu_layers=a.n_gpu_layers, type_k=a.cache_type_k, type_v=a.cache_type_v, mode=mode)
     if a.task == "long":
         from .generation import run_long, table
 
@@ -424,8 +428,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--no-fasa", action="store_true", help="dense")
     _eval_parser(command("eval", cmd_eval, "Quality of FASA beside dense: perplexity, RULER's tasks, needles, long generation.",
                          "model.gguf -f text.txt --budgets 256,512"))
-    from . import cli_bench, cli_quality
+    from . import cli_bench, cli_plan, cli_quality
 
+    cli_plan.add_commands(command)
     cli_quality.add_commands(command)
     cli_bench.add_commands(command)
     return ap

@@ -60,26 +60,28 @@ def cmd_compare(a: argparse.Namespace) -> None:
 
 
 def cmd_sweep(a: argparse.Namespace) -> None:
+    from .placement import chosen_mode
     from .profile import Profile
     from .sweep import Grid, sweep, table
 
     params, profile = _params(a, Profile.load(a.profile or a.model))
     grid = Grid(a.chunks or (), a.budgets or (() if a.masses else Grid.budgets), a.masses or ())
     result = sweep(a.model, _read(a.file, a.detokenize), a.output, grid, a.max_loss, params, profile, a.windows, a.window,
-                   a.score, _bar(), n_threads=a.threads, n_gpu_layers=a.n_gpu_layers, type_k=a.cache_type_k, type_v=a.cache_type_v)
+                   a.score, _bar(), n_threads=a.threads, n_gpu_layers=a.n_gpu_layers, type_k=a.cache_type_k, type_v=a.cache_type_v, mode=chosen_mode(a.fasa_mode))
     print(json.dumps(result, indent=1) if a.json else table(result))
     print(f"{a.output}: sweep.json, sweep.png", file=sys.stderr)
 
 
 def cmd_calibrate_layers(a: argparse.Namespace) -> None:
     from .layers import LayerPlan, calibrate_layers, table
+    from .placement import chosen_mode
     from .profile import Profile
 
     params, profile = _params(a, Profile.load(a.profile or a.model))
     plan = LayerPlan(() if a.table_only else a.masses or LayerPlan.masses, a.budgets or LayerPlan.budgets, a.group)
     out = a.output or str(Path(a.model).with_suffix(".fasa.json"))
     _, result = calibrate_layers(a.model, _read(a.file, a.detokenize), out, plan, params, profile, a.windows, a.window, a.score, _bar(), a.resume,
-                                 n_threads=a.threads, n_gpu_layers=a.n_gpu_layers, type_k=a.cache_type_k, type_v=a.cache_type_v)
+                                 n_threads=a.threads, n_gpu_layers=a.n_gpu_layers, type_k=a.cache_type_k, type_v=a.cache_type_v, mode=chosen_mode(a.fasa_mode))
     print(json.dumps(result, indent=1) if a.json else table(result))
     print(f"{out}: the profile", file=sys.stderr)
 

@@ -198,8 +198,8 @@ def _score_window(s: Session, switch: ArmSwitch, arms: Sequence[Arm | None], tok
 def evaluate(model: str | os.PathLike, text: str, arms: Sequence[Arm], windows: int = 10, window: int = 4096, score: int = 384,
              n_threads: int = 0, n_gpu_layers: int = 0, type_k: str = "f16", type_v: str = "f16", batched_dense: bool = True,
              profile: Profile | None = None, progress: Callable[[str, int, int], None] | None = None,
-             resume: str | os.PathLike | None = None) -> list[dict[str, Any]]:
-    """One row of figures per arm, dense first. window and score in tokens; all arms share a window's prefill and dense pass.
+             resume: str | os.PathLike | None = None, mode: str = "auto") -> list[dict[str, Any]]:
+    """One row of figures per arm, dense first. window and score in tokens; all arms share a window's prefill and dense pass. mode: Session's.
     resume: a file that keeps every arm's finished windows; a rerun may ask for other arms too, and runs what is not there.
 
     Raises FasaError when the text is too short, when no profile is there, and when an arm that asked for FASA ran no sparse step.
@@ -217,7 +217,8 @@ def evaluate(model: str | os.PathLike, text: str, arms: Sequence[Arm], windows: 
     keys = ["dense", *(f"{a.name} {text_print(json.dumps(d, sort_keys=True))}" for a, d in zip(arms, own))]
     journal = Journal(resume, {"task": "ppl", **describe(model, [], profile, text, n_threads, n_gpu_layers, type_k, type_v),
                                "windows": windows, "window": window, "score": score, "batched_dense": batched_dense})
-    with journal, Session(model, n_ctx=window, n_threads=n_threads, n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v) as s:
+    with journal, Session(model, n_ctx=window, n_threads=n_threads, n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v, mode=mode,
+                          arms=[a.params for a in arms if a.params], profile=profile) as s:
         if window > s.n_ctx_train:
             raise FasaError(f"--window {window}: {model} was trained on {s.n_ctx_train} tokens of context; use a shorter --window")
         texts = cut_windows(s, text, windows, window, score)
@@ -238,7 +239,7 @@ def evaluate(model: str | os.PathLike, text: str, arms: Sequence[Arm], windows: 
             for result, part in zip(results, parts):
                 result.add(part)
         setup = {"build_commit": f"fasa_gguf {native.version()}, llama-cpp-python {native.LLAMA_CPP_VERSION}", "model_filename": str(model),
-                 "n_threads": n_threads or os.cpu_count() or 1, "n_gpu_layers": n_gpu_layers, "type_k": type_k, "type_v": type_v, "flash_attn": True,
+                 "n_threads": n_threads or os.cpu_count() or 1, "n_gpu_layers": n_gpu_layers, "type_k": type_k, "type_v": type_v, "flash_attn": True, "fasa_mode": s.mode,
                  "n_ctx": window, "n_windows": windows, "dense": "batch" if batched_dense else "steps"}
     return [{**setup, **r.row(results[0]), "fasa": None if a is None or a.params is None else dict(a.params.__dict__)}
             for r, a in zip(results, every)]

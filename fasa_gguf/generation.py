@@ -118,7 +118,7 @@ def run_long(model: str | os.PathLike, arms: Sequence[Arm], n: int = 2000, conte
         profile = Profile.load(model)
     settings = {"task": "long", **setup.settings(model, arms, profile), "n": n, "context": context, "texts": texts}
     kept: list[list[dict[str, Any]]] = [[] for _ in range(1 + len(arms))]           # [arm][text]
-    with Journal(resume, settings) as journal, setup.session(model, context + n) as s:
+    with Journal(resume, settings) as journal, setup.session(model, context + n, arms, profile) as s:
         if context + n > s.n_ctx_train:
             raise FasaError(f"{context} tokens of text and {n} written: {model} was trained on {s.n_ctx_train} tokens of context; "
                             "use a smaller --window or -n")

@@ -187,7 +187,7 @@ def calibrate_layers(model: str | os.PathLike, text: str, out: str | os.PathLike
     """Write the profile with `layer_miss`, when it pays, and the table `mean_budget` to `out`. Returns it, and the figures as JSON has
     them: layers (a row each), table (rows of evaluate at the mean budgets, without and, if measured, with the factors), b, d, gain, kept.
 
-    machine: n_threads, n_gpu_layers, type_k, type_v. Finished runs are kept in OUT.partial.jsonl, or in `resume`, which stays; the same
+    machine: n_threads, n_gpu_layers, type_k, type_v, mode. Finished runs are kept in OUT.partial.jsonl, or in `resume`, which stays; the same
     call goes on there. Raises FasaError as evaluate does.
     """
     plan = plan or LayerPlan()

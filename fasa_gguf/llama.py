@@ -6,13 +6,17 @@ import contextlib
 import ctypes
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 from . import native
 from .errors import FasaError
 from .gguf_file import GGUFFile
 from .params import FasaParams
+from .placement import chosen_mode, place, why_not_m
+from .plan import Setup, read_model
 from .profile import Profile
+from .session import CACHE_TYPES
 
 _llama_cpp = native.load()
 _Base = _llama_cpp.Llama
@@ -37,31 +41,62 @@ def _find_profile(model_path: str, source: Profile | str | os.PathLike | None) -
     return profile
 
 
+def _place(mode: str, model_path: str, profile: Profile | None, fasa: FasaParams | str, kwargs: dict[str, Any]) -> str:
+    """c or m for a context of llama_cpp.Llama's arguments; says on stderr what auto found. Without a profile FASA is off, and it is c.
+    Raises FasaError when m was asked for and cannot be."""
+    setup = Setup(n_gpu_layers=kwargs.get("n_gpu_layers", 0), no_kv_offload=not kwargs.get("offload_kqv", True))
+    if profile is None or mode == "c" or (mode == "auto" and why_not_m(native.cuda_devices(), setup.n_gpu_layers, setup.no_kv_offload)):
+        return "c"
+    if mode == "m":
+        return place(mode, None, setup, ())[0]
+    names = {number: name for name, number in CACHE_TYPES.items()}
+    n_batch = kwargs.get("n_batch", 512)
+    setup = replace(setup, n_ctx=kwargs.get("n_ctx", 512), n_batch=n_batch, n_ubatch=min(kwargs.get("n_ubatch", 512), n_batch),
+                    type_k=names.get(kwargs.get("type_k"), "f16"), type_v=names.get(kwargs.get("type_v"), "f16"),
+                    swa_full=kwargs.get("swa_full") is not False)
+    try:
+        model = read_model(model_path, profile)
+        params = fasa if isinstance(fasa, FasaParams) else FasaParams.from_env(profile.params())
+        found, line = place(mode, model, setup, [params])
+    except FasaError as e:                                                              # what mode c cannot do either, llama_cpp says
+        found, line = "c", f"mode c, without a plan: {e}"
+    if line:
+        _say(line)
+    return found
+
+
 class Llama(_Base):
     """llama_cpp.Llama with FASA.
 
     fasa: "auto" (the profile in the model, if there is one), "off", or FasaParams (a profile is then needed); None is what
     enable() was given, "auto" without it. fasa_profile: a Profile or the path of one, instead of the model's own. Flash
-    attention is turned on with FASA. Raises FasaError when FasaParams or a profile are given and FASA cannot run; with "auto"
+    attention is turned on with FASA. fasa_mode: where K and V lie, "c" (on the device), "m" (in pinned host memory, for a context that the
+    device has no room for) or "auto" (m when c does not fit, and a line on stderr that says so); None is what enable() was given, FASA_MODE
+    or "auto". Raises FasaError when FasaParams, a profile or mode m are given and FASA cannot run; with "auto"
     alone it says why on stderr, and is dense. Everything else is llama_cpp.Llama's.
     """
 
     _fasa_default: FasaParams | str = "auto"
+    _mode_default: str | None = None
     _foreign_callers = False  # after enable(): flash_attn=False is then the caller's default and says nothing
     _fasa: native.Context | None = None
 
     def __init__(self, model_path: str | os.PathLike, *, fasa: FasaParams | str | None = None,
-                 fasa_profile: Profile | str | os.PathLike | None = None, **kwargs: Any) -> None:
+                 fasa_profile: Profile | str | os.PathLike | None = None, fasa_mode: str | None = None, **kwargs: Any) -> None:
         self._stack = contextlib.ExitStack()  # close() needs it when we raise before llama_cpp made its own
         model_path = os.fspath(model_path)
         self._fasa_choice = fasa = self._fasa_default if fasa is None else fasa
         self._fasa_source, self._fasa_profile = fasa_profile, None
         _check_choice(fasa)
+        self._fasa_mode_choice = fasa_mode
+        mode = chosen_mode(self._mode_default if fasa_mode is None else fasa_mode)
+        if mode == "m" and fasa == "off":
+            raise FasaError('fasa_mode m with fasa="off": all of K and V would come from host memory for every token; turn FASA on, or use mode c')
         if hasattr(kwargs.get("chat_handler"), "clip_model_path"):
             raise FasaError(_NO_VISION)
         if self._foreign_callers and kwargs.get("flash_attn") is False:
             del kwargs["flash_attn"]
-        asked = isinstance(fasa, FasaParams) or (fasa == "auto" and fasa_profile is not None)
+        asked = isinstance(fasa, FasaParams) or mode == "m" or (fasa == "auto" and fasa_profile is not None)
         profile = None
         if fasa != "off" and os.path.exists(model_path) and not kwargs.get("vocab_only"):  # else llama_cpp has the word
             try:
@@ -74,7 +109,9 @@ class Llama(_Base):
                 if asked:
                     raise
                 _say(f"{e}; until then decoding is dense")
-        super().__init__(model_path, **kwargs)
+        self._fasa_mode = _place(mode, model_path, profile, fasa, kwargs)
+        with native.kv_place(self._fasa_mode == "m"):
+            super().__init__(model_path, **kwargs)
         self._fasa = native.Context(ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value)
         if profile is not None:
             try:
@@ -117,6 +154,11 @@ class Llama(_Base):
     def fasa(self, value: FasaParams | str) -> None:
         self.set_fasa(value)
 
+    @property
+    def fasa_mode(self) -> str:
+        """Where K and V of this context lie: "c", on the layers' devices, or "m", in pinned host memory."""
+        return self._fasa_mode
+
     def fasa_stats(self) -> dict[str, Any]:
         """Counters since the model was loaded or reset_fasa_stats, and the reasons for what was dense."""
         context = self._live()
@@ -130,7 +172,8 @@ class Llama(_Base):
         super().close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "fasa": self._fasa_choice, "fasa_profile": self._fasa_source}
+        return {**super().__getstate__(), "fasa": self._fasa_choice, "fasa_profile": self._fasa_source,
+                "fasa_mode": self._fasa_mode_choice}
 
 
 _NO_VISION = "vision needs libmtmd, which fasa_gguf does not carry; run this model in a process without fasa_gguf"
@@ -145,14 +188,16 @@ for _name in ("Llava15ChatHandler", "MTMDChatHandler"):
     getattr(_llama_cpp.llama_chat_format, _name).__init__ = _refuse_vision
 
 
-def enable(params: FasaParams | str = "auto") -> None:
+def enable(params: FasaParams | str = "auto", mode: str | None = None) -> None:
     """Make llama_cpp.Llama itself decode with FASA, for code that is not ours (llama_cpp.server too).
 
-    params is what fasa= would be. flash_attn=False counts as not given, since such code passes llama_cpp's default on. Call it
+    params is what fasa= would be, mode what fasa_mode= would be. flash_attn=False counts as not given, since such code passes llama_cpp's default on. Call it
     before llama_cpp is imported; after that it raises FasaError.
     """
     import llama_cpp.llama
 
     _check_choice(params)
-    Llama._fasa_default, Llama._foreign_callers = params, True
+    if mode is not None:
+        chosen_mode(mode)
+    Llama._fasa_default, Llama._mode_default, Llama._foreign_callers = params, mode, True
     llama_cpp.Llama = llama_cpp.llama.Llama = Llama

@@ -10,6 +10,7 @@ from typing import Any, Mapping
 from .errors import FasaError
 
 K_DOM_TYPES = ("f16", "q8", "q4")
+MODES = ("auto", "c", "m")  # where a context's K and V lie (placement.py): no setting, since a live context cannot change it
 GPU_WAITS = "the context is shorter than min_context_gpu"  # fasa_step_reason where only layers on GPUs could be sparse
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from typing import Any, Literal, Sequence
 
 import numpy as np
 
 from . import native
 from .errors import FasaError
+from .params import FasaParams
 
 CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
 _log: list[str] = []
@@ -47,12 +49,14 @@ class Session:
     """One model, one context. Close it, or use it in a `with`.
 
     n_ctx, n_batch, n_ubatch in tokens, n_ctx over all sequences; type_k, type_v: names in CACHE_TYPES; no_kv_offload: the cache
-    stays in host memory. Raises FasaError when the model cannot be loaded or the context not be made.
+    stays in host memory. mode: c, m or auto (placement.py), which plans for the settings `arms` and says on stderr what it found.
+    Raises FasaError when the model cannot be loaded or the context not be made.
     """
 
     def __init__(self, model_path: str | os.PathLike, n_ctx: int = 4096, n_batch: int = 512, n_ubatch: int = 512, n_threads: int = 0,
                  flash_attn: bool = True, type_k: str = "f16", type_v: str = "f16", n_seq_max: int = 1, kv_unified: bool = False,
-                 n_gpu_layers: int = 0, swa_full: bool = True, no_kv_offload: bool = False) -> None:
+                 n_gpu_layers: int = 0, swa_full: bool = True, no_kv_offload: bool = False,
+                 mode: str = "c", arms: Sequence[FasaParams] = (), profile: Any = None) -> None:
         self.llama = llama = native.load()
         self.path = str(model_path)
         self._model = self._ctx = None
@@ -69,7 +73,8 @@ class Session:
         self.n_ctx_train = llama.llama_model_n_ctx_train(self.model)
         self.n_vocab = llama.llama_vocab_n_tokens(self.vocab)
         self._settings = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch, "n_threads": n_threads, "flash_attn": flash_attn, "type_k": type_k,
-                          "type_v": type_v, "n_seq_max": n_seq_max, "kv_unified": kv_unified, "swa_full": swa_full, "no_kv_offload": no_kv_offload}
+                          "type_v": type_v, "n_seq_max": n_seq_max, "kv_unified": kv_unified, "swa_full": swa_full, "no_kv_offload": no_kv_offload, "mode": mode}
+        self._n_gpu_layers, self._arms, self._profile = n_gpu_layers, arms, profile
         try:
             self.reopen()
         except FasaError:
@@ -84,20 +89,41 @@ class Session:
         self._settings |= changes
         llama, model, p = self.llama, self.model, self._settings
         types = cache_type(p["type_k"]), cache_type(p["type_v"])
-        if self._ctx:
-            llama.llama_free(self._ctx)
-        self._ctx = None
+        self.free_context()
         params = llama.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = p["n_ctx"], p["n_batch"], min(p["n_ubatch"], p["n_batch"]), p["n_seq_max"]
         params.n_threads = params.n_threads_batch = p["n_threads"] or os.cpu_count() or 1
         params.flash_attn_type = 1 if p["flash_attn"] else 0
         params.type_k, params.type_v = types
         params.kv_unified, params.swa_full, params.offload_kqv = p["kv_unified"], p["swa_full"], not p["no_kv_offload"]
-        self._ctx = llama.llama_init_from_model(model, params)
-        if not self._ctx:
-            raise FasaError(f"{self.path}: llama.cpp cannot make a context of {p['n_ctx']} tokens: {last_log()}")
+        self.mode = self._place()
+        with native.kv_place(self.mode == "m"):
+            self._ctx = llama.llama_init_from_model(model, params)
+            if not self._ctx:
+                raise FasaError(f"{self.path}: llama.cpp cannot make a context of {p['n_ctx']} tokens: {last_log()}")
         self.n_ctx, self.n_batch = llama.llama_n_ctx(self.ctx), p["n_batch"]
         self._fasa = native.Context(ctypes.cast(self.ctx, ctypes.c_void_p).value)
+
+    def free_context(self) -> None:
+        """Free the context; the model stays loaded, and `reopen` makes another one."""
+        if self._ctx:
+            self.llama.llama_free(self._ctx)
+        self._ctx = None
+
+    def _place(self) -> str:
+        """c or m, by the mode that was asked for; auto says what it found when the place is another than before."""
+        from .placement import place
+        from .plan import Setup, read_model
+
+        if self._settings["mode"] == "c":
+            return "c"
+        names = ("n_ctx", "n_seq_max", "n_batch", "n_ubatch", "type_k", "type_v", "kv_unified", "swa_full", "no_kv_offload")
+        setup = Setup(n_gpu_layers=self._n_gpu_layers, **{name: self._settings[name] for name in names})
+        plan = read_model(self.path, self._profile) if self._settings["mode"] == "auto" and self._arms and native.cuda_devices() else None
+        found, line = place(self._settings["mode"], plan, setup, self._arms, loaded=True)
+        if line and found != getattr(self, "mode", None):
+            print(f"fasa_gguf: {line}", file=sys.stderr)
+        return found
 
     def __enter__(self) -> "Session":
         return self
@@ -106,11 +132,10 @@ class Session:
         self.close()
 
     def close(self) -> None:
-        if self._ctx:
-            self.llama.llama_free(self._ctx)
+        self.free_context()
         if self._model:
             self.llama.llama_model_free(self._model)
-        self._ctx = self._model = None
+        self._model = None
 
     # llama.cpp does not survive a pointer that was freed
 

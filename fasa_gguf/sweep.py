@@ -75,7 +75,7 @@ def sweep(model: str | os.PathLike, text: str, out: str | os.PathLike, grid: Gri
           base: FasaParams | None = None, profile: Profile | None = None, windows: int = 5, window: int = 4096, score: int = 384,
           progress: Callable[[str, int, int], None] | None = None, **machine: Any) -> dict[str, Any]:
     """Walk the grid and write DIR's sweep.json and sweep.png. Returns what sweep.json holds: rows (with chunks, budget, mass and
-    flags), best (a row or None), dense, max_loss. machine: n_threads, n_gpu_layers, type_k, type_v.
+    flags), best (a row or None), dense, max_loss. machine: n_threads, n_gpu_layers, type_k, type_v, mode.
 
     Finished windows are kept in DIR, one file for each grid; the same call goes on there. Raises FasaError as evaluate does.
     """

@@ -33,7 +33,7 @@ COUNTERS = ("steps_sparse", "steps_dense", "layers_sparse", "layers_dense", "row
 
 @dataclass(frozen=True)
 class Setup:
-    """How to run, whatever the task. text: the essay haystack; n_predict: 0 is the task's own; raw: no chat template."""
+    """How to run, whatever the task. text: the essay haystack; n_predict: 0 is the task's own; raw: no chat template; mode: Session's."""
 
     text: str | None = field(default=None, repr=False)
     seed: int = 42
@@ -43,11 +43,12 @@ class Setup:
     n_gpu_layers: int = 0
     type_k: str = "f16"
     type_v: str = "f16"
+    mode: str = "auto"
 
-    def session(self, model: str | os.PathLike, n_ctx: int) -> Session:
-        """A session with room for n_ctx tokens."""
+    def session(self, model: str | os.PathLike, n_ctx: int, arms: Sequence[Arm] = (), profile: Profile | None = None) -> Session:
+        """A session with room for n_ctx tokens, in which `arms` will decode; without any it stays in mode c."""
         return Session(model, n_ctx=-(-n_ctx // 256) * 256, n_threads=self.n_threads, n_gpu_layers=self.n_gpu_layers, type_k=self.type_k,
-                       type_v=self.type_v)
+                       type_v=self.type_v, mode=self.mode if arms else "c", arms=[a.params for a in arms if a.params], profile=profile)
 
     def settings(self, model: str | os.PathLike, arms: Sequence[Arm], profile: Profile | None) -> dict[str, Any]:
         """What a finished sample depends on besides its key."""
@@ -177,7 +178,7 @@ def run_jobs(model: str | os.PathLike, jobs: Sequence[Job], arms: Sequence[Arm],
     words = ruler.essay_words(setup.text) if setup.text is not None else None
     journal = Journal(resume, {"task": "ruler", **setup.settings(model, arms, profile)})
     samples = []
-    with journal, setup.session(model, longest) as s:
+    with journal, setup.session(model, longest, arms, profile) as s:
         if longest > s.n_ctx_train:
             raise FasaError(f"--lengths {longest}: {model} was trained on {s.n_ctx_train} tokens of context; use a shorter one")
         prompter, switch = Prompter(s, setup.raw), ArmSwitch(s, profile)
