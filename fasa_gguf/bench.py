@@ -10,29 +10,30 @@ import os
 import statistics
 import time
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from . import native
+from .bench_memory import Figures, merge, pcie_rates, vram
 from .errors import FasaError
 from .gguf_file import U16, U32, GGUFFile
 from .params import FasaParams
+from .placement import why_not_m
 from .profile import Profile
 from .session import Session, cache_type
 
 RANDOM_FILL_FROM = 2048   # tokens of depth from which a cache is filled at random
 COPY_BYTES = 512 << 20    # of the copy that gives a device's rate: beyond its caches
 WARM_STEPS = 3            # untimed decode steps of a repetition: CUDA records a graph when it comes again
-NOISE = 0.02              # share of dense's speed that counts as equal when the crossover is looked for
 NO_CACHE = "it has no KV cache that FASA knows"  # fasa_layer_reason of a layer that is not attention
 Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What to measure: every combination of the lists. There is one context for every (n_gpu_layers, types, no_kv_offload,
+    """What to measure: every combination of the lists. There is one context for every (n_gpu_layers, types, no_kv_offload, mode,
     n_parallel), one at a time."""
 
     depths: Sequence[int] = (0, 4096, 8192)            # tokens in the cache of every sequence
@@ -42,6 +43,7 @@ class Plan:
     n_gpu_layers: Sequence[int] = (0,)
     types: Sequence[tuple[str, str]] = (("f16", "f16"),)   # of the K and the V cache
     no_kv_offload: Sequence[int] = (0,)                # 1: the cache in host memory; dense only
+    modes: Sequence[str] = ("c",)                      # where K and V lie: c on the device, m in pinned host memory (FASA only)
     repetitions: int = 5
     n_threads: int = 0                                 # 0: all cores
     n_batch: int = 2048
@@ -58,12 +60,17 @@ class Plan:
             raise FasaError(f"--fill {self.fill!r}: expected auto, prefill or random")
         for name in itertools.chain(*self.types):
             cache_type(name)
+        if not self.modes or not set(self.modes) <= {"c", "m"}:
+            raise FasaError(f"--fasa-mode: bench measures what it is told to; expected c, m or c,m, found {','.join(self.modes)}")
         if all(self.no_kv_offload):
             raise FasaError("-nkvo 1 is measured dense only, and FASA has nothing to run in; give -nkvo 0,1")
         for arm, p in arms.items():
             if max(self.depths) < p.min_context:
                 raise FasaError(f"{arm}: every depth of -d is below min_context, and every step would be dense; use -d with {p.min_context} or more, "
                                 "or a smaller --fasa-min-context")
+        why = why_not_m(native.cuda_devices(), min(self.n_gpu_layers, key=bool), False) if "m" in self.modes else ""
+        if why:
+            raise FasaError(why)
         return self
 
 
@@ -84,11 +91,12 @@ class Row:
     tokens_attended: float | None = None
     note: str = ""
     fill: str = ""                       # how the cache got its depth: prefill or random
-    ratio: float | None = None           # to dense in the same context
+    ratio: float | None = None           # to dense in the same context; None: mode m, whose contexts have no dense arm
     ratio_best: float | None = None      # to the fastest dense row of this test, whatever its KV types and nkvo
     first_step_ms: float | None = None   # of the first decode step: with FASA it derives the dominant keys of all cells
     ttft_ms: float | None = None         # prefill of depth and prompt, and the first decode step; None: the depth is random
     params: FasaParams | None = None     # None: dense
+    memory: Figures = field(default_factory=Figures)
     setup: dict[str, Any] = field(default_factory=dict)  # n_threads, type_k, ... by llama-bench's names
 
     @property
@@ -117,6 +125,12 @@ class Row:
     @property
     def of_copy_rate(self) -> float | None:
         return None if self.bytes_per_second is None or self.copy_rate is None else self.bytes_per_second / self.copy_rate
+
+    @property
+    def of_pcie_floor(self) -> float | None:
+        """The time that a step's bytes take over PCIe at the measured rates, over the step's own."""
+        floor = self.memory.floor_s()
+        return None if floor is None or not self.samples_ts else floor * self.avg_ts / self.n_parallel
 
 
 # ---- bytes ----
@@ -178,6 +192,8 @@ class Sample:
 class Bench:
     """One context: brings its sequences to a depth, and times an arm behind it."""
 
+    vram_peak: int | None = None    # the most bytes in use on the GPUs that were seen
+
     def __init__(self, s: Session, n_parallel: int, fill: str, report: Report) -> None:
         self.s, self.n, self.how, self.report = s, n_parallel, fill, report
         self.in_cache = 0           # tokens that sequence 0 has by prefill
@@ -219,6 +235,10 @@ class Bench:
             self.in_cache = 0
             self.fill(depth)
 
+    def look(self) -> None:
+        """Remember the most GPU memory in use; what kernels take stays theirs, so nothing is missed between two looks."""
+        self.vram_peak = max(filter(None, (self.vram_peak, vram())), default=None)
+
     def step(self, pos: int, j: int) -> None:
         """One token for every sequence, tokens that differ."""
         self.s.decode_batch([(1 + (j * 7919 + seq * 104729) % (self.s.n_vocab - 1), pos, seq, True) for seq in range(self.n)])
@@ -238,6 +258,7 @@ class Bench:
         for j in range(WARM_STEPS, WARM_STEPS + n):
             self.step(depth + j, j)
         seconds = time.perf_counter() - start
+        self.look()
         sample = Sample(self.n * n / seconds, self.s.fasa.counters(), first, reason, self.s.fasa.layer_reasons())
         self.rewind(depth)                                                            # which may turn FASA off
         return sample
@@ -251,11 +272,17 @@ class Bench:
         seconds = time.perf_counter() - start
         self.step(depth + n, 0)
         first = time.perf_counter() - start - seconds
+        self.look()
         self.rewind(depth)
         return Sample(n / seconds, {}, first, "", prompt_s=seconds)
 
 
 # ---- the measurement ----
+
+
+def _places(plan: Plan) -> list[tuple[int, str]]:
+    """(no_kv_offload, mode) of every context; a cache that is not offloaded at all has no mode."""
+    return [(nkvo, mode) for nkvo in plan.no_kv_offload for mode in (plan.modes if not nkvo else ("c",))]
 
 
 def _contexts(model: str | os.PathLike, plan: Plan) -> Iterator[tuple[dict[str, Any], Session | FasaError]]:
@@ -265,13 +292,17 @@ def _contexts(model: str | os.PathLike, plan: Plan) -> Iterator[tuple[dict[str, 
     per_sequence = -(-(max(plan.depths) + room) // 256) * 256                  # llama.cpp rounds up too
     for ngl in plan.n_gpu_layers:
         with Session(model, n_ctx=256, n_batch=plan.n_batch, n_ubatch=plan.n_ubatch, n_threads=plan.n_threads, n_gpu_layers=ngl) as s:
-            for (k, v), nkvo, n in itertools.product(plan.types, plan.no_kv_offload, plan.n_parallel):
+            for (k, v), (nkvo, mode), n in itertools.product(plan.types, _places(plan), plan.n_parallel):
                 found: Session | FasaError = s
+                if vram() is not None:
+                    s.free_context()
+                before = vram()
                 try:
-                    s.reopen(n_ctx=per_sequence * n, n_seq_max=n, type_k=k, type_v=v, no_kv_offload=bool(nkvo))
+                    s.reopen(n_ctx=per_sequence * n, n_seq_max=n, type_k=k, type_v=v, no_kv_offload=bool(nkvo), mode=mode)
                 except FasaError as e:
                     found = e
-                yield {"n_gpu_layers": ngl, "type_k": k, "type_v": v, "no_kv_offload": bool(nkvo), "n_parallel": n}, found
+                yield {"n_gpu_layers": ngl, "type_k": k, "type_v": v, "no_kv_offload": bool(nkvo), "fasa_mode": mode, "n_parallel": n,
+                       "vram_before": before}, found
 
 
 def bench(model: str | os.PathLike, plan: Plan, arms: Mapping[str, FasaParams], profile: Profile | None = None, progress: Report | None = None,
@@ -287,24 +318,27 @@ def bench(model: str | os.PathLike, plan: Plan, arms: Mapping[str, FasaParams], 
     weights, why = common.pop("weight_bytes"), common.pop("weight_note")
     rows: list[Row] = []
     depths, report = sorted(set(plan.depths)), progress or (lambda what, n, total: None)
-    n_contexts = len(plan.n_gpu_layers) * len(plan.types) * len(plan.no_kv_offload) * len(plan.n_parallel)
+    n_contexts = len(plan.n_gpu_layers) * len(plan.types) * len(_places(plan)) * len(plan.n_parallel)
     for i, (settings, s) in enumerate(_contexts(model, plan)):
-        n = settings.pop("n_parallel")
-        here: dict[str, FasaParams | None] = {"dense": None, **({} if settings["no_kv_offload"] else arms)}
+        n, before, host = settings.pop("n_parallel"), settings.pop("vram_before"), settings["fasa_mode"] == "m"
+        here: dict[str, FasaParams | None] = {**({} if host else {"dense": None}), **({} if settings["no_kv_offload"] else arms)}
         shared = {"n_parallel": n, "setup": common | settings}
         if isinstance(s, FasaError):
             note = f"not measured: {str(s).removeprefix(f'{model}: ')}"
             group = [Row(arm, d, plan.n_gen, note=note, params=p, **shared) for d in depths for arm, p in here.items()]
             _add(rows, group, emit)
             continue
-        if len(here) > 1:
+        if not settings["no_kv_offload"]:
             s.fasa.set_profile(profile)
+        row_size, copy, gather = pcie_rates(s, settings["type_k"], settings["type_v"], native.cuda_devices()[0]) if host else (None, None, None)
         b = Bench(s, n, plan.fill, report)
         for j, depth in enumerate(depths):
             group = _measure(b, plan, here, depth)
             for row in group:
                 row.setup, row.weight_bytes = shared["setup"], weights
-                row.copy_rate = rates[settings["n_gpu_layers"], settings["no_kv_offload"]]
+                row.copy_rate = None if host else rates[settings["n_gpu_layers"], settings["no_kv_offload"]]
+                row.memory.vram_before, row.memory.vram_peak = before, b.vram_peak
+                row.memory.row_bytes, row.memory.copy_rate, row.memory.gather_rate = row_size, copy, gather
                 row.note = "; ".join(filter(None, [row.note, why if row.n_gen and row.params is None else ""]))
             _add(rows, group, emit)
             report("benchmarking", i * len(depths) + j + 1, n_contexts * len(depths))
@@ -374,7 +408,8 @@ def _count(row: Row, samples: list[Sample], b: Bench) -> None:
         row.kv_bytes = all_rows
         return
     steps = row.n_gen * len(samples)                                                  # of a batch of n tokens each
-    c = {k: sum(x.counters[k] for x in samples) for k in samples[0].counters}
+    c = merge([x.counters for x in samples])
+    row.memory.take_counters(c, steps)
     executions = (c["layers_sparse"] + c["layers_dense"]) / max(c["steps_sparse"], 1) * steps   # layers x steps
     sparse = c["layers_sparse"] / max(executions, 1)
     row.sparse_share = c["steps_sparse"] / steps
@@ -400,7 +435,7 @@ def dense_layers(reasons: Sequence[str | None], before: str = "") -> str:
 
 def _ratios(group: Mapping[str, Row]) -> list[Row]:
     for row in group.values():
-        row.ratio = row.avg_ts / group["dense"].avg_ts
+        row.ratio = row.avg_ts / group["dense"].avg_ts if "dense" in group else None
     return list(group.values())
 
 
@@ -413,44 +448,3 @@ def set_ratio_best(rows: Sequence[Row]) -> None:
             best[key(r)] = max(best.get(key(r), 0.0), r.avg_ts)
     for r in rows:
         r.ratio_best = r.avg_ts / best[key(r)] if r.samples_ts and key(r) in best else None
-
-
-# ---- the crossover ----
-
-
-def crossover(rows: Sequence[Row], noise: float = NOISE) -> int | None:
-    """The smallest measured depth from which on FASA, at every measured depth, is no slower than dense; None: there is none.
-
-    Only rows that ran sparse count. "No slower": at most `noise` (a share) below dense's mean.
-    """
-    found = None
-    for r in sorted((r for r in rows if r.params is not None), key=lambda r: -r.n_depth):
-        if not r.sparse_share or r.ratio is None or r.ratio < 1 - noise:
-            break
-        found = r.n_depth
-    return found
-
-
-def find_crossover(model: str | os.PathLike, plan: Plan, params: FasaParams, **kw: Any) -> tuple[int | None, list[Row]]:
-    """(depth, rows): `bench` with FASA at every depth, decode rows only; the depth is what `min_context`, with layers on a GPU
-    `min_context_gpu`, should be. kw: as bench's.
-
-    Raises FasaError when the plan has several contexts: each would have a crossover of its own.
-    """
-    lists = {"-np": plan.n_parallel, "-ngl": plan.n_gpu_layers, "-ctk": plan.types, "-nkvo": plan.no_kv_offload}
-    several = [flag for flag, values in lists.items() if len(values) > 1]
-    if several:
-        raise FasaError(f"--find-crossover looks for one depth; give {' and '.join(several)} one value")
-    rows = bench(model, replace(plan, n_prompt=()), {"fasa": params.replace(min_context=0)}, **kw)
-    return crossover(rows), rows
-
-
-def crossover_text(depth: int | None, rows: Sequence[Row]) -> str:
-    """One sentence."""
-    on_gpu = rows[0].setup.get("n_gpu_layers") and rows[0].setup.get("gpu_info")
-    flag = "--fasa-min-context-gpu" if on_gpu else "--fasa-min-context"
-    if depth is None:
-        return f"FASA is slower than dense at depth {max(r.n_depth for r in rows)}: no crossover among the depths measured."
-    if depth == min(r.n_depth for r in rows):
-        return f"FASA is no slower than dense from depth {depth} on, the smallest one measured: {flag} {depth}, or less."
-    return f"FASA is no slower than dense from depth {depth} on: {flag} {depth}."

@@ -38,6 +38,7 @@ COLUMNS: dict[str, tuple[Callable[[Row], str], str | None]] = {
     "type_k": (lambda r: r.setup.get("type_k", "f16"), "f16"),
     "type_v": (lambda r: r.setup.get("type_v", "f16"), "f16"),
     "nkvo": (lambda r: str(int(r.setup.get("no_kv_offload", 0))), "0"),
+    "mode": (lambda r: r.setup.get("fasa_mode", "c"), "c"),
     "np": (lambda r: str(r.n_parallel), "1"),
     "test": (lambda r: r.test, None),
     "t/s": (lambda r: f"{r.avg_ts:.2f} +- {r.stddev_ts:.2f}" if r.samples_ts else "", None),
@@ -48,13 +49,19 @@ COLUMNS: dict[str, tuple[Callable[[Row], str], str | None]] = {
     "MiB/token": (lambda r: _number(r.token_bytes and r.token_bytes / MIB, "{:.2f}"), ""),
     "GB/s": (lambda r: _number(r.bytes_per_second and r.bytes_per_second / 1e9, "{:.1f}"), ""),
     "of copy rate": (lambda r: _number(r.of_copy_rate and 100 * r.of_copy_rate, "{:.0f}%"), ""),
+    "VRAM MiB": (lambda r: _number(r.memory.vram_peak and r.memory.vram_peak / MIB, "{:.0f}"), ""),
+    "pinned MiB": (lambda r: _number(r.memory.pinned and r.memory.pinned / MIB, "{:.0f}"), ""),
+    "PCIe MiB/step": (lambda r: _number(None if r.memory.fetched is None else (r.memory.fetched + r.memory.staged) / MIB, "{:.2f}"), ""),
+    "reused": (lambda r: _number(None if r.memory.reused is None else 100 * r.memory.reused, "{:.0f}%"), ""),
+    "PCIe GB/s": (lambda r: _number(r.memory.gather_rate and r.memory.gather_rate / 1e9, "{:.1f}"), ""),
+    "of PCIe floor": (lambda r: _number(None if r.of_pcie_floor is None else 100 * r.of_pcie_floor, "{:.0f}%"), ""),
     "note": (lambda r: r.note, ""),
 }
 
 
 def table(rows: Sequence[Row], model: str) -> str:
     """llama-bench's markdown; a column that says the default everywhere is left away, as there. `vs best` needs several dense rows."""
-    several = len({(r.setup.get("type_k"), r.setup.get("type_v"), r.setup.get("no_kv_offload")) for r in rows}) > 1
+    several = len({tuple(r.setup.get(x) for x in ("type_k", "type_v", "no_kv_offload", "fasa_mode")) for r in rows}) > 1
     lines = {name: [show(r) for r in rows] for name, (show, _) in COLUMNS.items() if name != "vs best" or several}
     lines = {name: cells for name, cells in lines.items() if any(x != COLUMNS[name][1] for x in cells)}
     lines = {"model": [os.path.basename(model)[:40]] * len(rows)} | lines
@@ -76,7 +83,16 @@ def as_dict(r: Row, model: str) -> dict[str, Any]:
             "first_step_ms": r.first_step_ms, "ttft_ms": r.ttft_ms, "sparse_share": r.sparse_share, "tokens_attended": r.tokens_attended,
             "kv_bytes_per_token": r.kv_bytes, "weight_bytes_per_step": r.weight_bytes, "bytes_per_token": r.token_bytes,
             "bytes_per_second": r.bytes_per_second, "copy_bytes_per_second": r.copy_rate, "of_copy_rate": r.of_copy_rate,
-            "fill": r.fill, "note": r.note, "fasa": asdict(r.params) if r.params else None}
+            **_memory(r), "fill": r.fill, "note": r.note, "fasa": asdict(r.params) if r.params else None}
+
+
+def _memory(r: Row) -> dict[str, Any]:
+    """The figures of bench_memory.Figures; bytes, and per decode step where the name says so."""
+    f, floor = r.memory, r.memory.floor_s()
+    return {"vram_before": f.vram_before, "vram_peak": f.vram_peak, "pinned_bytes": f.pinned, "row_cache_bytes": f.row_cache,
+            "pcie_fetched_per_step": f.fetched, "pcie_staged_per_step": f.staged, "rows_reused_share": f.reused, "row_bytes": f.row_bytes,
+            "pcie_copy_bytes_per_second": f.copy_rate, "pcie_gather_bytes_per_second": f.gather_rate,
+            "pcie_floor_ms": None if floor is None else 1000 * floor, "of_pcie_floor": r.of_pcie_floor}
 
 
 def as_json(rows: Sequence[Row], model: str) -> list[dict[str, Any]]:
@@ -124,8 +140,8 @@ def lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
     differ = [name for name, part in LINE_PARTS.items() if len({part(r) for r in rows}) > 1]
     out: dict[str, list[Row]] = {}
     for r in sorted(rows, key=lambda r: r.n_depth):
-        nkvo = ["-nkvo"] if r.setup.get("no_kv_offload") else []
-        out.setdefault(" ".join([r.arm, *nkvo, *(f"{name} {LINE_PARTS[name](r)}" for name in differ)]), []).append(r)
+        place = ["-nkvo"] if r.setup.get("no_kv_offload") else ["mode m"] if r.setup.get("fasa_mode") == "m" else []
+        out.setdefault(" ".join([r.arm, *place, *(f"{name} {LINE_PARTS[name](r)}" for name in differ)]), []).append(r)
     return out
 
 

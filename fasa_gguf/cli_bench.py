@@ -59,14 +59,16 @@ def _shape(a: argparse.Namespace) -> str:
 
 
 def cmd_bench(a: argparse.Namespace) -> None:
-    from .bench import Plan, bench, crossover_text, find_crossover
+    from .bench import Plan, bench
     from .bench_report import render, save_plot
+    from .crossover import crossover_text, find_crossover
 
     model = _shape(a) if a.shape else a.model
     arms, profile = _arms(a, Profile.load(a.profile or model))
     if a.shape and any(p.mass > 0 for p in arms.values()):
         raise FasaError("--fasa-mass with --shape: the attention of random weights is spread evenly, so a target mass means nothing; give --fasa-budget")
-    given = {"depths": a.n_depth, "n_prompt": a.n_prompt, "n_parallel": a.n_parallel, "n_gpu_layers": a.n_gpu_layers, "no_kv_offload": a.no_kv_offload}
+    given = {"depths": a.n_depth, "n_prompt": a.n_prompt, "n_parallel": a.n_parallel, "n_gpu_layers": a.n_gpu_layers, "no_kv_offload": a.no_kv_offload,
+             "modes": a.fasa_mode and a.fasa_mode.split(",")}
     plan = Plan(**{k: v for k, v in given.items() if v is not None}, n_gen=a.n_gen, repetitions=a.repetitions, n_threads=a.threads,
                 types=_types(a.cache_type_k, a.cache_type_v), n_batch=a.batch_size, n_ubatch=a.ubatch_size, fill=a.fill)
     output = "json" if a.json else a.output
@@ -118,4 +120,5 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     p.add_argument("-o", "--output", choices=("md", "json", "jsonl", "csv"), default="md", help="format of the rows; jsonl: each as soon as it is measured")
     p.add_argument("--json", action="store_true", help="the same as -o json")
     p.add_argument("--plot", metavar="FILE.png", help="write a picture of tokens/s against depth")
-    _fasa_flags(p, "; a comma list makes an arm of each value")
+    _fasa_flags(p, "; a comma list makes an arm of each value", mode=False)
+    p.add_argument("--fasa-mode", metavar="c,m", help="comma list of c and m: where K and V lie, on the device or in pinned host memory (FASA only) [c]")

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from fasa_gguf import FasaError, FasaParams, bench as b, cli, embed, synthetic
+from fasa_gguf import FasaError, FasaParams, bench as b, cli, crossover, embed, synthetic
 from fasa_gguf.bench import Plan, Row
 from fasa_gguf.cli_bench import _types
 from fasa_gguf.embed import model_shape
@@ -292,19 +292,19 @@ def planted(*ratios: float | None):
                                            ((1.5, 0.9), None), ((None, None, 1.2), 200)])
 def test_crossover(ratios, depth):
     rows = planted(*ratios)
-    assert b.crossover(rows) == depth
-    text = b.crossover_text(depth, rows)
+    assert crossover.crossover(rows) == depth
+    text = crossover.crossover_text(depth, rows)
     assert "no crossover among the depths measured" in text if depth is None else f"from depth {depth} on" in text
     rows[0].setup = {"n_gpu_layers": 99, "gpu_info": "a GPU"}
-    assert depth is None or f"--fasa-min-context-gpu {depth}" in b.crossover_text(depth, rows)
+    assert depth is None or f"--fasa-min-context-gpu {depth}" in crossover.crossover_text(depth, rows)
 
 
 def test_find_crossover_measures_every_depth(library, tiny, profile):
-    depth, rows = b.find_crossover(tiny, replace(QUICK, depths=[16, 300], n_gen=3, repetitions=1), ON.replace(min_context=4096), profile=profile)
+    depth, rows = crossover.find_crossover(tiny, replace(QUICK, depths=[16, 300], n_gen=3, repetitions=1), ON.replace(min_context=4096), profile=profile)
     assert [(r.n_depth, r.sparse_share) for r in rows if r.arm == "fasa"] == [(16, 1.0), (300, 1.0)]
-    assert depth == b.crossover(rows)
+    assert depth == crossover.crossover(rows)
     with pytest.raises(FasaError, match="--find-crossover looks for one depth; give -np and -nkvo one value"):
-        b.find_crossover(tiny, replace(QUICK, n_parallel=[1, 2], no_kv_offload=[0, 1]), ON, profile=profile)
+        crossover.find_crossover(tiny, replace(QUICK, n_parallel=[1, 2], no_kv_offload=[0, 1]), ON, profile=profile)
 
 
 # ---- the command line ----

@@ -1,0 +1,66 @@
+"""What `bench` measures of memory: the GPU's by the driver's count, pinned host memory, and what comes from there over PCIe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Mapping, Sequence
+
+from . import native
+from .plan import row_bytes
+from .session import Session
+
+RATE_BYTES = 512 << 20    # of pinned memory for the PCIe rates, or a layer's K and V if those are less
+RATE_ROWS = 1 << 16       # rows of the gather that gives its rate
+
+
+@dataclass
+class Figures:
+    """Of one row; None: not known, or there is no GPU."""
+
+    vram_before: int | None = None   # bytes in use on all CUDA devices with the model loaded, before its context was made
+    vram_peak: int | None = None     # the most that was in use after a repetition
+    pinned: int | None = None        # bytes of K and V in pinned host memory
+    row_cache: int | None = None     # bytes of device memory that keep attended rows
+    fetched: float | None = None     # bytes of rows over PCIe per decode step
+    staged: float | None = None      # bytes of whole caches over PCIe per decode step, for dense layers
+    reused: float | None = None      # share of the attended rows that the row cache had
+    row_bytes: int | None = None     # of a row: K or V of a token and KV head
+    copy_rate: float | None = None   # bytes/s that the device takes from pinned memory, as one copy
+    gather_rate: float | None = None # and as random rows of this size
+
+    def floor_s(self) -> float | None:
+        """Seconds that the bytes of a step take over PCIe at the measured rates: rows by the gather's, staged ones by the copy's."""
+        if self.fetched is None or not self.gather_rate or not self.copy_rate:
+            return None
+        return self.fetched / self.gather_rate + (self.staged or 0.0) / self.copy_rate
+
+    def take_counters(self, c: Mapping[str, int], steps: int) -> None:
+        """Traffic from FASA's counters over `steps` decode steps (bytes_kv_host and bytes_row_cache are sizes, not sums)."""
+        if not c.get("bytes_kv_host"):
+            return
+        self.pinned, self.row_cache = c["bytes_kv_host"], c["bytes_row_cache"]
+        self.fetched, self.staged = c["bytes_fetched"] / steps, c["bytes_staged"] / steps
+        rows = c["rows_fetched"] + c["rows_reused"]
+        self.reused = c["rows_reused"] / rows if rows else None
+
+
+def vram() -> int | None:
+    """Bytes in use on all CUDA devices, by the driver's count: those of other processes too. None: there is no such device."""
+    devices = native.cuda_devices()
+    return sum(total - free for free, total in map(native.device_memory, devices)) if devices else None
+
+
+def pcie_rates(s: Session, type_k: str, type_v: str, device: str) -> tuple[int, float, float]:
+    """(bytes of a row, copy, gather in bytes/s) for the rows of the session's cache: the larger of K's and V's, in steps of 16 bytes."""
+    n_layer = s.fasa.model_info()["n_layer"]
+    shapes = [x for x in map(s.fasa.layer_shape, range(n_layer)) if x[1]]
+    _, n_head_kv, width, _ = shapes[0]
+    row = -(-max(row_bytes(type_k, width), row_bytes(type_v, width)) // 16) * 16
+    region = min(RATE_BYTES, 2 * row * n_head_kv * s.n_ctx)
+    return (row, *native.host_rate(device, region // row * row, row, RATE_ROWS))
+
+
+def merge(samples: Sequence[Mapping[str, int]]) -> dict[str, int]:
+    """Counters of several repetitions: sums, but of sizes the largest."""
+    sizes = ("bytes_k_dom", "bytes_kv", "bytes_kv_host", "bytes_row_cache")
+    return {k: (max if k in sizes else sum)(x[k] for x in samples) for k in samples[0]}
