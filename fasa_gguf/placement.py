@@ -88,7 +88,9 @@ def host_memory() -> int | None:
         group = Path("/sys/fs/cgroup")
         most = (group / "memory.max").read_text().strip()
         if most != "max":
-            free.append(int(most) - int((group / "memory.current").read_text()))
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            held = int((group / "memory.current").read_text()) - int(stat.get("inactive_file", 0))   # files that may be dropped are no load
+            free.append(max(int(most) - max(held, 0), 0))
     except (OSError, ValueError, IndexError):
         pass
     return min(free) if free else None

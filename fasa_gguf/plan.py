@@ -194,6 +194,27 @@ def _k_dom_bytes(m: Model, s: Setup, p: FasaParams, layer: Layer) -> int:
     return block_bytes(p.k_dom, n_dom(p, m, layer)) * tiles * layer.n_head_kv * s.streams()
 
 
+def _row_stride(s: Setup, layer: Layer) -> int:
+    """Bytes of a fetched row: K and V of a cell and KV head, each in steps of 16 (fasa_row_layout)."""
+    return sum(-(-row_bytes(kind, width) // 16) * 16 for kind, width in ((s.type_k, layer.d_k), (s.type_v, layer.d_v)))
+
+
+def _fetch_bytes(m: Model, s: Setup, p: FasaParams, layer: Layer) -> int:
+    """What the rows of one token are fetched to (fasa_rows_bytes), one for all layers of a device."""
+    longest = p.cap if p.mass > 0 else 2 * p.mean_budget if p.mean_budget else p.budget
+    n = min(max(longest, p.sink + p.recent, 1), s.cells(m, layer.window)) + 1
+    return n * (layer.n_head if p.per_head else layer.n_head_kv) * (_row_stride(s, layer) + 4) + 256
+
+
+def _row_cache_bytes(m: Model, s: Setup, p: FasaParams, here: Sequence[Layer]) -> int:
+    """The row caches of these layers, which share the setting evenly; a slot has 8 bytes beside its row, and they come in eights."""
+    total = 0
+    for x in here:
+        share, slot = p.row_cache * MIB // len(here) // x.n_head_kv // s.streams(), _row_stride(s, x) + 8
+        total += slot * (min(share // slot, s.cells(m, x.window) + 7) // 8 * 8) * x.n_head_kv * s.streams()
+    return total
+
+
 def _scratch_bytes(m: Model, s: Setup, here: Sequence[Layer], staged: bool) -> int:
     """The compute buffer by the formula at the head of this file, and what ggml-cuda and FASA's kernels take beside it."""
     t, kinds = s.ubatch(m), {bool(x.window) for x in here if x.n_head_kv}
@@ -258,8 +279,10 @@ def memory(m: Model, s: Setup, params: FasaParams | None = None, mode: str = "c"
     if first <= len(m.layers):
         put["weights"] += m.output_bytes
         put["scratch"] = _scratch_bytes(m, s, [] if s.no_kv_offload else here, mode == "m") + (WORK_BYTES if put["k_dom"] else 0)
-    if mode == "m" and params is not None and here:
-        put["row_cache"] = params.row_cache * MIB
+    fetching = [x for x in here if x.n_chunk] if mode == "m" and params is not None and not s.no_kv_offload else []
+    if fetching:
+        put["row_cache"] = _row_cache_bytes(m, s, params, fetching)
+        put["scratch"] += max(_fetch_bytes(m, s, params, x) for x in fetching)
     return Memory(**put)
 
 
