@@ -371,7 +371,7 @@ def _op_case(keep: list[Any], *, q: np.ndarray, k: np.ndarray, v: np.ndarray, di
              budget: int, scale: float, n_kv: int, mask: np.ndarray | None = None, mass: float = 0.0, floor: int = 64, cap: int = 1024,
              soft_cap: float = 0.0, k_dom: str = "q4", type_k: str = "f16", type_v: str = "f16", n_hadamard: int = 0,
              sinks: np.ndarray | None = None, per_head: bool = False, backend: str = "CPU", tip_backend: str | None = None,
-             n_threads: int = 2) -> Any:
+             n_threads: int = 2, kv_place: int = 0, row_slots: int = 0) -> Any:
     """struct fasa_op_case; what it points to goes into `keep`."""
     ffi, _ = _api()
     n_stream, n_tokens, n_head, d_k = q.shape
@@ -389,7 +389,7 @@ def _op_case(keep: list[Any], *, q: np.ndarray, k: np.ndarray, v: np.ndarray, di
                 n_head_kv=v.shape[-2], n_embd_head_k=d_k, n_embd_head_v=v.shape[-1], n_kv=n_kv, n_tokens=n_tokens, n_stream=n_stream,
                 n_hadamard=n_hadamard, type_k=text(type_k), type_v=text(type_v), k_dom=K_DOM_TYPES.index(k_dom), n_dom=dims.shape[-1],
                 dims=array("int32_t", dims, np.int32), weight=array("float", weight, np.float32), scale=scale, soft_cap=soft_cap,
-                budget=budget, mass=mass, floor=floor, cap=cap, per_head=per_head, n_forced=forced.shape[-1],
+                budget=budget, mass=mass, floor=floor, cap=cap, per_head=per_head, kv_place=kv_place, row_slots=row_slots, n_forced=forced.shape[-1],
                 forced=array("int32_t", forced, np.int32), q=array("float", q, np.float32), k=array("float", k, np.float32),
                 v=array("float", v, np.float32))
     if mask is not None:

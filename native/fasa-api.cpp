@@ -51,6 +51,7 @@ fasa_params fasa_params_default(void) {
     p.k_dom       = FASA_K_DOM_Q4;
     p.per_head    = 0;
     p.mean_budget = 0;
+    p.row_cache   = 0;
     return p;
 }
 
@@ -325,9 +326,15 @@ int fasa_get_counters(const llama_context * ctx, fasa_counters * c) {
     c->bytes_dense     = s.stats.bytes_dense;
     c->cells_refreshed = s.cells_refreshed;
     c->rebuilds        = s.rebuilds;
+    c->rows_fetched    = s.stats.rows_fetched;
+    c->rows_reused     = s.stats.rows_reused;
+    c->bytes_fetched   = s.stats.bytes_fetched;
+    c->bytes_staged    = s.stats.bytes_staged;
     for (auto * cache : caches) {
-        c->bytes_k_dom += cache->size_k_dom();
-        c->bytes_kv    += cache->size_kv();
+        c->bytes_k_dom     += cache->size_k_dom();
+        c->bytes_kv        += cache->size_kv();
+        c->bytes_kv_host   += cache->size_kv_pinned();
+        c->bytes_row_cache += cache->size_row_cache();
     }
     return 0;
 }
@@ -340,7 +347,8 @@ int fasa_reset_counters(llama_context * ctx) {
     auto & s = *fasa_state_of(caches);
     s.steps_sparse = s.steps_dense = s.steps_prefill = s.cells_refreshed = s.rebuilds = 0;
     for (auto * n : { &s.stats.layers_sparse, &s.stats.layers_dense, &s.stats.rows_attended, &s.stats.rows_visible, &s.stats.lists,
-                      &s.stats.bytes_tip, &s.stats.bytes_fac, &s.stats.bytes_dense }) {
+                      &s.stats.bytes_tip, &s.stats.bytes_fac, &s.stats.bytes_dense, &s.stats.rows_fetched, &s.stats.rows_reused,
+                      &s.stats.bytes_fetched, &s.stats.bytes_staged }) {
         *n = 0;
     }
     return 0;

@@ -169,3 +169,36 @@ int fasa_copy_rate(const char * backend_name, int32_t n_threads, uint64_t bytes,
         }
     }
 }
+
+static ggml_backend_dev_t fasa_find_device(const char * name) {
+    ggml_backend_dev_t dev = name ? ggml_backend_dev_by_name(name) : nullptr;
+    if (dev == nullptr) {
+        fasa_set_error("there is no device %s", name ? name : "NULL");
+    }
+    return dev;
+}
+
+int fasa_host_rate(const char * backend, uint64_t bytes, uint64_t row_bytes, uint64_t n_rows, double * copy, double * gather) {
+    const auto dev = fasa_find_device(backend);
+    if (dev == nullptr) {
+        return -1;
+    }
+    if (row_bytes == 0 || row_bytes % 16 != 0 || bytes < row_bytes || bytes < 16 || n_rows == 0 || row_bytes > INT32_MAX) {
+        return fasa_set_error("host rate: expected rows of a multiple of 16 bytes, at least one, and memory for one; found %llu rows of %llu in %llu bytes",
+                (unsigned long long) n_rows, (unsigned long long) row_bytes, (unsigned long long) bytes);
+    }
+    const auto rate = (fasa_host_rate_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "fasa_host_rate");
+    const char * error = rate ? rate(dev, bytes, row_bytes, n_rows, copy, gather) : "it reads no host memory in place";
+    return error ? fasa_set_error("host rate of %s: %s", backend, error) : 0;
+}
+
+int fasa_device_memory(const char * backend, uint64_t * free, uint64_t * total) {
+    const auto dev = fasa_find_device(backend);
+    if (dev == nullptr) {
+        return -1;
+    }
+    size_t f = 0, t = 0;
+    ggml_backend_dev_memory(dev, &f, &t);
+    *free = f, *total = t;
+    return 0;
+}

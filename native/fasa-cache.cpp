@@ -14,10 +14,59 @@ fasa_cache::fasa_cache(llama_kv_cache & kv) : state(std::make_shared<fasa_state>
     stale.resize(kv.n_stream);
     owed .resize(kv.n_stream);
     layers.resize(kv.layers.size());
+    for (const auto & l : kv.layers) {
+        any_pinned = any_pinned || is_pinned(l.il);
+    }
     on_changed();
 }
 
+// ---- where K and V lie ----
+
+template <typename F> static F fasa_device_proc(ggml_backend_dev_t dev, const char * name) {
+    return dev ? (F) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), name) : nullptr;
+}
+
+static thread_local int32_t fasa_kv_place_next = FASA_KV_DEVICE;
+
+static ggml_backend_buffer_type_t fasa_pinned_buft(ggml_backend_dev_t dev) {
+    const auto get = fasa_device_proc<fasa_host_buft_t>(dev, "fasa_host_buft");
+    return get ? get(dev, [](const char * text) { fasa_set_error("%s", text); }) : nullptr;
+}
+
+int fasa_set_kv_place(int32_t place) {
+    if (place != FASA_KV_DEVICE && place != FASA_KV_HOST) {
+        return fasa_set_error("fasa_set_kv_place: expected %d or %d, found %d", FASA_KV_DEVICE, FASA_KV_HOST, place);
+    }
+    fasa_kv_place_next = place;
+    return 0;
+}
+
+ggml_backend_buffer_type_t fasa_kv_buft(ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft) {
+    const auto pinned = fasa_kv_place_next == FASA_KV_HOST ? fasa_pinned_buft(dev) : nullptr;
+    return pinned ? pinned : buft;
+}
+
+ggml_backend_dev_t fasa_cache::device_of(int32_t il) const {
+    const auto buft = ggml_backend_buffer_get_type(kv.layers[kv.map_layer_ids.at(il)].k->buffer);
+    return ggml_backend_buft_is_host(buft) ? nullptr : ggml_backend_buft_get_device(buft);
+}
+
+bool fasa_cache::is_pinned(int32_t il) const {
+    const auto dev = device_of(il);
+    return dev && ggml_backend_buffer_get_type(kv.layers[kv.map_layer_ids.at(il)].k->buffer) != ggml_backend_dev_buffer_type(dev);
+}
+
+// dense attention is never the faster one where it has to copy a layer over PCIe first
+bool fasa_cache::gpu_waits(uint32_t n_kv) const {
+    return !any_pinned && fasa_gpu_waits(state->params, n_kv);
+}
+
 // ---- memory ----
+
+ggml_backend_buffer_type_t fasa_cache::buft_of(size_t ikv) const {
+    const auto dev = device_of(kv.layers[ikv].il);
+    return dev ? ggml_backend_dev_buffer_type(dev) : ggml_backend_buffer_get_type(kv.layers[ikv].k->buffer);
+}
 
 const char * fasa_cache::layer_dense_reason(size_t ikv) const {
     const auto & l  = kv.layers[ikv];
@@ -41,11 +90,11 @@ const char * fasa_cache::layer_dense_reason(size_t ikv) const {
     }
     const auto buft = ggml_backend_buffer_get_type(l.k->buffer);
     if (!ggml_backend_buft_is_host(buft)) {
-        if (fasa_gpu_waits(state->params, kv.get_size())) {
+        if (gpu_waits(kv.get_size())) {
             return FASA_GPU_WAITS; // and needs no dominant keys
         }
         const auto dev    = ggml_backend_buft_get_device(buft);
-        const auto reason = dev ? (fasa_dense_reason_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "fasa_dense_reason") : nullptr;
+        const auto reason = fasa_device_proc<fasa_dense_reason_t>(dev, "fasa_dense_reason");
         if (reason == nullptr) {
             return "its cache is on a device that FASA has no kernels for";
         }
@@ -104,10 +153,10 @@ int fasa_cache::configure() {
             continue;
         }
         const auto il   = kv.layers[ikv].il;
-        auto *     buft = ggml_backend_buffer_get_type(kv.layers[ikv].k->buffer);
+        auto *     buft = buft_of(ikv);
         auto &     ctx  = ctxs[buft];
         if (!ctx) {
-            ctx.reset(ggml_init({ (3*layers.size() + 1)*ggml_tensor_overhead(), nullptr, true }));
+            ctx.reset(ggml_init({ (4*layers.size() + 2)*ggml_tensor_overhead(), nullptr, true }));
             if (!ggml_backend_buft_is_host(buft)) {
                 works[buft] = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, sizeof(fasa_work));
             }
@@ -121,13 +170,14 @@ int fasa_cache::configure() {
         l.work   = works.count(buft) ? works[buft] : nullptr;
         ggml_format_name(l.k_dom, "cache_k_dom_l%d", il);
     }
+    add_rows(ctxs);
     for (auto & [buft, ctx] : ctxs) {
         ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), buft));
         if (!buf) {
             const size_t size = ggml_backend_alloc_ctx_tensors_from_buft_size(ctx.get(), buft);
             clear();
-            return fasa_set_error("the dominant keys need %.1f MiB in %s, which cannot be allocated; use a smaller context, fewer chunks or k_dom q4",
-                    size/1048576.0, ggml_backend_buft_name(buft));
+            return fasa_set_error("the dominant keys%s need %.1f MiB in %s, which cannot be allocated; use a smaller context, fewer chunks%s or k_dom q4",
+                    any_pinned ? " and the rows that are attended" : "", size/1048576.0, ggml_backend_buft_name(buft), any_pinned ? ", a smaller row_cache" : "");
         }
         ggml_backend_buffer_clear(buf.get(), 0);
         ctxs_bufs.emplace_back(std::move(ctx), std::move(buf));
@@ -138,6 +188,42 @@ int fasa_cache::configure() {
         }
     }
     return 0;
+}
+
+// FASA-M: room on the device for the rows of one token, and the row caches
+void fasa_cache::add_rows(std::map<ggml_backend_buffer_type_t, ggml_context_ptr> & ctxs) {
+    std::map<ggml_backend_buffer_type_t, size_t> most;
+    size_t n_pinned = 0;
+    for (size_t ikv = 0; ikv < layers.size(); ++ikv) {
+        if (!layers[ikv].k_dom || !is_pinned(kv.layers[ikv].il)) {
+            continue;
+        }
+        const auto il     = kv.layers[ikv].il;
+        const auto params = state->layer_params(il);
+        const auto length = fasa_list_length(params, params.budget, std::max(1u, params.sink + params.recent), kv.get_size());
+        const fasa_row_layout row(kv.layers[ikv].k->type, kv.layers[ikv].v->type, kv.hparams.n_embd_head_k(il), kv.hparams.n_embd_head_v(il));
+        const size_t bytes = fasa_rows_bytes(row, length, params.per_head ? kv.hparams.n_head(il) : kv.hparams.n_head_kv(il));
+        most[buft_of(ikv)] = std::max(most[buft_of(ikv)], bytes);
+        n_pinned++;
+    }
+    std::map<ggml_backend_buffer_type_t, ggml_tensor *> rows;
+    for (const auto & [buft, bytes] : most) {
+        rows[buft] = ggml_new_tensor_1d(ctxs[buft].get(), GGML_TYPE_I8, bytes);
+    }
+    for (size_t ikv = 0; ikv < layers.size(); ++ikv) {
+        auto &     l  = layers[ikv];
+        const auto il = kv.layers[ikv].il;
+        if (!l.k_dom || !is_pinned(il)) {
+            continue;
+        }
+        l.rows = rows[buft_of(ikv)];
+        const fasa_row_layout row(kv.layers[ikv].k->type, kv.layers[ikv].v->type, kv.hparams.n_embd_head_k(il), kv.hparams.n_embd_head_v(il));
+        const size_t  share  = ((size_t) state->params.row_cache << 20)/n_pinned/kv.hparams.n_head_kv(il)/kv.n_stream;
+        const int64_t n_slot = std::min<size_t>(share/(FASA_ROW_HEAD + row.stride), kv.get_size() + FASA_ROW_WAYS - 1)/FASA_ROW_WAYS*FASA_ROW_WAYS;
+        if (n_slot > 0) {
+            l.row_cache = ggml_new_tensor_4d(ctxs[buft_of(ikv)].get(), GGML_TYPE_I8, FASA_ROW_HEAD + row.stride, n_slot, kv.hparams.n_head_kv(il), kv.n_stream);
+        }
+    }
 }
 
 void fasa_cache::clear() {
@@ -160,6 +246,10 @@ void fasa_cache::collect_counters() {
         s.bytes_tip     += seen[fasa_work::BYTES_TIP];
         s.bytes_fac     += seen[fasa_work::BYTES_FAC];
         s.bytes_dense   += seen[fasa_work::BYTES_DENSE];
+        s.rows_fetched  += seen[fasa_work::ROWS_FETCHED];
+        s.rows_reused   += seen[fasa_work::ROWS_REUSED];
+        s.bytes_fetched += seen[fasa_work::BYTES_FETCHED];
+        s.bytes_staged  += seen[fasa_work::BYTES_STAGED];
     }
 }
 
@@ -171,6 +261,22 @@ void fasa_cache::memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> &
 
 size_t fasa_cache::size_kv() const {
     return kv.size_k_bytes() + kv.size_v_bytes();
+}
+
+size_t fasa_cache::size_kv_pinned() const {
+    size_t size = 0;
+    for (const auto & l : kv.layers) {
+        size += is_pinned(l.il) ? ggml_nbytes(l.k) + (l.v ? ggml_nbytes(l.v) : 0) : 0;
+    }
+    return size;
+}
+
+size_t fasa_cache::size_row_cache() const {
+    size_t size = 0;
+    for (const auto & l : layers) {
+        size += l.row_cache ? ggml_nbytes(l.row_cache) : 0;
+    }
+    return size;
 }
 
 size_t fasa_cache::size_k_dom() const {

@@ -60,6 +60,8 @@ struct fasa_layer {
     ggml_tensor * dims   = nullptr; // i32 [n_dom, n_head_kv]
     ggml_tensor * weight = nullptr; // f32 [n_dom, n_head_kv]
     ggml_tensor * work   = nullptr; // i8  [sizeof(fasa_work)], one for all layers of a device; nullptr: the layer is on the CPU
+    ggml_tensor * rows      = nullptr; // FASA-M, as in fasa_layer_op; one for all layers of a device
+    ggml_tensor * row_cache = nullptr;
     std::string   reason;           // why it is dense, "" when it is not
     bool          asked = false;    // fasa_build_attn was called for it: a graph builds this attention where the hook is
     bool          waits = false;    // dense in the last graph, because it is on a GPU and the context is short
@@ -89,6 +91,9 @@ struct fasa_cache {
 
     fasa_layer & layer(int32_t il);
     bool         has_layer(int32_t il) const;
+    ggml_backend_dev_t device_of(int32_t il) const;        // where its kernels run; nullptr: the CPU
+    bool         is_pinned(int32_t il) const;              // FASA-M: its K and V lie in pinned host memory
+    bool         gpu_waits(uint32_t n_kv) const;           // whether its layers on GPUs stay dense in a step that sees n_kv cells
     int32_t      n_hadamard() const; // block of the rotation of the stored K, 0: none
 
     // fill the inputs of a sparse step; ranges [n_stream][2*FASA_MAX_RANGES], forced [n_tokens][n_forced]; gpu_waits: some layers on GPUs
@@ -102,7 +107,9 @@ struct fasa_cache {
 
     uint32_t n_kv    = 0; // of the ubatch being computed
     size_t   size_kv() const;
+    size_t   size_kv_pinned() const;
     size_t   size_k_dom() const;
+    size_t   size_row_cache() const;
 
 private:
     llama_kv_cache & kv;
@@ -118,11 +125,17 @@ private:
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
     std::map<ggml_backend_buffer_type_t, ggml_tensor *> works; // of the devices
+    bool any_pinned = false;
 
+    ggml_backend_buffer_type_t buft_of(size_t ikv) const; // of what FASA keeps for a layer: its device's memory
     const char * layer_dense_reason(size_t ikv) const;
+    void         add_rows(std::map<ggml_backend_buffer_type_t, ggml_context_ptr> & ctxs);
     void         upload_tables(size_t ikv);
     void         clear();
 };
+
+// Where a layer's K and V are to lie, asked by the cache when it is made: `buft`, or the pinned memory of fasa_set_kv_place
+ggml_backend_buffer_type_t fasa_kv_buft(ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft);
 
 // all caches of a memory module that FASA knows, the one that counts steps first
 std::vector<fasa_cache *> fasa_caches(llama_memory_i * memory);

@@ -21,6 +21,8 @@ struct fasa_fac_args {
     float         * part;                   // [row][split][M][stride]
     int64_t q_nb1, q_nb2, k_nb1, k_nb2, k_nb3, v_nb1, v_nb2, v_nb3, mask_nb1, mask_nb3;
     ggml_type type_k, type_v;
+    fasa_fetched fetched;
+    int token0;                             // of this launch
     int n_list_len, n_list, n_tps, n_head, n_shared, n_group, n_chunk, d;
     float scale, soft_cap;
     uint64_t row_bytes, bytes_dense, bytes_tip;
@@ -62,7 +64,7 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
     __shared__ bool last_block;
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32, dim = lane%LANES*8;
-    const int split = blockIdx.x, n_split = gridDim.x, list = blockIdx.y/a.n_chunk, chunk = blockIdx.y%a.n_chunk, token = blockIdx.z;
+    const int split = blockIdx.x, n_split = gridDim.x, list = blockIdx.y/a.n_chunk, chunk = blockIdx.y%a.n_chunk, token = a.token0 + blockIdx.z;
     const int head0 = list*a.n_shared + chunk*M, n_m = min(M, a.n_shared - chunk*M), h = head0/a.n_group;
     const int t = token%a.n_tps, s = token/a.n_tps;
 
@@ -98,10 +100,18 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
             keys[u].zero(), values[u].zero();
             if (i < to) {
                 const int64_t cell = cells[i];
+                const char * key = k + cell*a.k_nb2, * value = v + cell*a.v_nb2;
+                if (a.fetched.rows) {
+                    const int64_t at = (int64_t) list*(a.n_list_len - 1) + i;
+                    const int slot = a.fetched.slots ? a.fetched.slots[at] : -1;
+                    key = slot < 0 ? a.fetched.rows + at*a.fetched.stride
+                                   : a.fetched.cache + h*a.fetched.cache_nb + (int64_t) (slot & ~FASA_ROW_FETCH)*a.fetched.stride;
+                    value = key + a.fetched.v_at;
+                }
                 bias[u] = __half2float(mask[cell])*LOG2E;
                 if (active) {
-                    keys  [u].load(a.type_k, k + cell*a.k_nb2, dim);
-                    values[u].load(a.type_v, v + cell*a.v_nb2, dim);
+                    keys  [u].load(a.type_k, key,   dim);
+                    values[u].load(a.type_v, value, dim);
                 }
             }
         }
@@ -233,7 +243,7 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
         }
         __syncthreads();
     };
-    const int  row = token*gridDim.y + blockIdx.y;
+    const int  row = blockIdx.z*gridDim.y + blockIdx.y;
     float    * parts = a.part + (int64_t) row*n_split*M*stride;
     combine([&](int b) { return smem + b*M*stride; }, N_WARP, n_split == 1 ? nullptr : parts + (int64_t) split*M*stride);
     if (n_split > 1) {
@@ -328,11 +338,21 @@ void fasa_cuda_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fas
     a.row_bytes   = ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, v->ne[0]);
     a.bytes_dense = k->ne[2]*n_row*a.row_bytes;
     a.bytes_tip   = (k->ne[2] + FASA_TILE - 1)/FASA_TILE*k_dom->ne[0]*n_row;
-    if (a.d <= 64) {
-        fasa_fac_heads<8>(ctx, a, n_token);
-    } else if (a.d <= 128) {
-        fasa_fac_heads<16>(ctx, a, n_token);
-    } else {
-        fasa_fac_heads<32>(ctx, a, n_token);
+    const auto launch = [&](int n) {
+        if (a.d <= 64) {
+            fasa_fac_heads<8>(ctx, a, n);
+        } else if (a.d <= 128) {
+            fasa_fac_heads<16>(ctx, a, n);
+        } else {
+            fasa_fac_heads<32>(ctx, a, n);
+        }
+    };
+    const bool in_place = dst->src[6] == nullptr;
+    if (in_place) {
+        launch(n_token);
+    }
+    for (; !in_place && a.token0 < n_token; ++a.token0) { // their rows have room for those of one token
+        a.fetched = fasa_cuda_fetch(ctx, dst, a.token0);
+        launch(1);
     }
 }

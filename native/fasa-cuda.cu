@@ -3,6 +3,7 @@
 #include "common.cuh"
 
 #include <cstdio>
+#include <cstring>
 
 static const char * fasa_cuda_reason(int device, const fasa_layer_shape & s) {
     const auto & info = ggml_cuda_info().devices[device];
@@ -23,7 +24,8 @@ static const char * fasa_cuda_reason(int device, const fasa_layer_shape & s) {
     return "";
 }
 
-const char * fasa_cuda_dense_reason(ggml_backend_dev_t dev, const fasa_layer_shape * shape) {
+// type: fasa_dense_reason_t
+static const char * fasa_cuda_dense_reason(ggml_backend_dev_t dev, const fasa_layer_shape * shape) {
     int device = -1;
     if (sscanf(ggml_backend_dev_name(dev), GGML_CUDA_NAME "%d", &device) != 1) {
         return "its device is not one of CUDA's";
@@ -31,10 +33,20 @@ const char * fasa_cuda_dense_reason(ggml_backend_dev_t dev, const fasa_layer_sha
     return fasa_cuda_reason(device, *shape);
 }
 
+void * fasa_cuda_proc_address(const char * name) {
+    if (strcmp(name, "fasa_dense_reason") == 0) { return (void *) fasa_cuda_dense_reason; }
+    if (strcmp(name, "fasa_host_buft")    == 0) { return (void *) fasa_cuda_host_buft; }
+    if (strcmp(name, "fasa_host_rate")    == 0) { return (void *) fasa_cuda_host_rate; }
+    return nullptr;
+}
+
 bool fasa_cuda_supported(int device, const ggml_tensor * op) {
     const fasa_op_params * p = fasa_op_get(op);
     if (p == nullptr || p->kind == FASA_OP_OBSERVE || !p->device) {
         return false;
+    }
+    if (p->kind == FASA_OP_STAGE) {
+        return true;
     }
     const ggml_tensor * select = p->kind == FASA_OP_FAC ? op->src[0] : p->kind == FASA_OP_SELECT ? op : nullptr;
     const ggml_tensor * tip = select ? select->src[0] : op, * k = tip->src[1];
@@ -52,6 +64,7 @@ bool fasa_cuda_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         case FASA_OP_TIP:    return true; // SELECT does it
         case FASA_OP_SELECT: fasa_cuda_select(ctx, dst, *p); return true;
         case FASA_OP_FAC:    fasa_cuda_fac   (ctx, dst, *p); return true;
+        case FASA_OP_STAGE:  fasa_cuda_stage (ctx, dst);     return true;
         default:             return false;
     }
 }

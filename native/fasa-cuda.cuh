@@ -1,7 +1,7 @@
 #pragma once
 
-// FASA on CUDA. ggml-cuda.cu calls the two functions below, and hands out fasa_cuda_dense_reason by name; the kernels are in
-// fasa-cuda-select.cu (TIP and SELECT) and fasa-cuda-fac.cu. Definition of every step: fasa_gguf/reference.py.
+// FASA on CUDA. ggml-cuda.cu calls the functions up to fasa_cuda_proc_address; the kernels are in fasa-cuda-select.cu (TIP and
+// SELECT), fasa-cuda-fac.cu and, for FASA-M, fasa-cuda-fetch.cu and fasa-cuda-host.cu. Definition of every step: fasa_gguf/reference.py.
 
 #include "fasa-ops.h"
 
@@ -13,8 +13,27 @@ bool fasa_cuda_supported(int device, const ggml_tensor * op);
 // run it; false: not a node of ours
 bool fasa_cuda_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 
+// whether a buffer type is FASA-M's: host memory that its device reads and writes in place
+bool fasa_cuda_is_host_buft(ggml_backend_buffer_type_t buft);
+
+// what libllama asks the backend for by name: the functions of fasa-ops.h; nullptr: none of ours
+void * fasa_cuda_proc_address(const char * name);
+
+ggml_backend_buffer_type_t fasa_cuda_host_buft(ggml_backend_dev_t dev, fasa_on_error_t on_error);
+const char * fasa_cuda_host_rate(ggml_backend_dev_t dev, uint64_t bytes, uint64_t row_bytes, uint64_t n_rows, double * copy, double * gather);
+
 void fasa_cuda_select(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
 void fasa_cuda_fac   (ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
 
-// why layers of this shape are dense on this device, "" when they need not be (type: fasa_dense_reason_t)
-extern "C" const char * fasa_cuda_dense_reason(ggml_backend_dev_t dev, const fasa_layer_shape * shape);
+void fasa_cuda_stage (ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+
+// The rows of a token's lists on the device: row i of a list is in slot slots[i] & ~FASA_ROW_FETCH of the cache, or, without one, at
+// place i of `rows`
+struct fasa_fetched {
+    const char    * rows;  // [length, n_list] rows of `stride` bytes, V at v_at of each; nullptr: k and v are read in place
+    const char    * cache; // of the stream, slots of its first KV head
+    const int32_t * slots; // [length, n_list] or nullptr
+    int64_t         cache_nb; // from KV head to KV head
+    int             stride, v_at;
+};
+fasa_fetched fasa_cuda_fetch(ggml_backend_cuda_context & ctx, const ggml_tensor * fac, int token);

@@ -62,7 +62,7 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
     bool can_reuse(const llm_graph_params & params) override {
         const auto & ubatch = params.ubatch;
         const uint32_t n = params.cparams.kv_unified ? 1 : ubatch.n_seqs_unq;
-        return epoch == cache->state->epoch && n == n_stream && gpu_waits == fasa_gpu_waits(cache->state->params, cache->n_kv) &&
+        return epoch == cache->state->epoch && n == n_stream && gpu_waits == cache->gpu_waits(cache->n_kv) &&
             dense_reason == fasa_step_dense_reason(cache->state->params, ubatch.n_tokens, params.n_outputs, n, cache->n_kv);
     }
 };
@@ -77,7 +77,7 @@ llm_graph_input_fasa * fasa_graph_input(const llm_graph_context & graph, fasa_ca
     const auto & params = cache->state->params;
 
     std::string reason = fasa_step_dense_reason(params, graph.n_tokens, graph.n_outputs, k->ne[3], k->ne[2]);
-    auto input = std::make_unique<llm_graph_input_fasa>(cache, reason, k->ne[3], fasa_gpu_waits(params, k->ne[2]));
+    auto input = std::make_unique<llm_graph_input_fasa>(cache, reason, k->ne[3], cache->gpu_waits(k->ne[2]));
     if (reason.empty()) {
         input->ranges = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_I32, 2*FASA_MAX_RANGES, k->ne[3]);
         input->forced = ggml_new_tensor_3d(graph.ctx0, GGML_TYPE_I32, std::max(1u, params.sink + params.recent), graph.n_tokens/k->ne[3], k->ne[3]);
@@ -104,9 +104,8 @@ const char * fasa_attn_dense_reason(const llm_graph_context & graph, const ggml_
     return "";
 }
 
-// where the dominant keys of a layer lie
-ggml_backend_t fasa_backend_of(const llm_graph_context & graph, const fasa_layer & layer) {
-    const auto dev = layer.work ? ggml_backend_buft_get_device(ggml_backend_buffer_get_type(layer.k_dom->buffer)) : nullptr;
+// where a layer's nodes run
+ggml_backend_t fasa_backend_of(const llm_graph_context & graph, ggml_backend_dev_t dev) {
     for (int i = 0; dev && i < ggml_backend_sched_get_n_backends(graph.sched); ++i) {
         auto * backend = ggml_backend_sched_get_backend(graph.sched, i);
         if (ggml_backend_get_device(backend) == dev) {
@@ -116,14 +115,23 @@ ggml_backend_t fasa_backend_of(const llm_graph_context & graph, const fasa_layer
     return graph.backend_cpu;
 }
 
+// dense attention reads a copy on the device of what lies in pinned host memory
+void fasa_stage(const llm_graph_context & graph, fasa_cache * cache, int il, ggml_tensor *& k, ggml_tensor *& v) {
+    const auto backend = fasa_backend_of(graph, cache->device_of(il));
+    for (ggml_tensor ** t : { &k, &v }) {
+        *t = fasa_build_stage(graph.ctx0, *t, cache->layer(il).work);
+        ggml_backend_sched_set_tensor_backend(graph.sched, *t, backend);
+    }
+}
+
 } // namespace
 
 ggml_tensor * fasa_build_attn(
         const llm_graph_context      & graph,
         const llama_kv_cache_context * mctx,
         ggml_tensor * q,
-        ggml_tensor * k,
-        ggml_tensor * v,
+        ggml_tensor *& k,
+        ggml_tensor *& v,
         ggml_tensor * kq_b,
         ggml_tensor * kq_mask,
         ggml_tensor * sinks,
@@ -141,8 +149,10 @@ ggml_tensor * fasa_build_attn(
         ggml_build_forward_expand(graph.gf, fasa_build_observe(graph.ctx0, q, k, il, kq_scale, soft_cap, &state.observer));
     }
 
-    auto * input = fasa_graph_input(graph, cache, k);
+    const bool pinned = cache->is_pinned(il);
+    auto *     input  = fasa_graph_input(graph, cache, k);
     if (!state.params.enabled) {
+        pinned ? fasa_stage(graph, cache, il, k, v) : void();
         return nullptr;
     }
     auto & layer = cache->layer(il);
@@ -154,12 +164,16 @@ ggml_tensor * fasa_build_attn(
     if (!input->dense_reason.empty() || !layer.reason.empty() || layer.waits) {
         input->n_dense++;
         input->n_waiting += layer.waits;
+        pinned ? fasa_stage(graph, cache, il, k, v) : void();
         return nullptr;
     }
     input->n_sparse++;
 
     // the streams of this ubatch, as in llama_kv_cache::get_k
     const size_t s0 = k->view_offs/k->nb[3];
+    const auto streams = [&](ggml_tensor * t) {
+        return t ? ggml_view_4d(graph.ctx0, t, t->ne[0], t->ne[1], t->ne[2], k->ne[3], t->nb[1], t->nb[2], t->nb[3], s0*t->nb[3]) : nullptr;
+    };
 
     fasa_layer_op op = {};
     op.q          = q;
@@ -167,13 +181,14 @@ ggml_tensor * fasa_build_attn(
     op.v          = v;
     op.mask       = kq_mask;
     op.sinks      = sinks;
-    op.k_dom      = ggml_view_4d(graph.ctx0, layer.k_dom, layer.k_dom->ne[0], layer.k_dom->ne[1], layer.k_dom->ne[2], k->ne[3],
-                        layer.k_dom->nb[1], layer.k_dom->nb[2], layer.k_dom->nb[3], s0*layer.k_dom->nb[3]);
+    op.k_dom      = streams(layer.k_dom);
     op.dims       = layer.dims;
     op.weight     = layer.weight;
     op.ranges     = input->ranges;
     op.forced     = input->forced;
     op.work       = layer.work;
+    op.rows       = layer.rows;
+    op.row_cache  = streams(layer.row_cache);
     op.k_dom_type = state.params.k_dom;
     op.n_hadamard = cache->n_hadamard();
     op.scale      = kq_scale;
@@ -182,7 +197,7 @@ ggml_tensor * fasa_build_attn(
     op.budget     = op.params.budget;
 
     const auto nodes   = fasa_build_layer(graph.ctx0, op, &state.stats);
-    const auto backend = fasa_backend_of(graph, layer);
+    const auto backend = fasa_backend_of(graph, cache->device_of(il));
     for (ggml_tensor * node : { nodes.tip, nodes.select, nodes.fac }) {
         ggml_backend_sched_set_tensor_backend(graph.sched, node, backend); // else the scheduler may copy the cache to another one
     }

@@ -1,5 +1,6 @@
 // fasa_op_run: the ops of one layer on arrays of the caller, for tests against fasa_gguf/reference.py; fasa_op_time: how long they take.
 
+#include "fasa-cache.h"
 #include "fasa-error.h"
 #include "fasa-ops.h"
 #include "fasa-select.h"
@@ -35,13 +36,13 @@ static std::vector<uint8_t> fasa_convert(const float * x, ggml_type type, int64_
     return out;
 }
 
-// the tensors of a layer, but for `work`
-static void fasa_op_tensors(const fasa_op_case & c, ggml_type type_k, ggml_type type_v, ggml_context * ctx, fasa_layer_op & op) {
+// the tensors of a layer, but for `work`; k and v in kv_ctx
+static void fasa_op_tensors(const fasa_op_case & c, ggml_type type_k, ggml_type type_v, ggml_context * ctx, ggml_context * kv_ctx, fasa_layer_op & op) {
     const int64_t n_tile = (c.n_kv + FASA_TILE - 1)/FASA_TILE;
 
     op.q      = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, c.n_embd_head_k, c.n_head, (int64_t) c.n_tokens*c.n_stream);
-    op.k      = ggml_new_tensor_4d(ctx, type_k, c.n_embd_head_k, c.n_head_kv, c.n_kv, c.n_stream);
-    op.v      = ggml_new_tensor_4d(ctx, type_v, c.n_embd_head_v, c.n_head_kv, c.n_kv, c.n_stream);
+    op.k      = ggml_new_tensor_4d(kv_ctx, type_k, c.n_embd_head_k, c.n_head_kv, c.n_kv, c.n_stream);
+    op.v      = ggml_new_tensor_4d(kv_ctx, type_v, c.n_embd_head_v, c.n_head_kv, c.n_kv, c.n_stream);
     op.mask   = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, c.n_kv, c.n_tokens, 1, c.n_stream);
     op.sinks  = c.sinks ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.n_head) : nullptr;
     op.k_dom  = ggml_new_tensor_4d(ctx, GGML_TYPE_I8, fasa_block_bytes(c.k_dom, c.n_dom), n_tile, c.n_head_kv, c.n_stream);
@@ -58,34 +59,53 @@ static void fasa_op_tensors(const fasa_op_case & c, ggml_type type_k, ggml_type 
     op.params.floor = c.floor;
     op.params.cap   = c.cap;
     op.params.per_head = c.per_head;
+    if (c.kv_place == FASA_KV_HOST) {
+        const fasa_row_layout row(type_k, type_v, c.n_embd_head_k, c.n_embd_head_v);
+        const int64_t length = fasa_list_length(op.params, op.budget, c.n_forced, c.n_kv), n_list = c.per_head ? c.n_head : c.n_head_kv;
+        op.rows      = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, fasa_rows_bytes(row, length, n_list));
+        op.row_cache = c.row_slots ? ggml_new_tensor_4d(ctx, GGML_TYPE_I8, FASA_ROW_HEAD + row.stride, c.row_slots, c.n_head_kv, c.n_stream) : nullptr;
+    }
+}
+
+// memory for k and v
+static ggml_backend_buffer_t fasa_op_alloc_kv(const fasa_op_case & c, ggml_context * kv_ctx, ggml_backend_t backend) {
+    const auto buft = ggml_backend_get_default_buffer_type(backend);
+    fasa_set_kv_place(c.kv_place);
+    const auto placed = fasa_kv_buft(ggml_backend_get_device(backend), buft);
+    fasa_set_kv_place(FASA_KV_DEVICE);
+    return c.kv_place == FASA_KV_HOST && placed == buft ? nullptr : ggml_backend_alloc_ctx_tensors_from_buft(kv_ctx, placed);
 }
 
 // the tensors and nodes of a case on one backend
 struct fasa_op_run_graph {
     ggml_backend_ptr        backend;
-    ggml_context_ptr        ctx;
-    ggml_backend_buffer_ptr buf;
+    ggml_context_ptr        ctx, kv_ctx;
+    ggml_backend_buffer_ptr buf, kv_buf;
     fasa_layer_op           op = {};
     fasa_layer_nodes        nodes;
 
     int init(const fasa_op_case & c, const char * name, int scores, ggml_type type_k, ggml_type type_v);
-    int compute(std::initializer_list<ggml_tensor *> steps);
+    int compute(std::initializer_list<ggml_tensor *> steps); // with a row cache twice, the second time without ranges
 
 private:
+    int run(std::initializer_list<ggml_tensor *> steps);
     void set_inputs(const fasa_op_case & c);
 };
 
-int fasa_op_run_graph::init(const fasa_op_case & c, const char * name, int scores, ggml_type type_k, ggml_type type_v) {
+int fasa_op_run_graph::init(const fasa_op_case & given, const char * name, int scores, ggml_type type_k, ggml_type type_v) {
     backend.reset(ggml_backend_init_by_name(name, nullptr));
     if (!backend) {
         return fasa_set_error("fasa_op_case: there is no backend %s", name);
     }
     const bool on_cpu = ggml_backend_is_cpu(backend.get());
+    fasa_op_case c = given;
     if (on_cpu) {
         ggml_backend_cpu_set_n_threads(backend.get(), c.n_threads);
+        c.kv_place = FASA_KV_DEVICE; // which this is
     }
     ctx.reset(ggml_init({ 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
-    fasa_op_tensors(c, type_k, type_v, ctx.get(), op);
+    kv_ctx.reset(ggml_init({ 4*ggml_tensor_overhead(), nullptr, true }));
+    fasa_op_tensors(c, type_k, type_v, ctx.get(), kv_ctx.get(), op);
     op.work   = on_cpu ? nullptr : ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, sizeof(fasa_work));
     op.scores = scores;
     nodes = fasa_build_layer(ctx.get(), op, nullptr);
@@ -96,8 +116,9 @@ int fasa_op_run_graph::init(const fasa_op_case & c, const char * name, int score
         }
     }
     buf.reset(ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()));
-    if (!buf) {
-        return fasa_set_error("fasa_op_case: out of memory");
+    kv_buf.reset(fasa_op_alloc_kv(c, kv_ctx.get(), backend.get()));
+    if (!buf || !kv_buf) {
+        return fasa_set_error("fasa_op_case: out of memory, or the device has no kv_place %d", c.kv_place);
     }
     set_inputs(c);
     return 0;
@@ -107,6 +128,9 @@ void fasa_op_run_graph::set_inputs(const fasa_op_case & c) {
     ggml_backend_buffer_clear(buf.get(), 0xff); // poison: outputs that nobody writes show as NaN or -1
     if (op.work) {
         ggml_backend_tensor_memset(op.work, 0, 0, ggml_nbytes(op.work));
+    }
+    if (op.row_cache) {
+        ggml_backend_tensor_memset(op.row_cache, 0, 0, ggml_nbytes(op.row_cache));
     }
     const auto set = [](ggml_tensor * t, const void * data) { ggml_backend_tensor_set(t, data, 0, ggml_nbytes(t)); };
     const int64_t n_row = (int64_t) c.n_kv*c.n_stream*c.n_head_kv;
@@ -129,6 +153,16 @@ void fasa_op_run_graph::set_inputs(const fasa_op_case & c) {
 }
 
 int fasa_op_run_graph::compute(std::initializer_list<ggml_tensor *> steps) {
+    if (op.row_cache) {
+        if (run(steps) != 0) {
+            return -1;
+        }
+        ggml_backend_tensor_memset(op.ranges, 0, 0, ggml_nbytes(op.ranges));
+    }
+    return run(steps);
+}
+
+int fasa_op_run_graph::run(std::initializer_list<ggml_tensor *> steps) {
     ggml_cgraph * graph = ggml_new_graph(ctx.get());
     for (ggml_tensor * step : steps) {
         step->flags |= GGML_TENSOR_FLAG_COMPUTE;
@@ -273,14 +307,15 @@ int fasa_op_time(const fasa_op_case * c, int32_t n_layer, int32_t n_rep, fasa_op
     }
     ggml_context_ptr ctx(ggml_init({ (16*(size_t) n_layer + 1)*ggml_tensor_overhead(), nullptr, true }));
     ggml_tensor * work = on_cpu ? nullptr : ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, sizeof(fasa_work));
+    ggml_context_ptr kv_ctx(ggml_init({ 2*(size_t) n_layer*ggml_tensor_overhead(), nullptr, true }));
     std::vector<fasa_layer_op> ops(n_layer);
     for (auto & op : ops) {
-        fasa_op_tensors(*c, type_k, type_v, ctx.get(), op);
+        fasa_op_tensors(*c, type_k, type_v, ctx.get(), kv_ctx.get(), op);
         op.work = work;
     }
-    ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()));
-    if (!buf) {
-        return fasa_set_error("fasa_op_time: out of memory");
+    ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get())), kv_buf(fasa_op_alloc_kv(*c, kv_ctx.get(), backend.get()));
+    if (!buf || !kv_buf) {
+        return fasa_set_error("fasa_op_time: out of memory, or the device has no kv_place %d", c->kv_place);
     }
     ggml_backend_buffer_clear(buf.get(), 0);
 

@@ -66,8 +66,8 @@ fasa_layer_nodes fasa_build_layer(ggml_context * ctx, const fasa_layer_op & op, 
         fasa_op_set(nodes.select, p, "fasa_select");
     }
     {
-        ggml_tensor * src[] = { nodes.select, op.q, op.k, op.v, op.mask, op.sinks };
-        nodes.fac = ggml_custom_4d(ctx, GGML_TYPE_F32, op.v->ne[0], n_head, n_tps, n_stream, src, op.sinks ? 6 : 5, fasa_cpu_op_get(), GGML_N_TASKS_MAX, stats);
+        ggml_tensor * src[] = { nodes.select, op.q, op.k, op.v, op.mask, op.sinks, op.rows, op.row_cache, op.ranges };
+        nodes.fac = ggml_custom_4d(ctx, GGML_TYPE_F32, op.v->ne[0], n_head, n_tps, n_stream, src, op.rows ? 9 : op.sinks ? 6 : 5, fasa_cpu_op_get(), GGML_N_TASKS_MAX, stats);
 
         fasa_op_params p = fasa_op_make(FASA_OP_FAC, stats, device);
         p.scale    = op.scale;
@@ -75,6 +75,13 @@ fasa_layer_nodes fasa_build_layer(ggml_context * ctx, const fasa_layer_op & op, 
         fasa_op_set(nodes.fac, p, "fasa_fac");
     }
     return nodes;
+}
+
+ggml_tensor * fasa_build_stage(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * work) {
+    ggml_tensor * src[] = { rows, work };
+    ggml_tensor * t = ggml_custom_4d(ctx, rows->type, rows->ne[0], rows->ne[1], rows->ne[2], rows->ne[3], src, work ? 2 : 1, nullptr, 1, nullptr);
+    fasa_op_set(t, fasa_op_make(FASA_OP_STAGE, nullptr, FASA_ON_DEVICE), "fasa_stage");
+    return t;
 }
 
 ggml_tensor * fasa_build_observe(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, int32_t il, float scale, float soft_cap,

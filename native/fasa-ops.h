@@ -18,7 +18,11 @@
 //                 its launch reads for TIP
 //   FAC      exact attention over those cells
 //            dst  f32 [d_v, n_head, n_tps, n_stream]
-//            src  SELECT, q, k, v [d_v, n_head_kv, n_kv, n_stream], mask, sinks f32 [n_head] or none
+//            src  SELECT, q, k, v [d_v, n_head_kv, n_kv, n_stream], mask, sinks f32 [n_head] or none; where k and v lie in pinned
+//                 host memory (FASA-M) also rows i8 [fasa_rows_bytes], row_cache i8 [FASA_ROW_HEAD + stride, n_slot, n_head_kv, n_stream]
+//                 or none, ranges
+//   STAGE    a layer's k or v of pinned host memory, copied to the device for dense attention
+//            dst  as k;  src  k or v, work or none
 //   OBSERVE  hands q and k to an observer on the host
 //            dst  f32 [1];  src  q, k
 
@@ -31,7 +35,7 @@
 #include <atomic>
 #include <cstdint>
 
-enum fasa_op_kind { FASA_OP_TIP = 1, FASA_OP_SELECT, FASA_OP_FAC, FASA_OP_OBSERVE };
+enum fasa_op_kind { FASA_OP_TIP = 1, FASA_OP_SELECT, FASA_OP_FAC, FASA_OP_OBSERVE, FASA_OP_STAGE };
 
 // The softmax over all cells is put together from spans that different threads, or thread blocks, work on. A span's exponent
 // is a whole number, so that putting it together rounds nothing: equal logits get equal scores, wherever they lie.
@@ -53,8 +57,9 @@ static constexpr int FASA_SPAN_RANGE  = 100; // TIP: a score below 2^-FASA_SPAN_
 struct fasa_work {
     static constexpr int BINS = 2048, EDGE = 1024, PARTS = 64, SLOTS = 64, TICKETS = 4096;
 
-    enum { LAYERS_SPARSE, ROWS_ATTENDED, ROWS_VISIBLE, LISTS, BYTES_TIP, BYTES_FAC, BYTES_DENSE, N_COUNTER };
-    uint64_t counter[8];      // as in fasa_stats
+    enum { LAYERS_SPARSE, ROWS_ATTENDED, ROWS_VISIBLE, LISTS, BYTES_TIP, BYTES_FAC, BYTES_DENSE, ROWS_FETCHED, ROWS_REUSED, BYTES_FETCHED, BYTES_STAGED, N_COUNTER };
+    uint64_t counter[16];     // as in fasa_stats
+    uint32_t clock, unused[31]; // FASA-M: tokens whose rows were fetched
     uint32_t ticket[TICKETS]; // FAC: blocks of a list that are done
     struct histogram {
         uint64_t mass [BINS];
@@ -70,12 +75,35 @@ struct fasa_work {
     } slots[SLOTS];
 };
 
+// ---- FASA-M: a row is K and V of a cell and KV head, side by side on the device ----
+
+struct fasa_row_layout {
+    int bytes_k, bytes_v, v_at, stride; // v_at and stride are multiples of 16
+
+    fasa_row_layout(ggml_type type_k, ggml_type type_v, int64_t d_k, int64_t d_v) :
+        bytes_k(ggml_row_size(type_k, d_k)), bytes_v(ggml_row_size(type_v, d_v)), v_at((bytes_k + 15)/16*16), stride(v_at + (bytes_v + 15)/16*16) {
+    }
+};
+
+// Where FAC fetches the rows of one token's lists to: the slot of every row, then the rows that have none
+inline size_t fasa_rows_slots(int64_t length, int64_t n_list) { return (size_t) (length*n_list*sizeof(int32_t) + 255)/256*256; }
+inline size_t fasa_rows_bytes(const fasa_row_layout & row, int64_t length, int64_t n_list) {
+    return fasa_rows_slots(length, n_list) + (size_t) length*n_list*row.stride;
+}
+
+// The row cache of a layer keeps, for every stream and KV head: i32 tag [n_slot], the cell + 1 or 0; u32 used [n_slot], the clock's
+// time of its last use; the rows [n_slot]. Zeroed, it is empty. Stale cells (`ranges`) fall out of it.
+static constexpr int FASA_ROW_WAYS  = 8; // slots that a cell may be in; n_slot is a multiple
+static constexpr int FASA_ROW_HEAD  = 8; // bytes of tag and used
+static constexpr int FASA_ROW_FETCH = 1 << 30; // a row's slot is its own, but the row has yet to come
+
 static constexpr uint32_t FASA_OP_MAGIC = 0x41534146; // "FASA"
 
 // what an op adds up; one per context
 struct fasa_stats {
     std::atomic<uint64_t> layers_sparse{0}, layers_dense{0}, rows_attended{0}, rows_visible{0}, lists{0};
     std::atomic<uint64_t> bytes_tip{0}, bytes_fac{0}, bytes_dense{0};
+    std::atomic<uint64_t> rows_fetched{0}, rows_reused{0}, bytes_fetched{0}, bytes_staged{0};
 };
 
 // where an OBSERVE node sends what it sees
@@ -129,6 +157,8 @@ struct fasa_layer_op {
     ggml_tensor * ranges;  // i32 [2*FASA_MAX_RANGES, n_stream]
     ggml_tensor * forced;  // i32 [n_forced, n_tps, n_stream]
     ggml_tensor * work;    // i8  [sizeof(fasa_work)] on the layer's device; nullptr on the CPU
+    ggml_tensor * rows;      // i8 [fasa_rows_bytes] on the layer's device, where k and v lie in pinned host memory; else nullptr
+    ggml_tensor * row_cache; // i8 [FASA_ROW_HEAD + stride, n_slot, n_head_kv, n_stream] or nullptr
     int32_t       scores = 0; // FASA_SCORES_KEPT or FASA_SCORES_GIVEN, on a device
     int32_t       k_dom_type;
     int32_t       n_hadamard;
@@ -152,10 +182,20 @@ struct fasa_layer_shape {
 };
 typedef const char * (*fasa_dense_reason_t)(ggml_backend_dev_t dev, const fasa_layer_shape * shape); // "": it can
 
+// The type of pinned host memory that a device reads and writes in place; a backend with kernels hands it out as "fasa_host_buft".
+// on_error gets the reason when memory cannot be pinned. nullptr: the device cannot.
+typedef void (*fasa_on_error_t)(const char * text);
+typedef ggml_backend_buffer_type_t (*fasa_host_buft_t)(ggml_backend_dev_t dev, fasa_on_error_t on_error);
+// fasa_host_rate of fasa.h, as "fasa_host_rate"; nullptr, or why not
+typedef const char * (*fasa_host_rate_t)(ggml_backend_dev_t dev, uint64_t bytes, uint64_t row_bytes, uint64_t n_rows, double * copy, double * gather);
+
 // the function that runs our nodes on the CPU, from the CPU backend; nullptr when that backend has none
 ggml_custom_op_t fasa_cpu_op_get(void);
 
 fasa_layer_nodes fasa_build_layer(ggml_context * ctx, const fasa_layer_op & op, fasa_stats * stats);
+
+// a copy of k or v on the device; work: what counts its bytes, or nullptr
+ggml_tensor * fasa_build_stage(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * work);
 
 ggml_tensor * fasa_build_observe(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, int32_t il, float scale, float soft_cap,
         fasa_observer_slot * slot);

@@ -205,6 +205,8 @@ typedef struct fasa_op_case {
     float            mass;
     uint32_t         floor;
     uint32_t         cap;
+    int32_t          kv_place;     // enum fasa_kv_place of k and v
+    int32_t          row_slots;    // FASA_KV_HOST: slots of a row cache, a multiple of 8; the ops then run twice, the second time with no cell stale
     int32_t          per_head;     // n_list below: n_head when 1, n_head_kv when 0
     int32_t          n_forced;     // forced cells per token
     const int32_t  * forced;       // [n_stream, n_tokens, n_forced] cells, -1: none
@@ -220,7 +222,7 @@ typedef struct fasa_op_case {
 } fasa_op_case;
 FASA_API int fasa_op_run(const fasa_op_case * test);
 
-// Seconds of one layer's attention on the case's backend: dense flash attention, TIP and SELECT, and all three ops, each timed
+// Seconds of one layer's attention on the case's backend: dense flash attention (over k and v where they lie), TIP and SELECT, and all three ops, each timed
 // as a graph of n_layer layers with caches of their own, n_rep times, the fastest. k and v of 16,384 cells are given,
 // [16384, n_head_kv, n_embd_head]; the caches repeat them, each time from another row on.
 typedef struct fasa_op_times {

@@ -122,6 +122,27 @@ def test_runs_give_the_same_bits(library, cuda):
         assert all((first[name] == again[name])[np.isfinite(first[name])].all() for name in first)
 
 
+HOST = dict(kv_place=1)  # FASA-M: k and v in pinned host memory
+
+
+@pytest.mark.parametrize("types", [("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "f16"), ("bf16", "q4_0"), ("f32", "f32")])
+@pytest.mark.parametrize("d", [64, 128])
+@pytest.mark.parametrize("row_slots", [0, 64, 800])
+def test_rows_from_host_memory(library, cuda, types, d, row_slots):
+    compare(library, cuda, d=d, type_k=types[0], type_v=types[1], row_slots=row_slots, sinks=True, **HOST)
+
+
+@pytest.mark.parametrize("tokens,streams", [(1, 1), (8, 1), (3, 3)])
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("row_slots", [0, 8, 2000])
+def test_tokens_and_streams_from_host_memory(library, cuda, tokens, streams, per_head, row_slots):
+    compare(library, cuda, n_tokens=tokens, n_stream=streams, per_head=per_head, row_slots=row_slots, d=96, **HOST)
+
+
+def test_long_lists_from_host_memory(library, cuda):
+    compare(library, cuda, n_kv=20000, budget=4096, d=128, row_slots=3000, **HOST)
+
+
 def test_layers_that_waited_derive_what_the_others_had(library, cuda, tiny, profile):
     on = FasaParams(chunks=4, budget=64, min_context=1, min_context_gpu=512)          # of 3 layers 2 are on the GPU
     with Session(tiny, n_ctx=1024, n_threads=1, n_gpu_layers=3) as s:

@@ -1,0 +1,365 @@
+// FASA-M's buffer type: pinned, mapped host memory that ggml's scheduler takes for the CUDA device's own. Kernels read and write
+// it in place over PCIe, and nothing copies a whole cache. Dense attention reads a copy of one layer in device memory (STAGE).
+
+#include "fasa-cuda.cuh"
+
+#include "common.cuh"
+#include "ggml-backend-impl.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#    include <sys/mman.h>
+#endif
+
+// ---- memory ----
+
+static constexpr size_t FASA_HUGE_PAGE = 2u << 20;
+static constexpr size_t FASA_TELL_FROM = (size_t) 4 << 30; // bytes from which on pinning says how far it is
+
+static fasa_on_error_t fasa_on_error = nullptr;
+
+static void fasa_pin_error(size_t size, const char * why) {
+    char text[512];
+    snprintf(text, sizeof(text), "the K and V cache needs %.1f GiB of pinned host memory: %s; use a smaller context (-c), a quantised cache "
+            "(-ctk q8_0 -ctv q8_0), or the device's memory (mode c)", size/1073741824.0, why);
+    GGML_LOG_ERROR("fasa: %s\n", text);
+    if (fasa_on_error) {
+        fasa_on_error(text);
+    }
+}
+
+// run f(begin, end) over [0, size) on several threads
+template <typename F> static void fasa_in_pieces(size_t size, const F & f) {
+    const size_t n = std::max<size_t>(1, std::min<size_t>({ 8, std::thread::hardware_concurrency(), size >> 24 }));
+    std::vector<std::thread> threads;
+    for (size_t i = 1; i < n; ++i) {
+        threads.emplace_back([=] { f(size/n*i, i + 1 == n ? size : size/n*(i + 1)); });
+    }
+    f(0, n == 1 ? size : size/n);
+    for (auto & t : threads) {
+        t.join();
+    }
+}
+
+#if defined(__linux__)
+static size_t fasa_read_number(const char * path, const char * format) {
+    unsigned long long value = 0;
+    if (FILE * f = fopen(path, "r")) {
+        char line[256];
+        bool found = false;
+        while (!found && fgets(line, sizeof(line), f)) {
+            found = sscanf(line, format, &value) == 1;
+        }
+        fclose(f);
+        return found ? value : SIZE_MAX;
+    }
+    return SIZE_MAX;
+}
+
+// what a process may still take before the kernel kills somebody: of the machine, and of its control group
+static size_t fasa_host_free() {
+    const size_t kib = fasa_read_number("/proc/meminfo", "MemAvailable: %llu kB");
+    const size_t limit = fasa_read_number("/sys/fs/cgroup/memory.max", "%llu"), used = fasa_read_number("/sys/fs/cgroup/memory.current", "%llu");
+    const size_t cached = fasa_read_number("/sys/fs/cgroup/memory.stat", "inactive_file %llu");
+    size_t group = SIZE_MAX;
+    if (limit != SIZE_MAX && used != SIZE_MAX) {
+        const size_t held = used - std::min(used, cached == SIZE_MAX ? 0 : cached);
+        group = limit - std::min(limit, held);
+    }
+    return std::min(kib == SIZE_MAX ? SIZE_MAX : kib*1024, group);
+}
+
+// huge pages, touched before they are pinned: a third of the time that cudaHostAlloc takes
+static char * fasa_pin(size_t size) {
+    const size_t room = fasa_host_free();
+    if (size > room) {
+        char why[128];
+        snprintf(why, sizeof(why), "only %.1f GiB of host memory are free", room/1073741824.0);
+        fasa_pin_error(size, why);
+        return nullptr;
+    }
+    char * const all = (char *) mmap(nullptr, size + FASA_HUGE_PAGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (all == MAP_FAILED) {
+        fasa_pin_error(size, "the system has no address space for it (see ulimit -v)");
+        return nullptr;
+    }
+    char * const mem = (char *) (((uintptr_t) all + FASA_HUGE_PAGE - 1)/FASA_HUGE_PAGE*FASA_HUGE_PAGE);
+    if (mem > all) {
+        munmap(all, mem - all);
+    }
+    if (all + FASA_HUGE_PAGE > mem) {
+        munmap(mem + size, all + FASA_HUGE_PAGE - mem);
+    }
+    madvise(mem, size, MADV_HUGEPAGE); // without them it works too
+    for (size_t done = 0; done < size; done += FASA_TELL_FROM) {
+        const size_t n = std::min(FASA_TELL_FROM, size - done);
+        fasa_in_pieces(n, [=](size_t begin, size_t end) {
+            for (size_t i = begin; i < end; i += 4096) {
+                ((volatile char *) mem)[done + i] = 0;
+            }
+        });
+        if (size >= FASA_TELL_FROM) {
+            GGML_LOG_INFO("fasa: pinning host memory: %.0f of %.0f GiB\n", (done + n)/1073741824.0, size/1073741824.0);
+        }
+    }
+    const cudaError_t err = cudaHostRegister(mem, size, cudaHostRegisterMapped | cudaHostRegisterPortable);
+    if (err != cudaSuccess) {
+        (void) cudaGetLastError();
+        munmap(mem, size);
+        fasa_pin_error(size, (std::string("the driver refuses to pin it (") + cudaGetErrorString(err) + ")").c_str());
+        return nullptr;
+    }
+    return mem;
+}
+
+static void fasa_unpin(char * mem, size_t size) {
+    CUDA_CHECK(cudaHostUnregister(mem));
+    munmap(mem, size);
+}
+#else
+static char * fasa_pin(size_t size) {
+    void * mem = nullptr;
+    const cudaError_t err = cudaHostAlloc(&mem, size, cudaHostAllocMapped | cudaHostAllocPortable);
+    if (err != cudaSuccess) {
+        (void) cudaGetLastError();
+        fasa_pin_error(size, (std::string("the driver refuses to pin it (") + cudaGetErrorString(err) + ")").c_str());
+        return nullptr;
+    }
+    return (char *) mem;
+}
+
+static void fasa_unpin(char * mem, size_t) {
+    CUDA_CHECK(cudaFreeHost(mem));
+}
+#endif
+
+// ---- the buffer ----
+
+struct fasa_host_buffer {
+    int    device;
+    char * mem;
+    size_t size; // as mapped
+};
+
+static char * fasa_host_at(const fasa_host_buffer * b, const ggml_tensor * t, size_t offset) {
+    ggml_cuda_set_device(b->device);
+    CUDA_CHECK(cudaDeviceSynchronize()); // the CPU reads and writes what kernels wrote and read
+    return (char *) t->data + offset;
+}
+
+static void fasa_host_free_buffer(ggml_backend_buffer_t buffer) {
+    auto * b = (fasa_host_buffer *) buffer->context;
+    if (b->mem) {
+        ggml_cuda_set_device(b->device);
+        CUDA_CHECK(cudaDeviceSynchronize());
+        fasa_unpin(b->mem, b->size);
+    }
+    delete b;
+}
+
+static void * fasa_host_get_base(ggml_backend_buffer_t buffer) {
+    return ((fasa_host_buffer *) buffer->context)->mem;
+}
+
+static void fasa_host_memset_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, uint8_t value, size_t offset, size_t size) {
+    memset(fasa_host_at((fasa_host_buffer *) buffer->context, t, offset), value, size);
+}
+
+static void fasa_host_set_tensor(ggml_backend_buffer_t buffer, ggml_tensor * t, const void * data, size_t offset, size_t size) {
+    memcpy(fasa_host_at((fasa_host_buffer *) buffer->context, t, offset), data, size);
+}
+
+static void fasa_host_get_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * t, void * data, size_t offset, size_t size) {
+    memcpy(data, fasa_host_at((fasa_host_buffer *) buffer->context, t, offset), size);
+}
+
+static bool fasa_host_cpy_tensor(ggml_backend_buffer_t buffer, const ggml_tensor * src, ggml_tensor * dst) {
+    if (!fasa_cuda_is_host_buft(src->buffer->buft)) {
+        return false;
+    }
+    memcpy(fasa_host_at((fasa_host_buffer *) buffer->context, dst, 0), src->data, ggml_nbytes(src));
+    return true;
+}
+
+static void fasa_host_clear(ggml_backend_buffer_t buffer, uint8_t value) {
+    auto * b = (fasa_host_buffer *) buffer->context;
+    ggml_cuda_set_device(b->device);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    char * const mem = b->mem;
+    fasa_in_pieces(buffer->size, [=](size_t begin, size_t end) { memset(mem + begin, value, end - begin); });
+}
+
+static const ggml_backend_buffer_i fasa_host_buffer_interface = {
+    /* .free_buffer   = */ fasa_host_free_buffer,
+    /* .get_base      = */ fasa_host_get_base,
+    /* .init_tensor   = */ nullptr,
+    /* .memset_tensor = */ fasa_host_memset_tensor,
+    /* .set_tensor    = */ fasa_host_set_tensor,
+    /* .get_tensor    = */ fasa_host_get_tensor,
+    /* .set_tensor_2d = */ nullptr,
+    /* .get_tensor_2d = */ nullptr,
+    /* .cpy_tensor    = */ fasa_host_cpy_tensor,
+    /* .clear         = */ fasa_host_clear,
+    /* .reset         = */ nullptr,
+};
+
+// ---- the buffer type ----
+
+struct fasa_host_buft {
+    int         device;
+    std::string name;
+};
+
+static const char * fasa_host_buft_name(ggml_backend_buffer_type_t buft) {
+    return ((fasa_host_buft *) buft->context)->name.c_str();
+}
+
+static ggml_backend_buffer_t fasa_host_alloc_buffer(ggml_backend_buffer_type_t buft, size_t size) {
+    const int device = ((fasa_host_buft *) buft->context)->device;
+    ggml_cuda_set_device(device);
+    const size_t mapped = (size + FASA_HUGE_PAGE - 1)/FASA_HUGE_PAGE*FASA_HUGE_PAGE;
+    char * mem = size > 0 ? fasa_pin(mapped) : nullptr;
+    if (size > 0 && mem == nullptr) {
+        return nullptr;
+    }
+    return ggml_backend_buffer_init(buft, fasa_host_buffer_interface, new fasa_host_buffer{ device, mem, mapped }, size);
+}
+
+static size_t fasa_host_alignment(ggml_backend_buffer_type_t) {
+    return 128;
+}
+
+static size_t fasa_host_alloc_size(ggml_backend_buffer_type_t buft, const ggml_tensor * t) {
+    return ggml_backend_buft_get_alloc_size(ggml_backend_cuda_buffer_type(((fasa_host_buft *) buft->context)->device), t);
+}
+
+bool fasa_cuda_is_host_buft(ggml_backend_buffer_type_t buft) {
+    return buft->iface.get_name == fasa_host_buft_name;
+}
+
+ggml_backend_buffer_type_t fasa_cuda_host_buft(ggml_backend_dev_t dev, fasa_on_error_t on_error) {
+    static ggml_backend_buffer_type types[GGML_CUDA_MAX_DEVICES];
+    static fasa_host_buft           names[GGML_CUDA_MAX_DEVICES];
+    static const int n_device = [] {
+        const int n = ggml_backend_cuda_get_device_count();
+        for (int i = 0; i < n; ++i) {
+            names[i] = { i, GGML_CUDA_NAME + std::to_string(i) + "_FASA_Host" };
+            types[i] = { { fasa_host_buft_name, fasa_host_alloc_buffer, fasa_host_alignment, nullptr, fasa_host_alloc_size, nullptr },
+                ggml_backend_reg_dev_get(ggml_backend_cuda_reg(), i), &names[i] };
+        }
+        return n;
+    }();
+    fasa_on_error = on_error;
+    for (int i = 0; i < n_device; ++i) {
+        int mapped = 0;
+        if (types[i].device == dev && cudaDeviceGetAttribute(&mapped, cudaDevAttrCanUseHostPointerForRegisteredMem, i) == cudaSuccess && mapped) {
+            return &types[i];
+        }
+    }
+    return nullptr;
+}
+
+// ---- STAGE ----
+
+static __global__ void fasa_count_kernel(uint64_t * counter, uint64_t n) {
+    *counter += n;
+}
+
+void fasa_cuda_stage(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const ggml_tensor * src = dst->src[0], * work = dst->src[1];
+    const size_t size = dst->nb[3]; // of a stream, whose cells lie one behind the other
+    for (int64_t s = 0; s < dst->ne[3]; ++s) {
+        CUDA_CHECK(cudaMemcpyAsync((char *) dst->data + s*size, (const char *) src->data + s*src->nb[3], size, cudaMemcpyDefault, ctx.stream()));
+    }
+    if (work) {
+        fasa_count_kernel<<<1, 1, 0, ctx.stream()>>>(((fasa_work *) work->data)->counter + fasa_work::BYTES_STAGED, ggml_nbytes(dst));
+    }
+}
+
+// ---- rates ----
+
+// row i of [n] to whoever asks; the sum keeps the loads
+static __global__ void fasa_gather_kernel(const char * mem, const uint64_t * rows, uint64_t n, int units, uint4 * out) {
+    const uint64_t n_warp = (uint64_t) gridDim.x*blockDim.x/32;
+    uint4 sum = make_uint4(0, 0, 0, 0);
+    for (uint64_t i = ((uint64_t) blockIdx.x*blockDim.x + threadIdx.x)/32; i < n; i += 4*n_warp) {
+        for (int unit = threadIdx.x%32; unit < units; unit += 32) {
+            uint4 v[4];
+#pragma unroll
+            for (int u = 0; u < 4; ++u) {
+                v[u] = i + u*n_warp < n ? ((const uint4 *) (mem + rows[i + u*n_warp]))[unit] : make_uint4(0, 0, 0, 0);
+            }
+#pragma unroll
+            for (int u = 0; u < 4; ++u) {
+                sum.x ^= v[u].x, sum.y ^= v[u].y, sum.z ^= v[u].z, sum.w ^= v[u].w;
+            }
+        }
+    }
+    if ((sum.x & sum.y & sum.z & sum.w) == 0xffffffff) { // the memory is zero
+        *out = sum;
+    }
+}
+
+// seconds of f on the stream, the fastest of five after a warm-up
+template <typename F> static double fasa_time_on(cudaStream_t stream, const F & f) {
+    cudaEvent_t begin, end;
+    CUDA_CHECK(cudaEventCreate(&begin));
+    CUDA_CHECK(cudaEventCreate(&end));
+    float best = INFINITY;
+    for (int i = 0; i < 6; ++i) {
+        float ms;
+        CUDA_CHECK(cudaEventRecord(begin, stream));
+        f();
+        CUDA_CHECK(cudaEventRecord(end, stream));
+        CUDA_CHECK(cudaEventSynchronize(end));
+        CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
+        best = i > 0 ? std::min(best, ms) : best;
+    }
+    CUDA_CHECK(cudaEventDestroy(begin));
+    CUDA_CHECK(cudaEventDestroy(end));
+    return best/1e3;
+}
+
+const char * fasa_cuda_host_rate(ggml_backend_dev_t dev, uint64_t bytes, uint64_t row_bytes, uint64_t n_rows, double * copy, double * gather) {
+    auto * buft = fasa_cuda_host_buft(dev, fasa_on_error);
+    if (buft == nullptr) {
+        return "the device cannot read pinned host memory in place";
+    }
+    ggml_backend_buffer_t host = ggml_backend_buft_alloc_buffer(buft, bytes);
+    if (host == nullptr) {
+        return "the memory cannot be pinned";
+    }
+    ggml_backend_buffer_clear(host, 0);
+    const char * mem = (const char *) ggml_backend_buffer_get_base(host);
+    const size_t piece = std::min<uint64_t>(bytes, 256u << 20);
+    std::mt19937_64 rng(0);
+    std::vector<uint64_t> rows(n_rows);
+    std::generate(rows.begin(), rows.end(), [&] { return rng()%(bytes/row_bytes)*row_bytes; });
+    char * device = nullptr;
+    cudaStream_t stream;
+    CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+    const char * error = nullptr;
+    if (cudaMalloc(&device, piece + n_rows*sizeof(uint64_t) + sizeof(uint4)) != cudaSuccess) {
+        (void) cudaGetLastError();
+        error = "the device has no memory for the copy";
+    } else {
+        auto * const list = (uint64_t *) (device + piece/sizeof(uint4)*sizeof(uint4));
+        CUDA_CHECK(cudaMemcpyAsync(list, rows.data(), n_rows*sizeof(uint64_t), cudaMemcpyDefault, stream));
+        *copy   = piece/fasa_time_on(stream, [&] { CUDA_CHECK(cudaMemcpyAsync(device, mem, piece/sizeof(uint4)*sizeof(uint4), cudaMemcpyDefault, stream)); });
+        *gather = n_rows*row_bytes/fasa_time_on(stream, [&] {
+            fasa_gather_kernel<<<264, 512, 0, stream>>>(mem, list, n_rows, row_bytes/sizeof(uint4), (uint4 *) device);
+        });
+        CUDA_CHECK(cudaGetLastError());
+        CUDA_CHECK(cudaFree(device));
+    }
+    CUDA_CHECK(cudaStreamDestroy(stream));
+    ggml_backend_buffer_free(host);
+    return error;
+}

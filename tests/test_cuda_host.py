@@ -1,0 +1,115 @@
+"""FASA-M end to end: K and V in pinned host memory give what they give in the device's. They need a device."""
+
+import ctypes
+
+import numpy as np
+import pytest
+
+from fasa_gguf import FasaError, FasaParams, native
+from fasa_gguf.session import Session
+
+ON = FasaParams(chunks=4, budget=64, min_context=1)
+
+
+@pytest.fixture
+def make(cuda, tiny, profile):
+    """make(place, params, ...): a session of the tiny model, all layers on the device, its cache at fasa_kv_place `place`."""
+    sessions = []
+
+    def build(place, params=ON, **settings):
+        lib = native._api()[1]
+        native._check(lib.fasa_set_kv_place(place))
+        try:
+            s = Session(tiny, **{"n_ctx": 1024, "n_threads": 1, "n_gpu_layers": 99, **settings})
+        finally:
+            native._check(lib.fasa_set_kv_place(0))
+        sessions.append(s)
+        s.fasa.set_profile(profile)
+        s.fasa.set_params(params and params.replace(min_context_gpu=0))
+        return s
+
+    yield build
+    for s in sessions:
+        s.close()
+
+
+def prompt(s, n=600, seed=0):
+    return np.random.default_rng(seed).integers(0, s.n_vocab, n).tolist()
+
+
+def greedy(s, n_prompt=600, steps=100):
+    """(tokens, logits) of `steps` steps behind a random prompt."""
+    logits = s.decode(prompt(s, n_prompt), 0)
+    tokens, rows = [], []
+    for pos in range(n_prompt, n_prompt + steps):
+        tokens.append(int(np.argmax(logits)))
+        logits = s.decode([tokens[-1]], pos)
+        rows.append(logits)
+    return tokens, np.array(rows)
+
+
+@pytest.mark.parametrize("types", ["f16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("row_cache", [0, 1])
+def test_the_same_text_as_on_the_device(make, types, row_cache):
+    kv = dict(type_k=types, type_v=types)
+    there, here = make(0, **kv), make(1, ON.replace(row_cache=row_cache), **kv)
+    (a, x), (b, y) = greedy(there), greedy(here)
+    assert a == b and np.abs(x - y).max() < 1e-4 * np.abs(x).max()
+    c, d = here.fasa.counters(), there.fasa.counters()
+    assert d["bytes_kv_host"] == d["rows_fetched"] == d["bytes_staged"] == 0
+    assert c["bytes_kv_host"] == c["bytes_kv"] == d["bytes_kv"] and c["bytes_staged"] > 0
+    assert c["rows_fetched"] + c["rows_reused"] == c["rows_attended"] == d["rows_attended"] > 0
+    assert (c["rows_reused"] > c["rows_attended"] / 2) == bool(row_cache) and (c["bytes_row_cache"] > 0) == bool(row_cache)
+
+
+def test_dense_reads_a_copy(make):
+    (a, x), (b, y) = greedy(make(0, None)), greedy(make(1, None))
+    assert a == b and (x == y).all()
+
+
+def test_rows_follow_a_context_shift_and_a_loaded_state(make):
+    got = []
+    for place in (0, 1):
+        s = make(place, ON.replace(row_cache=1))
+        greedy(s)
+        lib = s.llama
+        size = lib.llama_state_get_size(s.ctx)
+        state = (ctypes.c_uint8 * size)()
+        assert lib.llama_state_get_data(s.ctx, state, size) > 0
+        lib.llama_memory_seq_rm(s.memory, 0, 100, 200)
+        lib.llama_memory_seq_add(s.memory, 0, 200, -1, -100)
+        rows = [s.decode([5], 600), s.decode([6], 601)]
+        s.clear()
+        s.decode(prompt(s, 600, seed=1), 0)
+        rows.append(s.decode([7], 600))
+        assert lib.llama_state_set_data(s.ctx, state, size) > 0
+        rows += [s.decode([8], 700), s.decode([9], 701)]
+        got.append(np.array(rows))
+    assert np.abs(got[0] - got[1]).max() < 1e-4 * np.abs(got[0]).max()
+
+
+@pytest.mark.parametrize("unified", [False, True])
+def test_sequences(make, unified):
+    got = []
+    for place in (0, 1):
+        s = make(place, ON.replace(row_cache=1), n_ctx=2048, n_seq_max=3, kv_unified=unified)
+        for seq in range(3):
+            s.decode(prompt(s, 300, seq), 0, seq, "none")
+        rows = []
+        for pos in range(300, 320):
+            s.decode_batch([(pos % 50 + seq, pos, seq, True) for seq in range(3)])
+            rows.append([s.logits(i) for i in range(3)])
+        s.llama.llama_memory_seq_rm(s.memory, 2, -1, -1)
+        s.llama.llama_memory_seq_cp(s.memory, 0, 2, -1, -1)
+        s.decode_batch([(3 + seq, 320, seq, True) for seq in range(3)])
+        rows.append([s.logits(i) for i in range(3)])
+        got.append(np.array(rows))
+    assert np.abs(got[0] - got[1]).max() < 1e-4 * np.abs(got[0]).max()
+
+
+def test_memory_that_cannot_be_pinned(make, cuda):
+    lib = native._api()[1]
+    with pytest.raises(FasaError, match="cannot make a context"):
+        make(1, n_ctx=1 << 30)
+    assert "pinned host memory" in native._api()[0].string(lib.fasa_error()).decode()
+    greedy(make(1), steps=4)  # nothing is left behind that hinders the next one
