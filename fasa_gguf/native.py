@@ -112,12 +112,11 @@ def kv_place(host: bool) -> Iterator[None]:
         yield
         return
     _, lib = _api()
-    _check(lib.fasa_set_kv_place(lib.FASA_KV_HOST))
-    before = last_error()
+    _check(lib.fasa_set_kv_place(lib.FASA_KV_HOST))                                  # which clears the last error
     try:
         yield
     except Exception as e:
-        if last_error() != before:
+        if last_error():
             raise FasaError(last_error()) from e
         raise
     finally:

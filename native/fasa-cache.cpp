@@ -38,6 +38,7 @@ int fasa_set_kv_place(int32_t place) {
         return fasa_set_error("fasa_set_kv_place: expected %d or %d, found %d", FASA_KV_DEVICE, FASA_KV_HOST, place);
     }
     fasa_kv_place_next = place;
+    fasa_set_error("%s", ""); // what it says after a context could not be made is about that context
     return 0;
 }
 

@@ -106,6 +106,7 @@ FASA_API fasa_params  fasa_params_default(void);
 
 // Where the caches of contexts that this thread makes from now on lie: enum fasa_kv_place. Layers on the CPU, and on devices that
 // FASA has no kernels for, are not affected. A cache that cannot be pinned fails the making of the context; fasa_error() says why.
+// Clears fasa_error().
 FASA_API int fasa_set_kv_place(int32_t place);
 
 // Attach a profile to a context. Fails when a shape does not fit the model (both shapes are named).

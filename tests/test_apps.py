@@ -133,7 +133,7 @@ def test_llama_cpp_imported_first(library, tmp_path):
 
 def test_every_command_has_help_an_example_and_a_place_in_the_docs(capsys):
     docs = (ROOT / "README.md").read_text() + "".join(p.read_text() for p in (ROOT / "docs").glob("*.md"))
-    for name in ("calibrate", "embed-profile", "inspect", "run", "eval", "compare", "sweep", "calibrate-layers", "bench"):
+    for name in ("calibrate", "embed-profile", "inspect", "run", "eval", "compare", "sweep", "calibrate-layers", "bench", "plan"):
         with pytest.raises(SystemExit) as e:
             cli.main([name, "--help"])
         assert e.value.code == 0 and f"example: fasa-gguf {name}" in capsys.readouterr().out

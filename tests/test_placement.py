@@ -125,6 +125,7 @@ class Lib:
 
     def fasa_set_kv_place(self, place):
         self.places.append(place)
+        self.error = ""
         return 0
 
 
