@@ -19,7 +19,7 @@ _log_callback: Any = None
 
 
 def quiet() -> None:
-    """Keep llama.cpp's log out of the terminal; its last errors, from now on, go into our exceptions."""
+    """Keep llama.cpp's log out of the terminal, but for how far the pinning of a large cache is; its last errors go into our exceptions."""
     global _log_callback
     _log.clear()
     if _log_callback is None:
@@ -27,6 +27,8 @@ def quiet() -> None:
             if level in (3, 4):  # warning, error
                 _log.append(text.decode("utf-8", "replace").strip())
                 del _log[:-20]
+            elif text.startswith(b"fasa: pinning"):
+                print(text.decode().strip(), file=sys.stderr)
 
         llama = native.load()
         _log_callback = llama.llama_log_callback(keep)

@@ -103,7 +103,7 @@ int fasa_op_run_graph::init(const fasa_op_case & given, const char * name, int s
         ggml_backend_cpu_set_n_threads(backend.get(), c.n_threads);
         c.kv_place = FASA_KV_DEVICE; // which this is
     }
-    ctx.reset(ggml_init({ 64*ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
+    ctx.reset(ggml_init({ 64*ggml_tensor_overhead() + 2*ggml_graph_overhead(), nullptr, true })); // compute makes up to two
     kv_ctx.reset(ggml_init({ 4*ggml_tensor_overhead(), nullptr, true }));
     fasa_op_tensors(c, type_k, type_v, ctx.get(), kv_ctx.get(), op);
     op.work   = on_cpu ? nullptr : ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, sizeof(fasa_work));

@@ -1,30 +1,40 @@
 """FASA-M end to end: K and V in pinned host memory give what they give in the device's. They need a device."""
 
-import ctypes
-
 import numpy as np
 import pytest
+from tiny_gguf import write_tiny
 
 from fasa_gguf import FasaError, FasaParams, native
+from fasa_gguf.embed import model_shape
+from fasa_gguf.gguf_file import GGUFFile
 from fasa_gguf.session import Session
+from fasa_gguf.synthetic import synthetic_profile
 
 ON = FasaParams(chunks=4, budget=64, min_context=1)
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """A random model whose head dimension every cache type takes."""
+    path = tmp_path_factory.mktemp("host") / "model.gguf"
+    write_tiny(path, head_dim=64)
+    return path
+
+
 @pytest.fixture
-def make(cuda, tiny, profile):
-    """make(place, params, ...): a session of the tiny model, all layers on the device, its cache at fasa_kv_place `place`."""
+def make(cuda, model):
+    """make(place, params, ...): a session of the model, all layers on the device, its cache at fasa_kv_place `place`."""
     sessions = []
 
     def build(place, params=ON, **settings):
         lib = native._api()[1]
         native._check(lib.fasa_set_kv_place(place))
         try:
-            s = Session(tiny, **{"n_ctx": 1024, "n_threads": 1, "n_gpu_layers": 99, **settings})
+            s = Session(model, **{"n_ctx": 1024, "n_threads": 1, "n_gpu_layers": 99, **settings})
         finally:
             native._check(lib.fasa_set_kv_place(0))
         sessions.append(s)
-        s.fasa.set_profile(profile)
+        s.fasa.set_profile(synthetic_profile(*model_shape(GGUFFile(model)), seed=2))
         s.fasa.set_params(params and params.replace(min_context_gpu=0))
         return s
 
@@ -72,17 +82,14 @@ def test_rows_follow_a_context_shift_and_a_loaded_state(make):
     for place in (0, 1):
         s = make(place, ON.replace(row_cache=1))
         greedy(s)
-        lib = s.llama
-        size = lib.llama_state_get_size(s.ctx)
-        state = (ctypes.c_uint8 * size)()
-        assert lib.llama_state_get_data(s.ctx, state, size) > 0
-        lib.llama_memory_seq_rm(s.memory, 0, 100, 200)
-        lib.llama_memory_seq_add(s.memory, 0, 200, -1, -100)
+        state = s.state()
+        s.remove(0, 100, 200)
+        s.llama.llama_memory_seq_add(s.memory, 0, 200, -1, -100)
         rows = [s.decode([5], 600), s.decode([6], 601)]
         s.clear()
         s.decode(prompt(s, 600, seed=1), 0)
         rows.append(s.decode([7], 600))
-        assert lib.llama_state_set_data(s.ctx, state, size) > 0
+        s.set_state(state)
         rows += [s.decode([8], 700), s.decode([9], 701)]
         got.append(np.array(rows))
     assert np.abs(got[0] - got[1]).max() < 1e-4 * np.abs(got[0]).max()
@@ -99,17 +106,46 @@ def test_sequences(make, unified):
         for pos in range(300, 320):
             s.decode_batch([(pos % 50 + seq, pos, seq, True) for seq in range(3)])
             rows.append([s.logits(i) for i in range(3)])
-        s.llama.llama_memory_seq_rm(s.memory, 2, -1, -1)
-        s.llama.llama_memory_seq_cp(s.memory, 0, 2, -1, -1)
+        s.remove(2, 0)
+        s.copy(0, 2)
         s.decode_batch([(3 + seq, 320, seq, True) for seq in range(3)])
         rows.append([s.logits(i) for i in range(3)])
         got.append(np.array(rows))
     assert np.abs(got[0] - got[1]).max() < 1e-4 * np.abs(got[0]).max()
 
 
-def test_memory_that_cannot_be_pinned(make, cuda):
-    lib = native._api()[1]
+def memory():
+    ffi, lib = native._api()
+    free, total = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+    native._check(lib.fasa_device_memory(b"CUDA0", free, total))
+    return free[0]
+
+
+def test_memory_that_cannot_be_pinned(make):
+    ffi, lib = native._api()
     with pytest.raises(FasaError, match="cannot make a context"):
         make(1, n_ctx=1 << 30)
-    assert "pinned host memory" in native._api()[0].string(lib.fasa_error()).decode()
+    assert "pinned host memory" in ffi.string(lib.fasa_error()).decode()
     greedy(make(1), steps=4)  # nothing is left behind that hinders the next one
+
+
+def test_a_row_cache_that_does_not_fit(make):
+    s = make(1, None, n_ctx=1 << 20)  # its slots are at most the cells
+    with pytest.raises(FasaError, match="cannot be allocated; use a smaller context, fewer chunks, a smaller row_cache"):
+        s.fasa.set_params(ON.replace(row_cache=2**31 - 1, k_dom="f16", budget=2**30))
+    assert s.fasa.params() is None
+    s.decode(prompt(s, 300), 0)       # the context lives on, dense
+    s.fasa.set_params(ON)
+    s.decode([1], 300)
+    assert s.fasa.counters()["steps_sparse"] == 1
+
+
+def test_nothing_is_left_on_the_device(make, model):
+    make(1).close()
+    before = memory()
+    for _ in range(5):
+        s = make(1, ON.replace(row_cache=16))
+        s.decode(prompt(s, 600), 0)
+        s.decode([1], 600)
+        s.close()
+    assert before - memory() < 4 << 20
