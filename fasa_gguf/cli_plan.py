@@ -58,6 +58,10 @@ def cmd_plan(a: argparse.Namespace) -> None:
     device, host, cuda = _there_is(a)
     found = ways(m, s, params, device, host)
     print(json.dumps(as_dict(m, s, params, found, device, host, cuda), indent=1) if a.json else table(m, s, found, device, host, cuda))
+    if s.tokens(m) > m.n_ctx_train > 0:
+        print(f"the model was trained on {m.n_ctx_train:,} tokens", file=sys.stderr)
+    if s.n_gpu_layers and params.min_context and s.cells(m) < params.min_context_gpu:
+        print(f"FASA-C: below min_context_gpu, {params.min_context_gpu:,} cells, layers on a GPU stay dense and have no dominant keys", file=sys.stderr)
     if device is None:
         print("no CUDA device here: give --vram, such as 12G, for the largest context that fits it", file=sys.stderr)
 

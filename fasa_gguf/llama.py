@@ -57,7 +57,8 @@ def _place(mode: str, model_path: str, profile: Profile | None, fasa: FasaParams
     try:
         model = read_model(model_path, profile)
         params = fasa if isinstance(fasa, FasaParams) else FasaParams.from_env(profile.params())
-        found, line = place(mode, model, setup, [params])
+        one = kwargs.get("split_mode") == _llama_cpp.LLAMA_SPLIT_MODE_NONE
+        found, line = place(mode, model, setup, [params], only=kwargs.get("main_gpu", 0) if one else None)
     except FasaError as e:                                                              # what mode c cannot do either, llama_cpp says
         found, line = "c", f"mode c, without a plan: {e}"
     if line:

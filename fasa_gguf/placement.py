@@ -42,8 +42,8 @@ def _need(x: Memory, loaded: bool, n_devices: int = 1) -> int:
     return (x.context if loaded else x.device) + (n_devices - 1) * x.scratch + n_devices * CUDA_KERNELS
 
 
-def sentence(mode: str, c: Memory, m: Memory, free: int, loaded: bool = False, n_devices: int = 1) -> str:
-    """One line for the user: what was picked, and what it takes."""
+def sentence(mode: str, c: Memory, m: Memory, free: int, loaded: bool = False, n_devices: int = 1, host: int | None = None) -> str:
+    """One line for the user: what was picked, and what it takes. host: bytes of host memory that there are."""
     x = m if mode == "m" else c
     gib = lambda n: f"{n / GIB:.2f}"
     parts = [(x.weights, "weights"), (x.kv, "K and V"), (x.k_dom, "dominant keys"), (x.row_cache, "row cache"), (x.scratch, "scratch")]
@@ -51,15 +51,18 @@ def sentence(mode: str, c: Memory, m: Memory, free: int, loaded: bool = False, n
     line = f"mode {mode}: {gib(_need(x, loaded, n_devices))} of {gib(free)} GiB free on the GPU ({what})"
     if mode == "m":
         line += f", {gib(m.kv_pinned)} GiB of host memory pinned; mode c needs {gib(_need(c, loaded, n_devices))} GiB"
-        if _need(m, loaded, n_devices) > free:
-            line += "; this may not fit either: `fasa-gguf plan` says which context does"
+        if _need(m, loaded, n_devices) > free or (host is not None and m.host > host):
+            short = "the GPU" if _need(m, loaded, n_devices) > free else f"host memory, of which {gib(host or 0)} GiB are free"
+            line += f"; this may not fit {short}: `fasa-gguf plan` says which context does"
     return line
 
 
-def place(mode: str, model: Model | None, setup: Setup, arms: Sequence[FasaParams], loaded: bool = False) -> tuple[str, str]:
+def place(mode: str, model: Model | None, setup: Setup, arms: Sequence[FasaParams], loaded: bool = False,
+          only: int | None = None) -> tuple[str, str]:
     """(c or m, a line that says what auto found, or ""). arms: the settings that the context is for; auto plans for the largest of them.
 
-    model None: what auto would plan with is not known, and it is c. loaded: the weights are on the device already.
+    model None: what auto would plan with is not known, and it is c. loaded: the weights are on the device already. only: the number of
+    the one CUDA device that is used; None: all are.
     Raises FasaError when m was asked for and cannot be.
     """
     if mode == "c":
@@ -73,9 +76,10 @@ def place(mode: str, model: Model | None, setup: Setup, arms: Sequence[FasaParam
     if why or model is None or not arms:
         return "c", ""
     both = [max((memory(model, setup, p, way) for p in arms), key=lambda x: x.device) for way in ("c", "m")]
+    cuda = cuda if only is None else cuda[only : only + 1] or cuda
     free = sum(native.device_memory(name)[0] for name in cuda)
     found = decide(*both, free, loaded, len(cuda))
-    return found, sentence(found, *both, free, loaded, len(cuda))
+    return found, sentence(found, *both, free, loaded, len(cuda), host_memory())
 
 
 def host_memory() -> int | None:

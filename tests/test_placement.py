@@ -84,7 +84,9 @@ def test_the_line_says_what_was_found():
     line = sentence("m", C, M, 9 * GIB)
     assert line == ("mode m: 8.10 of 9.00 GiB free on the GPU (4.00 weights, 1.00 dominant keys, 1.00 row cache, 2.00 scratch), "
                     "8.00 GiB of host memory pinned; mode c needs 14.10 GiB")
-    assert "this may not fit either: `fasa-gguf plan` says which context does" in sentence("m", C, M, 3 * GIB)
+    assert "; this may not fit the GPU: `fasa-gguf plan` says which context does" in sentence("m", C, M, 3 * GIB, host=GIB)
+    assert "; this may not fit host memory, of which 7.50 GiB are free: `fasa-gguf plan`" in sentence("m", C, M, 9 * GIB, host=15 * GIB // 2)
+    assert sentence("m", C, M, 9 * GIB, host=9 * GIB) == line
     assert "weights" not in sentence("m", C, M, 9 * GIB, loaded=True)
 
 
@@ -105,6 +107,16 @@ def test_auto_plans_for_the_largest_arm(gpu, tiny):
     assert place("auto", m, s, both[:1])[0] == "c" and place("auto", m, s, both)[0] == "m"
     assert place("auto", None, s, both) == place("auto", m, s, []) == place("c", m, s, both) == ("c", "")
     assert place("m", None, s, []) == ("m", "")
+
+
+def test_several_gpus(gpu, tiny, monkeypatch):
+    m, s = read_model(tiny), Setup(n_ctx=4096)
+    c = placement.memory(m, s, ON)
+    monkeypatch.setattr(native, "cuda_devices", lambda: ["CUDA0", "CUDA1"])
+    gpu.free = c.device + CUDA_KERNELS                                               # of each: one would do, and two have room
+    assert [place("auto", m, s, [ON], only=i)[0] for i in (0, 1, None)] == ["c"] * 3
+    gpu.free -= 1
+    assert [place("auto", m, s, [ON], only=i)[0] for i in (0, 1, None)] == ["m", "m", "c"]
 
 
 def test_host_memory():

@@ -225,9 +225,11 @@ def test_the_command(library, shape_8b, tiny, capsys):
     rows = {line[0]: line[1:] for line in lines[2:]}
     assert rows["K and V"] == ["4,096", "2,176", "4,096", "0"] and rows["host memory, pinned"] == ["0", "0", "0", "4,096"]
     assert rows["fits 12,288 MiB, host 65,536"] == ["yes"] * 4 and "largest context, tokens" in rows and rows["row cache"][3] == "100"
+    assert cli.main(["plan", str(shape_8b), "-c", "200000", "--vram", "12G"]) == 0 and "trained on 131,072 tokens" in capsys.readouterr().err
     assert cli.main(["plan", str(tiny), "--json", "-ub", "64"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
+    assert "FASA-C: below min_context_gpu, 40,960 cells" in err
     assert "planned as if it ranked every attention layer" in err and "give --vram, such as 12G" in err
     assert (found["n_ctx"], found["n_ubatch"], found["device_bytes"]) == (4096, 64, None)
     assert [w["name"] for w in found["ways"]] == ["dense f16", "dense q8_0", "FASA-C", "FASA-M"] and found["ways"][3]["kv_pinned"] == 3 * 2 * 2 * 16 * 2 * 4096

@@ -28,7 +28,7 @@ def full_profile():
     p.layer_miss, p.mean_budget = np.array([0.25, 2, 1], np.float32), {100: 0.5, 256: 0.875}
     p.rope = {"layout": "norm", "dims": WIDTH, "base": 10000.0, "scale": 1.0}
     p.defaults = {"chunks": 3, "budget": 256, "mass": 0.5, "floor": 8, "cap": 99, "sink": 2, "recent": 9, "min_context": 7, "min_context_gpu": 8, "max_tokens": 4, "k_dom": "q8", "per_head": 1,
-                  "mean_budget": 0}
+                  "mean_budget": 0, "row_cache": 64}
     p.calibration = {"tool": "t", "corpus": "c", "corpus_sha256": "ab", "tokens": 10, "context": 5, "source": "gguf", "weights_sha256": "cd"}
     return p
 
@@ -50,7 +50,7 @@ def test_json_both_ways(tmp_path):
     assert [r.dtype for r in q.ranking] == [np.uint16] * 3 and q.ranking[2].shape == (N_HEAD_KV, WIDTH // 2)
     assert np.array_equal(q.ranking[2], p.ranking[2]) and q.weight[1].dtype == np.float32 and q.weight[1][0, 0] == 1.5
     assert q.layer_miss.tolist() == [0.25, 2, 1] and q.mean_budget == {100: 0.5, 256: 0.875}
-    assert q.params() == FasaParams(chunks=3, budget=256, mass=0.5, floor=8, cap=99, sink=2, recent=9, min_context=7, min_context_gpu=8, max_tokens=4, k_dom="q8", per_head=1)
+    assert q.params() == FasaParams(chunks=3, budget=256, mass=0.5, floor=8, cap=99, sink=2, recent=9, min_context=7, min_context_gpu=8, max_tokens=4, k_dom="q8", per_head=1, row_cache=64)
     assert p.to_json().count("\n") == len(p.to_flat()) + 2  # one key a line
 
 
