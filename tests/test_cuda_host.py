@@ -23,16 +23,11 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def make(cuda, model):
-    """make(place, params, ...): a session of the model, all layers on the device, its cache at fasa_kv_place `place`."""
+    """make(mode, params, ...): a session of the model, all layers on the device."""
     sessions = []
 
-    def build(place, params=ON, **settings):
-        lib = native._api()[1]
-        native._check(lib.fasa_set_kv_place(place))
-        try:
-            s = Session(model, **{"n_ctx": 1024, "n_threads": 1, "n_gpu_layers": 99, **settings})
-        finally:
-            native._check(lib.fasa_set_kv_place(0))
+    def build(mode, params=ON, **settings):
+        s = Session(model, **{"n_ctx": 1024, "n_threads": 1, "n_gpu_layers": 99, "mode": mode, **settings})
         sessions.append(s)
         s.fasa.set_profile(synthetic_profile(*model_shape(GGUFFile(model)), seed=2))
         s.fasa.set_params(params and params.replace(min_context_gpu=0))
@@ -62,7 +57,7 @@ def greedy(s, n_prompt=600, steps=100):
 @pytest.mark.parametrize("row_cache", [0, 1])
 def test_the_same_text_as_on_the_device(make, types, row_cache):
     kv = dict(type_k=types, type_v=types)
-    there, here = make(0, **kv), make(1, ON.replace(row_cache=row_cache), **kv)
+    there, here = make("c", **kv), make("m", ON.replace(row_cache=row_cache), **kv)
     (a, x), (b, y) = greedy(there), greedy(here)
     assert a == b and np.abs(x - y).max() < 1e-4 * np.abs(x).max()
     c, d = here.fasa.counters(), there.fasa.counters()
@@ -73,14 +68,14 @@ def test_the_same_text_as_on_the_device(make, types, row_cache):
 
 
 def test_dense_reads_a_copy(make):
-    (a, x), (b, y) = greedy(make(0, None)), greedy(make(1, None))
+    (a, x), (b, y) = greedy(make("c", None)), greedy(make("m", None))
     assert a == b and (x == y).all()
 
 
 def test_rows_follow_a_context_shift_and_a_loaded_state(make):
     got = []
-    for place in (0, 1):
-        s = make(place, ON.replace(row_cache=1))
+    for mode in ("c", "m"):
+        s = make(mode, ON.replace(row_cache=1))
         greedy(s)
         state = s.state()
         s.remove(0, 100, 200)
@@ -98,8 +93,8 @@ def test_rows_follow_a_context_shift_and_a_loaded_state(make):
 @pytest.mark.parametrize("unified", [False, True])
 def test_sequences(make, unified):
     got = []
-    for place in (0, 1):
-        s = make(place, ON.replace(row_cache=1), n_ctx=2048, n_seq_max=3, kv_unified=unified)
+    for mode in ("c", "m"):
+        s = make(mode, ON.replace(row_cache=1), n_ctx=2048, n_seq_max=3, kv_unified=unified)
         for seq in range(3):
             s.decode(prompt(s, 300, seq), 0, seq, "none")
         rows = []
@@ -114,23 +109,14 @@ def test_sequences(make, unified):
     assert np.abs(got[0] - got[1]).max() < 1e-4 * np.abs(got[0]).max()
 
 
-def memory():
-    ffi, lib = native._api()
-    free, total = ffi.new("uint64_t *"), ffi.new("uint64_t *")
-    native._check(lib.fasa_device_memory(b"CUDA0", free, total))
-    return free[0]
-
-
 def test_memory_that_cannot_be_pinned(make):
-    ffi, lib = native._api()
-    with pytest.raises(FasaError, match="cannot make a context"):
-        make(1, n_ctx=1 << 30)
-    assert "pinned host memory" in ffi.string(lib.fasa_error()).decode()
-    greedy(make(1), steps=4)  # nothing is left behind that hinders the next one
+    with pytest.raises(FasaError, match="GiB of pinned host memory: only .* GiB of host memory are free; use a smaller context"):
+        make("m", n_ctx=1 << 30)
+    greedy(make("m"), steps=4)  # nothing is left behind that hinders the next one
 
 
 def test_a_row_cache_that_does_not_fit(make):
-    s = make(1, None, n_ctx=1 << 20)  # its slots are at most the cells
+    s = make("m", None, n_ctx=1 << 20)  # its slots are at most the cells
     with pytest.raises(FasaError, match="cannot be allocated; use a smaller context, fewer chunks, a smaller row_cache"):
         s.fasa.set_params(ON.replace(row_cache=2**31 - 1, k_dom="f16", budget=2**30))
     assert s.fasa.params() is None
@@ -140,12 +126,12 @@ def test_a_row_cache_that_does_not_fit(make):
     assert s.fasa.counters()["steps_sparse"] == 1
 
 
-def test_nothing_is_left_on_the_device(make, model):
-    make(1).close()
-    before = memory()
+def test_nothing_is_left_on_the_device(make, cuda):
+    make("m").close()
+    before = native.device_memory(cuda)[0]
     for _ in range(5):
-        s = make(1, ON.replace(row_cache=16))
+        s = make("m", ON.replace(row_cache=16))
         s.decode(prompt(s, 600), 0)
         s.decode([1], 600)
         s.close()
-    assert before - memory() < 4 << 20
+    assert before - native.device_memory(cuda)[0] < 4 << 20
