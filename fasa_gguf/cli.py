@@ -239,6 +239,9 @@ def _figures(s: dict[str, Any], n_prompt: int, prompt_s: float, n: int, decode_s
     if not s["steps_sparse"]:
         return f"{line}; dense: {_why_dense(s, n)}"
     share = (s["bytes_fac"] + s["bytes_tip"]) / s["bytes_dense"]
+    if s.get("bytes_kv_host"):
+        line += (f"; mode m, {(s['bytes_fetched'] / s['steps_sparse']) / 1e6:.1f} MB a step over PCIe, "
+                 f"{100 * s['rows_reused'] / max(s['rows_reused'] + s['rows_fetched'], 1):.0f}% of the rows reused")
     return (f"{line}; FASA in {s['steps_sparse']} steps, {s['steps_dense']} dense; {s['rows_attended'] / s['lists']:.0f} of "
             f"{s['rows_visible'] / s['lists']:.0f} tokens attended, {100 * share:.1f}% of the KV bytes read")
 

@@ -6,15 +6,14 @@ import contextlib
 import ctypes
 import os
 import sys
-from dataclasses import replace
 from typing import Any
 
 from . import native
 from .errors import FasaError
 from .gguf_file import GGUFFile
 from .params import FasaParams
-from .placement import chosen_mode, place, why_not_m
-from .plan import Setup, read_model
+from .placement import chosen_mode, place_model
+from .plan import Setup
 from .profile import Profile
 from .session import CACHE_TYPES
 
@@ -44,23 +43,20 @@ def _find_profile(model_path: str, source: Profile | str | os.PathLike | None) -
 def _place(mode: str, model_path: str, profile: Profile | None, fasa: FasaParams | str, kwargs: dict[str, Any]) -> str:
     """c or m for a context of llama_cpp.Llama's arguments; says on stderr what auto found. Without a profile FASA is off, and it is c.
     Raises FasaError when m was asked for and cannot be."""
-    setup = Setup(n_gpu_layers=kwargs.get("n_gpu_layers", 0), no_kv_offload=not kwargs.get("offload_kqv", True))
-    if profile is None or mode == "c" or (mode == "auto" and why_not_m(native.cuda_devices(), setup.n_gpu_layers, setup.no_kv_offload)):
+    if profile is None:
         return "c"
-    if mode == "m":
-        return place(mode, None, setup, ())[0]
+    try:
+        params = fasa if isinstance(fasa, FasaParams) else FasaParams.from_env(profile.params())
+    except FasaError:                                                                   # set_fasa has the word
+        return "c"
     names = {number: name for name, number in CACHE_TYPES.items()}
     n_batch = kwargs.get("n_batch", 512)
-    setup = replace(setup, n_ctx=kwargs.get("n_ctx", 512), n_batch=n_batch, n_ubatch=min(kwargs.get("n_ubatch", 512), n_batch),
-                    type_k=names.get(kwargs.get("type_k"), "f16"), type_v=names.get(kwargs.get("type_v"), "f16"),
-                    swa_full=kwargs.get("swa_full") is not False)
-    try:
-        model = read_model(model_path, profile)
-        params = fasa if isinstance(fasa, FasaParams) else FasaParams.from_env(profile.params())
-        one = kwargs.get("split_mode") == _llama_cpp.LLAMA_SPLIT_MODE_NONE
-        found, line = place(mode, model, setup, [params], only=kwargs.get("main_gpu", 0) if one else None)
-    except FasaError as e:                                                              # what mode c cannot do either, llama_cpp says
-        found, line = "c", f"mode c, without a plan: {e}"
+    setup = Setup(n_ctx=kwargs.get("n_ctx", 512), n_batch=n_batch, n_ubatch=min(kwargs.get("n_ubatch", 512), n_batch),
+                  n_gpu_layers=kwargs.get("n_gpu_layers", 0), no_kv_offload=not kwargs.get("offload_kqv", True),
+                  type_k=names.get(kwargs.get("type_k"), "f16"), type_v=names.get(kwargs.get("type_v"), "f16"),
+                  swa_full=kwargs.get("swa_full") is not False)
+    one = kwargs.get("split_mode") == _llama_cpp.LLAMA_SPLIT_MODE_NONE
+    found, line = place_model(mode, model_path, profile, setup, [params], only=kwargs.get("main_gpu", 0) if one else None)
     if line:
         _say(line)
     return found
@@ -71,9 +67,9 @@ class Llama(_Base):
 
     fasa: "auto" (the profile in the model, if there is one), "off", or FasaParams (a profile is then needed); None is what
     enable() was given, "auto" without it. fasa_profile: a Profile or the path of one, instead of the model's own. Flash
-    attention is turned on with FASA. fasa_mode: where K and V lie, "c" (on the device), "m" (in pinned host memory, for a context that the
-    device has no room for) or "auto" (m when c does not fit, and a line on stderr that says so); None is what enable() was given, FASA_MODE
-    or "auto". Raises FasaError when FasaParams, a profile or mode m are given and FASA cannot run; with "auto"
+    attention is turned on with FASA. fasa_mode: where K and V lie, "c" (on the device), "m" (in pinned host memory, for a context
+    that the device has no room for) or "auto" (m when c does not fit, and a line on stderr that says so); None is what enable() was
+    given, FASA_MODE or "auto". Raises FasaError when FasaParams, a profile or mode m are given and FASA cannot run; with "auto"
     alone it says why on stderr, and is dense. Everything else is llama_cpp.Llama's.
     """
 
@@ -120,7 +116,7 @@ class Llama(_Base):
                 self._fasa_profile = profile
                 self.set_fasa(fasa)
             except FasaError as e:
-                if asked:
+                if asked or self._fasa_mode == "m":                                     # dense would take all of K and V over PCIe
                     self.close()
                     raise
                 _say(f"{model_path}: {e}; decoding is dense")
@@ -192,8 +188,8 @@ for _name in ("Llava15ChatHandler", "MTMDChatHandler"):
 def enable(params: FasaParams | str = "auto", mode: str | None = None) -> None:
     """Make llama_cpp.Llama itself decode with FASA, for code that is not ours (llama_cpp.server too).
 
-    params is what fasa= would be, mode what fasa_mode= would be. flash_attn=False counts as not given, since such code passes llama_cpp's default on. Call it
-    before llama_cpp is imported; after that it raises FasaError.
+    params is what fasa= would be, mode what fasa_mode= would be. flash_attn=False counts as not given, since such code passes
+    llama_cpp's default on. Call it before llama_cpp is imported; after that it raises FasaError.
     """
     import llama_cpp.llama
 

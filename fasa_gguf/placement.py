@@ -9,7 +9,8 @@ from typing import Sequence
 from . import native
 from .errors import FasaError
 from .params import MODES, FasaParams
-from .plan import CUDA_KERNELS, GIB, Memory, Model, Setup, memory
+from .plan import CUDA_KERNELS, GIB, Memory, Model, Setup, memory, read_model
+from .profile import Profile
 
 
 def chosen_mode(given: str | None) -> str:
@@ -80,6 +81,17 @@ def place(mode: str, model: Model | None, setup: Setup, arms: Sequence[FasaParam
     free = sum(native.device_memory(name)[0] for name in cuda)
     found = decide(*both, free, loaded, len(cuda))
     return found, sentence(found, *both, free, loaded, len(cuda), host_memory())
+
+
+def place_model(mode: str, path: str | os.PathLike, profile: Profile | None, setup: Setup, arms: Sequence[FasaParams], loaded: bool = False,
+                only: int | None = None) -> tuple[str, str]:
+    """As `place`, for the model of a file, which is read only when auto has something to decide. Where it has no plan, auto is c and says why."""
+    if mode != "auto" or not arms or why_not_m(native.cuda_devices(), setup.n_gpu_layers, setup.no_kv_offload):
+        return place(mode, None, setup, arms)
+    try:
+        return place(mode, read_model(path, profile), setup, arms, loaded, only)
+    except FasaError as e:
+        return "c", f"mode c, without a plan: {e}"
 
 
 def host_memory() -> int | None:

@@ -114,15 +114,14 @@ class Session:
 
     def _place(self) -> str:
         """c or m, by the mode that was asked for; auto says what it found when the place is another than before."""
-        from .placement import place
-        from .plan import Setup, read_model
+        from .placement import place_model
+        from .plan import Setup
 
         if self._settings["mode"] == "c":
             return "c"
         names = ("n_ctx", "n_seq_max", "n_batch", "n_ubatch", "type_k", "type_v", "kv_unified", "swa_full", "no_kv_offload")
         setup = Setup(n_gpu_layers=self._n_gpu_layers, **{name: self._settings[name] for name in names})
-        plan = read_model(self.path, self._profile) if self._settings["mode"] == "auto" and self._arms and native.cuda_devices() else None
-        found, line = place(self._settings["mode"], plan, setup, self._arms, loaded=True)
+        found, line = place_model(self._settings["mode"], self.path, self._profile, setup, self._arms, loaded=True)
         if line and found != getattr(self, "mode", None):
             print(f"fasa_gguf: {line}", file=sys.stderr)
         return found

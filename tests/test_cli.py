@@ -110,6 +110,8 @@ def test_the_line_of_figures():
          "bytes_dense": 100, "step_reason": ""}
     assert cli._figures(s, 600, 2.0, 11, 0.5) == ("prompt 600 tokens in 2.0 s (300.0 t/s); 11 tokens at 20.0 t/s; FASA in 9 steps, 1 dense; "
                                                   "64 of 640 tokens attended, 20.0% of the KV bytes read")
+    m = {**s, "bytes_kv_host": 1, "bytes_fetched": 18_000_000, "rows_reused": 1, "rows_fetched": 3}
+    assert "; mode m, 2.0 MB a step over PCIe, 25% of the rows reused; FASA in 9 steps" in cli._figures(m, 600, 2.0, 11, 0.5)
     dense = {**s, "steps_sparse": 0, "step_reason": "FASA is off"}
     assert cli._figures(dense, 600, 2.0, 1, 0.0) == "prompt 600 tokens in 2.0 s (300.0 t/s); 1 tokens; dense: FASA is off"
 

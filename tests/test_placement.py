@@ -201,6 +201,32 @@ def test_auto_with_a_gpu(llama, profiled, gpu, capfd):
     assert "mode" not in capfd.readouterr().err
 
 
+def test_auto_that_picked_m_is_not_dense(llama, profiled, gpu, monkeypatch, capfd):
+    """Where FASA cannot run, mode c is dense and says so; in mode m dense decoding would take everything over PCIe."""
+    def fail(self, params):
+        raise FasaError("no room for the dominant keys")
+
+    monkeypatch.setattr(native.Context, "set_params", fail)
+    llama(profiled, n_gpu_layers=-1)
+    assert "no room for the dominant keys; decoding is dense" in capfd.readouterr().err
+    gpu.free = 1000
+    with pytest.raises(FasaError, match="no room for the dominant keys"):
+        llama(profiled, n_gpu_layers=-1)
+
+
+def test_a_bad_environment_is_told_once(llama, profiled, gpu, monkeypatch, capfd):
+    monkeypatch.setenv("FASA_BUDGET", "many")
+    assert llama(profiled, n_gpu_layers=-1).fasa == "off" and capfd.readouterr().err.count("setting budget") == 1
+
+
+def test_auto_without_a_plan_is_c_and_says_so(llama, profiled, gpu, monkeypatch, capfd):
+    def fail(*a):
+        raise FasaError("its heads have two sizes")
+
+    monkeypatch.setattr(placement, "read_model", fail)
+    assert llama(profiled, n_gpu_layers=-1).fasa_mode == "c" and "mode c, without a plan: its heads have two sizes" in capfd.readouterr().err
+
+
 def test_m_with_a_gpu(llama, profiled, gpu, capfd):
     assert llama(profiled, n_gpu_layers=-1, fasa_mode="m").fasa_mode == "m" and gpu.places == ["m"] and "mode" not in capfd.readouterr().err
     with pytest.raises(FasaError, match="give n_gpu_layers"):
