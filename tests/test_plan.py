@@ -1,5 +1,6 @@
 """The plan: bytes of K, V and K_dom against what the library counts, scratch against llama.cpp's own dry run, contexts that fit."""
 
+import contextlib
 import json
 import os
 import re
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import gguf
 
-from fasa_gguf import FasaError, FasaParams, cli, plan, plan_report, session, synthetic
+from fasa_gguf import FasaError, FasaParams, cli, native, plan, plan_report, session, synthetic
 from fasa_gguf.embed import model_shape
 from fasa_gguf.gguf_file import STR, GGUFFile, TensorInfo, pack_kv
 from fasa_gguf.plan import GIB, MIB, Setup, largest_context, memory, read_model, size, ways
@@ -243,3 +244,18 @@ def test_the_table_of_planned_against_measured():
            "pinned_planned": MIB, "pinned_counted": MIB, "row_cache_planned": 0, "row_cache_counted": 0, "scratch_planned": MIB, "cuda_before": 500 * MIB}
     text = plan_report.check_table([row])
     assert "| m | weights | 90.0 | 100.0 | -10.0% |" in text and "row_cache" not in text and "| m | used before the model | | 500.0 | |" in text
+
+
+def test_check_runs_both_modes(library, tiny, profile, monkeypatch):
+    """As if there was a GPU whose memory in use grows by 1 MiB with every look: weights are two looks apart from the start, and so on."""
+    looks = iter(range(1, 100))
+    monkeypatch.setattr(native, "cuda_devices", lambda: ["CUDA0"])
+    monkeypatch.setattr(native, "device_memory", lambda name: (GIB - next(looks) * MIB, GIB))
+    monkeypatch.setattr(native, "kv_place", lambda host: contextlib.nullcontext())
+    setup = Setup(n_ctx=1024, n_ubatch=64, n_batch=64)
+    c, m = plan_report.check(tiny, read_model(tiny, profile), setup, FasaParams(budget=64), profile, ("c", "m"))
+    assert (c["mode"], m["mode"], c["n_ctx"], c["cuda_before"], c["weights_measured"]) == ("c", "m", 1024, MIB, MIB)
+    assert c["kv_planned"] == c["kv_counted"] == m["pinned_planned"] and c["k_dom_planned"] == c["k_dom_counted"] > 0
+    assert c["opened_measured"] < c["context_measured"] < m["context_measured"] and c["error"] == c["device_planned"] / c["device_measured"] - 1
+    with pytest.raises(FasaError, match="give -ngl, -1 for all layers"):
+        plan_report.check(tiny, read_model(tiny, profile), replace(setup, n_gpu_layers=0), ON, profile, ("c",))
