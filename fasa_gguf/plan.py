@@ -5,10 +5,11 @@ compute buffer, is the largest of the three moments in a ubatch of t tokens that
 
     logits        4 t (n_vocab + 2 n_embd)
     feed-forward  4 t (3 n_ff + 4 n_embd)                        + masks
-    attention     4 t (3 n_embd + 2 queries + keys + values)     + masks + staged K and V + their f16 copies
+    attention     4 t (3 n_embd + 2 queries + keys + values)     + masks + f16 copies of K and V
 
-masks: 2 t bytes for every cell (f16), of the cache with a window too. staged: with FASA-M one layer's K and V; f16 copies: of one layer's
-K and V when the cache has another type. A mixture of experts has the n_ff of the experts that a token uses.
+masks: 2 t bytes for every cell (f16), of the cache with a window too; f16 copies: of one layer's when the cache has another type. FASA-M takes
+one layer's K and V (of a model with windows, of either kind) beside it, for dense attention. A mixture of experts has the n_ff of the experts
+that a token uses.
 """
 
 from __future__ import annotations
@@ -225,12 +226,12 @@ def _scratch_bytes(m: Model, s: Setup, here: Sequence[Layer], staged: bool) -> i
             cells = s.cells(m, x.window) * s.streams()
             k, v = x.n_head_kv * x.d_k, x.n_head_kv * x.d_v
             copies = sum(2 * n * cells for n, kind in ((k, s.type_k), (v, s.type_v)) if kind != "f16")
-            now = 4 * t * (3 * m.n_embd + 2 * x.n_head * x.d_k + k + v) + copies + (_kv_bytes(m, s, x) if staged else 0)
-            attention = max(attention, now)
+            attention = max(attention, 4 * t * (3 * m.n_embd + 2 * x.n_head * x.d_k + k + v) + copies)
     layer = masks + max(attention, 4 * t * (3 * m.n_ff + 4 * m.n_embd))
     logits = 4 * t * (m.n_vocab + 2 * m.n_embd) if s.first_on_device(m) <= len(m.layers) else 0
     pool = t * max(m.n_ff, m.n_embd) * 36 // 32 + POOL_BYTES                            # activations as blocks of q8_1
-    return max(layer, logits) + pool
+    stages = sum(max((_kv_bytes(m, s, x) for x in here if x.n_head_kv and bool(x.window) == kind), default=0) for kind in kinds) if staged else 0
+    return max(layer, logits) + pool + stages
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <stdexcept>
 
 fasa_cache::fasa_cache(llama_kv_cache & kv) : state(std::make_shared<fasa_state>()), kv(kv) {
     stale.resize(kv.n_stream);
@@ -17,6 +18,7 @@ fasa_cache::fasa_cache(llama_kv_cache & kv) : state(std::make_shared<fasa_state>
     for (const auto & l : kv.layers) {
         any_pinned = any_pinned || is_pinned(l.il);
     }
+    make_stages();
     on_changed();
 }
 
@@ -55,6 +57,46 @@ ggml_backend_dev_t fasa_cache::device_of(int32_t il) const {
 bool fasa_cache::is_pinned(int32_t il) const {
     const auto dev = device_of(il);
     return dev && ggml_backend_buffer_get_type(kv.layers[kv.map_layer_ids.at(il)].k->buffer) != ggml_backend_dev_buffer_type(dev);
+}
+
+size_t fasa_cache::stage_v_at(int32_t il) const {
+    return (ggml_nbytes(kv.layers[kv.map_layer_ids.at(il)].k) + 255)/256*256;
+}
+
+ggml_tensor * fasa_cache::stage(int32_t il) const {
+    const auto found = stages.find(device_of(il));
+    return found == stages.end() ? nullptr : found->second;
+}
+
+int32_t fasa_cache::next_pinned(int32_t il) const {
+    for (size_t ikv = kv.map_layer_ids.at(il) + 1; ikv < kv.layers.size(); ++ikv) {
+        const int32_t next = kv.layers[ikv].il;
+        if (is_pinned(next) && device_of(next) == device_of(il)) {
+            return next;
+        }
+    }
+    return -1;
+}
+
+// Room for the largest layer's K and V on every device. Throws, as the cache that is being made does, when there is none.
+void fasa_cache::make_stages() {
+    std::map<ggml_backend_dev_t, size_t> most;
+    for (const auto & l : kv.layers) {
+        if (!kv.hparams.no_alloc && is_pinned(l.il)) {
+            most[device_of(l.il)] = std::max(most[device_of(l.il)], stage_v_at(l.il) + ggml_nbytes(l.v));
+        }
+    }
+    for (const auto & [dev, bytes] : most) {
+        ggml_context_ptr ctx(ggml_init({ ggml_tensor_overhead(), nullptr, true }));
+        stages[dev] = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, bytes);
+        ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), ggml_backend_dev_buffer_type(dev)));
+        if (!buf) {
+            fasa_set_error("one layer's K and V need %.1f MiB in %s beside the pinned cache, which cannot be allocated; use a smaller context or a "
+                    "quantised cache", bytes/1048576.0, ggml_backend_dev_name(dev));
+            throw std::runtime_error(fasa_error());
+        }
+        stage_bufs.emplace_back(std::move(ctx), std::move(buf));
+    }
 }
 
 // dense attention is never the faster one where it has to copy a layer over PCIe first
@@ -255,8 +297,10 @@ void fasa_cache::collect_counters() {
 }
 
 void fasa_cache::memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const {
-    for (const auto & [ctx, buf] : ctxs_bufs) {
-        sizes[ggml_backend_buffer_get_type(buf.get())] += ggml_backend_buffer_get_size(buf.get());
+    for (const auto * bufs : { &ctxs_bufs, &stage_bufs }) {
+        for (const auto & [ctx, buf] : *bufs) {
+            sizes[ggml_backend_buffer_get_type(buf.get())] += ggml_backend_buffer_get_size(buf.get());
+        }
     }
 }
 
@@ -301,6 +345,7 @@ void fasa_cache::on_apply(const llama_kv_cache_context & mctx) {
     n_kv  = mctx.n_kv;
     strm  = sinfo.strm;
     new_cells.clear();
+    fresh.assign(sinfo.n_stream(), {});
     for (size_t s = 0; s < sinfo.n_stream(); ++s) {
         const auto & idxs = sinfo.idxs[s];
         new_cells.insert(new_cells.end(), idxs.begin(), idxs.end());
@@ -310,6 +355,7 @@ void fasa_cache::on_apply(const llama_kv_cache_context & mctx) {
                 j++;
             }
             stale[sinfo.strm[s]].add(idxs[i], idxs[j - 1] + 1);
+            fresh[s].add(idxs[i], idxs[j - 1] + 1);
             i = j;
         }
     }
@@ -367,6 +413,18 @@ void fasa_cache::set_ranges(int32_t * ranges, uint32_t n_stream, bool gpu_waits)
     }
     state->cells_refreshed += cells;
     state->rebuilds        += cells > new_cells.size();
+}
+
+void fasa_cache::set_fresh(int32_t * ranges, uint32_t n_stream) const {
+    std::fill(ranges, ranges + n_stream*2*FASA_MAX_RANGES, 0);
+    const llama_seq_id s0 = *std::min_element(strm.begin(), strm.end());
+    for (size_t s = 0; s < fresh.size(); ++s) {
+        int32_t * out = ranges + (strm[s] - s0)*2*FASA_MAX_RANGES;
+        for (const auto & r : fresh[s].data) {
+            *out++ = (int32_t) r.first;
+            *out++ = (int32_t) r.second;
+        }
+    }
 }
 
 // Forced cells of a token: the `sink` lowest positions of its sequence and the `recent` highest up to its own, ties to the

@@ -93,6 +93,9 @@ struct fasa_cache {
     bool         has_layer(int32_t il) const;
     ggml_backend_dev_t device_of(int32_t il) const;        // where its kernels run; nullptr: the CPU
     bool         is_pinned(int32_t il) const;              // FASA-M: its K and V lie in pinned host memory
+    ggml_tensor * stage(int32_t il) const;                 // then: i8, room on its device for its K and V, for dense attention; nullptr: in a dry run
+    size_t       stage_v_at(int32_t il) const;             // where V begins there
+    int32_t      next_pinned(int32_t il) const;            // the next layer that uses the same room; -1: none
     bool         gpu_waits(uint32_t n_kv) const;           // whether its layers on GPUs stay dense in a step that sees n_kv cells
     int32_t      n_hadamard() const; // block of the rotation of the stored K, 0: none
 
@@ -100,6 +103,8 @@ struct fasa_cache {
     // are dense in it, and get what the others are to refresh now in the first step in which they are not
     void set_ranges(int32_t * ranges, uint32_t n_stream, bool gpu_waits);
     void set_forced(int32_t * forced, uint32_t n_forced, const llama_ubatch & ubatch) const;
+
+    void set_fresh(int32_t * ranges, uint32_t n_stream) const; // the cells that the ubatch writes; [n_stream][2*FASA_MAX_RANGES]
 
     // for fasa_fill_random
     int  check_fill(uint32_t n_cells) const;
@@ -120,15 +125,19 @@ private:
 
     std::vector<llama_seq_id> strm;      // streams of the ubatch being computed
     std::vector<int64_t>  new_cells; // [n_tokens] the cells that it writes
+    std::vector<fasa_ranges> fresh;  // [n_stream of the ubatch] the same
 
     mutable std::map<llama_seq_id, int64_t> first_cell; // where each sequence began when last looked
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
     std::map<ggml_backend_buffer_type_t, ggml_tensor *> works; // of the devices
     bool any_pinned = false;
+    std::map<ggml_backend_dev_t, ggml_tensor *> stages; // of FASA-M, as long as the cache
+    std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> stage_bufs;
 
     ggml_backend_buffer_type_t buft_of(size_t ikv) const; // of what FASA keeps for a layer: its device's memory
     const char * layer_dense_reason(size_t ikv) const;
+    void         make_stages();
     void         add_rows(std::map<ggml_backend_buffer_type_t, ggml_context_ptr> & ctxs);
     void         upload_tables(size_t ikv);
     void         clear();

@@ -4,6 +4,7 @@
 #include "fasa-cuda.cuh"
 
 #include "common.cuh"
+#include "fasa-select.h"
 #include "ggml-backend-impl.h"
 
 #include <algorithm>
@@ -142,10 +143,34 @@ static void fasa_unpin(char * mem, size_t) {
 
 // ---- the buffer ----
 
+// what the next layer stages, copied on a stream of its own
+struct fasa_ahead {
+    cudaStream_t stream = nullptr;
+    cudaEvent_t  begin  = nullptr, end = nullptr;
+    bool         busy   = false;                 // no one has waited for `end` yet
+    struct { const void * from = nullptr, * to = nullptr; size_t size = 0; } done[2]; // K and V
+
+    void init() {
+        if (stream == nullptr) {
+            CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+            CUDA_CHECK(cudaEventCreateWithFlags(&begin, cudaEventDisableTiming));
+            CUDA_CHECK(cudaEventCreateWithFlags(&end,   cudaEventDisableTiming));
+        }
+    }
+    void free() {
+        if (stream) {
+            CUDA_CHECK(cudaStreamDestroy(stream));
+            CUDA_CHECK(cudaEventDestroy(begin));
+            CUDA_CHECK(cudaEventDestroy(end));
+        }
+    }
+};
+
 struct fasa_host_buffer {
     int    device;
     char * mem;
     size_t size; // as mapped
+    fasa_ahead ahead = {};
 };
 
 static char * fasa_host_at(const fasa_host_buffer * b, const ggml_tensor * t, size_t offset) {
@@ -159,6 +184,7 @@ static void fasa_host_free_buffer(ggml_backend_buffer_t buffer) {
     if (b->mem) {
         ggml_cuda_set_device(b->device);
         CUDA_CHECK(cudaDeviceSynchronize());
+        b->ahead.free();
         fasa_unpin(b->mem, b->size);
     }
     delete b;
@@ -266,21 +292,89 @@ ggml_backend_buffer_type_t fasa_cuda_host_buft(ggml_backend_dev_t dev, fasa_on_e
     return nullptr;
 }
 
-// ---- STAGE ----
+// ---- STAGE and AHEAD ----
+
+// T: what a thread copies at once. The cells of `fresh`, a stream per blockIdx.y
+template <typename T> static __global__ void fasa_fresh_kernel(char * dst, const char * src, const int32_t * fresh, int row, size_t dst_stream, size_t src_stream) {
+    const int s = blockIdx.y;
+    const int32_t * ranges = fresh + s*2*FASA_MAX_RANGES;
+    dst += s*dst_stream, src += s*src_stream;
+    for (int r = 0; r < FASA_MAX_RANGES; ++r) {
+        const size_t begin = (size_t) ranges[2*r]*row/sizeof(T), end = (size_t) ranges[2*r + 1]*row/sizeof(T);
+        for (size_t i = begin + blockIdx.x*blockDim.x + threadIdx.x; i < end; i += (size_t) gridDim.x*blockDim.x) {
+            ((T *) dst)[i] = ((const T *) src)[i];
+        }
+    }
+}
 
 static __global__ void fasa_count_kernel(uint64_t * counter, uint64_t n) {
     *counter += n;
 }
 
+static bool fasa_is_capturing(cudaStream_t stream) {
+    cudaStreamCaptureStatus status;
+    CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
+    return status != cudaStreamCaptureStatusNone;
+}
+
+// rows of a cache tensor behind each other; the cells of a stream are so already
+static void fasa_copy_rows(void * dst, const ggml_tensor * rows, cudaStream_t stream) {
+    const size_t size = rows->ne[2]*rows->nb[2];
+    for (int64_t s = 0; s < rows->ne[3]; ++s) {
+        CUDA_CHECK(cudaMemcpyAsync((char *) dst + s*size, (const char *) rows->data + s*rows->nb[3], size, cudaMemcpyDefault, stream));
+    }
+}
+
+static fasa_ahead & fasa_ahead_of(const ggml_tensor * rows) {
+    return ((fasa_host_buffer *) (rows->view_src ? rows->view_src : rows)->buffer->context)->ahead;
+}
+
 void fasa_cuda_stage(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    const ggml_tensor * src = dst->src[0], * work = dst->src[1];
-    const size_t size = dst->nb[3]; // of a stream, whose cells lie one behind the other
-    for (int64_t s = 0; s < dst->ne[3]; ++s) {
-        CUDA_CHECK(cudaMemcpyAsync((char *) dst->data + s*size, (const char *) src->data + s*src->nb[3], size, cudaMemcpyDefault, ctx.stream()));
+    const ggml_tensor * src = dst->src[0], * fresh = dst->src[1], * work = dst->src[2];
+    auto & ahead = fasa_ahead_of(src);
+    const bool capturing = fasa_is_capturing(ctx.stream());
+    if (ahead.busy) {
+        CUDA_CHECK(capturing ? cudaEventSynchronize(ahead.end) : cudaStreamWaitEvent(ctx.stream(), ahead.end));
+        ahead.busy = false;
+    }
+    bool there = false;
+    for (auto & done : ahead.done) {
+        if (done.to == dst->data) {
+            there = !capturing && done.from == src->data && done.size == ggml_nbytes(dst);
+            done = {}; // for this once: a graph may have ended between the two
+        }
+    }
+    if (there) {
+        const int    row = src->nb[2];
+        const dim3   grid(64, src->ne[3]);
+        const auto * cells = (const int32_t *) fresh->data;
+        const auto   copy = [&](auto kernel) { kernel<<<grid, 256, 0, ctx.stream()>>>((char *) dst->data, (const char *) src->data, cells, row, dst->nb[3], src->nb[3]); };
+        const size_t any = row | dst->nb[3] | src->nb[3] | (uintptr_t) dst->data | (uintptr_t) src->data; // its lowest bit is their alignment
+        any%16 == 0 ? copy(fasa_fresh_kernel<uint4>) : any%4 == 0 ? copy(fasa_fresh_kernel<uint32_t>) : copy(fasa_fresh_kernel<uint16_t>);
+        CUDA_CHECK(cudaGetLastError());
+    } else {
+        fasa_copy_rows(dst->data, src, ctx.stream());
     }
     if (work) {
         fasa_count_kernel<<<1, 1, 0, ctx.stream()>>>(((fasa_work *) work->data)->counter + fasa_work::BYTES_STAGED, ggml_nbytes(dst));
     }
+}
+
+void fasa_cuda_ahead(ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
+    auto & ahead = fasa_ahead_of(dst->src[1]);
+    if (fasa_is_capturing(ctx.stream())) { // the graph may end before the next layer: that one copies for itself
+        return;
+    }
+    ahead.init();
+    CUDA_CHECK(cudaEventRecord(ahead.begin, ctx.stream()));
+    CUDA_CHECK(cudaStreamWaitEvent(ahead.stream, ahead.begin));
+    for (int i = 0; i < 2; ++i) {
+        const ggml_tensor * rows = dst->src[1 + i], * place = dst->src[3 + i];
+        fasa_copy_rows(place->data, rows, ahead.stream);
+        ahead.done[i] = { rows->data, place->data, ggml_nbytes(place) };
+    }
+    CUDA_CHECK(cudaEventRecord(ahead.end, ahead.stream));
+    ahead.busy = true;
 }
 
 // ---- rates ----

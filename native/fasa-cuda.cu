@@ -45,7 +45,7 @@ bool fasa_cuda_supported(int device, const ggml_tensor * op) {
     if (p == nullptr || p->kind == FASA_OP_OBSERVE || !p->device) {
         return false;
     }
-    if (p->kind == FASA_OP_STAGE) {
+    if (p->kind == FASA_OP_STAGE || p->kind == FASA_OP_AHEAD) {
         return true;
     }
     const ggml_tensor * select = p->kind == FASA_OP_FAC ? op->src[0] : p->kind == FASA_OP_SELECT ? op : nullptr;
@@ -65,6 +65,7 @@ bool fasa_cuda_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         case FASA_OP_SELECT: fasa_cuda_select(ctx, dst, *p); return true;
         case FASA_OP_FAC:    fasa_cuda_fac   (ctx, dst, *p); return true;
         case FASA_OP_STAGE:  fasa_cuda_stage (ctx, dst);     return true;
+        case FASA_OP_AHEAD:  fasa_cuda_ahead (ctx, dst);     return true;
         default:             return false;
     }
 }

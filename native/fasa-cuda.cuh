@@ -26,6 +26,7 @@ void fasa_cuda_select(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const 
 void fasa_cuda_fac   (ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
 
 void fasa_cuda_stage (ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+void fasa_cuda_ahead (ggml_backend_cuda_context & ctx, const ggml_tensor * dst);
 
 // The rows of a token's lists on the device: row i of a list is in slot slots[i] & ~FASA_ROW_FETCH of the cache, or, without one, at
 // place i of `rows`

@@ -23,6 +23,7 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
     int          n_waiting = 0; // of n_dense, layers on GPUs that wait for a longer context
 
     ggml_tensor * ranges = nullptr; // i32 [2*FASA_MAX_RANGES, n_stream]
+    ggml_tensor * fresh  = nullptr; // i32 [2*FASA_MAX_RANGES, n_stream], of layers that are staged
     ggml_tensor * forced = nullptr; // i32 [n_forced, n_tps, n_stream]
 
     llm_graph_input_fasa(fasa_cache * cache, std::string dense_reason, uint32_t n_stream, bool gpu_waits) :
@@ -35,6 +36,11 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
             std::vector<int32_t> data(ggml_nelements(ranges));
             cache->set_ranges(data.data(), n_stream, n_waiting > 0);
             ggml_backend_tensor_set(ranges, data.data(), 0, ggml_nbytes(ranges));
+        }
+        if (fresh && fresh->buffer) {
+            std::vector<int32_t> data(ggml_nelements(fresh));
+            cache->set_fresh(data.data(), n_stream);
+            ggml_backend_tensor_set(fresh, data.data(), 0, ggml_nbytes(fresh));
         }
         if (forced && forced->buffer) {
             std::vector<int32_t> data(ggml_nelements(forced));
@@ -115,13 +121,42 @@ ggml_backend_t fasa_backend_of(const llm_graph_context & graph, ggml_backend_dev
     return graph.backend_cpu;
 }
 
-// dense attention reads a copy on the device of what lies in pinned host memory
-void fasa_stage(const llm_graph_context & graph, fasa_cache * cache, int il, ggml_tensor *& k, ggml_tensor *& v) {
-    const auto backend = fasa_backend_of(graph, cache->device_of(il));
-    for (ggml_tensor ** t : { &k, &v }) {
-        *t = fasa_build_stage(graph.ctx0, *t, cache->layer(il).work);
-        ggml_backend_sched_set_tensor_backend(graph.sched, *t, backend);
+// k and v of a layer in the room that dense attention over pinned host memory has on the device
+std::pair<ggml_tensor *, ggml_tensor *> fasa_places(const llm_graph_context & graph, const fasa_cache * cache, int il, ggml_tensor * k, ggml_tensor * v) {
+    ggml_tensor * room = cache->stage(il);
+    return { fasa_place_in(graph.ctx0, k, room, 0), fasa_place_in(graph.ctx0, v, room, cache->stage_v_at(il)) };
+}
+
+// Dense attention over a copy on the device, which is made while the layers before are at work (AHEAD) but for the cells that this
+// ubatch writes.
+ggml_tensor * fasa_build_staged(const llm_graph_context & graph, const llama_kv_cache_context * mctx, fasa_cache * cache, llm_graph_input_fasa * input,
+        ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * kq_mask, ggml_tensor * sinks, ggml_tensor * v_mla,
+        float kq_scale, int il) {
+    if (input->fresh == nullptr) {
+        input->fresh = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_I32, 2*FASA_MAX_RANGES, k->ne[3]);
+        ggml_set_input(input->fresh);
+        ggml_set_name(input->fresh, "fasa_fresh");
     }
+    const auto backend = fasa_backend_of(graph, cache->device_of(il));
+    const auto [k_place, v_place] = fasa_places(graph, cache, il, k, v);
+    k = fasa_build_stage(graph.ctx0, k, k_place, input->fresh, cache->layer(il).work);
+    v = fasa_build_stage(graph.ctx0, v, v_place, input->fresh, cache->layer(il).work);
+    ggml_backend_sched_set_tensor_backend(graph.sched, k, backend);
+    ggml_backend_sched_set_tensor_backend(graph.sched, v, backend);
+
+    ggml_tensor * cur = graph.build_attn_mha(q, k, v, kq_b, kq_mask, sinks, v_mla, 0, kq_scale, il);
+    ggml_build_forward_expand(graph.gf, cur);
+
+    const bool all_dense = !cache->state->params.enabled || !input->dense_reason.empty(); // else the next layer may be sparse
+    const int  next      = all_dense ? cache->next_pinned(il) : -1;
+    if (next >= 0) {
+        ggml_tensor * k_next = mctx->get_k(graph.ctx0, next), * v_next = mctx->get_v(graph.ctx0, next);
+        const auto [k_then, v_then] = fasa_places(graph, cache, next, k_next, v_next);
+        ggml_tensor * ahead = fasa_build_ahead(graph.ctx0, cur, k_next, v_next, k_then, v_then);
+        ggml_backend_sched_set_tensor_backend(graph.sched, ahead, backend);
+        ggml_build_forward_expand(graph.gf, ahead);
+    }
+    return cur;
 }
 
 } // namespace
@@ -130,8 +165,8 @@ ggml_tensor * fasa_build_attn(
         const llm_graph_context      & graph,
         const llama_kv_cache_context * mctx,
         ggml_tensor * q,
-        ggml_tensor *& k,
-        ggml_tensor *& v,
+        ggml_tensor * k,
+        ggml_tensor * v,
         ggml_tensor * kq_b,
         ggml_tensor * kq_mask,
         ggml_tensor * sinks,
@@ -149,11 +184,17 @@ ggml_tensor * fasa_build_attn(
         ggml_build_forward_expand(graph.gf, fasa_build_observe(graph.ctx0, q, k, il, kq_scale, soft_cap, &state.observer));
     }
 
-    const bool pinned = cache->is_pinned(il);
-    auto *     input  = fasa_graph_input(graph, cache, k);
+    auto * input = fasa_graph_input(graph, cache, k);
+
+    // dense: the stock code goes on, but over pinned host memory
+    const auto dense = [&]() -> ggml_tensor * {
+        if (!cache->is_pinned(il) || !cache->stage(il) || graph.cparams.training) {
+            return nullptr;
+        }
+        return fasa_build_staged(graph, mctx, cache, input, q, k, v, kq_b, kq_mask, sinks, v_mla, kq_scale, il);
+    };
     if (!state.params.enabled) {
-        pinned ? fasa_stage(graph, cache, il, k, v) : void();
-        return nullptr;
+        return dense();
     }
     auto & layer = cache->layer(il);
     layer.asked = true;
@@ -164,8 +205,7 @@ ggml_tensor * fasa_build_attn(
     if (!input->dense_reason.empty() || !layer.reason.empty() || layer.waits) {
         input->n_dense++;
         input->n_waiting += layer.waits;
-        pinned ? fasa_stage(graph, cache, il, k, v) : void();
-        return nullptr;
+        return dense();
     }
     input->n_sparse++;
 

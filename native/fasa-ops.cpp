@@ -77,10 +77,27 @@ fasa_layer_nodes fasa_build_layer(ggml_context * ctx, const fasa_layer_op & op, 
     return nodes;
 }
 
-ggml_tensor * fasa_build_stage(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * work) {
-    ggml_tensor * src[] = { rows, work };
-    ggml_tensor * t = ggml_custom_4d(ctx, rows->type, rows->ne[0], rows->ne[1], rows->ne[2], rows->ne[3], src, work ? 2 : 1, nullptr, 1, nullptr);
+ggml_tensor * fasa_place_in(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * room, size_t offset) {
+    ggml_tensor * t = ggml_new_tensor(ctx, rows->type, GGML_MAX_DIMS, rows->ne);
+    GGML_ASSERT(offset + ggml_nbytes(t) <= ggml_nbytes(room));
+    t->buffer = room->buffer;
+    t->data   = (char *) room->data + offset;
+    return t;
+}
+
+ggml_tensor * fasa_build_stage(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * place, ggml_tensor * fresh, ggml_tensor * work) {
+    ggml_tensor * src[] = { rows, fresh, work };
+    ggml_tensor * t = ggml_custom_4d(ctx, rows->type, rows->ne[0], rows->ne[1], rows->ne[2], rows->ne[3], src, work ? 3 : 2, nullptr, 1, nullptr);
+    t->buffer = place->buffer;
+    t->data   = place->data;
     fasa_op_set(t, fasa_op_make(FASA_OP_STAGE, nullptr, FASA_ON_DEVICE), "fasa_stage");
+    return t;
+}
+
+ggml_tensor * fasa_build_ahead(ggml_context * ctx, ggml_tensor * behind, ggml_tensor * k, ggml_tensor * v, ggml_tensor * k_place, ggml_tensor * v_place) {
+    ggml_tensor * src[] = { behind, k, v, k_place, v_place };
+    ggml_tensor * t = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, src, 5, nullptr, 1, nullptr);
+    fasa_op_set(t, fasa_op_make(FASA_OP_AHEAD, nullptr, FASA_ON_DEVICE), "fasa_ahead");
     return t;
 }
 

@@ -21,8 +21,11 @@
 //            src  SELECT, q, k, v [d_v, n_head_kv, n_kv, n_stream], mask, sinks f32 [n_head] or none; where k and v lie in pinned
 //                 host memory (FASA-M) also rows i8 [fasa_rows_bytes], row_cache i8 [FASA_ROW_HEAD + stride, n_slot, n_head_kv, n_stream]
 //                 or none, ranges
-//   STAGE    a layer's k or v of pinned host memory, copied to the device for dense attention
-//            dst  as k;  src  k or v, work or none
+//   STAGE    a layer's k or v of pinned host memory, copied to a place on the device for dense attention
+//            dst  as k or v, in that place;  src  k or v, fresh i32 [2*FASA_MAX_RANGES, n_stream] (the cells that this ubatch writes),
+//                 work or none
+//   AHEAD    starts to copy what the next layer stages, behind the attention that read the place before
+//            dst  f32 [1];  src  that attention's result, k and v of the next layer, and their places
 //   OBSERVE  hands q and k to an observer on the host
 //            dst  f32 [1];  src  q, k
 
@@ -35,7 +38,7 @@
 #include <atomic>
 #include <cstdint>
 
-enum fasa_op_kind { FASA_OP_TIP = 1, FASA_OP_SELECT, FASA_OP_FAC, FASA_OP_OBSERVE, FASA_OP_STAGE };
+enum fasa_op_kind { FASA_OP_TIP = 1, FASA_OP_SELECT, FASA_OP_FAC, FASA_OP_OBSERVE, FASA_OP_STAGE, FASA_OP_AHEAD };
 
 // The softmax over all cells is put together from spans that different threads, or thread blocks, work on. A span's exponent
 // is a whole number, so that putting it together rounds nothing: equal logits get equal scores, wherever they lie.
@@ -194,8 +197,11 @@ ggml_custom_op_t fasa_cpu_op_get(void);
 
 fasa_layer_nodes fasa_build_layer(ggml_context * ctx, const fasa_layer_op & op, fasa_stats * stats);
 
-// a copy of k or v on the device; work: what counts its bytes, or nullptr
-ggml_tensor * fasa_build_stage(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * work);
+// `rows` as they lie behind each other at `offset` of `room`, which is allocated
+ggml_tensor * fasa_place_in(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * room, size_t offset);
+// k or v in `place`, of fasa_place_in; work: what counts the bytes, or nullptr
+ggml_tensor * fasa_build_stage(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * place, ggml_tensor * fresh, ggml_tensor * work);
+ggml_tensor * fasa_build_ahead(ggml_context * ctx, ggml_tensor * behind, ggml_tensor * k, ggml_tensor * v, ggml_tensor * k_place, ggml_tensor * v_place);
 
 ggml_tensor * fasa_build_observe(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, int32_t il, float scale, float soft_cap,
         fasa_observer_slot * slot);

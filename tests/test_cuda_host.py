@@ -1,5 +1,8 @@
 """FASA-M end to end: K and V in pinned host memory give what they give in the device's. They need a device."""
 
+import ctypes
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 from tiny_gguf import write_tiny
@@ -90,6 +93,20 @@ def test_rows_follow_a_context_shift_and_a_loaded_state(make):
     assert np.abs(got[0] - got[1]).max() < 1e-4 * np.abs(got[0]).max()
 
 
+@pytest.mark.parametrize("types", ["f16", "q8_0", "q4_0"])
+def test_prefill_in_pieces(make, types):
+    got = []
+    for mode in ("c", "m"):           # in m the layers' copies are made ahead, for the cells that were there
+        s = make(mode, None, n_batch=64, n_ubatch=64, type_k=types, type_v=types, n_seq_max=2, kv_unified=False, n_ctx=2048)
+        s.decode(prompt(s, 700), 0, 0, "none")
+        s.decode(prompt(s, 300, 1), 0, 1, "none")
+        s.remove(0, 200, 400)
+        s.decode(prompt(s, 150, 2), 700, 0, "none")
+        s.decode_batch([(3, 850, 0, True), (4, 300, 1, True)])
+        got.append(np.array([s.logits(0), s.logits(1)]))
+    assert (got[0] == got[1]).all()
+
+
 @pytest.mark.parametrize("unified", [False, True])
 def test_sequences(make, unified):
     got = []
@@ -115,15 +132,35 @@ def test_memory_that_cannot_be_pinned(make):
     greedy(make("m"), steps=4)  # nothing is left behind that hinders the next one
 
 
-def test_a_row_cache_that_does_not_fit(make):
-    s = make("m", None, n_ctx=1 << 20)  # its slots are at most the cells
-    with pytest.raises(FasaError, match="cannot be allocated; use a smaller context, fewer chunks, a smaller row_cache"):
-        s.fasa.set_params(ON.replace(row_cache=2**31 - 1, k_dom="f16", budget=2**30))
+@contextmanager
+def device_memory_left(device, n_bytes):
+    """Of the device's memory all but n_bytes is taken."""
+    cudart = ctypes.CDLL("libcudart.so.13")
+    taken = ctypes.c_void_p()
+    assert cudart.cudaMalloc(ctypes.byref(taken), ctypes.c_size_t(native.device_memory(device)[0] - n_bytes)) == 0
+    try:
+        yield
+    finally:
+        assert cudart.cudaFree(taken) == 0
+
+
+def test_a_row_cache_that_does_not_fit(make, cuda):
+    s = make("m", None, n_ctx=1 << 18)
+    s.decode(prompt(s, 300), 0)
+    with device_memory_left(cuda, 100 << 20), pytest.raises(FasaError, match="cannot be allocated; use a smaller context, fewer chunks, a smaller row_cache"):
+        s.fasa.set_params(ON.replace(row_cache=1 << 20))
     assert s.fasa.params() is None
-    s.decode(prompt(s, 300), 0)       # the context lives on, dense
+    s.decode([1], 300)                # the context lives on, dense
     s.fasa.set_params(ON)
-    s.decode([1], 300)
+    s.decode([1], 301)
     assert s.fasa.counters()["steps_sparse"] == 1
+
+
+def test_a_device_without_memory_for_the_context(make, cuda):
+    greedy(make("m"), steps=4)        # what CUDA itself takes is there
+    with device_memory_left(cuda, 100 << 20), pytest.raises(FasaError, match="cannot make a context|cannot be allocated"):
+        make("m", n_ctx=1 << 18)
+    greedy(make("m"), steps=4)
 
 
 def test_nothing_is_left_on_the_device(make, cuda):
