@@ -100,6 +100,10 @@ static int fasa_configure(llama_context * ctx, const std::vector<fasa_cache *> &
     ctx->synchronize(); // a device may still be at work on what goes away
     auto & state = *fasa_state_of(caches);
     state.epoch++;
+    state.n_row_layers = 0;
+    for (auto * cache : caches) {
+        state.n_row_layers += cache->n_row_layers();
+    }
     for (auto * cache : caches) {
         if (cache->configure() != 0) {
             state.params.enabled = 0;

@@ -233,10 +233,17 @@ int fasa_cache::configure() {
     return 0;
 }
 
+size_t fasa_cache::n_row_layers() const {
+    size_t n = 0;
+    for (size_t ikv = 0; ikv < layers.size(); ++ikv) {
+        n += is_pinned(kv.layers[ikv].il) && !*layer_dense_reason(ikv);
+    }
+    return n;
+}
+
 // FASA-M: room on the device for the rows of one token, and the row caches
 void fasa_cache::add_rows(std::map<ggml_backend_buffer_type_t, ggml_context_ptr> & ctxs) {
     std::map<ggml_backend_buffer_type_t, size_t> most;
-    size_t n_pinned = 0;
     for (size_t ikv = 0; ikv < layers.size(); ++ikv) {
         if (!layers[ikv].k_dom || !is_pinned(kv.layers[ikv].il)) {
             continue;
@@ -247,7 +254,6 @@ void fasa_cache::add_rows(std::map<ggml_backend_buffer_type_t, ggml_context_ptr>
         const fasa_row_layout row(kv.layers[ikv].k->type, kv.layers[ikv].v->type, kv.hparams.n_embd_head_k(il), kv.hparams.n_embd_head_v(il));
         const size_t bytes = fasa_rows_bytes(row, length, params.per_head ? kv.hparams.n_head(il) : kv.hparams.n_head_kv(il));
         most[buft_of(ikv)] = std::max(most[buft_of(ikv)], bytes);
-        n_pinned++;
     }
     std::map<ggml_backend_buffer_type_t, ggml_tensor *> rows;
     for (const auto & [buft, bytes] : most) {
@@ -261,7 +267,7 @@ void fasa_cache::add_rows(std::map<ggml_backend_buffer_type_t, ggml_context_ptr>
         }
         l.rows = rows[buft_of(ikv)];
         const fasa_row_layout row(kv.layers[ikv].k->type, kv.layers[ikv].v->type, kv.hparams.n_embd_head_k(il), kv.hparams.n_embd_head_v(il));
-        const size_t  share  = ((size_t) state->params.row_cache << 20)/n_pinned/kv.hparams.n_head_kv(il)/kv.n_stream;
+        const size_t  share  = ((size_t) state->params.row_cache << 20)/state->n_row_layers/kv.hparams.n_head_kv(il)/kv.n_stream;
         const int64_t n_slot = std::min<size_t>(share/(FASA_ROW_HEAD + row.stride), kv.get_size() + FASA_ROW_WAYS - 1)/FASA_ROW_WAYS*FASA_ROW_WAYS;
         if (n_slot > 0) {
             l.row_cache = ggml_new_tensor_4d(ctxs[buft_of(ikv)].get(), GGML_TYPE_I8, FASA_ROW_HEAD + row.stride, n_slot, kv.hparams.n_head_kv(il), kv.n_stream);

@@ -34,6 +34,8 @@ struct fasa_state {
     fasa_stats         stats;
     fasa_observer_slot observer;
 
+    size_t n_row_layers = 0; // layers, of all caches, that share params.row_cache
+
     uint64_t epoch = 0; // goes up with every change that a built graph depends on
 
     uint64_t    steps_sparse = 0, steps_dense = 0, steps_prefill = 0, cells_refreshed = 0, rebuilds = 0;
@@ -72,6 +74,8 @@ struct fasa_cache {
 
     std::shared_ptr<fasa_state> state;
     bool counts_steps = true; // the first cache of a context counts for all
+
+    size_t n_row_layers() const; // layers that keep attended rows with the settings in `state`
 
     // build the dominant keys for the settings in `state`, or free them; -1: fasa_error() says why
     int configure();

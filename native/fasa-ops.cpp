@@ -97,6 +97,8 @@ ggml_tensor * fasa_build_stage(ggml_context * ctx, ggml_tensor * rows, ggml_tens
 ggml_tensor * fasa_build_ahead(ggml_context * ctx, ggml_tensor * behind, ggml_tensor * k, ggml_tensor * v, ggml_tensor * k_place, ggml_tensor * v_place) {
     ggml_tensor * src[] = { behind, k, v, k_place, v_place };
     ggml_tensor * t = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, src, 5, nullptr, 1, nullptr);
+    t->buffer = k_place->buffer; // it is not written, but the allocator never takes back what nobody reads, and could not put large tensors there
+    t->data   = k_place->data;
     fasa_op_set(t, fasa_op_make(FASA_OP_AHEAD, nullptr, FASA_ON_DEVICE), "fasa_ahead");
     return t;
 }
