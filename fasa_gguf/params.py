@@ -45,7 +45,7 @@ class FasaParams:
     k_dom: str = _setting("q4", "f16, q8 or q4", "how the dominant keys are stored")
     per_head: int = _setting(0, "0 or 1", "1: every query head selects for itself, as published; 0: those of a KV head together")
     mean_budget: int = _setting(0, "tokens in the mean", "> 0: tokens attended in the mean; mass is then looked up in the profile, floor is a quarter of it (at least 64), cap twice")
-    row_cache: int = _setting(0, "MiB", "FASA-M: device memory, over all layers, that keeps recently attended rows; 0: none")
+    row_cache: int = _setting(-1, "MiB", "FASA-M: device memory, over all layers, that keeps recently attended rows; 0: none, -1: twice what a step attends")
 
     def replace(self, **changes: Any) -> "FasaParams":
         """A copy with some settings changed."""
@@ -65,8 +65,8 @@ class FasaParams:
             elif f.name == "mass":
                 if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0.0 <= value <= 1.0:
                     raise FasaError(f"setting mass: expected a number from 0 to 1, found {value!r}")
-            elif isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**31:
-                raise FasaError(f"setting {f.name}: expected a whole number from 0 to {2**31 - 1}, found {value!r}")
+            elif isinstance(value, bool) or not isinstance(value, int) or not (least := -1 if f.name == "row_cache" else 0) <= value < 2**31:
+                raise FasaError(f"setting {f.name}: expected a whole number from {least} to {2**31 - 1}, found {value!r}")
         if self.budget < 1:
             raise FasaError("setting budget: expected at least 1 token, found 0")
         if self.mass > 0 and not 1 <= self.floor <= self.cap:

@@ -200,10 +200,15 @@ def _row_stride(s: Setup, layer: Layer) -> int:
     return sum(-(-row_bytes(kind, width) // 16) * 16 for kind, width in ((s.type_k, layer.d_k), (s.type_v, layer.d_v)))
 
 
+def _list_length(m: Model, s: Setup, p: FasaParams, layer: Layer) -> int:
+    """The most tokens that a list holds (fasa_list_length)."""
+    longest = p.cap if p.mass > 0 else 2 * p.mean_budget if p.mean_budget else p.budget
+    return min(max(longest, p.sink + p.recent, 1), s.cells(m, layer.window))
+
+
 def _fetch_bytes(m: Model, s: Setup, p: FasaParams, layer: Layer) -> int:
     """What the rows of one token are fetched to (fasa_rows_bytes), one for all layers of a device."""
-    longest = p.cap if p.mass > 0 else 2 * p.mean_budget if p.mean_budget else p.budget
-    n = min(max(longest, p.sink + p.recent, 1), s.cells(m, layer.window)) + 1
+    n = _list_length(m, s, p, layer) + 1
     return n * (layer.n_head if p.per_head else layer.n_head_kv) * (_row_stride(s, layer) + 4) + 256
 
 
@@ -211,8 +216,9 @@ def _row_cache_bytes(m: Model, s: Setup, p: FasaParams, here: Sequence[Layer]) -
     """The row caches of these layers, which share the setting evenly; a slot has 8 bytes beside its row, and they come in eights."""
     total = 0
     for x in here:
-        share, slot = p.row_cache * MIB // len(here) // x.n_head_kv // s.streams(), _row_stride(s, x) + 8
-        total += slot * (min(share // slot, s.cells(m, x.window) + 7) // 8 * 8) * x.n_head_kv * s.streams()
+        slot = _row_stride(s, x) + 8
+        wanted = p.row_cache * MIB // len(here) // x.n_head_kv // s.streams() // slot if p.row_cache >= 0 else 2 * _list_length(m, s, p, x)
+        total += slot * (min(wanted, s.cells(m, x.window) + 7) // 8 * 8) * x.n_head_kv * s.streams()
     return total
 
 

@@ -51,7 +51,7 @@ fasa_params fasa_params_default(void) {
     p.k_dom       = FASA_K_DOM_Q4;
     p.per_head    = 0;
     p.mean_budget = 0;
-    p.row_cache   = 0;
+    p.row_cache   = -1;
     return p;
 }
 
@@ -234,6 +234,9 @@ int fasa_set_params(llama_context * ctx, const fasa_params * params) {
         }
         if (!ctx->get_cparams().flash_attn) {
             return fasa_set_error("flash attention is off in this context, and FASA needs its cache layout; make the context with flash_attn on");
+        }
+        if (p.row_cache < -1) {
+            return fasa_set_error("setting row_cache out of range: %d (-1, or from 0 on)", p.row_cache);
         }
         if (p.budget < 1 || p.budget > INT32_MAX || p.sink > 65536 || p.recent > 65536 || p.max_tokens < 1 ||
                 p.k_dom < FASA_K_DOM_F16 || p.k_dom > FASA_K_DOM_Q4) {

@@ -243,35 +243,36 @@ size_t fasa_cache::n_row_layers() const {
 
 // FASA-M: room on the device for the rows of one token, and the row caches
 void fasa_cache::add_rows(std::map<ggml_backend_buffer_type_t, ggml_context_ptr> & ctxs) {
+    const auto row_of = [&](size_t ikv) {
+        const auto & l = kv.layers[ikv];
+        return fasa_row_layout(l.k->type, l.v->type, kv.hparams.n_embd_head_k(l.il), kv.hparams.n_embd_head_v(l.il));
+    };
+    const auto length_of = [&](size_t ikv) {
+        const auto params = state->layer_params(kv.layers[ikv].il);
+        return fasa_list_length(params, params.budget, std::max(1u, params.sink + params.recent), kv.get_size());
+    };
+    std::vector<size_t> pinned;
     std::map<ggml_backend_buffer_type_t, size_t> most;
     for (size_t ikv = 0; ikv < layers.size(); ++ikv) {
-        if (!layers[ikv].k_dom || !is_pinned(kv.layers[ikv].il)) {
-            continue;
+        const auto il = kv.layers[ikv].il;
+        if (layers[ikv].k_dom && is_pinned(il)) {
+            pinned.push_back(ikv);
+            auto & bytes = most[buft_of(ikv)];
+            bytes = std::max(bytes, fasa_rows_bytes(row_of(ikv), length_of(ikv), state->params.per_head ? kv.hparams.n_head(il) : kv.hparams.n_head_kv(il)));
         }
-        const auto il     = kv.layers[ikv].il;
-        const auto params = state->layer_params(il);
-        const auto length = fasa_list_length(params, params.budget, std::max(1u, params.sink + params.recent), kv.get_size());
-        const fasa_row_layout row(kv.layers[ikv].k->type, kv.layers[ikv].v->type, kv.hparams.n_embd_head_k(il), kv.hparams.n_embd_head_v(il));
-        const size_t bytes = fasa_rows_bytes(row, length, params.per_head ? kv.hparams.n_head(il) : kv.hparams.n_head_kv(il));
-        most[buft_of(ikv)] = std::max(most[buft_of(ikv)], bytes);
     }
     std::map<ggml_backend_buffer_type_t, ggml_tensor *> rows;
     for (const auto & [buft, bytes] : most) {
         rows[buft] = ggml_new_tensor_1d(ctxs[buft].get(), GGML_TYPE_I8, bytes);
     }
-    for (size_t ikv = 0; ikv < layers.size(); ++ikv) {
-        auto &     l  = layers[ikv];
-        const auto il = kv.layers[ikv].il;
-        if (!l.k_dom || !is_pinned(il)) {
-            continue;
-        }
-        l.rows = rows[buft_of(ikv)];
-        const fasa_row_layout row(kv.layers[ikv].k->type, kv.layers[ikv].v->type, kv.hparams.n_embd_head_k(il), kv.hparams.n_embd_head_v(il));
-        const size_t  share  = ((size_t) state->params.row_cache << 20)/state->n_row_layers/kv.hparams.n_head_kv(il)/kv.n_stream;
-        const int64_t n_slot = std::min<size_t>(share/(FASA_ROW_HEAD + row.stride), kv.get_size() + FASA_ROW_WAYS - 1)/FASA_ROW_WAYS*FASA_ROW_WAYS;
-        if (n_slot > 0) {
-            l.row_cache = ggml_new_tensor_4d(ctxs[buft_of(ikv)].get(), GGML_TYPE_I8, FASA_ROW_HEAD + row.stride, n_slot, kv.hparams.n_head_kv(il), kv.n_stream);
-        }
+    for (const size_t ikv : pinned) {
+        const int64_t slot      = FASA_ROW_HEAD + row_of(ikv).stride;
+        const int64_t n_head_kv = kv.hparams.n_head_kv(kv.layers[ikv].il);
+        const int64_t wanted    = state->params.row_cache < 0 ? 2*(int64_t) length_of(ikv)
+                                                              : ((int64_t) state->params.row_cache << 20)/(int64_t) state->n_row_layers/n_head_kv/kv.n_stream/slot;
+        const int64_t n_slot    = std::min<int64_t>(wanted, kv.get_size() + FASA_ROW_WAYS - 1)/FASA_ROW_WAYS*FASA_ROW_WAYS;
+        layers[ikv].rows        = rows[buft_of(ikv)];
+        layers[ikv].row_cache   = n_slot > 0 ? ggml_new_tensor_4d(ctxs[buft_of(ikv)].get(), GGML_TYPE_I8, slot, n_slot, n_head_kv, kv.n_stream) : nullptr;
     }
 }
 

@@ -71,7 +71,7 @@ typedef struct fasa_params {
     int32_t  k_dom;       // enum fasa_k_dom_type
     int32_t  per_head;    // 1: every query head selects for itself, as published; 0: the heads of a KV head select together
     uint32_t mean_budget; // > 0: tokens attended in the mean: mass by the profile's table, floor a quarter (at least 64), cap twice; mass must be 0
-    uint32_t row_cache;   // FASA_KV_HOST: MiB of device memory, over all layers, that keep recently attended rows; 0: none
+    int32_t  row_cache;   // FASA_KV_HOST: MiB of device memory, over all layers, that keep recently attended rows; 0: none, -1: twice what a step attends
 } fasa_params;
 
 // What happened since the context was made or fasa_reset_counters.

@@ -197,6 +197,7 @@ def test_the_row_cache(shape_8b):
     cache = lambda mib, **kw: memory(m, replace(s, **kw), ON.replace(row_cache=mib), "m").row_cache
     assert cache(0) == 0 and 0.98 * 256 * MIB < cache(256) <= 256 * MIB and cache(256, no_kv_offload=True) == 0
     assert cache(1 << 20) == 32 * 8 * 32768 * (512 + 8)                              # no more slots than cells
+    assert cache(-1) == 32 * 8 * 2 * ON.budget * (512 + 8)
     assert memory(m, s, ON.replace(row_cache=256), "c").row_cache == 0
 
 
