@@ -110,6 +110,9 @@ class Llama(_Base):
         with native.kv_place(self._fasa_mode == "m"):
             super().__init__(model_path, **kwargs)
         self._fasa = native.Context(ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value)
+        if self._fasa_mode == "m" and (why := native.not_pinned(self._fasa)):
+            self.close()
+            raise FasaError(f"{model_path}: {why}")
         if profile is not None:
             try:
                 self._fasa.set_profile(profile)

@@ -150,6 +150,14 @@ class Observation:
     soft_cap: float
 
 
+def not_pinned(context: "Context") -> str:
+    """Why a context of mode m has nothing in pinned host memory; "" when it has."""
+    if context.counters()["bytes_kv_host"]:
+        return ""
+    return ("fasa_mode m: this context has no K and V in pinned host memory; it needs flash attention, keys per head, a GPU of compute capability 7.5 "
+            "or later and layers split by layer; use mode c")
+
+
 class Context:
     """FASA's side of a llama_context: profile, settings, counters, observer. `ctx_ptr` is its address."""
 

@@ -95,18 +95,20 @@ def place_model(mode: str, path: str | os.PathLike, profile: Profile | None, set
 
 
 def host_memory() -> int | None:
-    """Bytes of host memory that are free for a process, under its control group's limit; None where that is not known."""
+    """Bytes of host memory that are free for a process, under the limits of its control groups; None where that is not known."""
     free = []
     try:
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 free.append(int(line.split()[1]) * 1024)
-        group = Path("/sys/fs/cgroup")
-        most = (group / "memory.max").read_text().strip()
-        if most != "max":
-            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            held = int((group / "memory.current").read_text()) - int(stat.get("inactive_file", 0))   # files that may be dropped are no load
-            free.append(max(int(most) - max(held, 0), 0))
+        top = Path("/sys/fs/cgroup")
+        own = next((line[4:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::/")), "")
+        for group in (top / own, *(top / own).parents):                                 # as far as there are limits to read
+            limit = group / "memory.max"
+            if limit.exists() and (most := limit.read_text().strip()) != "max":
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                held = int((group / "memory.current").read_text()) - int(stat.get("inactive_file", 0))   # files that may be dropped are no load
+                free.append(max(int(most) - max(held, 0), 0))
     except (OSError, ValueError, IndexError):
         pass
     return min(free) if free else None

@@ -105,6 +105,9 @@ class Session:
                 raise FasaError(f"{self.path}: llama.cpp cannot make a context of {p['n_ctx']} tokens: {last_log()}")
         self.n_ctx, self.n_batch = llama.llama_n_ctx(self.ctx), p["n_batch"]
         self._fasa = native.Context(ctypes.cast(self.ctx, ctypes.c_void_p).value)
+        if self.mode == "m" and (why := native.not_pinned(self._fasa)):
+            self.free_context()
+            raise FasaError(f"{self.path}: {why}")
 
     def free_context(self) -> None:
         """Free the context; the model stays loaded, and `reopen` makes another one."""

@@ -24,8 +24,10 @@ fasa_cache::fasa_cache(llama_kv_cache & kv) : state(std::make_shared<fasa_state>
 
 // ---- where K and V lie ----
 
+// nullptr: the device's backend has none of that name, or, as the one that splits tensors over devices, is in no registry
 template <typename F> static F fasa_device_proc(ggml_backend_dev_t dev, const char * name) {
-    return dev ? (F) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), name) : nullptr;
+    const auto reg = dev ? ggml_backend_dev_backend_reg(dev) : nullptr;
+    return reg ? (F) ggml_backend_reg_get_proc_address(reg, name) : nullptr;
 }
 
 static thread_local int32_t fasa_kv_place_next = FASA_KV_DEVICE;
@@ -66,6 +68,11 @@ size_t fasa_cache::stage_v_at(int32_t il) const {
 ggml_tensor * fasa_cache::stage(int32_t il) const {
     const auto found = stages.find(device_of(il));
     return found == stages.end() ? nullptr : found->second;
+}
+
+ggml_tensor * fasa_cache::work(int32_t il) const {
+    const auto found = works.find(buft_of(kv.map_layer_ids.at(il)));
+    return found == works.end() ? nullptr : found->second;
 }
 
 int32_t fasa_cache::next_pinned(int32_t il) const {
@@ -349,6 +356,7 @@ void fasa_cache::on_changed() {
 
 void fasa_cache::on_apply(const llama_kv_cache_context & mctx) {
     const auto & sinfo = mctx.sinfos[mctx.i_cur];
+    ubatch++;
     n_kv  = mctx.n_kv;
     strm  = sinfo.strm;
     new_cells.clear();

@@ -98,6 +98,7 @@ struct fasa_cache {
     ggml_backend_dev_t device_of(int32_t il) const;        // where its kernels run; nullptr: the CPU
     bool         is_pinned(int32_t il) const;              // FASA-M: its K and V lie in pinned host memory
     ggml_tensor * stage(int32_t il) const;                 // then: i8, room on its device for its K and V, for dense attention; nullptr: in a dry run
+    ggml_tensor * work(int32_t il) const;                  // what counts on its device; nullptr: FASA is off, or nothing runs sparse there
     size_t       stage_v_at(int32_t il) const;             // where V begins there
     int32_t      next_pinned(int32_t il) const;            // the next layer that uses the same room; -1: none
     bool         gpu_waits(uint32_t n_kv) const;           // whether its layers on GPUs stay dense in a step that sees n_kv cells
@@ -115,6 +116,7 @@ struct fasa_cache {
     void fill_random(uint32_t n_cells, uint64_t seed, std::map<ggml_type, fasa_pool> & pools);
 
     uint32_t n_kv    = 0; // of the ubatch being computed
+    uint64_t ubatch  = 0; // its number
     size_t   size_kv() const;
     size_t   size_kv_pinned() const;
     size_t   size_k_dom() const;

@@ -1,4 +1,4 @@
-// FAC: exact attention over the cells of a list, rows read in place.
+// FAC: exact attention over the cells of a list, rows read in place (FASA-M: where fasa-cuda-fetch.cu has put them).
 //
 // A token's row is read by LANES lanes, eight dimensions each, so a warp works on 32/LANES tokens of the list at a time, for
 // up to M query heads of the group. A list is split over blocks; the last block of a list that is done adds the parts up, in

@@ -157,6 +157,7 @@ fasa_fetched fasa_cuda_fetch(ggml_backend_cuda_context & ctx, const ggml_tensor 
 
     if (cache) {
         fasa_place_kernel<<<k->ne[1], 1024, 0, ctx.stream()>>>(a);
+        CUDA_CHECK(cudaGetLastError());
     }
     const int per_block = N_WARP*AHEAD;
     const dim3 grid((length + per_block - 1)/per_block, n_list);

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -40,19 +41,24 @@ static void fasa_pin_error(size_t size, const char * why) {
 template <typename F> static void fasa_in_pieces(size_t size, const F & f) {
     const size_t n = std::max<size_t>(1, std::min<size_t>({ 8, std::thread::hardware_concurrency(), size >> 24 }));
     std::vector<std::thread> threads;
+    const auto piece = [=](size_t i) { f(size/n*i, i + 1 == n ? size : size/n*(i + 1)); };
     for (size_t i = 1; i < n; ++i) {
-        threads.emplace_back([=] { f(size/n*i, i + 1 == n ? size : size/n*(i + 1)); });
+        try {
+            threads.emplace_back(piece, i);
+        } catch (const std::system_error &) { // there may be no more of them
+            piece(i);
+        }
     }
-    f(0, n == 1 ? size : size/n);
+    piece(0);
     for (auto & t : threads) {
         t.join();
     }
 }
 
 #if defined(__linux__)
-static size_t fasa_read_number(const char * path, const char * format) {
+static size_t fasa_read_number(const std::string & path, const char * format) {
     unsigned long long value = 0;
-    if (FILE * f = fopen(path, "r")) {
+    if (FILE * f = fopen(path.c_str(), "r")) {
         char line[256];
         bool found = false;
         while (!found && fgets(line, sizeof(line), f)) {
@@ -64,17 +70,29 @@ static size_t fasa_read_number(const char * path, const char * format) {
     return SIZE_MAX;
 }
 
-// what a process may still take before the kernel kills somebody: of the machine, and of its control group
+// what a process may still take before the kernel kills somebody: of the machine, and of its control group and those above
 static size_t fasa_host_free() {
     const size_t kib = fasa_read_number("/proc/meminfo", "MemAvailable: %llu kB");
-    const size_t limit = fasa_read_number("/sys/fs/cgroup/memory.max", "%llu"), used = fasa_read_number("/sys/fs/cgroup/memory.current", "%llu");
-    const size_t cached = fasa_read_number("/sys/fs/cgroup/memory.stat", "inactive_file %llu");
-    size_t group = SIZE_MAX;
-    if (limit != SIZE_MAX && used != SIZE_MAX) {
-        const size_t held = used - std::min(used, cached == SIZE_MAX ? 0 : cached);
-        group = limit - std::min(limit, held);
+    size_t room = kib == SIZE_MAX ? SIZE_MAX : kib*1024;
+    char path[4096] = "";
+    if (FILE * f = fopen("/proc/self/cgroup", "r")) {
+        char line[4200];
+        while (!path[0] && fgets(line, sizeof(line), f)) {
+            sscanf(line, "0::%4095s", path);
+        }
+        fclose(f);
     }
-    return std::min(kib == SIZE_MAX ? SIZE_MAX : kib*1024, group);
+    for (std::string group = path;; group.resize(group.find_last_of('/'))) {
+        const std::string at = "/sys/fs/cgroup" + group;
+        const size_t limit = fasa_read_number(at + "/memory.max", "%llu"), used = fasa_read_number(at + "/memory.current", "%llu");
+        if (limit != SIZE_MAX && used != SIZE_MAX) {
+            const size_t files = fasa_read_number(at + "/memory.stat", "inactive_file %llu"); // which may be dropped
+            room = std::min(room, limit - std::min(limit, used - std::min(used, files == SIZE_MAX ? 0 : files)));
+        }
+        if (group.find('/') == std::string::npos) {
+            return room;
+        }
+    }
 }
 
 // huge pages, touched before they are pinned: a third of the time that cudaHostAlloc takes
@@ -99,6 +117,7 @@ static char * fasa_pin(size_t size) {
         munmap(mem + size, all + FASA_HUGE_PAGE - mem);
     }
     madvise(mem, size, MADV_HUGEPAGE); // without them it works too
+    madvise(mem, size, MADV_DONTFORK); // a fork would copy what is pinned
     for (size_t done = 0; done < size; done += FASA_TELL_FROM) {
         const size_t n = std::min(FASA_TELL_FROM, size - done);
         fasa_in_pieces(n, [=](size_t begin, size_t end) {
@@ -147,22 +166,18 @@ static void fasa_unpin(char * mem, size_t) {
 struct fasa_ahead {
     cudaStream_t stream = nullptr;
     cudaEvent_t  begin  = nullptr, end = nullptr;
-    bool         busy   = false;                 // no one has waited for `end` yet
-    struct { const void * from = nullptr, * to = nullptr; size_t size = 0; } done[2]; // K and V
+    struct { const void * from = nullptr, * to = nullptr; size_t size = 0; uint64_t ubatch = 0; } done[2]; // K and V
 
     void init() {
-        if (stream == nullptr) {
-            CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-            CUDA_CHECK(cudaEventCreateWithFlags(&begin, cudaEventDisableTiming));
-            CUDA_CHECK(cudaEventCreateWithFlags(&end,   cudaEventDisableTiming));
-        }
+        CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+        CUDA_CHECK(cudaEventCreateWithFlags(&begin, cudaEventDisableTiming));
+        CUDA_CHECK(cudaEventCreateWithFlags(&end,   cudaEventDisableTiming));
+        CUDA_CHECK(cudaEventRecord(end, stream));
     }
     void free() {
-        if (stream) {
-            CUDA_CHECK(cudaStreamDestroy(stream));
-            CUDA_CHECK(cudaEventDestroy(begin));
-            CUDA_CHECK(cudaEventDestroy(end));
-        }
+        CUDA_CHECK(cudaStreamDestroy(stream));
+        CUDA_CHECK(cudaEventDestroy(begin));
+        CUDA_CHECK(cudaEventDestroy(end));
     }
 };
 
@@ -173,20 +188,18 @@ struct fasa_host_buffer {
     fasa_ahead ahead = {};
 };
 
+// the CPU reads and writes what the device did: the caller has waited for the backend's stream, as it must for any tensor
 static char * fasa_host_at(const fasa_host_buffer * b, const ggml_tensor * t, size_t offset) {
-    ggml_cuda_set_device(b->device);
-    CUDA_CHECK(cudaDeviceSynchronize()); // the CPU reads and writes what kernels wrote and read
+    CUDA_CHECK(cudaStreamSynchronize(b->ahead.stream));
     return (char *) t->data + offset;
 }
 
 static void fasa_host_free_buffer(ggml_backend_buffer_t buffer) {
     auto * b = (fasa_host_buffer *) buffer->context;
-    if (b->mem) {
-        ggml_cuda_set_device(b->device);
-        CUDA_CHECK(cudaDeviceSynchronize());
-        b->ahead.free();
-        fasa_unpin(b->mem, b->size);
-    }
+    ggml_cuda_set_device(b->device);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    b->ahead.free();
+    fasa_unpin(b->mem, b->size);
     delete b;
 }
 
@@ -216,8 +229,7 @@ static bool fasa_host_cpy_tensor(ggml_backend_buffer_t buffer, const ggml_tensor
 
 static void fasa_host_clear(ggml_backend_buffer_t buffer, uint8_t value) {
     auto * b = (fasa_host_buffer *) buffer->context;
-    ggml_cuda_set_device(b->device);
-    CUDA_CHECK(cudaDeviceSynchronize());
+    CUDA_CHECK(cudaStreamSynchronize(b->ahead.stream));
     char * const mem = b->mem;
     fasa_in_pieces(buffer->size, [=](size_t begin, size_t end) { memset(mem + begin, value, end - begin); });
 }
@@ -251,11 +263,13 @@ static ggml_backend_buffer_t fasa_host_alloc_buffer(ggml_backend_buffer_type_t b
     const int device = ((fasa_host_buft *) buft->context)->device;
     ggml_cuda_set_device(device);
     const size_t mapped = (size + FASA_HUGE_PAGE - 1)/FASA_HUGE_PAGE*FASA_HUGE_PAGE;
-    char * mem = size > 0 ? fasa_pin(mapped) : nullptr;
-    if (size > 0 && mem == nullptr) {
+    char * mem = fasa_pin(mapped);
+    if (mem == nullptr) {
         return nullptr;
     }
-    return ggml_backend_buffer_init(buft, fasa_host_buffer_interface, new fasa_host_buffer{ device, mem, mapped }, size);
+    auto * b = new fasa_host_buffer{ device, mem, mapped };
+    b->ahead.init();
+    return ggml_backend_buffer_init(buft, fasa_host_buffer_interface, b, size);
 }
 
 static size_t fasa_host_alignment(ggml_backend_buffer_type_t) {
@@ -268,6 +282,18 @@ static size_t fasa_host_alloc_size(ggml_backend_buffer_type_t buft, const ggml_t
 
 bool fasa_cuda_is_host_buft(ggml_backend_buffer_type_t buft) {
     return buft->iface.get_name == fasa_host_buft_name;
+}
+
+static bool fasa_reads_host_in_place(int device) {
+#if defined(__linux__)
+    int yes = 0;
+    const cudaError_t err = cudaDeviceGetAttribute(&yes, cudaDevAttrCanUseHostPointerForRegisteredMem, ggml_cuda_info().devices[device].physical_device);
+    (void) cudaGetLastError();
+    return err == cudaSuccess && yes;
+#else
+    GGML_UNUSED(device);
+    return true; // cudaHostAlloc's memory
+#endif
 }
 
 ggml_backend_buffer_type_t fasa_cuda_host_buft(ggml_backend_dev_t dev, fasa_on_error_t on_error) {
@@ -284,8 +310,7 @@ ggml_backend_buffer_type_t fasa_cuda_host_buft(ggml_backend_dev_t dev, fasa_on_e
     }();
     fasa_on_error = on_error;
     for (int i = 0; i < n_device; ++i) {
-        int mapped = 0;
-        if (types[i].device == dev && cudaDeviceGetAttribute(&mapped, cudaDevAttrCanUseHostPointerForRegisteredMem, i) == cudaSuccess && mapped) {
+        if (types[i].device == dev && fasa_cuda_has_kernels(i) && fasa_reads_host_in_place(i)) {
             return &types[i];
         }
     }
@@ -332,17 +357,12 @@ static fasa_ahead & fasa_ahead_of(const ggml_tensor * rows) {
 void fasa_cuda_stage(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const ggml_tensor * src = dst->src[0], * fresh = dst->src[1], * work = dst->src[2];
     auto & ahead = fasa_ahead_of(src);
-    const bool capturing = fasa_is_capturing(ctx.stream());
-    if (ahead.busy) {
-        CUDA_CHECK(capturing ? cudaEventSynchronize(ahead.end) : cudaStreamWaitEvent(ctx.stream(), ahead.end));
-        ahead.busy = false;
-    }
+    const bool     capturing = fasa_is_capturing(ctx.stream());
+    const uint64_t ubatch    = *(const uint64_t *) fasa_op_get(dst)->userdata;
+    CUDA_CHECK(cudaStreamWaitEvent(ctx.stream(), ahead.end, capturing ? cudaEventWaitExternal : cudaEventWaitDefault));
     bool there = false;
-    for (auto & done : ahead.done) {
-        if (done.to == dst->data) {
-            there = !capturing && done.from == src->data && done.size == ggml_nbytes(dst);
-            done = {}; // for this once: a graph may have ended between the two
-        }
+    for (const auto & done : ahead.done) {
+        there = there || (!capturing && done.from == src->data && done.to == dst->data && done.size == ggml_nbytes(dst) && done.ubatch == ubatch);
     }
     if (there) {
         const int    row = src->nb[2];
@@ -357,6 +377,7 @@ void fasa_cuda_stage(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     }
     if (work) {
         fasa_count_kernel<<<1, 1, 0, ctx.stream()>>>(((fasa_work *) work->data)->counter + fasa_work::BYTES_STAGED, ggml_nbytes(dst));
+        CUDA_CHECK(cudaGetLastError());
     }
 }
 
@@ -365,16 +386,14 @@ void fasa_cuda_ahead(ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
     if (fasa_is_capturing(ctx.stream())) { // the graph may end before the next layer: that one copies for itself
         return;
     }
-    ahead.init();
     CUDA_CHECK(cudaEventRecord(ahead.begin, ctx.stream()));
     CUDA_CHECK(cudaStreamWaitEvent(ahead.stream, ahead.begin));
     for (int i = 0; i < 2; ++i) {
         const ggml_tensor * rows = dst->src[1 + i], * place = dst->src[3 + i];
         fasa_copy_rows(place->data, rows, ahead.stream);
-        ahead.done[i] = { rows->data, place->data, ggml_nbytes(place) };
+        ahead.done[i] = { rows->data, place->data, ggml_nbytes(place), *(const uint64_t *) fasa_op_get(dst)->userdata };
     }
     CUDA_CHECK(cudaEventRecord(ahead.end, ahead.stream));
-    ahead.busy = true;
 }
 
 // ---- rates ----

@@ -5,9 +5,13 @@
 #include <cstdio>
 #include <cstring>
 
+bool fasa_cuda_has_kernels(int device) {
+    const int cc = ggml_cuda_info().devices[device].cc;
+    return GGML_CUDA_CC_IS_NVIDIA(cc) && cc >= GGML_CUDA_CC_TURING;
+}
+
 static const char * fasa_cuda_reason(int device, const fasa_layer_shape & s) {
-    const auto & info = ggml_cuda_info().devices[device];
-    if (!GGML_CUDA_CC_IS_NVIDIA(info.cc) || info.cc < GGML_CUDA_CC_TURING) {
+    if (!fasa_cuda_has_kernels(device)) {
         return "its GPU has no FASA kernels: they need an NVIDIA GPU of compute capability 7.5 or later";
     }
     for (const ggml_type type : { s.type_k, s.type_v }) {

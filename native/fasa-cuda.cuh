@@ -16,6 +16,9 @@ bool fasa_cuda_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 // whether a buffer type is FASA-M's: host memory that its device reads and writes in place
 bool fasa_cuda_is_host_buft(ggml_backend_buffer_type_t buft);
 
+// whether FASA has kernels for a device at all
+bool fasa_cuda_has_kernels(int device);
+
 // what libllama asks the backend for by name: the functions of fasa-ops.h; nullptr: none of ours
 void * fasa_cuda_proc_address(const char * name);
 
@@ -28,8 +31,8 @@ void fasa_cuda_fac   (ggml_backend_cuda_context & ctx, ggml_tensor * dst, const 
 void fasa_cuda_stage (ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void fasa_cuda_ahead (ggml_backend_cuda_context & ctx, const ggml_tensor * dst);
 
-// The rows of a token's lists on the device: row i of a list is in slot slots[i] & ~FASA_ROW_FETCH of the cache, or, without one, at
-// place i of `rows`
+// The rows of a token's lists on the device: row i of a list is in slot slots[i] & ~FASA_ROW_FETCH of the cache, or, where there is no cache or
+// slots[i] is -1, at place i of `rows`
 struct fasa_fetched {
     const char    * rows;  // [length, n_list] rows of `stride` bytes, V at v_at of each; nullptr: k and v are read in place
     const char    * cache; // of the stream, slots of its first KV head

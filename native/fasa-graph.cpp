@@ -127,8 +127,8 @@ std::pair<ggml_tensor *, ggml_tensor *> fasa_places(const llm_graph_context & gr
     return { fasa_place_in(graph.ctx0, k, room, 0), fasa_place_in(graph.ctx0, v, room, cache->stage_v_at(il)) };
 }
 
-// Dense attention over a copy on the device, which is made while the layers before are at work (AHEAD) but for the cells that this
-// ubatch writes.
+// Dense attention over a copy on the device. In a step that is dense as a whole it is made while the layer before is at work (AHEAD), but for
+// the cells that this ubatch writes.
 ggml_tensor * fasa_build_staged(const llm_graph_context & graph, const llama_kv_cache_context * mctx, fasa_cache * cache, llm_graph_input_fasa * input,
         ggml_tensor * q, ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * kq_mask, ggml_tensor * sinks, ggml_tensor * v_mla,
         float kq_scale, int il) {
@@ -139,8 +139,8 @@ ggml_tensor * fasa_build_staged(const llm_graph_context & graph, const llama_kv_
     }
     const auto backend = fasa_backend_of(graph, cache->device_of(il));
     const auto [k_place, v_place] = fasa_places(graph, cache, il, k, v);
-    k = fasa_build_stage(graph.ctx0, k, k_place, input->fresh, cache->layer(il).work);
-    v = fasa_build_stage(graph.ctx0, v, v_place, input->fresh, cache->layer(il).work);
+    k = fasa_build_stage(graph.ctx0, k, k_place, input->fresh, cache->work(il), &cache->ubatch);
+    v = fasa_build_stage(graph.ctx0, v, v_place, input->fresh, cache->work(il), &cache->ubatch);
     ggml_backend_sched_set_tensor_backend(graph.sched, k, backend);
     ggml_backend_sched_set_tensor_backend(graph.sched, v, backend);
 
@@ -152,7 +152,7 @@ ggml_tensor * fasa_build_staged(const llm_graph_context & graph, const llama_kv_
     if (next >= 0) {
         ggml_tensor * k_next = mctx->get_k(graph.ctx0, next), * v_next = mctx->get_v(graph.ctx0, next);
         const auto [k_then, v_then] = fasa_places(graph, cache, next, k_next, v_next);
-        ggml_tensor * ahead = fasa_build_ahead(graph.ctx0, cur, k_next, v_next, k_then, v_then);
+        ggml_tensor * ahead = fasa_build_ahead(graph.ctx0, cur, k_next, v_next, k_then, v_then, &cache->ubatch);
         ggml_backend_sched_set_tensor_backend(graph.sched, ahead, backend);
         ggml_build_forward_expand(graph.gf, ahead);
     }

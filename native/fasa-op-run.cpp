@@ -191,6 +191,9 @@ static int fasa_op_check(const fasa_op_case * c, ggml_type & type_k, ggml_type &
     if (!fasa_type_by_name(c->type_k, type_k) || !fasa_type_by_name(c->type_v, type_v)) {
         return fasa_set_error("fasa_op_case: unknown cache type %s or %s", c->type_k, c->type_v);
     }
+    if (c->row_slots < 0 || c->row_slots % FASA_ROW_WAYS != 0) {
+        return fasa_set_error("fasa_op_case: row_slots %d must be a multiple of %d", c->row_slots, FASA_ROW_WAYS);
+    }
     if (c->n_dom % FASA_GROUP != 0 || c->n_head_kv < 1 || c->n_head % c->n_head_kv != 0 || c->n_forced < 1 || c->n_tokens < 1 || c->n_stream < 1) {
         return fasa_set_error("fasa_op_case: n_dom %d must be a multiple of %d, n_head %d of n_head_kv %d, and n_forced, n_tokens, n_stream at least 1",
                 c->n_dom, FASA_GROUP, c->n_head, c->n_head_kv);

@@ -85,21 +85,22 @@ ggml_tensor * fasa_place_in(ggml_context * ctx, ggml_tensor * rows, ggml_tensor 
     return t;
 }
 
-ggml_tensor * fasa_build_stage(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * place, ggml_tensor * fresh, ggml_tensor * work) {
+ggml_tensor * fasa_build_stage(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * place, ggml_tensor * fresh, ggml_tensor * work, const uint64_t * ubatch) {
     ggml_tensor * src[] = { rows, fresh, work };
-    ggml_tensor * t = ggml_custom_4d(ctx, rows->type, rows->ne[0], rows->ne[1], rows->ne[2], rows->ne[3], src, work ? 3 : 2, nullptr, 1, nullptr);
+    ggml_tensor * t = ggml_custom_4d(ctx, rows->type, rows->ne[0], rows->ne[1], rows->ne[2], rows->ne[3], src, work ? 3 : 2, fasa_cpu_op_get(), 1, nullptr);
     t->buffer = place->buffer;
     t->data   = place->data;
-    fasa_op_set(t, fasa_op_make(FASA_OP_STAGE, nullptr, FASA_ON_DEVICE), "fasa_stage");
+    fasa_op_set(t, fasa_op_make(FASA_OP_STAGE, const_cast<uint64_t *>(ubatch), FASA_ON_DEVICE), "fasa_stage");
     return t;
 }
 
-ggml_tensor * fasa_build_ahead(ggml_context * ctx, ggml_tensor * behind, ggml_tensor * k, ggml_tensor * v, ggml_tensor * k_place, ggml_tensor * v_place) {
+ggml_tensor * fasa_build_ahead(ggml_context * ctx, ggml_tensor * behind, ggml_tensor * k, ggml_tensor * v, ggml_tensor * k_place, ggml_tensor * v_place,
+        const uint64_t * ubatch) {
     ggml_tensor * src[] = { behind, k, v, k_place, v_place };
-    ggml_tensor * t = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, src, 5, nullptr, 1, nullptr);
+    ggml_tensor * t = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, src, 5, fasa_cpu_op_get(), 1, nullptr);
     t->buffer = k_place->buffer; // it is not written, but the allocator never takes back what nobody reads, and could not put large tensors there
     t->data   = k_place->data;
-    fasa_op_set(t, fasa_op_make(FASA_OP_AHEAD, nullptr, FASA_ON_DEVICE), "fasa_ahead");
+    fasa_op_set(t, fasa_op_make(FASA_OP_AHEAD, const_cast<uint64_t *>(ubatch), FASA_ON_DEVICE), "fasa_ahead");
     return t;
 }
 

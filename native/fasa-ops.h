@@ -24,7 +24,7 @@
 //   STAGE    a layer's k or v of pinned host memory, copied to a place on the device for dense attention
 //            dst  as k or v, in that place;  src  k or v, fresh i32 [2*FASA_MAX_RANGES, n_stream] (the cells that this ubatch writes),
 //                 work or none
-//   AHEAD    starts to copy what the next layer stages, behind the attention that read the place before
+//   AHEAD    starts to copy what the next layer stages, behind the attention that read the place before; does nothing in a CUDA graph
 //            dst  f32 [1];  src  that attention's result, k and v of the next layer, and their places
 //   OBSERVE  hands q and k to an observer on the host
 //            dst  f32 [1];  src  q, k
@@ -62,7 +62,7 @@ struct fasa_work {
 
     enum { LAYERS_SPARSE, ROWS_ATTENDED, ROWS_VISIBLE, LISTS, BYTES_TIP, BYTES_FAC, BYTES_DENSE, ROWS_FETCHED, ROWS_REUSED, BYTES_FETCHED, BYTES_STAGED, N_COUNTER };
     uint64_t counter[16];     // as in fasa_stats
-    uint32_t clock, unused[31]; // FASA-M: tokens whose rows were fetched
+    uint32_t clock, unused[31]; // FASA-M: how often the rows of a token and layer were fetched
     uint32_t ticket[TICKETS]; // FAC: blocks of a list that are done
     struct histogram {
         uint64_t mass [BINS];
@@ -119,7 +119,7 @@ struct fasa_observer_slot {
 struct fasa_op_params {
     ggml_custom_op_t fun;
     int32_t          n_tasks;
-    void           * userdata; // fasa_stats, or fasa_observer_slot for OBSERVE
+    void           * userdata; // fasa_stats; OBSERVE: fasa_observer_slot; STAGE and AHEAD: uint64_t, the number of the ubatch
     uint32_t         magic;
     int32_t          kind;
     float            scale;
@@ -199,9 +199,10 @@ fasa_layer_nodes fasa_build_layer(ggml_context * ctx, const fasa_layer_op & op, 
 
 // `rows` as they lie behind each other at `offset` of `room`, which is allocated
 ggml_tensor * fasa_place_in(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * room, size_t offset);
-// k or v in `place`, of fasa_place_in; work: what counts the bytes, or nullptr
-ggml_tensor * fasa_build_stage(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * place, ggml_tensor * fresh, ggml_tensor * work);
-ggml_tensor * fasa_build_ahead(ggml_context * ctx, ggml_tensor * behind, ggml_tensor * k, ggml_tensor * v, ggml_tensor * k_place, ggml_tensor * v_place);
+// k or v in `place`, of fasa_place_in; work: what counts the bytes, or nullptr; ubatch: the number of the one that is computed
+ggml_tensor * fasa_build_stage(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * place, ggml_tensor * fresh, ggml_tensor * work, const uint64_t * ubatch);
+ggml_tensor * fasa_build_ahead(ggml_context * ctx, ggml_tensor * behind, ggml_tensor * k, ggml_tensor * v, ggml_tensor * k_place, ggml_tensor * v_place,
+        const uint64_t * ubatch);
 
 ggml_tensor * fasa_build_observe(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, int32_t il, float scale, float soft_cap,
         fasa_observer_slot * slot);

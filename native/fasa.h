@@ -97,7 +97,7 @@ typedef struct fasa_counters {
     uint64_t rows_fetched;    // rows (K and V of a token and KV head) that sparse layers read from pinned host memory
     uint64_t rows_reused;     // rows that they found in the row cache instead
     uint64_t bytes_fetched;   // bytes of rows_fetched
-    uint64_t bytes_staged;    // bytes of K and V that dense layers copied from pinned host memory to their device
+    uint64_t bytes_staged;    // bytes of K and V that dense layers copied from pinned host memory to their device, while FASA was on
 } fasa_counters;
 
 FASA_API const char * fasa_version(void);  // "0.1.0"
