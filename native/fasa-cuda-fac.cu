@@ -1,7 +1,8 @@
 // FAC: exact attention over the cells of a list, rows read in place (FASA-M: where fasa-cuda-fetch.cu has put them).
 //
 // A token's row is read by LANES lanes, eight dimensions each, so a warp works on 32/LANES tokens of the list at a time, for
-// up to M query heads of the group. A list is split over blocks; the last block of a list that is done adds the parts up, in
+// up to M query heads of the group. A list is split over blocks and warps in turns, whatever its count, so that its cells are asked for
+// together with the count; the last block of a list that is done adds the parts up, in
 // the order of the list, so the result does not depend on which one that is.
 
 #include "fasa-cuda.cuh"
@@ -9,6 +10,7 @@
 
 static constexpr int N_WARP    = 16;
 static constexpr int MAX_SPLIT = 16; // blocks of a list
+static constexpr int STATIC_SMEM = 1024; // bytes, at most, that the kernel has beside its dynamic shared memory
 
 static constexpr __host__ __device__ int fasa_part_stride(int d) { return d + 4; }
 
@@ -53,12 +55,12 @@ template <> struct fasa_fac_values<false> {
     }
 };
 
-template <bool F16> static constexpr int FASA_AHEAD = F16 ? 4 : 2; // tokens of a lane that are read together
+template <int M, bool F16> static constexpr int FASA_AHEAD = (F16 ? 4 : 2)/(M > 2 ? 2 : 1); // tokens of a lane that are read together
 
 template <int LANES, int M, bool F16>
 static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fasa_fac_args a) {
     constexpr int TOKENS = 32/LANES; // of a warp, at a time
-    constexpr int AHEAD  = FASA_AHEAD<F16>;
+    constexpr int AHEAD  = FASA_AHEAD<M, F16>;
 
     extern __shared__ __align__(16) float smem[]; // [N_WARP][M][stride]
     __shared__ bool last_block;
@@ -68,8 +70,7 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
     const int head0 = list*a.n_shared + chunk*M, n_m = min(M, a.n_shared - chunk*M), h = head0/a.n_group;
     const int t = token%a.n_tps, s = token/a.n_tps;
 
-    const int32_t * cells = a.list + ((int64_t) token*a.n_list + list)*a.n_list_len;
-    const int n = *cells++, per = (n + n_split - 1)/n_split, from = split*per, to = min(n, from + per);
+    const int32_t * cells = a.list + ((int64_t) token*a.n_list + list)*a.n_list_len + 1;
     const char * k = a.k + s*a.k_nb3 + h*a.k_nb1, * v = a.v + s*a.v_nb3 + h*a.v_nb1;
     const half * mask = (const half *) (a.mask + s*a.mask_nb3 + t*a.mask_nb1);
     const bool active = dim < a.d;
@@ -90,16 +91,28 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
             q[m][i] *= a.scale;
         }
     }
-    for (int i0 = from + warp*TOKENS; i0 < to; i0 += N_WARP*TOKENS*AHEAD) {
+    ggml_cuda_pdl_sync(); // q is older than SELECT, the list is not
+    const int first = (warp*n_split + split)*TOKENS, step = N_WARP*n_split*TOKENS; // from token to token of a lane
+    int cell_of[AHEAD];
+    const auto ask = [&](int i0) {
+#pragma unroll
+        for (int u = 0; u < AHEAD; ++u) {
+            const int i = i0 + u*step + lane/LANES;
+            cell_of[u] = i < a.n_list_len - 1 ? cells[i] : 0;
+        }
+    };
+    const int n = cells[-1];
+    ask(first);
+    for (int i0 = first; i0 < n; i0 += AHEAD*step) {
         fasa_fac_values<F16> keys[AHEAD], values[AHEAD];
         float bias[AHEAD], logit[AHEAD][M];
 #pragma unroll
         for (int u = 0; u < AHEAD; ++u) {
-            const int i = i0 + u*N_WARP*TOKENS + lane/LANES;
+            const int i = i0 + u*step + lane/LANES;
             bias[u] = -INFINITY;
             keys[u].zero(), values[u].zero();
-            if (i < to) {
-                const int64_t cell = cells[i];
+            if (i < n) {
+                const int64_t cell = cell_of[u];
                 const char * key = k + cell*a.k_nb2, * value = v + cell*a.v_nb2;
                 if (a.fetched.rows) {
                     const int64_t at = (int64_t) list*(a.n_list_len - 1) + i;
@@ -115,6 +128,7 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
                 }
             }
         }
+        ask(i0 + AHEAD*step);
 #pragma unroll
         for (int u = 0; u < AHEAD; ++u) {
             float x[8];
@@ -275,20 +289,21 @@ template <int LANES, int M, bool F16> static void fasa_fac_launch(ggml_backend_c
     const int  device   = ggml_cuda_get_device();
     const auto & info   = ggml_cuda_info().devices[device];
     const int  n_row    = a.n_list*a.n_chunk*n_token;
-    const int  tokens   = N_WARP*32/LANES*FASA_AHEAD<F16>; // of a block, at a time
+    const int  tokens   = N_WARP*32/LANES*FASA_AHEAD<M, F16>; // of a block, at a time
     const int  n_split  = n_row > fasa_work::TICKETS ? 1 :
         std::max(1, std::min({ (a.n_list_len - 1 + tokens/2 - 1)/(tokens/2), MAX_SPLIT, (info.nsm + n_row/2)/n_row }));
     const size_t n_byte = (size_t) N_WARP*M*fasa_part_stride(a.d)*sizeof(float);
     const auto kernel = fasa_fac_kernel<LANES, M, F16>;
     static std::atomic<uint32_t> known{0}; // devices whose limit was raised
     if (!(known & 1u << device)) {
-        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, N_WARP*M*fasa_part_stride(256)*sizeof(float)));
+        const size_t most = std::min((size_t) N_WARP*M*fasa_part_stride(256)*sizeof(float), info.smpbo - STATIC_SMEM);
+        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
         known |= 1u << device;
     }
     ggml_cuda_pool_alloc<float> part(ctx.pool(), n_split == 1 ? 1 : (size_t) n_row*n_split*M*fasa_part_stride(a.d));
     a.part = part.get();
-    kernel<<<dim3(n_split, a.n_list*a.n_chunk, n_token), 32*N_WARP, n_byte, ctx.stream()>>>(a);
-    CUDA_CHECK(cudaGetLastError());
+    const ggml_cuda_kernel_launch_params params(dim3(n_split, a.n_list*a.n_chunk, n_token), dim3(32*N_WARP), n_byte, ctx.stream());
+    ggml_cuda_kernel_launch(kernel, params, a); // begins while SELECT ends, where the device can
 }
 
 template <int LANES, int M> static void fasa_fac_type(ggml_backend_cuda_context & ctx, const fasa_fac_args & a, int n_token) {
@@ -300,10 +315,13 @@ template <int LANES, int M> static void fasa_fac_type(ggml_backend_cuda_context 
 }
 
 template <int LANES> static void fasa_fac_heads(ggml_backend_cuda_context & ctx, const fasa_fac_args & a, int n_token) {
+    const size_t most = ggml_cuda_info().devices[ggml_cuda_get_device()].smpbo - STATIC_SMEM; // bytes
     if (a.n_shared == 1) {
         fasa_fac_type<LANES, 1>(ctx, a, n_token);
-    } else {
+    } else if (a.n_shared == 2 || N_WARP*4*fasa_part_stride(a.d)*sizeof(float) > most) {
         fasa_fac_type<LANES, 2>(ctx, a, n_token);
+    } else {
+        fasa_fac_type<LANES, 4>(ctx, a, n_token);
     }
 }
 

@@ -10,7 +10,7 @@
 //   -- barrier
 //   3. every block ranks the edge's cells, which gives the last cell taken, and writes its part of the list
 //
-// The bins are 2% wide, so the edge holds tens of cells. Where it holds more than EDGE (even attention), step 2 is done again on the
+// The bins are 0.5% wide, so the edge holds few cells. Where it holds more than EDGE (even attention), step 2 is done again on the
 // edge alone, in ever narrower bins, until few are left or all of them are equal. Keys and shares are whole numbers, so nothing
 // depends on the order of the blocks.
 //
@@ -26,19 +26,25 @@ static constexpr int N_THREAD  = 512;
 static constexpr int N_WARP    = N_THREAD/32;
 static constexpr int MAX_GROUP = 128;
 static constexpr int MAX_FACTOR = 512;
+static constexpr int ROW_PAD = 8; // floats between the rows of scores in shared memory: four heads are written at once
 static constexpr int STATIC_SMEM = 1024; // bytes, at most, that the kernel has beside its dynamic shared memory
 static constexpr int BINS = fasa_work::BINS, EDGE = fasa_work::EDGE;
 
-// bins of 1/32 octave, from the largest score there can be (MAX_GROUP times 2^FASA_SCORE_EXP) down; the last one is the forced cells
-static constexpr int BIN_SHIFT = 18;
-static constexpr int BIN_BASE  = ((127 + FASA_SCORE_EXP + 8) << (23 - BIN_SHIFT)) - (BINS - 2);
+// Bins of 1/128 octave, from the score up to which n cells are surely taken (scores add up to n_shared, so no more than n reach
+// n_shared/n) 16 octaves down, where the list ends as a rule; what is above and below lies in the bins at either end. The last bin is
+// the forced cells.
+static constexpr int BIN_SHIFT = 16;
 
-static __device__ __forceinline__ int fasa_bin(uint32_t key) { // of a visible cell
-    return key == FASA_KEY_FORCED ? BINS - 1 : max(0, min(BINS - 2, int(key >> BIN_SHIFT) - BIN_BASE));
+static __device__ __forceinline__ int fasa_bin(uint32_t key, int base) { // of a visible cell
+    return key == FASA_KEY_FORCED ? BINS - 1 : max(0, min(BINS - 2, int(key >> BIN_SHIFT) - base));
 }
 
-static __device__ __forceinline__ uint32_t fasa_bin_first(int bin) { // its lowest key
-    return bin == 0 ? FASA_KEY_HIDDEN + 1 : bin == BINS - 1 ? FASA_KEY_FORCED : uint32_t(bin + BIN_BASE) << BIN_SHIFT;
+static __device__ __forceinline__ uint32_t fasa_bin_first(int bin, int base) { // its lowest key
+    return bin == 0 ? FASA_KEY_HIDDEN + 1 : bin == BINS - 1 ? FASA_KEY_FORCED : uint32_t(bin + base) << BIN_SHIFT;
+}
+
+static int fasa_bin_base(uint32_t n, int n_shared) {
+    return int(fasa_key(float(n_shared)/std::max(1u, n)*float(1ull << FASA_SCORE_EXP)) >> BIN_SHIFT) - (BINS - 2);
 }
 
 static __device__ __forceinline__ fasa_u64 fasa_key_share(uint32_t key) { // fasa_share of the score behind a key
@@ -53,7 +59,7 @@ struct fasa_select_args {
     uint32_t      * key;    // [row][n_kv]: keys of rows whose scores lie in global memory
     fasa_work     * work;
     int n_row, n_list, n_shared, n_forced, n_list_len, n_part, part_cells; // n_shared: query heads of a list
-    bool in_smem;           // scores and keys of a block's cells lie in its shared memory
+    int  bin_base;
     bool given;             // the scores are in `scores` already
     bool cluster;           // the blocks of a row are a cluster
     uint32_t budget, floor, cap;
@@ -61,11 +67,11 @@ struct fasa_select_args {
 };
 
 // what a block knows about its row, in shared memory
-struct fasa_select_block {
+struct alignas(16) fasa_select_block {
     fasa_u64 mass [BINS]; // mass and count: also the working memory of TIP, of span sums and of the edge's cells
     uint32_t count[BINS];
     float    most[MAX_GROUP], inv[MAX_GROUP];
-    float    piece[2*N_WARP*8];
+    float    piece[2*N_WARP*TIP_HEADS];
     float    factor[MAX_FACTOR]; // [n_shared][spans of the block]: what its exponentials are multiplied by
     fasa_u64 scan_mass[N_WARP];
     uint32_t scan[N_WARP];
@@ -80,8 +86,7 @@ struct fasa_select_block {
     int      bin;      // of the edge; -1: every cell is taken
     bool     by_mass;  // the edge's cells are taken until `need` is held
     uint32_t n_floor, n_cap;
-    uint32_t last_key; // the last cell taken
-    int32_t  last_cell;
+    int32_t  last_cell;  // of the equal cells at the edge, the last one taken
 };
 
 // exclusive sum over the block, in thread order; total: of all threads
@@ -113,11 +118,12 @@ struct fasa_row_barrier {
     fasa_work::slot & slot;
     const int  n_part;
     const bool cluster;
-    uint32_t   generation = 0; // the slot's
+    uint32_t   phase = 0, mine = 1; // the top bit of slot.arrived turns with every barrier: its blocks add 2^31 together
 
-    __device__ fasa_row_barrier(fasa_work::slot & slot, int n_part, bool cluster) : slot(slot), n_part(n_part), cluster(cluster) {
+    __device__ fasa_row_barrier(fasa_work::slot & slot, int part, int n_part, bool cluster) : slot(slot), n_part(n_part), cluster(cluster) {
         if (n_part > 1 && !cluster) {
-            generation = *(volatile uint32_t *) &slot.generation;
+            phase = *(volatile uint32_t *) &slot.arrived;
+            mine  = part == 0 ? 0x80000001u - n_part : 1;
         }
     }
 
@@ -135,40 +141,48 @@ struct fasa_row_barrier {
         __syncthreads();
         if (threadIdx.x == 0) {
             __threadfence();
-            if (atomicAdd(&slot.arrived, 1) == n_part - 1u) {
-                slot.arrived = 0;
-                __threadfence();
-                atomicExch(&slot.generation, generation + 1);
-            } else {
-                while (*(volatile uint32_t *) &slot.generation == generation) {}
-            }
+            atomicAdd(&slot.arrived, mine);
+            while (((*(volatile uint32_t *) &slot.arrived ^ phase) & 0x80000000u) == 0) {}
             __threadfence();
         }
-        generation++;
+        phase ^= 0x80000000u;
         __syncthreads();
     }
 };
 
-// Step 1a: what turns a head's exponentials into its softmax: the largest exponent, and one over the sum, of every head of the list
-static __device__ void fasa_select_norms(const fasa_select_args & a, fasa_select_block & b, const float * row) {
+// what the exponentials of a span with exponent e are multiplied by
+static __device__ __forceinline__ float fasa_select_factor(const fasa_select_block & b, int g, float e) {
+    const float d = e - b.most[g];
+    return d > -FASA_SCORE_RANGE ? __fmul_rn(b.inv[g], __int_as_float((int(d) + FASA_SCORE_EXP + 127) << 23)) : 0.0f;
+}
+
+// Step 1a: what turns a head's exponentials into its softmax: the largest exponent, and one over the sum, of every head of the list,
+// and with them, where there is room, the factors of the block's spans. Returns whether there is.
+static __device__ __forceinline__ bool fasa_select_norms(const fasa_select_args & a, fasa_select_block & b, const fasa_tip_list & l) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32, n_span = a.tip.n_span, n_stat = 2*n_span;
-    float   * stat   = (float *) b.mass; // [n_shared][e and sum of every span]
+    float * stat = (float *) b.mass; // [n_shared][e and sum of every span]
     const bool staged = a.n_shared*n_stat <= (int) (sizeof(b.mass) + sizeof(b.count))/4;
-    for (int i = threadIdx.x; staged && i < a.n_shared*n_stat; i += N_THREAD) {
-        stat[i] = __ldcg(&row[(int64_t) (i/n_stat)*a.tip.n_len + a.tip.n_kv + i%n_stat]);
+    const float * row = l.tip + a.tip.n_kv;
+#pragma unroll 2
+    for (int i = threadIdx.x; i < (staged ? n_stat : 0); i += N_THREAD) {
+#pragma unroll 4
+        for (int g = 0; g < a.n_shared; ++g) {
+            stat[g*n_stat + i] = __ldcg(&row[(int64_t) g*a.tip.n_len + i]);
+        }
     }
     __syncthreads();
+    const auto at = [&](int g, int i) { return staged ? stat[g*n_stat + i] : __ldcg(&row[(int64_t) g*a.tip.n_len + i]); };
     for (int g = warp; g < a.n_shared; g += N_WARP) {
-        const float * e = staged ? stat + g*n_stat : row + (int64_t) g*a.tip.n_len + a.tip.n_kv;
-        const auto at = [&](int i) { return staged ? e[i] : __ldcg(&e[i]); };
         float most = -INFINITY, total = 0.0f;
+#pragma unroll 4
         for (int i = lane; i < n_span; i += 32) {
-            most = fmaxf(most, at(i));
+            most = fmaxf(most, at(g, i));
         }
         most = fasa_warp_max(most);
+#pragma unroll 4
         for (int i = lane; i < n_span; i += 32) {
-            const float d = at(i) - most;
-            total += d > -FASA_SPAN_RANGE ? __fmul_rn(at(n_span + i), __int_as_float((int(d) + 127) << 23)) : 0.0f;
+            const float d = at(g, i) - most;
+            total += d > -FASA_SPAN_RANGE ? __fmul_rn(at(g, n_span + i), __int_as_float((int(d) + 127) << 23)) : 0.0f;
         }
         total = fasa_warp_sum(total);
         if (lane == 0) {
@@ -177,22 +191,30 @@ static __device__ void fasa_select_norms(const fasa_select_args & a, fasa_select
         }
     }
     __syncthreads();
+    const int  n_mine = (l.last - l.first + FASA_SPAN - 1)/FASA_SPAN;
+    const bool room   = n_mine*a.n_shared <= MAX_FACTOR;
+    for (int i = threadIdx.x; room && i < n_mine*a.n_shared; i += N_THREAD) {
+        b.factor[i] = fasa_select_factor(b, i/n_mine, at(i/n_mine, l.first/FASA_SPAN + i%n_mine));
+    }
+    __syncthreads();
+    return room;
+}
+
+// x [4]; whole: four may be read at once, else n of them at the most, and `none` for the others
+static __device__ __forceinline__ float4 fasa_fours(const float * x, bool whole, int n, float none) {
+    if (whole) {
+        return *(const float4 *) x;
+    }
+    return make_float4(n > 0 ? x[0] : none, n > 1 ? x[1] : none, n > 2 ? x[2] : none, n > 3 ? x[3] : none);
 }
 
 // Step 1, the cells of l: keys, and their histogram in b. key: of the cells from l.first on; may be l.x.
-static __device__ void fasa_select_keys(const fasa_select_args & a, fasa_select_block & b, const fasa_tip_list & l, uint32_t * key) {
+template <bool FOURS>
+static __device__ __forceinline__ void fasa_select_keys(const fasa_select_args & a, fasa_select_block & b, const fasa_tip_list & l, uint32_t * key) {
     const int  lane = threadIdx.x % 32, first = l.first, last = l.last;
     const bool mass = a.need > 0;
-    fasa_select_norms(a, b, l.tip);
-    const auto factor = [&](int g, int span) {
-        const float d = l.tip[(int64_t) g*a.tip.n_len + a.tip.n_kv + span] - b.most[g];
-        return d > -FASA_SCORE_RANGE ? __fmul_rn(b.inv[g], __int_as_float((int(d) + FASA_SCORE_EXP + 127) << 23)) : 0.0f;
-    };
+    const bool staged = fasa_select_norms(a, b, l);
     const int  n_span = (last - first + FASA_SPAN - 1)/FASA_SPAN;
-    const bool staged = n_span*a.n_shared <= MAX_FACTOR;
-    for (int i = threadIdx.x; staged && i < n_span*a.n_shared; i += N_THREAD) {
-        b.factor[i] = factor(i/n_span, first/FASA_SPAN + i%n_span);
-    }
     for (int i = threadIdx.x; i < BINS; i += N_THREAD) {
         b.count[i] = 0;
         if (mass) {
@@ -201,34 +223,30 @@ static __device__ void fasa_select_keys(const fasa_select_args & a, fasa_select_
     }
     __syncthreads();
 
-    constexpr int TILES = 4; // of a warp at a time; they lie in one span
-    for (int j0 = first + threadIdx.x/32*TILES*32; j0 < last; j0 += N_THREAD*TILES) {
-        float score[TILES] = {};
-        bool  hidden[TILES];
+    for (int j0 = first + threadIdx.x/32*128; j0 < last; j0 += 4*N_THREAD) { // four cells a thread; a warp's lie in one span
+        const int   j = j0 + 4*lane;
+        const float * x = l.x + j - first;
+        float score[4] = {};
+        bool  hidden[4];
+#pragma unroll 4
+        for (int g = 0; g < a.n_shared; ++g, x += (int) l.x_stride) {
+            const float f = staged ? b.factor[g*n_span + (j0 - first)/FASA_SPAN] :
+                fasa_select_factor(b, g, __ldcg(&l.tip[(int64_t) g*a.tip.n_len + a.tip.n_kv + j0/FASA_SPAN]));
+            const float4 v = fasa_fours(x, FOURS && j < last, FOURS ? 0 : last - j, -1.0f);
+            const float at[4] = { v.x, v.y, v.z, v.w };
 #pragma unroll
-        for (int u = 0; u < TILES; ++u) {
-            hidden[u] = j0 + 32*u + lane >= last;
-        }
-        for (int g = 0; g < a.n_shared; ++g) {
-            const float   f = staged ? b.factor[g*n_span + (j0 - first)/FASA_SPAN] : factor(g, j0/FASA_SPAN);
-            const float * x = l.x + g*l.x_stride + j0 - first + lane;
-#pragma unroll
-            for (int u = 0; u < TILES; ++u) {
-                const float v = j0 + 32*u + lane < last ? x[32*u] : -1.0f;
-                score[u]  = __fmaf_rn(v, f, score[u]);
-                hidden[u] = hidden[u] || v < 0.0f;
+            for (int u = 0; u < 4; ++u) {
+                score[u]  = __fmaf_rn(at[u], f, score[u]);
+                hidden[u] = g == 0 ? at[u] < 0.0f : hidden[u]; // in all rows or in none
             }
         }
+        uint32_t k[4];
 #pragma unroll
-        for (int u = 0; u < TILES; ++u) {
-            const int      j = j0 + 32*u + lane;
-            const uint32_t k = hidden[u] ? FASA_KEY_HIDDEN : __float_as_uint(score[u]) + 1;
-            const int    bin = hidden[u] ? -1 : fasa_bin(k);
-            if (j < last) {
-                key[j - first] = k;
-            }
+        for (int u = 0; u < 4; ++u) {
+            k[u] = hidden[u] ? FASA_KEY_HIDDEN : __float_as_uint(score[u]) + 1;
+            const int bin = hidden[u] ? -1 : fasa_bin(k[u], a.bin_base);
             if (mass && bin >= 0) {
-                const fasa_u64 share = fasa_key_share(k);
+                const fasa_u64 share = fasa_key_share(k[u]);
                 if (share > 0) {
                     atomicAdd(&b.mass[bin], share);
                 }
@@ -240,6 +258,18 @@ static __device__ void fasa_select_keys(const fasa_select_args & a, fasa_select_
                 atomicAdd(&b.count[0], __popc(lowest));
             }
         }
+        if (FOURS) {
+            if (j < last) {
+                *(uint4 *) &key[j - first] = make_uint4(k[0], k[1], k[2], k[3]);
+            }
+        } else {
+#pragma unroll
+            for (int u = 0; u < 4; ++u) {
+                if (j + u < last) {
+                    key[j - first + u] = k[u];
+                }
+            }
+        }
     }
     __syncthreads();
 
@@ -248,10 +278,10 @@ static __device__ void fasa_select_keys(const fasa_select_args & a, fasa_select_
         if (cell >= first && cell < last && key[cell - first] != FASA_KEY_HIDDEN) {
             const uint32_t k = atomicExch(&key[cell - first], FASA_KEY_FORCED);
             if (k != FASA_KEY_FORCED) { // a cell may be named twice
-                atomicSub(&b.count[fasa_bin(k)], 1);
+                atomicSub(&b.count[fasa_bin(k, a.bin_base)], 1);
                 atomicAdd(&b.count[BINS - 1], 1);
                 if (mass) {
-                    atomicAdd(&b.mass[fasa_bin(k)], 0 - fasa_key_share(k));
+                    atomicAdd(&b.mass[fasa_bin(k, a.bin_base)], 0 - fasa_key_share(k));
                     atomicAdd(&b.mass[BINS - 1], fasa_key_share(k));
                 }
             }
@@ -353,7 +383,7 @@ static __device__ void fasa_select_edge(const fasa_select_args & a, fasa_select_
 }
 
 // Step 2a: too many cells lie at the edge, in keys [low, low + (BINS << shift)): their histogram, over the row. key: of `n` cells.
-static __device__ void fasa_select_refine(const fasa_select_args & a, fasa_select_block & b, fasa_work::histogram & bins, const uint32_t * key, int n,
+static __device__ __noinline__ void fasa_select_refine(const fasa_select_args & a, fasa_select_block & b, fasa_work::histogram & bins, const uint32_t * key, int n,
         uint32_t low, uint32_t last, int shift) {
     for (int i = threadIdx.x; i < BINS; i += N_THREAD) {
         b.count[i] = 0, b.mass[i] = 0;
@@ -388,7 +418,7 @@ static __device__ uint32_t fasa_select_before(const uint32_t * count, int part) 
 
 // Step 2b: the cells of [first, last) that are surely taken, those with keys above `edge_last`, are counted, and those at the edge go
 // to the slot, in any order; where they are too many, and so equal, only their number.
-static __device__ void fasa_select_hand_in(fasa_select_block & b, fasa_work::slot & slot, int part, int first, int last, const uint32_t * key,
+static __device__ __forceinline__ void fasa_select_hand_in(fasa_select_block & b, fasa_work::slot & slot, int part, int first, int last, const uint32_t * key,
         uint32_t edge_first, uint32_t edge_last, bool equal) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32;
     if (threadIdx.x == 0) {
@@ -427,9 +457,43 @@ static __device__ void fasa_select_hand_in(fasa_select_block & b, fasa_work::slo
     }
 }
 
-// Step 3a: sorts the n_edge cells of the edge, which gives the last one taken (and with a target mass the count). Returns how many
-// of them are taken in the parts before `first`.
-static __device__ uint32_t fasa_select_rank(const fasa_select_args & a, fasa_select_block & b, const fasa_work::slot & slot, int n_edge, int first) {
+// The last cell taken, and how many are taken: at the edge in the parts before this one, and in all.
+struct fasa_select_last {
+    uint32_t key;
+    int32_t  cell;
+    uint32_t before, n;
+};
+
+// Step 3a where the edge has no more cells than a warp has lanes: every warp does it for itself
+static __device__ fasa_select_last fasa_select_rank_few(const fasa_select_args & a, const fasa_select_block & b, const fasa_work::slot & slot,
+        int n_edge, int first) {
+    const int lane = threadIdx.x % 32;
+    const fasa_u64 mine  = lane < n_edge ? __ldcg(&slot.edge[lane]) : 0;
+    const fasa_u64 share = b.by_mass && lane < n_edge ? fasa_key_share(mine >> 32) : 0;
+    fasa_u64 held = b.held; // by the cells before this one, if the mass decides
+    int rank = 0;
+    for (int i = 0; i < n_edge; ++i) {
+        const bool     before = __shfl_sync(0xffffffff, mine, i) > mine;
+        const fasa_u64 other  = b.by_mass ? __shfl_sync(0xffffffff, share, i) : 0;
+        rank += before;
+        held += before ? other : 0;
+    }
+    fasa_select_last last = {};
+    last.n = b.n;
+    if (b.by_mass) { // taken while the mass is not reached
+        const uint32_t n_reached = __popc(__ballot_sync(0xffffffff, lane < n_edge && held < a.need));
+        last.n = min(b.n_cap, max(b.n_floor, b.before + n_reached));
+    }
+    const int n_taken = last.n - b.before, cell = 0xffffffffu - (uint32_t) mine;
+    const int at = __ffs(__ballot_sync(0xffffffff, lane < n_edge && rank == n_taken - 1)) - 1;
+    last.key    = __shfl_sync(0xffffffff, (uint32_t) (mine >> 32), at);
+    last.cell   = __shfl_sync(0xffffffff, cell, at);
+    last.before = __popc(__ballot_sync(0xffffffff, lane < n_edge && rank < n_taken && cell < first));
+    return last;
+}
+
+// Step 3a: sorts the n_edge cells of the edge, which gives the last one taken (and with a target mass the count)
+static __device__ __noinline__ fasa_select_last fasa_select_rank(const fasa_select_args & a, fasa_select_block & b, const fasa_work::slot & slot, int n_edge, int first) {
     fasa_u64 * edge = b.mass;
     int size = 32;
     while (size < n_edge) {
@@ -482,8 +546,6 @@ static __device__ uint32_t fasa_select_rank(const fasa_select_args & a, fasa_sel
     const int n_taken = b.n - b.before;
     if (threadIdx.x == 0) {
         b.n_edge_mine = 0;
-        b.last_key  = edge[n_taken - 1] >> 32;
-        b.last_cell = 0xffffffffu - (uint32_t) edge[n_taken - 1];
     }
     __syncthreads();
     uint32_t n_before = 0;
@@ -494,12 +556,11 @@ static __device__ uint32_t fasa_select_rank(const fasa_select_args & a, fasa_sel
         atomicAdd(&b.n_edge_mine, n_before);
     }
     __syncthreads();
-    return b.n_edge_mine;
+    return { uint32_t(edge[n_taken - 1] >> 32), int32_t(0xffffffffu - (uint32_t) edge[n_taken - 1]), b.n_edge_mine, b.n };
 }
 
-// Step 3a where the edge's cells are all equal: the lower ones are taken. Sets the last one taken of [first, last); returns how many are
-// taken in the parts before.
-static __device__ uint32_t fasa_select_equal(const fasa_select_args & a, fasa_select_block & b, const fasa_work::slot & slot, int part, int first, int last,
+// Step 3a where the edge's cells are all equal: the lower ones are taken. Its last cell is that of [first, last).
+static __device__ __noinline__ fasa_select_last fasa_select_equal(const fasa_select_args & a, fasa_select_block & b, const fasa_work::slot & slot, int part, int first, int last,
         const uint32_t * key, uint32_t value) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32, each = (last - first + N_THREAD - 1)/N_THREAD*32;
     const int from = first + warp*each, to = min(last, from + each);
@@ -519,8 +580,7 @@ static __device__ uint32_t fasa_select_equal(const fasa_select_args & a, fasa_se
         b.scan[warp] = mine;
     }
     if (threadIdx.x == 0) {
-        b.n = n;
-        b.last_key = value, b.last_cell = taken - before >= b.n_edge_mine ? INT_MAX : -1;
+        b.last_cell = taken - before >= b.n_edge_mine ? INT_MAX : -1;
     }
     __syncthreads();
     uint32_t at = before + fasa_warp_sum(lane < warp ? b.scan[lane] : 0u); // equal cells before this warp's
@@ -532,21 +592,31 @@ static __device__ uint32_t fasa_select_equal(const fasa_select_args & a, fasa_se
         at += __popc(some);
     }
     __syncthreads();
-    return before;
+    return { value, b.last_cell, before, n };
 }
 
-// Step 3b: the cells of [first, last) that are taken, ascending; a warp writes those of a range of its own
-static __device__ void fasa_select_write(fasa_select_block & b, int first, int last, const uint32_t * key, int32_t * out) {
+// Step 3b: the cells of [first, last) up to the last one taken, ascending; a warp writes those of a range of its own
+static __device__ __forceinline__ void fasa_select_write(fasa_select_block & b, int first, int last, const uint32_t * key, fasa_select_last taken, int32_t * out) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32, each = (last - first + N_THREAD - 1)/N_THREAD*32;
     const int from = first + warp*each, to = min(last, from + each);
-    const auto taken = [&](int j) { // of the 32 cells from j on
-        const uint32_t k = j + lane < to ? key[j + lane - first] : 0;
-        return __ballot_sync(0xffffffff, k > b.last_key || (k == b.last_key && j + lane <= b.last_cell && j + lane < to));
-    };
-    uint32_t n = 0;
+    const auto word = [&](int j0, int & n) { // which of cells j0 + 32*lane + (0 to 31) are taken, as bits; n: how many in all lanes
+        uint32_t mine = 0;
+        const int n_word = min(32, (to - j0 + 31)/32);
 #pragma unroll 4
-    for (int j = from; j < to; j += 32) {
-        n += __popc(taken(j));
+        for (int i = 0; i < n_word; ++i) {
+            const int j = j0 + 32*i + lane;
+            const uint32_t k = j < to ? key[j - first] : 0;
+            const uint32_t some = __ballot_sync(0xffffffff, k > taken.key || (k == taken.key && j <= taken.cell && j < to));
+            mine = i == lane ? some : mine;
+        }
+        n = fasa_warp_sum(__popc(mine));
+        return mine;
+    };
+    uint32_t mine = 0, n = 0; // mine: the last word(), the only one as a rule
+    int some;
+    for (int j = from; j < to; j += 1024) {
+        mine = word(j, some);
+        n += some;
     }
     __syncthreads();
     if (lane == 0) {
@@ -557,41 +627,54 @@ static __device__ void fasa_select_write(fasa_select_block & b, int first, int l
         return;
     }
     out += fasa_warp_sum(lane < warp ? b.scan[lane] : 0u);
-#pragma unroll 4
-    for (int j = from; j < to; j += 32) {
-        const uint32_t some = taken(j);
-        if (some >> lane & 1) {
-            out[__popc(some & ((1u << lane) - 1))] = j + lane;
+    for (int j = from; j < to; j += 1024) {
+        mine = each > 1024 ? word(j, some) : mine;
+        int at = __popc(mine);
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const int before = __shfl_up_sync(0xffffffff, at, step);
+            at += lane >= step ? before : 0;
         }
-        out += __popc(some);
+        const int all = __shfl_sync(0xffffffff, at, 31);
+        at -= __popc(mine);
+        for (uint32_t rest = mine; rest != 0; rest &= rest - 1) {
+            out[at++] = j + 32*lane + __ffs(rest) - 1;
+        }
+        out += all;
     }
 }
 
 // Steps 1 to 3 of one row
-static __device__ void fasa_select_row(const fasa_select_args & a, fasa_select_block & b, const fasa_tip_list & l, fasa_work::slot & slot,
+template <bool FOURS>
+static __device__ __forceinline__ void fasa_select_row(const fasa_select_args & a, fasa_select_block & b, const fasa_tip_list & l, fasa_work::slot & slot,
         fasa_row_barrier & row_barrier, int row, int part, uint32_t * key) {
-    fasa_select_keys(a, b, l, key);
+    fasa_select_keys<FOURS>(a, b, l, key);
     fasa_select_publish(a, b, slot.bins[0]);
-    row_barrier.wait();
-    fasa_select_edge(a, b, slot.bins[0], true);
-
     // the keys of the edge; where they are too many, ever narrower bins, until they are few or equal
     uint32_t edge_first = FASA_KEY_HIDDEN + 1, edge_last = FASA_KEY_HIDDEN; // none: every cell is taken
     int level = 0;
-    if (b.bin >= 0) {
-        edge_first = fasa_bin_first(b.bin);
-        edge_last  = b.bin == BINS - 1 ? UINT32_MAX : fasa_bin_first(b.bin + 1) - 1;
-    }
-    while (b.bin >= 0 && b.n_edge > EDGE && edge_first < edge_last) {
-        const int shift = max(0, 32 - __clz(edge_last - edge_first) - 11);
-        ++level;
-        __syncthreads();
-        fasa_select_refine(a, b, slot.bins[level%3], key, l.last - l.first, edge_first, edge_last, shift);
+    for (int shift = 0;; ++level) {
         row_barrier.wait();
-        fasa_select_clear(slot.bins[(level - 1)%3], part, a.n_part); // read by all; used again two levels on
-        fasa_select_edge(a, b, slot.bins[level%3], false);
-        edge_first += (uint32_t) b.bin << shift;
-        edge_last   = min(edge_last, edge_first + (1u << shift) - 1);
+        if (level > 0) {
+            fasa_select_clear(slot.bins[(level - 1)%3], part, a.n_part); // read by all; used again two levels on
+        }
+        fasa_select_edge(a, b, slot.bins[level%3], level == 0);
+        if (b.bin < 0) {
+            break;
+        }
+        if (level == 0) {
+            edge_first = fasa_bin_first(b.bin, a.bin_base);
+            edge_last  = b.bin == BINS - 1 ? UINT32_MAX : fasa_bin_first(b.bin + 1, a.bin_base) - 1;
+        } else {
+            edge_first += (uint32_t) b.bin << shift;
+            edge_last   = min(edge_last, edge_first + (1u << shift) - 1);
+        }
+        if (b.n_edge <= EDGE || edge_first == edge_last) {
+            break;
+        }
+        shift = max(0, 32 - __clz(edge_last - edge_first) - 11);
+        __syncthreads();
+        fasa_select_refine(a, b, slot.bins[(level + 1)%3], key, l.last - l.first, edge_first, edge_last, shift);
     }
     const bool equal = b.bin >= 0 && b.n_edge > EDGE;
     __syncthreads();
@@ -599,39 +682,37 @@ static __device__ void fasa_select_row(const fasa_select_args & a, fasa_select_b
     row_barrier.wait();
 
     fasa_select_clear(slot.bins[level%3], part, a.n_part);
-    uint32_t offset = fasa_select_before(slot.part, part);
+    const uint32_t above = fasa_select_before(slot.part, part);
+    fasa_select_last taken = { edge_first, INT_MAX, 0, b.n }; // every cell
     if (equal) {
-        offset += fasa_select_equal(a, b, slot, part, l.first, l.last, key, edge_first);
+        taken = fasa_select_equal(a, b, slot, part, l.first, l.last, key, edge_first);
+    } else if (b.bin >= 0 && b.n_edge <= 32) {
+        taken = fasa_select_rank_few(a, b, slot, b.n_edge, l.first);
     } else if (b.bin >= 0) {
-        offset += fasa_select_rank(a, b, slot, b.n_edge, l.first);
-    } else {
-        if (threadIdx.x == 0) {
-            b.last_key = edge_first, b.last_cell = INT_MAX;
-        }
-        __syncthreads();
+        taken = fasa_select_rank(a, b, slot, b.n_edge, l.first);
     }
     int32_t * list = a.dst + (int64_t) row*a.n_list_len;
-    fasa_select_write(b, l.first, l.last, key, list + 1 + offset);
+    fasa_select_write(b, l.first, l.last, key, taken, list + 1 + above + taken.before);
     if (part == 0 && threadIdx.x == 0) {
-        list[0] = b.n;
+        list[0] = taken.n;
         slot.n_edge = 0;
         auto * c = (fasa_u64 *) a.work->counter;
-        atomicAdd(&c[fasa_work::ROWS_ATTENDED], (fasa_u64) b.n);
+        atomicAdd(&c[fasa_work::ROWS_ATTENDED], (fasa_u64) taken.n);
         atomicAdd(&c[fasa_work::ROWS_VISIBLE],  (fasa_u64) b.n_visible);
         atomicAdd(&c[fasa_work::LISTS], 1ull);
     }
 }
 
-template <int K_DOM, int M, int GROUPS>
+// IN_SMEM: scores and keys of a block's cells lie in its shared memory
+template <int K_DOM, int QUADS, bool IN_SMEM>
 static __global__ void __launch_bounds__(N_THREAD, 1) fasa_select_kernel(const __grid_constant__ fasa_select_args a) {
     extern __shared__ __align__(16) char smem[];
     fasa_select_block & b = *(fasa_select_block *) smem;
-    float * in_smem = (float *) (smem + sizeof(fasa_select_block)); // [n_shared][part_cells]; the first of them become keys
+    float * in_smem = (float *) (smem + sizeof(fasa_select_block)); // [n_shared][part_cells + ROW_PAD]; the first of them become keys
 
     const int part = blockIdx.x;
     auto & slot = a.work->slots[blockIdx.y];
-    fasa_row_barrier row_barrier(slot, a.n_part, a.cluster);
-    for (int row = blockIdx.y; row < a.n_row; row += gridDim.y) {
+    const auto list = [&](int row) {
         fasa_tip_list l;
         l.token    = row/a.n_list;
         l.head0    = row%a.n_list*a.n_shared;
@@ -639,13 +720,20 @@ static __global__ void __launch_bounds__(N_THREAD, 1) fasa_select_kernel(const _
         l.first    = part*a.part_cells;
         l.last     = min(a.tip.n_kv, l.first + a.part_cells);
         l.tip      = a.scores + ((int64_t) l.token*a.tip.n_head + l.head0)*a.tip.n_len;
-        l.x        = a.in_smem ? in_smem : l.tip + l.first;
-        l.x_stride = a.in_smem ? a.part_cells : a.tip.n_len;
-        if (!a.given) {
-            fasa_tip_block<K_DOM, M, GROUPS>(a.tip, l, smem).run(b.piece);
+        l.x        = IN_SMEM ? in_smem : l.tip + l.first;
+        l.x_stride = IN_SMEM ? a.part_cells + ROW_PAD : a.tip.n_len;
+        return l;
+    };
+    ggml_cuda_pdl_sync(); // the kernel before this one is done
+    ggml_cuda_pdl_lc();   // FAC may take the place of blocks that are done
+    fasa_row_barrier row_barrier(slot, part, a.n_part, a.cluster);
+    for (int row = blockIdx.y; row < a.n_row; row += gridDim.y) {
+        const fasa_tip_list l = list(row);
+        if (IN_SMEM || !a.given) {
+            fasa_tip_block<K_DOM, QUADS, IN_SMEM>(a.tip, l, smem).run(b.piece);
             row_barrier.wait();
         }
-        fasa_select_row(a, b, l, slot, row_barrier, row, part, a.in_smem ? (uint32_t *) in_smem : a.key + (int64_t) row*a.tip.n_kv + l.first);
+        fasa_select_row<IN_SMEM>(a, b, l, slot, row_barrier, row, part, IN_SMEM ? (uint32_t *) in_smem : a.key + (int64_t) row*a.tip.n_kv + l.first);
         if (row + (int) gridDim.y < a.n_row) {
             row_barrier.wait(); // the slot is used again
         }
@@ -673,15 +761,15 @@ static cudaLaunchConfig_t fasa_select_config(const fasa_select_args & a, const f
     config.dynamicSmemBytes = plan.smem;
     config.stream   = stream;
     config.attrs    = attr;
-    config.numAttrs = a.n_part > 1 ? 1 : 0;
-    if (plan.cluster) {
+    if (a.n_part > 1 && plan.cluster) {
         attr->id = cudaLaunchAttributeClusterDimension;
         attr->val.clusterDim.x = a.n_part;
         attr->val.clusterDim.y = attr->val.clusterDim.z = 1;
-    } else {
+    } else if (a.n_part > 1) {
         attr->id = cudaLaunchAttributeCooperative;
         attr->val.cooperative = 1;
     }
+    config.numAttrs = a.n_part > 1;
     return config;
 }
 
@@ -694,11 +782,11 @@ template <typename F> static bool fasa_select_plan_cluster(F kernel, fasa_select
     const int useful = std::max(1, std::min(a.tip.n_span/2, info.nsm/plan.slots));
     for (int parts = 16; parts > 0; --parts) {
         fasa_select_divide(a, parts);
-        plan.smem = sizeof(fasa_select_block) + (size_t) a.n_shared*a.part_cells*sizeof(float);
+        plan.smem = sizeof(fasa_select_block) + (size_t) a.n_shared*(a.part_cells + ROW_PAD)*sizeof(float);
         if (plan.smem > most) {
             return false; // fewer parts need more
         }
-        if (parts > useful && (size_t) (a.tip.n_span + useful - 1)/useful*FASA_SPAN*a.n_shared*sizeof(float) + sizeof(fasa_select_block) <= most) {
+        if (parts > useful && (size_t) (a.tip.n_span + useful - 1)/useful*(FASA_SPAN + ROW_PAD)*a.n_shared*sizeof(float) + sizeof(fasa_select_block) <= most) {
             continue; // as many as are useful would do
         }
         int clusters = 0;
@@ -712,8 +800,8 @@ template <typename F> static bool fasa_select_plan_cluster(F kernel, fasa_select
     return false;
 }
 
-// A row is shared by blocks that all run together.
-template <typename F> static void fasa_select_plan_together(F kernel, fasa_select_args & a, fasa_select_plan & plan, bool in_smem) {
+// A row is shared by blocks that all run together. False: their cells do not fit in shared memory, where they are wanted.
+template <typename F> static bool fasa_select_plan_together(F kernel, fasa_select_args & a, fasa_select_plan & plan, bool in_smem) {
     const auto & info = ggml_cuda_info().devices[ggml_cuda_get_device()];
     const auto together = [&](size_t smem) {
         int per_sm = 0;
@@ -726,64 +814,73 @@ template <typename F> static void fasa_select_plan_together(F kernel, fasa_selec
     const int parts = info.supports_cooperative_launch ? std::max(1, std::min({ most/plan.slots, (int) fasa_work::PARTS, useful })) : 1;
     for (int p = parts; p > 0 && in_smem; --p) {
         fasa_select_divide(a, p);
-        plan.smem = sizeof(fasa_select_block) + (size_t) a.n_shared*a.part_cells*sizeof(float);
+        plan.smem = sizeof(fasa_select_block) + (size_t) a.n_shared*(a.part_cells + ROW_PAD)*sizeof(float);
         if (plan.smem > info.smpbo - STATIC_SMEM) {
             break; // fewer parts need more
         }
         if (together(plan.smem) >= a.n_part*plan.slots) {
-            a.in_smem = true;
-            return;
+            return true;
         }
     }
     plan.smem = sizeof(fasa_select_block);
     fasa_select_divide(a, parts);
+    return !in_smem;
 }
 
-template <int K_DOM, int M, int GROUPS> static void fasa_select_launch(ggml_backend_cuda_context & ctx, fasa_select_args & a, bool keep_scores) {
-    const auto kernel = fasa_select_kernel<K_DOM, M, GROUPS>;
-    const int  device = ggml_cuda_get_device();
-    const bool clusters = ggml_cuda_info().devices[device].cc >= 900;
-    static std::atomic<uint32_t> known{0}; // devices whose limits were raised
+// a kernel with all that the device allows; devices whose limits were raised are known
+template <typename F> static F fasa_select_raise_limits(F kernel, std::atomic<uint32_t> & known) {
+    const int    device = ggml_cuda_get_device();
+    const auto & info   = ggml_cuda_info().devices[device];
     if (!(known & 1u << device)) {
-        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, ggml_cuda_info().devices[device].smpbo - STATIC_SMEM));
-        if (clusters) {
+        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, info.smpbo - STATIC_SMEM));
+        if (info.cc >= 900) {
             CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
         }
         known |= 1u << device;
     }
-    GGML_ASSERT((fasa_tip_smem<K_DOM, M>(a.tip.n_dom, a.tip.d, N_WARP) <= offsetof(fasa_select_block, most)));
-    fasa_select_plan plan;
-    const bool in_smem = !keep_scores && !a.given;
-    // A cluster's barrier is cheaper, but with few rows clusters leave many multiprocessors idle: better for short contexts only.
-    const bool short_enough = a.tip.n_span <= 64 || a.n_row >= ggml_cuda_info().devices[device].nsm/8;
-    if (clusters && in_smem && short_enough && fasa_select_plan_cluster(kernel, a, plan)) {
-        a.in_smem = true;
-    } else {
-        fasa_select_plan_together(kernel, a, plan, in_smem);
-    }
+    return kernel;
+}
+
+// launches it, where the device can while the kernel before it still runs; it waits for that one's end itself
+template <typename F> static void fasa_select_run(F kernel, fasa_select_args & a, const fasa_select_plan & plan, cudaStream_t stream) {
     a.cluster = plan.cluster && a.n_part > 1;
-    cudaLaunchAttribute attr = {};
-    const auto config = fasa_select_config(a, plan, &attr, ctx.stream());
+    cudaLaunchAttribute attr[2] = {};
+    auto config = fasa_select_config(a, plan, attr, stream);
+#ifdef GGML_CUDA_USE_PDL
+    static const char * env = getenv("GGML_CUDA_PDL");
+    if ((!env || atoi(env) != 0) && ggml_cuda_kernel_can_use_pdl((const void *) kernel)) {
+        attr[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attr[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+    }
+#endif
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a));
 }
 
-template <int K_DOM, int M> static void fasa_select_groups(ggml_backend_cuda_context & ctx, fasa_select_args & a, bool keep_scores) {
-    const int groups = K_DOM == FASA_K_DOM_Q4 ? a.tip.n_dom/FASA_GROUP : 0;
-    switch (groups) {
-        case 3:  fasa_select_launch<K_DOM, M, K_DOM == FASA_K_DOM_Q4 ? 3 : 0>(ctx, a, keep_scores); break;
-        case 4:  fasa_select_launch<K_DOM, M, K_DOM == FASA_K_DOM_Q4 ? 4 : 0>(ctx, a, keep_scores); break;
-        case 6:  fasa_select_launch<K_DOM, M, K_DOM == FASA_K_DOM_Q4 ? 6 : 0>(ctx, a, keep_scores); break;
-        default: fasa_select_launch<K_DOM, M, 0>(ctx, a, keep_scores); break;
+template <int K_DOM, int QUADS> static void fasa_select_launch(ggml_backend_cuda_context & ctx, fasa_select_args & a, bool keep_scores) {
+    static std::atomic<uint32_t> known[2] = {};
+    const auto & info = ggml_cuda_info().devices[ggml_cuda_get_device()];
+    GGML_ASSERT((fasa_tip_smem<K_DOM>(a.tip.n_dom, a.tip.d) <= offsetof(fasa_select_block, most)));
+    fasa_select_plan plan;
+    if (!keep_scores && !a.given) {
+        const auto kernel = fasa_select_raise_limits(fasa_select_kernel<K_DOM, QUADS, true>, known[0]);
+        // A cluster's barrier is cheaper, but with few rows clusters leave many multiprocessors idle: better for short contexts only.
+        const bool short_enough = a.tip.n_span <= 64 || a.n_row >= info.nsm/8;
+        const bool cluster = info.cc >= 900 && short_enough && fasa_select_plan_cluster(kernel, a, plan);
+        if (cluster || fasa_select_plan_together(kernel, a, plan, true)) {
+            fasa_select_run(kernel, a, plan, ctx.stream());
+            return;
+        }
     }
+    const auto kernel = fasa_select_raise_limits(fasa_select_kernel<K_DOM, QUADS, false>, known[1]);
+    fasa_select_plan_together(kernel, a, plan, false);
+    fasa_select_run(kernel, a, plan, ctx.stream());
 }
 
-template <int K_DOM> static void fasa_select_heads(ggml_backend_cuda_context & ctx, fasa_select_args & a, bool keep_scores) {
-    if (a.n_shared <= 2) {
-        fasa_select_groups<K_DOM, 2>(ctx, a, keep_scores);
-    } else if (a.n_shared <= 4) {
-        fasa_select_groups<K_DOM, 4>(ctx, a, keep_scores);
-    } else {
-        fasa_select_groups<K_DOM, 8>(ctx, a, keep_scores);
+template <int K_DOM> static void fasa_select_quads(ggml_backend_cuda_context & ctx, fasa_select_args & a, bool keep_scores) {
+    switch (K_DOM == FASA_K_DOM_F16 ? 0 : (a.tip.n_dom/FASA_GROUP + 3)/4) {
+        case 1:  fasa_select_launch<K_DOM, K_DOM == FASA_K_DOM_F16 ? 0 : 1>(ctx, a, keep_scores); break;
+        case 2:  fasa_select_launch<K_DOM, K_DOM == FASA_K_DOM_F16 ? 0 : 2>(ctx, a, keep_scores); break;
+        default: fasa_select_launch<K_DOM, 0>(ctx, a, keep_scores); break;
     }
 }
 
@@ -805,12 +902,13 @@ void fasa_cuda_select(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const 
     a.floor  = p.floor;
     a.cap    = p.cap;
     a.need   = p.mass > 0 ? std::max<uint64_t>(1, fasa_mass_need(p.mass, a.n_shared)) : 0;
+    a.bin_base = fasa_bin_base(std::max<uint32_t>(p.mass > 0 ? p.cap : p.budget, a.n_forced), a.n_shared);
     ggml_cuda_pool_alloc<uint32_t> key(ctx.pool(), (size_t) a.n_row*a.tip.n_kv);
     a.key = key.get();
     const bool keep_scores = p.device & FASA_SCORES_KEPT;
     switch (fasa_op_get(tip)->k_dom) {
-        case FASA_K_DOM_F16: fasa_select_heads<FASA_K_DOM_F16>(ctx, a, keep_scores); break;
-        case FASA_K_DOM_Q8:  fasa_select_heads<FASA_K_DOM_Q8> (ctx, a, keep_scores); break;
-        default:             fasa_select_heads<FASA_K_DOM_Q4> (ctx, a, keep_scores); break;
+        case FASA_K_DOM_F16: fasa_select_quads<FASA_K_DOM_F16>(ctx, a, keep_scores); break;
+        case FASA_K_DOM_Q8:  fasa_select_quads<FASA_K_DOM_Q8> (ctx, a, keep_scores); break;
+        default:             fasa_select_quads<FASA_K_DOM_Q4> (ctx, a, keep_scores); break;
     }
 }

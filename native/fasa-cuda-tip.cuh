@@ -2,8 +2,8 @@
 
 // TIP: refreshes K_dom of the stale cells, then estimates the logits of every cell from it, for the kernel in fasa-cuda-select.cu.
 //
-// A warp takes a span of FASA_SPAN cells of one KV head, lane = cell, two tiles at a time, and scores it for M query heads at once,
-// so K_dom is read once for all of them. The warp that refreshes a cell is the one that reads it. (Lists of several tokens share
+// A warp takes a span of FASA_SPAN cells of one KV head and scores it for four query heads at once, so K_dom is read once for all of
+// them. The block that refreshes a cell is the one that reads it. (Lists of several tokens share
 // cells; each refreshes them for itself, with the same bytes.)
 
 #include "fasa-cuda-row.cuh"
@@ -26,7 +26,7 @@ struct fasa_tip_args {
 };
 
 // orthonormal Walsh-Hadamard transform of blocks of row [d] in shared memory, by one warp
-static __device__ void fasa_hadamard(float * row, int d, int n_block) {
+static __device__ __noinline__ void fasa_hadamard(float * row, int d, int n_block) {
     const int lane = threadIdx.x % 32;
     const float scale = rsqrtf(n_block);
     for (int h = 1; h < n_block; h *= 2) {
@@ -113,16 +113,19 @@ template <int K_DOM> static __device__ __noinline__ void fasa_refresh(const fasa
     __syncwarp();
 }
 
-// The dominant part of M columns in shared memory: times weight and scale, beside q8 and q4 keys in 8 bits. A dot product of
-// bytes begins at the bits of 1.5*2^23, so that it is read back as a float by one subtraction, and, beside q4, at -8 times
+// The dominant part of TIP_HEADS query heads in shared memory: times weight and scale, beside q8 and q4 keys in 8 bits. A dot product of
+// bytes begins at the bits of 1.5*2^23, so that it is read back as a float without a conversion, and, beside q4, at -8 times
 // the sum of the query's bytes (a nibble n stands for n - 8).
-template <int K_DOM, int M> struct fasa_tip_query {
-    static constexpr int ZERO = 0x4b400000;
+static constexpr int   TIP_HEADS = 4;
+static constexpr int   TIP_ROWS  = 16; // rows of warps in shared memory
+static constexpr int   TIP_ZERO  = 0x4b400000;
+static constexpr float TIP_ZERO_VALUE = 12582912.0f;
 
-    float * x;    // [M][n_dom]            f16
-    int4  * word; // [M][n_dom/FASA_GROUP] q8, q4: 8 int8, the bits of their scale, the start of the dot product
+template <int K_DOM> struct fasa_tip_query {
+    float * x;    // [TIP_HEADS][n_dom]            f16
+    int4  * word; // [TIP_HEADS][n_dom/FASA_GROUP] q8, q4: 8 int8, the bits of their scale, the start of the dot product
 
-    static __host__ __device__ size_t bytes(int n_dom) { return K_DOM == FASA_K_DOM_F16 ? M*n_dom*4 : M*n_dom*2; }
+    static __host__ __device__ size_t bytes(int n_dom) { return K_DOM == FASA_K_DOM_F16 ? TIP_HEADS*n_dom*4 : TIP_HEADS*n_dom*2; }
 
     __device__ fasa_tip_query(char * smem) : x((float *) smem), word((int4 *) smem) {
     }
@@ -130,6 +133,10 @@ template <int K_DOM, int M> struct fasa_tip_query {
     // column m from the query head `head` of token `token`, by one warp; head < 0: nothing
     __device__ void set(const fasa_tip_args & a, int m, int h, int head, int64_t token, float * row) {
         const int lane = threadIdx.x % 32;
+        const int32_t * dims   = a.dims   + h*a.n_dom;
+        const float   * weight = a.weight + h*a.n_dom;
+        int   dim = lane < a.n_dom ? dims  [lane] : -1; // asked for together with the row
+        float w   = lane < a.n_dom ? weight[lane] : 0.0f;
         __syncwarp();
         for (int i = lane; i < a.d; i += 32) {
             row[i] = head < 0 ? 0.0f : ((const float *) (a.q + token*a.q_nb2 + head*a.q_nb1))[i];
@@ -138,44 +145,140 @@ template <int K_DOM, int M> struct fasa_tip_query {
         if (a.n_hadamard > 0) {
             fasa_hadamard(row, a.d, a.n_hadamard);
         }
-        const int32_t * dims   = a.dims   + h*a.n_dom;
-        const float   * weight = a.weight + h*a.n_dom;
-        for (int i = lane; K_DOM == FASA_K_DOM_F16 && i < a.n_dom; i += 32) {
-            x[m*a.n_dom + i] = dims[i] < 0 ? 0.0f : row[dims[i]]*weight[i]*a.scale;
-        }
-        for (int g = lane; K_DOM != FASA_K_DOM_F16 && g < a.n_dom/FASA_GROUP; g += 32) {
-            float v[FASA_GROUP], most = 0.0f;
-#pragma unroll
-            for (int i = 0; i < FASA_GROUP; ++i) {
-                const int dim = dims[g*FASA_GROUP + i];
-                v[i] = dim < 0 ? 0.0f : row[dim]*weight[g*FASA_GROUP + i]*a.scale;
-                most = fmaxf(most, fabsf(v[i]));
+        for (int i0 = 0; i0 < a.n_dom; i0 += 32) {
+            const int i = i0 + lane;
+            if (i0 > 0) {
+                dim = i < a.n_dom ? dims  [i] : -1;
+                w   = i < a.n_dom ? weight[i] : 0.0f;
             }
-            const float step = __fdiv_rn(most, 127.0f), inv = step > 0.0f ? __fdiv_rn(1.0f, step) : 0.0f;
-            uint32_t w[2] = { 0, 0 };
-            int sum = 0;
+            const float v = dim < 0 ? 0.0f : row[dim]*w*a.scale;
+            if constexpr (K_DOM == FASA_K_DOM_F16) {
+                if (i < a.n_dom) {
+                    x[m*a.n_dom + i] = v;
+                }
+            } else { // eight lanes are a group
+                float most = fabsf(v);
 #pragma unroll
-            for (int i = 0; i < FASA_GROUP; ++i) {
-                const int b = (int) fminf(127.0f, fmaxf(-127.0f, roundf(v[i]*inv)));
-                sum    += b;
-                w[i/4] |= (uint32_t) (b & 255) << 8*(i%4);
+                for (int half = 4; half > 0; half /= 2) {
+                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, half));
+                }
+                const float step = __fdiv_rn(most, 127.0f), inv = step > 0.0f ? __fdiv_rn(1.0f, step) : 0.0f;
+                const int b = (int) fminf(127.0f, fmaxf(-127.0f, roundf(v*inv))), sum = fasa_warp_sum<8>(b);
+                const int low = fasa_warp_sum<4>((b & 255) << 8*(lane%4)), high = __shfl_xor_sync(0xffffffff, low, 4); // of four lanes
+                if (lane%8 == 0 && i < a.n_dom) {
+                    word[m*(a.n_dom/FASA_GROUP) + i/FASA_GROUP] =
+                        make_int4(low, high, __float_as_int(step), TIP_ZERO - (K_DOM == FASA_K_DOM_Q4 ? 8*sum : 0));
+                }
             }
-            word[m*(a.n_dom/FASA_GROUP) + g] = make_int4(w[0], w[1], __float_as_int(step), ZERO - (K_DOM == FASA_K_DOM_Q4 ? 8*sum : 0));
         }
     }
 };
 
-// logits [2][M] of a cell of each of two tiles (lane = cell); GROUPS: number of groups of a cell, asked for at once; 0: any number
-template <int K_DOM, int M, int GROUPS>
-static __device__ __forceinline__ void fasa_tip_cells(const fasa_tip_query<K_DOM, M> & q, int n_dom, const char * const block[2], float out[2][M]) {
+// A tile is scored by a warp for TIP_HEADS heads at once: four values a thread. The two ways below differ in whose they are:
+//
+//   TIP_MMA   value i: cell lane/4*4 + i of the tile, head lane%4     tensor cores; keys in 8 and 4 bits, from 8.0 on
+//   else      value i: cell lane, head i
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+template <int K_DOM> static constexpr bool TIP_MMA = K_DOM != FASA_K_DOM_F16;
+#else
+template <int K_DOM> static constexpr bool TIP_MMA = false;
+#endif
+
+// d [16 cells][8 columns] = c + a [16][32 bytes] * b [32 bytes][8]; UNSIGNED: those of a are
+template <bool UNSIGNED> static __device__ __forceinline__ void fasa_mma(int (&d)[4], const uint32_t (&a)[4], const uint2 b, const int (&c)[4]) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    if constexpr (UNSIGNED) {
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+            : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+    } else {
+        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
+            : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+    }
+#endif
+}
+
+// Four groups of the queries as a right-hand side. A group has scales of its own, so its dot products are columns of their own, with
+// zeros at the other groups: 4 heads x 4 groups are two products of 8 columns. Thread lane gets column pairs of group lane%4; its
+// slot j, columns 0 and 1 of the first product and of the second, is head j ^ lane%4: then three exchanges add the groups up.
+struct fasa_tip_quad {
+    uint2 b[2];
+    float step[4]; // of the slots
+    int   start[2][4]; // of the products: of slots 2*j and 2*j + 1, for two cells
+
+    template <int K_DOM> __device__ void set(const fasa_tip_query<K_DOM> & q, int n_group, int quad) {
+        const int lane = threadIdx.x % 32, t = lane%4, column = lane/4;
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int group = 4*quad + column/2, head = (2*j + column%2) ^ column/2;
+            const int4 w = t == column/2 && group < n_group ? q.word[head*n_group + group] : make_int4(0, 0, 0, 0);
+            b[j] = make_uint2(w.x, w.y);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int4 w = 4*quad + t < n_group ? q.word[(j ^ t)*n_group + 4*quad + t] : make_int4(0, 0, 0, TIP_ZERO);
+            step[j] = __int_as_float(w.z), start[j/2][j%2] = start[j/2][j%2 + 2] = w.w;
+        }
+    }
+};
+
+// what a thread reads of one group of four cells
+template <int K_DOM> struct fasa_tip_raw {
+    static constexpr int WORDS = K_DOM == FASA_K_DOM_Q8 ? 2 : 1;
+    uint4 word[WORDS]; // of cells lane/4*4 + (0 to 3)
+    uint2 scale;
+
+    __device__ void load(const char * block, int n_group, int quad) {
+        const int lane = threadIdx.x % 32, g = 4*quad + lane%4;
+        scale = make_uint2(0, 0);
+#pragma unroll
+        for (int i = 0; i < WORDS; ++i) {
+            word[i] = make_uint4(0, 0, 0, 0);
+        }
+        if (g < n_group) {
+            scale = ((const uint2 *) block)[g*(FASA_TILE/4) + lane/4];
+#pragma unroll
+            for (int i = 0; i < WORDS; ++i) {
+                word[i] = ((const uint4 *) (block + n_group*FASA_TILE*2))[(g*WORDS + i)*(FASA_TILE/4) + lane/4];
+            }
+        }
+    }
+
+    // y[cell][slot] += the dot products of this thread's group
+    __device__ void dot(const fasa_tip_quad & q, float (&y)[4][4]) const {
+        constexpr bool Q4 = K_DOM == FASA_K_DOM_Q4;
+        const uint32_t lo[4] = { word[0].x, word[0].y, word[0].z, word[0].w };
+        const uint32_t hi[4] = { word[WORDS - 1].x, word[WORDS - 1].y, word[WORDS - 1].z, word[WORDS - 1].w };
+        const float2 s[2] = { __half22float2(*(const half2 *) &scale.x), __half22float2(*(const half2 *) &scale.y) };
+#pragma unroll
+        for (int i = 0; i < 2; ++i) { // 16 cells: of every four, the first or the second two
+            const uint32_t a[4] = { Q4 ? lo[2*i] & 0x0f0f0f0f : lo[2*i], Q4 ? lo[2*i + 1] & 0x0f0f0f0f : lo[2*i + 1],
+                                    Q4 ? hi[2*i] >> 4 & 0x0f0f0f0f : hi[2*i], Q4 ? hi[2*i + 1] >> 4 & 0x0f0f0f0f : hi[2*i + 1] };
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                int d[4];
+                fasa_mma<Q4>(d, a, q.b[j], q.start[j]);
+#pragma unroll
+                for (int k = 0; k < 4; ++k) { // the dot product times the scale is exact
+                    const float scale = k < 2 ? s[i].x : s[i].y;
+                    y[2*i + k/2][2*j + k%2] += __fmaf_rn(__int_as_float(d[k]), scale, -TIP_ZERO_VALUE*scale)*q.step[2*j + k%2];
+                }
+            }
+        }
+    }
+};
+
+// logits [2][TIP_HEADS] of a cell of each of two tiles, lane = cell
+template <int K_DOM>
+static __device__ __forceinline__ void fasa_tip_cells(const fasa_tip_query<K_DOM> & q, int n_dom, const char * const block[2], float (&out)[2][4]) {
     const int lane = threadIdx.x % 32, n_group = n_dom/FASA_GROUP;
     const size_t data = fasa_block_scales(K_DOM, n_dom);
-#pragma unroll
-    for (int m = 0; m < M; ++m) {
-        out[0][m] = out[1][m] = 0.0f;
-    }
     constexpr int WORDS = K_DOM == FASA_K_DOM_F16 ? 4 : K_DOM == FASA_K_DOM_Q8 ? 2 : 1; // of a group
-    const auto load = [&](int g, uint32_t v[2][WORDS], half s[2]) {
+#pragma unroll 2
+    for (int g = 0; g < n_group; ++g) {
+        uint32_t v[2][WORDS];
+        float    s[2] = {};
 #pragma unroll
         for (int u = 0; u < 2; ++u) {
             if constexpr (K_DOM == FASA_K_DOM_F16) {
@@ -185,17 +288,15 @@ static __device__ __forceinline__ void fasa_tip_cells(const fasa_tip_query<K_DOM
                     v[u][i] = x[0] | (uint32_t) x[FASA_TILE] << 16;
                 }
             } else {
-                s[u] = ((const half *) block[u])[g*FASA_TILE + lane];
+                s[u] = __half2float(((const half *) block[u])[g*FASA_TILE + lane]);
 #pragma unroll
                 for (int i = 0; i < WORDS; ++i) {
                     v[u][i] = ((const uint32_t *) (block[u] + data))[(g*WORDS + i)*FASA_TILE + lane];
                 }
             }
         }
-    };
-    const auto group = [&](int g, const uint32_t v[2][WORDS], const half s[2]) {
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
+        for (int m = 0; m < TIP_HEADS; ++m) {
             if constexpr (K_DOM == FASA_K_DOM_F16) {
 #pragma unroll
                 for (int i = 0; i < FASA_GROUP/2; ++i) {
@@ -210,31 +311,11 @@ static __device__ __forceinline__ void fasa_tip_cells(const fasa_tip_query<K_DOM
                 const int4 w = q.word[m*n_group + g];
 #pragma unroll
                 for (int u = 0; u < 2; ++u) {
-                    const int lo = K_DOM == FASA_K_DOM_Q4 ? v[u][0] & 0x0f0f0f0f : v[u][0], hi = K_DOM == FASA_K_DOM_Q4 ? v[u][0] >> 4 & 0x0f0f0f0f : v[u][1];
+                    const int lo = K_DOM == FASA_K_DOM_Q4 ? v[u][0] & 0x0f0f0f0f : v[u][0], hi = K_DOM == FASA_K_DOM_Q4 ? v[u][0] >> 4 & 0x0f0f0f0f : v[u][WORDS - 1];
                     const int dot = __dp4a(hi, w.y, __dp4a(lo, w.x, w.w));
-                    out[u][m] += (__int_as_float(dot) - 12582912.0f)*(__half2float(s[u])*__int_as_float(w.z));
+                    out[u][m] += (__int_as_float(dot) - TIP_ZERO_VALUE)*s[u]*__int_as_float(w.z);
                 }
             }
-        }
-    };
-    if constexpr (GROUPS > 0) {
-        uint32_t v[GROUPS][2][WORDS];
-        half     s[GROUPS][2];
-#pragma unroll
-        for (int g = 0; g < GROUPS; ++g) {
-            load(g, v[g], s[g]);
-        }
-#pragma unroll
-        for (int g = 0; g < GROUPS; ++g) {
-            group(g, v[g], s[g]);
-        }
-    } else {
-#pragma unroll 2
-        for (int g = 0; g < n_group; ++g) {
-            uint32_t v[2][WORDS];
-            half     s[2] = {};
-            load(g, v, s);
-            group(g, v, s);
         }
     }
 }
@@ -248,166 +329,337 @@ struct fasa_tip_list {
     float * tip;                    // the rows of the list in the TIP node's memory; their ends take e and sum of every span
 };
 
-// TIP of a list. smem: room for the queries and a row for every warp (fasa_tip_smem); piece [2][n_warp][M]. A warp takes a span,
+// TIP of a list. smem: room for the queries and rows of warps (fasa_tip_smem); piece [2][n_warp][TIP_HEADS]. A warp takes a span,
 // or where the block has fewer spans than warps a piece of one.
-template <int K_DOM, int M, int GROUPS> struct fasa_tip_block {
+// QUADS: groups of a cell by fours, asked for ahead; 0: any number. FOURS: l.x may be read and written by fours, up to the end of a tile.
+template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
+    static constexpr bool MMA   = TIP_MMA<K_DOM>;
+    static constexpr int  TILES = FASA_SPAN/FASA_TILE;
+    static constexpr int  KEPT  = QUADS > 0 ? QUADS : 1;
+    static constexpr int  AHEAD = !MMA ? 2 : 4/KEPT/fasa_tip_raw<K_DOM>::WORDS; // tiles that are asked for at once
+
     const fasa_tip_args & a;
     const fasa_tip_list & l;
-    fasa_tip_query<K_DOM, M> query;
-    float      * row;
-    char       * blocks;
-    const half * mask;
+    fasa_tip_query<K_DOM> query;
+    float          * row;
+    char           * blocks;
+    const uint16_t * mask; // f16 bits
     int h, s, g0 = 0;
+
+    struct tile {
+        fasa_tip_raw<K_DOM> raw[KEPT];
+        uint16_t hide; // of cell `lane`
+    };
+    static constexpr uint16_t HIDDEN = 0xfc00; // -inf
 
     __device__ fasa_tip_block(const fasa_tip_args & a, const fasa_tip_list & l, char * smem) : a(a), l(l), query(smem) {
         const int t = l.token%a.n_tps;
         s = l.token/a.n_tps, h = l.head0/a.n_group;
-        row    = (float *) (smem + fasa_tip_query<K_DOM, M>::bytes(a.n_dom)) + threadIdx.x/32*a.d;
+        row    = (float *) (smem + fasa_tip_query<K_DOM>::bytes(a.n_dom)) + threadIdx.x/32%TIP_ROWS*a.d;
         blocks = a.k_dom + s*a.k_dom_nb3 + h*a.k_dom_nb2;
-        mask   = (const half *) (a.mask + s*a.mask_nb3 + t*a.mask_nb1);
-        const int64_t end = (l.last + FASA_TILE - 1)/FASA_TILE*a.k_dom_nb1;
-        for (int64_t i = l.first/FASA_TILE*a.k_dom_nb1 + threadIdx.x*128; i < end; i += blockDim.x*128) {
-            asm volatile("prefetch.global.L2 [%0];" :: "l"(blocks + i)); // while the queries are made ready
+        mask   = (const uint16_t *) (a.mask + s*a.mask_nb3 + t*a.mask_nb1);
+    }
+
+    __device__ __forceinline__ const char * block(int cell) const {
+        return blocks + (uint64_t) ((uint32_t) cell/FASA_TILE)*(uint32_t) a.k_dom_nb1;
+    }
+
+    // the tile at `from`; nothing of it, and all cells hidden, from `to` on
+    __device__ __forceinline__ void load(tile & x, int from, int to) const {
+        const int cell = from + threadIdx.x % 32;
+        x.hide = HIDDEN;
+        if (from < to) {
+#pragma unroll
+            for (int i = 0; i < KEPT && QUADS > 0; ++i) {
+                x.raw[i].load(block(from), a.n_dom/FASA_GROUP, i);
+            }
+            if (cell < to) {
+                x.hide = mask[cell];
+            }
         }
     }
 
-    // logits of cells [from, to), one warp; top: the largest that this lane saw
-    __device__ void logits(int from, int to, float top[M]) {
+    // the tile's logits, by the tensor cores, from what is in x or, for any number of groups, from memory
+    __device__ __forceinline__ void score(const tile & x, const fasa_tip_quad (&quads)[KEPT], int from, int to, float (&out)[4]) const {
         const int lane = threadIdx.x % 32;
-        if (g0 == 0) {
-            fasa_refresh<K_DOM>(a, h, s, from, to, row);
-        }
-#pragma unroll 1
-        for (int tile = from; tile < to; tile += 2*FASA_TILE) {
-            const char * const first = blocks + tile/FASA_TILE*a.k_dom_nb1;
-            const char * const block[2] = { first, tile + FASA_TILE < to ? first + a.k_dom_nb1 : first };
-            float hide[2], y[2][M];
+        float y[4][4] = {};
+        if constexpr (QUADS > 0) {
 #pragma unroll
-            for (int u = 0; u < 2; ++u) {
-                const int cell = tile + u*FASA_TILE + lane;
-                hide[u] = cell < to ? __half2float(mask[cell]) : -INFINITY;
+            for (int i = 0; i < QUADS; ++i) {
+                x.raw[i].dot(quads[i], y);
             }
-            fasa_tip_cells<K_DOM, M, GROUPS>(query, a.n_dom, block, y);
+        } else if (from < to) {
+            const int n_group = a.n_dom/FASA_GROUP;
+#pragma unroll 1
+            for (int i = 0; i < (n_group + 3)/4; ++i) {
+                fasa_tip_raw<K_DOM> raw;
+                fasa_tip_quad       quad;
+                raw.load(block(from), n_group, i);
+                quad.set(query, n_group, i);
+                raw.dot(quad, y);
+            }
+        }
 #pragma unroll
-            for (int u = 0; u < 2; ++u) {
-                const int cell = tile + u*FASA_TILE + lane;
+        for (int i = 0; i < 4; ++i) { // slot j of the neighbour t ^ j is this thread's head
+            const float pair = y[i][1] + __shfl_xor_sync(0xffffffff, y[i][3], 2);
+            out[i] = y[i][0] + __shfl_xor_sync(0xffffffff, y[i][2], 2) + __shfl_xor_sync(0xffffffff, pair, 1);
+        }
+        if (a.soft_cap > 0.0f) {
 #pragma unroll
-                for (int m = 0; m < M; ++m) {
-                    const float v = a.soft_cap > 0.0f ? fasa_soft_cap(y[u][m], a.soft_cap) : y[u][m], logit = hide[u] > -INFINITY ? v + hide[u] : -INFINITY;
-                    top[m] = fmaxf(top[m], logit);
-                    if (cell < to && g0 + m < l.n_shared) {
-                        l.x[(g0 + m)*l.x_stride + cell - l.first] = logit;
-                    }
+            for (int i = 0; i < 4; ++i) {
+                out[i] = fasa_soft_cap(out[i], a.soft_cap);
+            }
+        }
+        if (__any_sync(0xffffffff, x.hide != 0)) { // few tiles, as a rule
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                out[i] = hidden(out[i], __shfl_sync(0xffffffff, (int) x.hide, lane/4*4 + i));
+            }
+        }
+    }
+
+    static __device__ float hidden(float y, uint16_t hide) {
+        return hide == HIDDEN ? -INFINITY : y + __half2float(__ushort_as_half(hide));
+    }
+
+    // two tiles' logits, lane = cell
+    __device__ __forceinline__ void score_cells(int from, int to, float (&out)[2][4]) const {
+        const char * const pair[2] = { block(from), block(from + FASA_TILE < to ? from + FASA_TILE : from) };
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+#pragma unroll
+            for (int m = 0; m < 4; ++m) {
+                out[u][m] = 0.0f;
+            }
+        }
+        if (from < to) {
+            fasa_tip_cells<K_DOM>(query, a.n_dom, pair, out);
+        }
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+            const int cell = from + u*FASA_TILE + (int) threadIdx.x % 32;
+            const uint16_t hide = cell < to ? mask[cell] : HIDDEN;
+#pragma unroll
+            for (int m = 0; m < 4; ++m) {
+                out[u][m] = hidden(a.soft_cap > 0.0f ? fasa_soft_cap(out[u][m], a.soft_cap) : out[u][m], hide);
+            }
+        }
+    }
+
+    // over the lanes that hold values of the same head
+    static __device__ float most_of(float x) {
+#pragma unroll
+        for (int half = 16; half >= (MMA ? 4 : 1); half /= 2) {
+            x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, half));
+        }
+        return x;
+    }
+    static __device__ float sum_of(float x) {
+#pragma unroll
+        for (int half = 16; half >= (MMA ? 4 : 1); half /= 2) {
+            x += __shfl_xor_sync(0xffffffff, x, half);
+        }
+        return x;
+    }
+
+    static __device__ float exponent(float most) { return most == -INFINITY ? -INFINITY : rintf(most*LOG2E); }
+
+    // this thread's values of the tile at `from`, in l.x; -inf where it has none
+    __device__ __forceinline__ void get(float (&y)[4], int from, int to) const {
+        const int cell = from + first_cell(), head = g0 + first_head();
+        const float * x = l.x + head*(int) l.x_stride + cell - l.first;
+        y[0] = y[1] = y[2] = y[3] = -INFINITY;
+        if constexpr (MMA && FOURS) {
+            if (head < l.n_shared) {
+                const float4 v = *(const float4 *) x;
+                y[0] = v.x, y[1] = v.y, y[2] = v.z, y[3] = v.w;
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (head + (MMA ? 0 : i) < l.n_shared && cell + (MMA ? i : 0) < to) {
+                    y[i] = x[MMA ? i : i*l.x_stride];
                 }
             }
         }
     }
-
-    // logits of head g0 + m to exponentials relative to 2^e; returns their sum
-    __device__ float exponentials(int from, int to, int m, float e) const {
-        float sum = 0.0f, * x = l.x + (g0 + m)*l.x_stride - l.first;
-#pragma unroll 4
-        for (int cell = from + threadIdx.x % 32; cell < to; cell += 32) {
-            const float logit = x[cell], y = logit*LOG2E - e, v = y > -FASA_SPAN_RANGE ? fasa_exp2(y) : 0.0f;
-            x[cell] = logit == -INFINITY ? -1.0f : v;
-            sum += v; // 0 where the cell is hidden: -inf - e, or NaN
+    __device__ __forceinline__ void put(const float (&y)[4], int from, int to) const {
+        const int cell = from + first_cell(), head = g0 + first_head();
+        float * x = l.x + head*(int) l.x_stride + cell - l.first;
+        if constexpr (MMA && FOURS) {
+            if (head < l.n_shared && from < to) {
+                asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" // the compiler would write them one by one
+                    :: "r"((uint32_t) __cvta_generic_to_shared(x)), "f"(y[0]), "f"(y[1]), "f"(y[2]), "f"(y[3]) : "memory");
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                if (head + (MMA ? 0 : i) < l.n_shared && cell + (MMA ? i : 0) < to) {
+                    x[MMA ? i : i*l.x_stride] = y[i];
+                }
+            }
         }
-        return fasa_warp_sum(sum);
+    }
+    static __device__ int first_cell() { return MMA ? threadIdx.x % 32/4*4 : threadIdx.x % 32; }
+    static __device__ int first_head() { return MMA ? threadIdx.x % 4 : 0; }
+
+    // logits to exponentials relative to 2^e, added to sum
+    __device__ __forceinline__ void exponentials(float (&y)[4], const float * e, float * sum) const {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            const float x = y[i]*LOG2E - e[MMA ? 0 : i], v = x > -FASA_SPAN_RANGE ? fasa_exp2(x) : 0.0f; // 0 where hidden: -inf or NaN
+            sum[MMA ? 0 : i] += v;
+            y[i] = y[i] == -INFINITY ? -1.0f : v;
+        }
     }
 
+    // e and sum of head g0 + m over a span
     __device__ void write(int m, int span, float e, float sum) const {
         float * row = l.tip + (int64_t) (g0 + m)*a.n_len + a.n_kv;
         row[span] = e, row[a.n_span + span] = sum;
     }
 
-    static __device__ float exponent(float most) { return most == -INFINITY ? -INFINITY : rintf(most*LOG2E); }
-
-    __device__ void spans() {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x/32, n_warp = blockDim.x/32;
-        for (int from = l.first + warp*FASA_SPAN; from < l.last; from += n_warp*FASA_SPAN) {
-            const int to = min(l.last, from + FASA_SPAN);
-            float top[M];
+    // Heads g0 and on. n_tile: tiles of a warp, a span's or where the block has few cells a part of it
+    __device__ void heads(int n_tile, float * piece) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x/32, n_warp = blockDim.x/32, cells = n_tile*FASA_TILE;
+        const int start = l.first + warp*cells;
+        constexpr int OWN = MMA ? 1 : TIP_HEADS; // heads of a thread
+        tile ahead[AHEAD];
+        const auto ask = [&]() {
 #pragma unroll
-            for (int m = 0; m < M; ++m) {
-                top[m] = -INFINITY;
+            for (int u = 0; u < AHEAD && MMA; ++u) {
+                load(ahead[u], start + u*FASA_TILE, min(l.last, start + cells));
             }
-            logits(from, to, top);
+        };
+        ask(); // together with what the queries are made of, and with the ranges
+        const int32_t * range = a.ranges + s*2*FASA_MAX_RANGES + (lane < FASA_MAX_RANGES ? 2*lane : 0);
+        const int stale_from = range[0], stale_to = range[1];
+        __syncthreads();
+        for (int m = warp; m < TIP_HEADS; m += n_warp) {
+            query.set(a, m, h, g0 + m < l.n_shared ? l.head0 + g0 + m : -1, l.token, row);
+        }
+        __syncthreads();
+        if (g0 == 0 && __any_sync(0xffffffff, max(stale_from, l.first) < min(stale_to, l.last))) { // in all warps or in none
+            refresh();
+            ask();
+        }
+        fasa_tip_quad quads[KEPT];
 #pragma unroll
-            for (int m = 0; m < M; ++m) {
-                if (g0 + m < l.n_shared) {
-                    const float e = exponent(fasa_warp_max(top[m])), sum = exponentials(from, to, m, e);
-                    if (lane == 0) {
-                        write(m, from/FASA_SPAN, e, sum);
-                    }
+        for (int i = 0; i < KEPT && MMA && QUADS > 0; ++i) {
+            quads[i].set(query, a.n_dom/FASA_GROUP, i);
+        }
+#pragma unroll 1
+        for (int from = start; from < l.last || n_tile < TILES; from += n_warp*cells) {
+            const int to = min(l.last, from + cells), next = from + n_warp*cells;
+            float y[4], most[OWN], sum[OWN], e[OWN];
+#pragma unroll
+            for (int m = 0; m < OWN; ++m) {
+                most[m] = -INFINITY, sum[m] = 0.0f;
+            }
+            const auto keep = [&](float (&y)[4], int at) {
+                put(y, at, to);
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    most[MMA ? 0 : j] = fmaxf(most[MMA ? 0 : j], y[j]);
                 }
+            };
+#pragma unroll 1
+            for (int i = 0; i < n_tile; i += AHEAD) {
+                if constexpr (MMA) {
+#pragma unroll
+                    for (int u = 0; u < AHEAD; ++u) {
+                        if (i + u < n_tile) {
+                            const int at = from + (i + u)*FASA_TILE, on = i + u + AHEAD - n_tile; // `on`: of the next span
+                            score(ahead[u], quads, at, to, y);
+                            load(ahead[u], on < 0 ? at + AHEAD*FASA_TILE : next + on*FASA_TILE, on < 0 ? to : min(l.last, next + cells));
+                            keep(y, at);
+                        }
+                    }
+                } else {
+                    float pair[2][4];
+                    score_cells(from + i*FASA_TILE, to, pair);
+                    keep(pair[0], from + i*FASA_TILE);
+                    keep(pair[1], from + (i + 1)*FASA_TILE);
+                }
+            }
+#pragma unroll
+            for (int m = 0; m < OWN; ++m) {
+                most[m] = most_of(most[m]);
+            }
+            if (n_tile < TILES) {
+                together(n_tile, piece, most, -INFINITY, [](float x, float y) { return fmaxf(x, y); });
+            }
+#pragma unroll
+            for (int m = 0; m < OWN; ++m) {
+                e[m] = exponent(most[m]);
+            }
+#pragma unroll 2
+            for (int at = from; at < to; at += FASA_TILE) {
+                get(y, at, to);
+                exponentials(y, e, sum);
+                put(y, at, to);
+            }
+#pragma unroll
+            for (int m = 0; m < OWN; ++m) {
+                sum[m] = sum_of(sum[m]);
+            }
+            if (n_tile < TILES) {
+                together(n_tile, piece + n_warp*TIP_HEADS, sum, 0.0f, [](float x, float y) { return x + y; });
+            }
+#pragma unroll
+            for (int m = 0; m < TIP_HEADS; ++m) {
+                if (lane == (MMA ? m : 0) && from%FASA_SPAN == 0 && from < l.last && g0 + m < l.n_shared) {
+                    write(m, from/FASA_SPAN, e[MMA ? 0 : m], sum[MMA ? 0 : m]);
+                }
+            }
+            if (n_tile < TILES) {
+                return;
             }
         }
     }
 
-    // n_tile tiles for every warp, less than a span
-    __device__ void pieces(int n_tile, float * piece) {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x/32, n_warp = blockDim.x/32, per = FASA_SPAN/FASA_TILE/n_tile; // pieces of a span
-        const int from = l.first + warp*n_tile*FASA_TILE, to = min(l.last, from + n_tile*FASA_TILE);
-        float top[M], * sums = piece + n_warp*M;
+    // what the warps of a span have, put together in their order; all warps of the block come here
+    template <typename F> static __device__ void together(int n_tile, float * piece, float * x, float none, F add) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x/32, per = TILES/n_tile;
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
-            top[m] = -INFINITY;
-        }
-        logits(from, to, top);
-#pragma unroll
-        for (int m = 0; m < M; ++m) {
-            const float most = fasa_warp_max(top[m]);
-            if (lane == 0) {
-                piece[warp*M + m] = most;
+        for (int m = 0; m < TIP_HEADS; ++m) {
+            if (lane == (MMA ? m : 0)) {
+                piece[warp*TIP_HEADS + m] = x[MMA ? 0 : m];
             }
         }
         __syncthreads();
 #pragma unroll
-        for (int m = 0; m < M; ++m) {
-            float most = -INFINITY;
+        for (int m = 0; m < (MMA ? 1 : TIP_HEADS); ++m) {
+            x[m] = none;
             for (int w = warp/per*per; w < warp/per*per + per; ++w) {
-                most = fmaxf(most, piece[w*M + m]);
+                x[m] = add(x[m], piece[w*TIP_HEADS + (MMA ? lane%4 : m)]);
             }
-            const float sum = g0 + m < l.n_shared ? exponentials(from, to, m, exponent(most)) : 0.0f;
-            if (lane == 0) {
-                sums[warp*M + m] = sum;
-            }
+        }
+    }
+
+    // the stale cells of the block, by TIP_ROWS of its warps
+    __device__ void refresh() const {
+        const int warp = threadIdx.x/32, each = (l.last - l.first + TIP_ROWS - 1)/TIP_ROWS, from = l.first + warp*each;
+        if (warp < TIP_ROWS && from < l.last) {
+            fasa_refresh<K_DOM>(a, h, s, from, min(l.last, from + each), row);
         }
         __syncthreads();
-        const int m = threadIdx.x%M, first = threadIdx.x/M*per, span = l.first/FASA_SPAN + threadIdx.x/M;
-        if (first < n_warp && span*FASA_SPAN < l.last && g0 + m < l.n_shared) {
-            float most = -INFINITY, sum = 0.0f;
-            for (int w = first; w < first + per; ++w) {
-                most = fmaxf(most, piece[w*M + m]);
-                sum += sums[w*M + m];
-            }
-            write(m, span, exponent(most), sum);
-        }
     }
 
     __device__ void run(float * piece) {
-        const int warp = threadIdx.x/32, n_warp = blockDim.x/32;
-        int n_tile = FASA_SPAN/FASA_TILE;
+        const int n_warp = blockDim.x/32;
+        int n_tile = TILES;
         while (n_tile > 1 && (l.last - l.first + FASA_TILE - 1)/FASA_TILE <= n_warp*n_tile/2) {
             n_tile /= 2;
         }
-        for (g0 = 0; g0 < l.n_shared; g0 += M) {
-            __syncthreads();
-            for (int m = warp; m < M; m += n_warp) {
-                query.set(a, m, h, g0 + m < l.n_shared ? l.head0 + g0 + m : -1, l.token, row);
-            }
-            __syncthreads();
-            if (n_tile < FASA_SPAN/FASA_TILE) {
-                pieces(n_tile, piece);
-            } else {
-                spans();
-            }
+        for (g0 = 0; g0 < l.n_shared; g0 += TIP_HEADS) {
+            heads(n_tile, piece);
         }
     }
 };
 
-template <int K_DOM, int M> static size_t fasa_tip_smem(int n_dom, int d, int n_warp) {
-    return fasa_tip_query<K_DOM, M>::bytes(n_dom) + (size_t) n_warp*d*sizeof(float);
+template <int K_DOM> static size_t fasa_tip_smem(int n_dom, int d) {
+    return fasa_tip_query<K_DOM>::bytes(n_dom) + (size_t) TIP_ROWS*d*sizeof(float);
 }
 
 static fasa_tip_args fasa_tip_args_make(const ggml_tensor * tip) {

@@ -74,7 +74,6 @@ struct fasa_work {
         uint32_t  part [PARTS], equal[PARTS];
         uint32_t  n_edge,     unused_1[31]; // cache lines of their own: every block of a row is at them
         uint32_t  arrived,    unused_2[31];
-        uint32_t  generation, unused_3[31];
     } slots[SLOTS];
 };
 
