@@ -84,10 +84,3 @@ static __device__ __forceinline__ float fasa_exp2(float x) {
 static __device__ __forceinline__ float fasa_soft_cap(float x, float cap) {
     return cap*(1.0f - 2.0f/(fasa_exp2(x/cap*2.88539008f) + 1.0f));
 }
-
-// all threads of a cluster arrive before one goes on, and see what was written before
-static __device__ __forceinline__ void fasa_cluster_sync() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-#endif
-}

@@ -14,8 +14,7 @@
 // edge alone, in ever narrower bins, until few are left or all of them are equal. Keys and shares are whole numbers, so nothing
 // depends on the order of the blocks.
 //
-// The blocks of a row are a cluster where that pays and the GPU has clusters (9.0 and later); elsewhere they are launched together
-// (cooperatively), and their barriers spin.
+// The blocks of a row are launched together (cooperatively), and their barriers spin.
 
 #include "fasa-cuda.cuh"
 #include "fasa-cuda-tip.cuh"
@@ -61,7 +60,6 @@ struct fasa_select_args {
     int n_row, n_list, n_shared, n_forced, n_list_len, n_part, part_cells; // n_shared: query heads of a list
     int  bin_base;
     bool given;             // the scores are in `scores` already
-    bool cluster;           // the blocks of a row are a cluster
     uint32_t budget, floor, cap;
     uint64_t need;          // of the shares; 0: the budget decides
 };
@@ -116,12 +114,11 @@ template <typename T> static __device__ T fasa_block_scan(T x, T * warps, T & to
 // All blocks of a row arrive before one leaves; what they wrote before is seen after (through L2: __ldcg).
 struct fasa_row_barrier {
     fasa_work::slot & slot;
-    const int  n_part;
-    const bool cluster;
-    uint32_t   phase = 0, mine = 1; // the top bit of slot.arrived turns with every barrier: its blocks add 2^31 together
+    const int n_part;
+    uint32_t  phase = 0, mine = 1; // the top bit of slot.arrived turns with every barrier: its blocks add 2^31 together
 
-    __device__ fasa_row_barrier(fasa_work::slot & slot, int part, int n_part, bool cluster) : slot(slot), n_part(n_part), cluster(cluster) {
-        if (n_part > 1 && !cluster) {
+    __device__ fasa_row_barrier(fasa_work::slot & slot, int part, int n_part) : slot(slot), n_part(n_part) {
+        if (n_part > 1) {
             phase = *(volatile uint32_t *) &slot.arrived;
             mine  = part == 0 ? 0x80000001u - n_part : 1;
         }
@@ -132,12 +129,6 @@ struct fasa_row_barrier {
             __syncthreads();
             return;
         }
-#if __CUDA_ARCH__ >= 900
-        if (cluster) {
-            fasa_cluster_sync();
-            return;
-        }
-#endif
         __syncthreads();
         if (threadIdx.x == 0) {
             __threadfence();
@@ -724,9 +715,7 @@ static __global__ void __launch_bounds__(N_THREAD, 1) fasa_select_kernel(const _
         l.x_stride = IN_SMEM ? a.part_cells + ROW_PAD : a.tip.n_len;
         return l;
     };
-    ggml_cuda_pdl_sync(); // the kernel before this one is done
-    ggml_cuda_pdl_lc();   // FAC may take the place of blocks that are done
-    fasa_row_barrier row_barrier(slot, part, a.n_part, a.cluster);
+    fasa_row_barrier row_barrier(slot, part, a.n_part);
     for (int row = blockIdx.y; row < a.n_row; row += gridDim.y) {
         const fasa_tip_list l = list(row);
         if (IN_SMEM || !a.given) {
@@ -743,61 +732,14 @@ static __global__ void __launch_bounds__(N_THREAD, 1) fasa_select_kernel(const _
 // ---- how a row is divided ----
 
 struct fasa_select_plan {
-    int    slots;   // rows at a time
-    size_t smem;    // bytes
-    bool   cluster;
+    int    slots; // rows at a time
+    size_t smem;  // bytes
 };
 
 static void fasa_select_divide(fasa_select_args & a, int parts) {
     const int spans = std::max(1, a.tip.n_span);
     a.part_cells = (spans + parts - 1)/parts*FASA_SPAN;
     a.n_part     = (spans*FASA_SPAN + a.part_cells - 1)/a.part_cells;
-}
-
-static cudaLaunchConfig_t fasa_select_config(const fasa_select_args & a, const fasa_select_plan & plan, cudaLaunchAttribute * attr, cudaStream_t stream) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim  = dim3(a.n_part, plan.slots);
-    config.blockDim = dim3(N_THREAD);
-    config.dynamicSmemBytes = plan.smem;
-    config.stream   = stream;
-    config.attrs    = attr;
-    if (a.n_part > 1 && plan.cluster) {
-        attr->id = cudaLaunchAttributeClusterDimension;
-        attr->val.clusterDim.x = a.n_part;
-        attr->val.clusterDim.y = attr->val.clusterDim.z = 1;
-    } else if (a.n_part > 1) {
-        attr->id = cudaLaunchAttributeCooperative;
-        attr->val.cooperative = 1;
-    }
-    config.numAttrs = a.n_part > 1;
-    return config;
-}
-
-// A row is a cluster of up to 16 blocks: as many as the cells and the GPU's size give work to. False: the GPU cannot.
-template <typename F> static bool fasa_select_plan_cluster(F kernel, fasa_select_args & a, fasa_select_plan & plan) {
-    const auto & info = ggml_cuda_info().devices[ggml_cuda_get_device()];
-    const size_t most = info.smpbo - STATIC_SMEM;
-    plan.cluster = true;
-    plan.slots   = std::min(a.n_row, (int) fasa_work::SLOTS);
-    const int useful = std::max(1, std::min(a.tip.n_span/2, info.nsm/plan.slots));
-    for (int parts = 16; parts > 0; --parts) {
-        fasa_select_divide(a, parts);
-        plan.smem = sizeof(fasa_select_block) + (size_t) a.n_shared*(a.part_cells + ROW_PAD)*sizeof(float);
-        if (plan.smem > most) {
-            return false; // fewer parts need more
-        }
-        if (parts > useful && (size_t) (a.tip.n_span + useful - 1)/useful*(FASA_SPAN + ROW_PAD)*a.n_shared*sizeof(float) + sizeof(fasa_select_block) <= most) {
-            continue; // as many as are useful would do
-        }
-        int clusters = 0;
-        cudaLaunchAttribute attr = {};
-        const auto config = fasa_select_config(a, plan, &attr, nullptr);
-        if (a.n_part == 1 || (cudaOccupancyMaxActiveClusters(&clusters, kernel, &config) == cudaSuccess && clusters >= std::min(plan.slots, info.nsm/16))) {
-            return true;
-        }
-        (void) cudaGetLastError();
-    }
-    return false;
 }
 
 // A row is shared by blocks that all run together. False: their cells do not fit in shared memory, where they are wanted.
@@ -809,8 +751,7 @@ template <typename F> static bool fasa_select_plan_together(F kernel, fasa_selec
         return per_sm*info.nsm;
     };
     const int most = together(sizeof(fasa_select_block)), useful = std::max(1, a.tip.n_span/2);
-    plan.cluster = false;
-    plan.slots   = std::min({ a.n_row, most, (int) fasa_work::SLOTS });
+    plan.slots = std::min({ a.n_row, most, (int) fasa_work::SLOTS });
     const int parts = info.supports_cooperative_launch ? std::max(1, std::min({ most/plan.slots, (int) fasa_work::PARTS, useful })) : 1;
     for (int p = parts; p > 0 && in_smem; --p) {
         fasa_select_divide(a, p);
@@ -833,40 +774,33 @@ template <typename F> static F fasa_select_raise_limits(F kernel, std::atomic<ui
     const auto & info   = ggml_cuda_info().devices[device];
     if (!(known & 1u << device)) {
         CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, info.smpbo - STATIC_SMEM));
-        if (info.cc >= 900) {
-            CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1));
-        }
         known |= 1u << device;
     }
     return kernel;
 }
 
-// launches it, where the device can while the kernel before it still runs; it waits for that one's end itself
-template <typename F> static void fasa_select_run(F kernel, fasa_select_args & a, const fasa_select_plan & plan, cudaStream_t stream) {
-    a.cluster = plan.cluster && a.n_part > 1;
-    cudaLaunchAttribute attr[2] = {};
-    auto config = fasa_select_config(a, plan, attr, stream);
-#ifdef GGML_CUDA_USE_PDL
-    static const char * env = getenv("GGML_CUDA_PDL");
-    if ((!env || atoi(env) != 0) && ggml_cuda_kernel_can_use_pdl((const void *) kernel)) {
-        attr[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attr[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-    }
-#endif
+// No clusters and no early launch here: a CUDA graph that was captured with them is not safe to update in place (docs/gpu.md)
+template <typename F> static void fasa_select_run(F kernel, const fasa_select_args & a, const fasa_select_plan & plan, cudaStream_t stream) {
+    cudaLaunchAttribute together = {};
+    together.id = cudaLaunchAttributeCooperative;
+    together.val.cooperative = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim  = dim3(a.n_part, plan.slots);
+    config.blockDim = dim3(N_THREAD);
+    config.dynamicSmemBytes = plan.smem;
+    config.stream   = stream;
+    config.attrs    = &together;
+    config.numAttrs = a.n_part > 1;
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a));
 }
 
 template <int K_DOM, int QUADS> static void fasa_select_launch(ggml_backend_cuda_context & ctx, fasa_select_args & a, bool keep_scores) {
     static std::atomic<uint32_t> known[2] = {};
-    const auto & info = ggml_cuda_info().devices[ggml_cuda_get_device()];
     GGML_ASSERT((fasa_tip_smem<K_DOM>(a.tip.n_dom, a.tip.d) <= offsetof(fasa_select_block, most)));
     fasa_select_plan plan;
     if (!keep_scores && !a.given) {
         const auto kernel = fasa_select_raise_limits(fasa_select_kernel<K_DOM, QUADS, true>, known[0]);
-        // A cluster's barrier is cheaper, but with few rows clusters leave many multiprocessors idle: better for short contexts only.
-        const bool short_enough = a.tip.n_span <= 64 || a.n_row >= info.nsm/8;
-        const bool cluster = info.cc >= 900 && short_enough && fasa_select_plan_cluster(kernel, a, plan);
-        if (cluster || fasa_select_plan_together(kernel, a, plan, true)) {
+        if (fasa_select_plan_together(kernel, a, plan, true)) {
             fasa_select_run(kernel, a, plan, ctx.stream());
             return;
         }
