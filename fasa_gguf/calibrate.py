@@ -20,7 +20,7 @@ from . import __version__, native, reference
 from .embed import read_shape, sliding_windows, weights_sha256
 from .errors import FasaError
 from .gguf_file import GGUFFile
-from .profile import METHODS, Profile
+from .profile import MAX_CHUNKS, METHODS, Profile
 from .ranking import CalibrationParams, LayerSample, rank_layer
 from .session import Session
 
@@ -49,6 +49,8 @@ class Calibrator:
 
     def __init__(self, params: CalibrationParams, n_threads: int = 0) -> None:
         self.params, self.n_threads = params, n_threads or os.cpu_count() or 1
+        if not 0 <= params.chunks <= MAX_CHUNKS:
+            raise FasaError(f"--chunks {params.chunks}: expected 0 to {MAX_CHUNKS}")
         if params.method not in METHODS[:3]:
             raise FasaError(f"ranking method {params.method!r}: expected one of {', '.join(METHODS[:3])}")
 
@@ -172,8 +174,8 @@ class Calibrator:
         n_chunk = [len(done[il]["ranking"][0]) if il in done else 0 for il in range(n_layer)]
         none = np.zeros((0, 0))
         most = max(n_chunk)
-        weight_k = max(1, int(most * self.params.weight_share))
-        recall_k = max(1, int(most * self.params.rank_share)) if self.params.method == "recall" else 0
+        n_rank, weight_k = self.params.counts(most)
+        recall_k = n_rank if self.params.method == "recall" else 0
         same = len({n for n in n_chunk if n}) == 1  # per-chunk extras only where all layers have one shape
         return Profile(
             n_head_kv=[shape[1] for shape in self.shapes], n_chunk=n_chunk,
@@ -184,6 +186,7 @@ class Calibrator:
             weight_k=weight_k if same else 0,
             recall=[np.array(done[il]["recall"], np.float32) if il in done else none for il in range(n_layer)] if same and recall_k else None,
             recall_k=recall_k if same else 0, recall_budget=self.params.budget_in(self.context) if recall_k and same else 0,
+            defaults={"chunks": min(self.params.chunks, most)} if self.params.chunks else {},
             calibration={"tool": TOOL, "corpus": self.name, "corpus_sha256": self.corpus_sha256,
                          "tokens": self.context * self.params.windows, "context": self.context, **self._origin()})
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import functools
 import json
 import os
 import sys
@@ -109,7 +110,7 @@ def _text(path: str) -> tuple[str, str]:
 def _calibrate(a: argparse.Namespace, out: str | None) -> Any:
     from .calibrate import CalibrationParams, calibrate
 
-    params = CalibrationParams(method=a.method, context=a.ctx_size)
+    params = CalibrationParams(method=a.method, context=a.ctx_size, chunks=a.chunks)
     corpus = _text(a.file) if a.file else None
     hf = getattr(a, "hf", None) or (a.model if os.path.isdir(a.model) else None)
     start = time.perf_counter()
@@ -248,7 +249,7 @@ def _figures(s: dict[str, Any], n_prompt: int, prompt_s: float, n: int, decode_s
 
 # what each task of eval takes, besides what all take, with its default
 EVAL_FLAGS: dict[str, dict[str, Any]] = {
-    "ppl": {"windows": 10, "window": 4096, "score": 384, "dense_steps": False},
+    "ppl": {"windows": 10, "window": 4096, "score": 384, "score_batch": 1, "dense_steps": False},
     "ruler": {"tasks": None, "lengths": [4096], "samples": 10, "seed": 42, "raw": False, "n_predict": 0, "records": None,
               "save_records": None},
     "needle": {"lengths": [1000, 2000, 4000, 7000], "depths": 5, "samples": 1, "seed": 42, "raw": False, "n_predict": 0, "png": None},
@@ -274,6 +275,9 @@ def _arms(a: argparse.Namespace) -> list[Any]:
     """One arm for each profile and budget, mass or text of --arms; without any of the three, one for each profile."""
     from .evaluate import Arm, parse_arms
 
+    if a.arms and not (a.profile or a.budgets or a.masses):
+        load = functools.cache(lambda path: _params(a, Profile.load(path)))           # the model needs no profile where every arm names one
+        return parse_arms(a.arms, lambda other: load(other or a.model))
     arms = []
     paths = a.profile.split(",") if a.profile else [a.model]
     for path in paths:
@@ -303,7 +307,7 @@ def cmd_eval(a: argparse.Namespace) -> None:
         from .evaluate import evaluate, table
 
         rows = evaluate(a.model, text, arms, a.windows, a.window, a.score, a.threads, a.n_gpu_layers, a.cache_type_k, a.cache_type_v,
-                        not a.dense_steps, None, _bar(), a.resume, mode)
+                        not a.dense_steps, None, _bar(), a.resume, a.score_batch, mode)
         print(json.dumps(rows, indent=1) if a.json else table(rows))
         return
     from .tasks import Setup
@@ -365,6 +369,8 @@ def _eval_parser(p: argparse.ArgumentParser) -> None:
     p.add_argument("--windows", type=_whole(1), help="ppl: windows [10]; long: texts [1]")
     p.add_argument("--window", type=_whole(2), help="ppl: tokens per window [4096]; long: tokens of text before the continuation [2048]")
     p.add_argument("--score", type=_whole(2), help="ppl: last tokens of a window that are decoded and scored [384]")
+    p.add_argument("--score-batch", type=_whole(1), help="ppl: scored tokens that a FASA arm decodes at once, as drafts are: the same figures, "
+                   "sooner [1]")
     p.add_argument("--dense-steps", action="store_true", default=None, help="ppl: decode the dense arm token by token too")
     p.add_argument("--tasks", metavar="NAMES", help="ruler: comma list of niah_single_1 ... vt, cwe, fwe [all]")
     p.add_argument("--lengths", type=_list(64), help="ruler, needle: comma list of tokens, prompt and answer [4096; 1000,2000,4000,7000]")
@@ -394,6 +400,8 @@ def parser() -> argparse.ArgumentParser:
         p.add_argument("-f", "--file", help="text to calibrate on; default: the pydoc topics of this Python")
         p.add_argument("-o", "--output", help="file to write")
         p.add_argument("-c", "--ctx-size", type=_whole(256), default=4096, help="window in tokens")
+        p.add_argument("--chunks", type=_whole(0), default=0, help="dominant chunks that decoding will use, the profile's default then; more read more "
+                       "and miss less [3/8 of the head's]")
         p.add_argument("--method", default="recall", choices=("recall", "energy", "ca"), help="how chunks are ranked")
         p.add_argument("--device", help="Hugging Face weights: cpu, cuda, cuda:1, or auto for several GPUs; default: GPUs where there are any")
         p.add_argument("--dtype", default="auto", choices=("auto", "f32", "f16", "bf16"),

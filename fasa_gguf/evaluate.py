@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
@@ -152,6 +152,13 @@ def score_tokens(dense: np.ndarray, arm: np.ndarray, target: np.ndarray, p: np.n
     return nll, kl, (dense.argmax(-1) == arm.argmax(-1)).astype(np.float64)
 
 
+def one_by_one(counters: dict[str, int], n_tokens: int) -> dict[str, int]:
+    """Counters of n_tokens decoded in a few batches as if each had been a step: what a batch counts once is counted for every token."""
+    n = counters["steps_sparse"] + counters["steps_dense"]
+    once = ("steps_sparse", "steps_dense", "layers_sparse", "layers_dense", "bytes_tip", "bytes_dense")
+    return {**counters, **{key: counters[key] * n_tokens // n for key in once}}
+
+
 def cut_windows(session: Session, text: str, windows: int, window: int, score: int = 1) -> list[list[int]]:
     """Token windows of window + 1 tokens, spread evenly over the text; their last `score` tokens do not overlap."""
     span = max(1, len(text) - 8 * window)                                           # a token has 8 characters at the most, taken together
@@ -168,17 +175,18 @@ def cut_windows(session: Session, text: str, windows: int, window: int, score: i
 
 
 def _score_window(s: Session, switch: ArmSwitch, arms: Sequence[Arm | None], tokens: Sequence[int], prefix: int,
-                  batched_dense: bool) -> Iterator[dict[str, Any]]:
+                  batched_dense: bool, batch: int) -> Iterator[dict[str, Any]]:
     """nll, kl, hit and counters of one window's tail for every arm, None being dense. tokens: the window and one more."""
     switch.use(None)
     s.clear()
     s.decode(tokens[:prefix], 0, logits="none")
     tail, target = tokens[prefix:-1], np.array(tokens[prefix + 1 :])
 
-    def by_steps() -> Iterator[np.ndarray]:                                           # [1, n_vocab] log-probabilities of one token after the other
-        return (log_softmax(s.decode([t], prefix + i)[None]) for i, t in enumerate(tail))
+    def by_steps(n: int = 1) -> Iterator[tuple[slice, np.ndarray]]:                   # n tokens at a time, log-probabilities [n, n_vocab]
+        for i in range(0, len(tail), n):
+            yield slice(i, i + n), log_softmax(s.decode(tail[i : i + n], prefix + i, logits="all"))
 
-    dense = log_softmax(s.decode(tail, prefix, logits="all")) if batched_dense else np.concatenate(list(by_steps()))
+    dense = log_softmax(s.decode(tail, prefix, logits="all")) if batched_dense else np.concatenate([x for _, x in by_steps()])
     p = np.exp(dense)
     for arm in arms:
         counters = {}
@@ -187,25 +195,31 @@ def _score_window(s: Session, switch: ArmSwitch, arms: Sequence[Arm | None], tok
         else:
             s.remove(0, prefix)
             switch.use(arm)
-            each = [score_tokens(dense[i : i + 1], x, target[i : i + 1], p[i : i + 1]) for i, x in enumerate(by_steps())]
+            each = [score_tokens(dense[at], x, target[at], p[at]) for at, x in by_steps(batch if arm.params else 1)]
             nll, kl, hit = (np.concatenate(x) for x in zip(*each))
             counters = s.fasa.counters()
             if arm.params is not None and counters["steps_sparse"] == 0:
                 raise FasaError(f"arm {arm.name}: {not_used(s.fasa.step_reason())}")
+            if batch > 1 and arm.params is not None:
+                counters = one_by_one(counters, len(tail))
         yield {"nll": nll.tolist(), "kl": kl.tolist(), "hit": hit.tolist(), "counters": counters}
 
 
 def evaluate(model: str | os.PathLike, text: str, arms: Sequence[Arm], windows: int = 10, window: int = 4096, score: int = 384,
              n_threads: int = 0, n_gpu_layers: int = 0, type_k: str = "f16", type_v: str = "f16", batched_dense: bool = True,
              profile: Profile | None = None, progress: Callable[[str, int, int], None] | None = None,
-             resume: str | os.PathLike | None = None, mode: str = "auto") -> list[dict[str, Any]]:
+             resume: str | os.PathLike | None = None, batch: int = 1, mode: str = "auto") -> list[dict[str, Any]]:
     """One row of figures per arm, dense first. window and score in tokens; all arms share a window's prefill and dense pass. mode: Session's.
     resume: a file that keeps every arm's finished windows; a rerun may ask for other arms too, and runs what is not there.
+    batch: tokens that a FASA arm decodes at once, each with a selection of its own, as drafts are; max_tokens is raised to it.
 
     Raises FasaError when the text is too short, when no profile is there, and when an arm that asked for FASA ran no sparse step.
     """
     if windows < 1:
         raise FasaError(f"--windows {windows}: expected at least 1")
+    if batch < 1:
+        raise FasaError(f"--score-batch {batch}: expected at least 1")
+    arms = [a if a.params is None else replace(a, params=a.params.replace(max_tokens=max(a.params.max_tokens, batch))) for a in arms]
     if not 1 <= score < window:
         raise FasaError(f"--score {score}: expected 1 to {window - 1} (shorter than the window)")
     if profile is None and any(a.params and not a.profile for a in arms):
@@ -216,7 +230,8 @@ def evaluate(model: str | os.PathLike, text: str, arms: Sequence[Arm], windows: 
     own = [describe(model, [a], profile, None, n_threads, n_gpu_layers, type_k, type_v)["arms"][0] for a in arms]
     keys = ["dense", *(f"{a.name} {text_print(json.dumps(d, sort_keys=True))}" for a, d in zip(arms, own))]
     journal = Journal(resume, {"task": "ppl", **describe(model, [], profile, text, n_threads, n_gpu_layers, type_k, type_v),
-                               "windows": windows, "window": window, "score": score, "batched_dense": batched_dense})
+                               "windows": windows, "window": window, "score": score, "batched_dense": batched_dense,
+                               **({"score_batch": batch} if batch > 1 else {})})
     with journal, Session(model, n_ctx=window, n_threads=n_threads, n_gpu_layers=n_gpu_layers, type_k=type_k, type_v=type_v, mode=mode,
                           arms=[a.params for a in arms if a.params], profile=profile) as s:
         if window > s.n_ctx_train:
@@ -229,7 +244,7 @@ def evaluate(model: str | os.PathLike, text: str, arms: Sequence[Arm], windows: 
             missing = [i for i, part in enumerate(parts) if part is None]
             done += len(keys) - len(missing)
             if missing:
-                for i, part in zip(missing, _score_window(s, switch, [every[i] for i in missing], tokens, prefix, batched_dense)):
+                for i, part in zip(missing, _score_window(s, switch, [every[i] for i in missing], tokens, prefix, batched_dense, batch)):
                     parts[i] = part
                     journal.add(f"{i_window} {keys[i]}", part)
                     done += 1
@@ -240,7 +255,7 @@ def evaluate(model: str | os.PathLike, text: str, arms: Sequence[Arm], windows: 
                 result.add(part)
         setup = {"build_commit": f"fasa_gguf {native.version()}, llama-cpp-python {native.LLAMA_CPP_VERSION}", "model_filename": str(model),
                  "n_threads": n_threads or os.cpu_count() or 1, "n_gpu_layers": n_gpu_layers, "type_k": type_k, "type_v": type_v, "flash_attn": True, "fasa_mode": s.mode,
-                 "n_ctx": window, "n_windows": windows, "dense": "batch" if batched_dense else "steps"}
+                 "n_ctx": window, "n_windows": windows, "dense": "batch" if batched_dense else "steps", "score_batch": batch}
     return [{**setup, **r.row(results[0]), "fasa": None if a is None or a.params is None else dict(a.params.__dict__)}
             for r, a in zip(results, every)]
 

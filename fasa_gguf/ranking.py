@@ -28,7 +28,13 @@ class CalibrationParams:
     recent: int = 32
     rank_share: float = 0.5    # share of the chunks that are chosen greedily; the rest follows by energy
     weight_share: float = 0.375  # share of the chunks that get a weight
+    chunks: int = 0            # dominant chunks that decoding will use: as many are chosen as a set and weighted; 0: by the shares
     memory: int = 512 << 20    # bytes that one pass over a GGUF may keep
+
+    def counts(self, n_chunk: int) -> tuple[int, int]:
+        """(chunks chosen greedily, chunks that get a weight) of a head's n_chunk."""
+        n = min(self.chunks, n_chunk)
+        return max(1, n, int(n_chunk * self.rank_share)), n or max(1, int(n_chunk * self.weight_share))
 
     def budget_in(self, n_keys: int) -> int:
         """Tokens that the ranking keeps of n_keys; at most half of them, or there is nothing to choose."""
@@ -101,8 +107,7 @@ class LayerSample:
 def rank_layer(s: LayerSample, n_threads: int) -> dict[str, Any]:
     """Ranking [n_head_kv][n_chunk], weight [n_head_kv][m] and recall [n_head_kv][n_rank] of one layer, as plain lists."""
     p, n_chunk = s.params, len(s.dims)
-    n_rank = max(1, int(n_chunk * p.rank_share))
-    n_weight = max(1, int(n_chunk * p.weight_share))
+    n_rank, n_weight = p.counts(n_chunk)
     out: dict[str, Any] = {"ranking": [], "weight": [], "recall": []}
     for h in range(len(s.q_sum)):
         energy = reference.rank_energy(s.q_sum[h] / s.n, s.k_sum[h] / s.n)

@@ -1,5 +1,6 @@
 """Calibration, eval, bench, the drop-in and the command line."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -30,6 +31,17 @@ def test_calibrate(library, tiny, method):
     assert p.calibration["tokens"] == 512 and len(p.calibration["weights_sha256"]) == 64
     if method == "recall":
         assert all((np.diff(r, axis=-1) > -0.02).all() and r.max() <= 1.001 for r in p.recall)
+
+
+def test_calibrate_for_more_chunks(library, tiny):
+    """As many are chosen as a set and weighted, and decoding uses them by default; no more than a head has."""
+    p = calibrate(tiny, params=dataclasses.replace(SMALL, chunks=6))
+    plain = calibrate(tiny, params=SMALL)
+    assert (p.weight_k, p.recall_k, p.params().chunks) == (6, 6, 6) and (plain.weight_k, plain.recall_k, plain.defaults) == (3, 4, {})
+    assert all(r[:, :4].tolist() == s[:, :4].tolist() for r, s in zip(p.ranking, plain.ranking))       # the greedy search begins the same
+    assert calibrate(tiny, params=dataclasses.replace(SMALL, chunks=99)).params().chunks == 8
+    with pytest.raises(FasaError, match="--chunks -1: expected 0 to"):
+        calibrate(tiny, params=dataclasses.replace(SMALL, chunks=-1))
 
 
 def test_an_interrupted_calibration_goes_on(library, tiny, tmp_path, monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 
 from fasa_gguf import FasaError, FasaParams
 from fasa_gguf.embed import model_shape
-from fasa_gguf.evaluate import Arm, ArmSwitch, Score, cut_windows, detokenize_wikitext, evaluate, log_softmax, parse_arms, score_tokens, table
+from fasa_gguf.evaluate import Arm, ArmSwitch, Score, cut_windows, detokenize_wikitext, evaluate, log_softmax, one_by_one, parse_arms, score_tokens, table
 from fasa_gguf.gguf_file import GGUFFile
 from fasa_gguf.profile import Profile
 from fasa_gguf.session import Session
@@ -193,6 +193,26 @@ def test_arms_do_not_touch_each_other(library, tiny, text, profile):
     assert steps["tokens_attended"] is None and steps["kl"] < 1e-4 and steps["fasa"] is None and a["fasa"]["budget"] == 60
     assert dense["kl"] == 0 and dense["same_top"] == 1 and dense["ppl_ratio"] == 1 and dense["n_scored"] == 40
     assert a["n_ctx"] == 300 and a["n_windows"] == 2 and a["model_filename"] == str(tiny) and a["type_k"] == "f16"
+
+
+def test_scored_tokens_in_batches_give_the_figures_of_steps(library, tiny, text, profile, tmp_path):
+    """Every token of a batch has a selection of its own; what a batch reads once is counted for each of its tokens."""
+    arms = [Arm("a", ON), Arm("m", ON.replace(mass=0.5, floor=20, cap=100)), Arm("q", ON.replace(per_head=1)), Arm("steps")]
+    one = evaluate(tiny, text, arms, profile=profile, **SIZE)
+    path = tmp_path / "r.jsonl"
+    many = evaluate(tiny, text, arms, profile=profile, batch=8, resume=path, **SIZE)              # batches of 8, 8 and 4
+    for a, b in zip(one[1:4], many[1:4]):
+        assert all(a[k] == b[k] for k in ("tokens_attended", "steps_sparse", "layers_sparse", "layers_dense", "n_scored"))
+        assert all(abs(a[k] - b[k]) < 1e-3 for k in ("kl", "ppl_ratio")) and a["kv_read_share"] == pytest.approx(b["kv_read_share"], rel=0.05)
+        assert b["fasa"]["max_tokens"] == 8 and b["score_batch"] == 8
+    assert many[4]["kl"] == one[4]["kl"]                                                     # dense by steps stays so
+    with pytest.raises(FasaError, match=r"was begun with other settings \(score_batch"):
+        evaluate(tiny, text, arms, profile=profile, resume=path, **SIZE)
+    with pytest.raises(FasaError, match="--score-batch 0: expected at least 1"):
+        evaluate(tiny, text, arms, profile=profile, batch=0, **SIZE)
+    assert one_by_one({"steps_sparse": 3, "steps_dense": 0, "layers_sparse": 9, "layers_dense": 0, "bytes_tip": 30, "bytes_dense": 300, "bytes_fac": 7},
+                      12) == {"steps_sparse": 12, "steps_dense": 0, "layers_sparse": 36, "layers_dense": 0, "bytes_tip": 120, "bytes_dense": 1200,
+                              "bytes_fac": 7}
 
 
 def test_the_table(library, tiny, text, profile):

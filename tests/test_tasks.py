@@ -338,6 +338,18 @@ def test_eval_commands(profiled, tmp_path, capsys):
     assert capsys.readouterr().out.splitlines()[1].split()[:2] == ["dense", "all"]
 
 
+def test_a_model_without_a_profile_whose_arms_name_one(library, tiny, profile, text, tmp_path, capsys):
+    file = tmp_path / "p.json"
+    profile.save(file)
+    (tmp_path / "t.txt").write_text(text)
+    common = ["eval", str(tiny), "-f", str(tmp_path / "t.txt"), "--windows", "1", "--window", "300", "--score", "6", "-t", "1", "--fasa-min-context", "0",
+              "--json"]
+    assert cli.main([*common, "--score-batch", "3", "--arms", f"dense;profile={file},budget=60"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [r["tokens_attended"] for r in rows] == [None, None, 60] and rows[2]["steps_sparse"] == 6
+    assert cli.main([*common, "--arms", f"profile={file},budget=60;budget=50"]) == 1 and "profile" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("argv, message", [
     (["--depths", "3"], "--depths is for --task needle, not for --task ppl; leave it away"),
     (["--task", "needle", "--score", "3"], "--score is for --task ppl, not for --task needle"),

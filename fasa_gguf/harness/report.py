@@ -89,8 +89,8 @@ def save_curves(rows: Sequence[dict[str, Any]], key: str, unit: float, label: st
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set_xlabel(label)
         ax.grid(alpha=0.3, which="both")
-    axes[0].legend(fontsize=8)
-    fig.tight_layout()
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=6, fontsize=9)
+    fig.tight_layout(rect=(0, 0.1, 1, 1))
     try:
         fig.savefig(path, dpi=120)
     finally:
