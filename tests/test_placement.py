@@ -15,6 +15,9 @@ C = Memory(weights=4 * GIB, kv=8 * GIB, k_dom=GIB, scratch=GIB)
 M = Memory(weights=4 * GIB, k_dom=GIB, scratch=2 * GIB, row_cache=GIB, kv_pinned=8 * GIB)
 
 
+NOT_PINNED = native.not_pinned
+
+
 @pytest.fixture(scope="module")
 def profiled(library, tiny, tmp_path_factory):
     return str(rewrite(tiny, synthetic_profile(*model_shape(GGUFFile(tiny))), tmp_path_factory.mktemp("place") / "tiny.gguf"))
@@ -37,6 +40,7 @@ def gpu(library, monkeypatch):
     monkeypatch.setattr(native, "cuda_devices", lambda: ["CUDA0"])
     monkeypatch.setattr(native, "device_memory", lambda name: (Gpu.free, 80 * GIB))
     monkeypatch.setattr(native, "kv_place", kv_place)
+    monkeypatch.setattr(native, "not_pinned", lambda context: "")
     return Gpu
 
 
@@ -258,3 +262,9 @@ def test_enable_takes_a_mode(monkeypatch):
 
 def test_a_pickle_keeps_the_mode(llama, profiled):
     assert llama(profiled, fasa_mode="c").__getstate__()["fasa_mode"] == "c"
+
+
+def test_a_context_of_mode_m_without_pinned_memory_is_refused(profiled, gpu, monkeypatch):
+    monkeypatch.setattr(native, "not_pinned", NOT_PINNED)                               # the library's word: nothing here is pinned
+    with pytest.raises(FasaError, match="no K and V in pinned host memory; it needs flash attention"):
+        Session(profiled, n_ctx=512, n_gpu_layers=-1, mode="m")
