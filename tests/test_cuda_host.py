@@ -107,6 +107,27 @@ def test_prefill_in_pieces(make, types):
     assert (got[0] == got[1]).all()
 
 
+@pytest.mark.parametrize("mode", ["c", "m"])
+@pytest.mark.parametrize("n_prompt", [300, 5000, 20000])
+def test_dense_and_sparse_steps_take_turns(make, mode, n_prompt):
+    s = make(mode, None, n_ctx=n_prompt + 1000)
+    s.decode(prompt(s, n_prompt), 0, 0, "none")
+
+    def run(params):                  # enough steps for the captured graph to run, and be updated
+        s.fasa.set_params(params)
+        s.remove(0, n_prompt)
+        return np.array([s.decode([1 + i % 50], n_prompt + i) for i in range(12)])
+
+    on = ON.replace(min_context_gpu=0)
+    dense, sparse = run(None), run(on)
+    assert np.isfinite(dense).all() and np.isfinite(sparse).all()
+    for _ in range(3):
+        assert (run(None) == dense).all()
+        assert (run(on) == sparse).all()
+    longer = run(on.replace(budget=200))
+    assert np.isfinite(longer).all() and (run(None) == dense).all()
+
+
 @pytest.mark.parametrize("unified", [False, True])
 def test_sequences(make, unified):
     got = []
