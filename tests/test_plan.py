@@ -253,6 +253,7 @@ def test_check_runs_both_modes(library, tiny, profile, monkeypatch):
     monkeypatch.setattr(native, "cuda_devices", lambda: ["CUDA0"])
     monkeypatch.setattr(native, "device_memory", lambda name: (GIB - next(looks) * MIB, GIB))
     monkeypatch.setattr(native, "kv_place", lambda host: contextlib.nullcontext())
+    monkeypatch.setattr(native, "not_pinned", lambda context: "")
     setup = Setup(n_ctx=1024, n_ubatch=64, n_batch=64)
     c, m = plan_report.check(tiny, read_model(tiny, profile), setup, FasaParams(budget=64), profile, ("c", "m"))
     assert (c["mode"], m["mode"], c["n_ctx"], c["cuda_before"], c["weights_measured"]) == ("c", "m", 1024, MIB, MIB)
