@@ -91,6 +91,7 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
             q[m][i] *= a.scale;
         }
     }
+    ggml_cuda_pdl_sync(); // q is older than SELECT, the list is not
     const int first = (warp*n_split + split)*TOKENS, step = N_WARP*n_split*TOKENS; // from token to token of a lane
     int cell_of[AHEAD];
     const auto ask = [&](int i0) {
@@ -301,8 +302,8 @@ template <int LANES, int M, bool F16> static void fasa_fac_launch(ggml_backend_c
     }
     ggml_cuda_pool_alloc<float> part(ctx.pool(), n_split == 1 ? 1 : (size_t) n_row*n_split*M*fasa_part_stride(a.d));
     a.part = part.get();
-    kernel<<<dim3(n_split, a.n_list*a.n_chunk, n_token), 32*N_WARP, n_byte, ctx.stream()>>>(a);
-    CUDA_CHECK(cudaGetLastError());
+    const ggml_cuda_kernel_launch_params params(dim3(n_split, a.n_list*a.n_chunk, n_token), dim3(32*N_WARP), n_byte, ctx.stream());
+    ggml_cuda_kernel_launch(kernel, params, a); // begins while SELECT ends, where the device can
 }
 
 template <int LANES, int M> static void fasa_fac_type(ggml_backend_cuda_context & ctx, const fasa_fac_args & a, int n_token) {

@@ -24,7 +24,6 @@ typedef unsigned long long fasa_u64;
 static constexpr int N_THREAD  = 512;
 static constexpr int N_WARP    = N_THREAD/32;
 static constexpr int MAX_GROUP = 128;
-static constexpr int MAX_FACTOR = 512;
 static constexpr int ROW_PAD = 8; // floats between the rows of scores in shared memory: four heads are written at once
 static constexpr int STATIC_SMEM = 1024; // bytes, at most, that the kernel has beside its dynamic shared memory
 static constexpr int BINS = fasa_work::BINS, EDGE = fasa_work::EDGE;
@@ -70,7 +69,7 @@ struct alignas(16) fasa_select_block {
     uint32_t count[BINS];
     float    most[MAX_GROUP], inv[MAX_GROUP];
     float    piece[2*N_WARP*TIP_HEADS];
-    float    factor[MAX_FACTOR]; // [n_shared][spans of the block]: what its exponentials are multiplied by
+    float    factor[N_THREAD]; // [n_shared][spans of the block]: what its exponentials are multiplied by
     fasa_u64 scan_mass[N_WARP];
     uint32_t scan[N_WARP];
 
@@ -149,43 +148,72 @@ static __device__ __forceinline__ float fasa_select_factor(const fasa_select_blo
 
 // Step 1a: what turns a head's exponentials into its softmax: the largest exponent, and one over the sum, of every head of the list,
 // and with them, where there is room, the factors of the block's spans. Returns whether there is.
+// FASA_SUM_PARTS warps share a head; the order of the sum is that of fasa_select_factors (fasa-ops-cpu.cpp).
 static __device__ __forceinline__ bool fasa_select_norms(const fasa_select_args & a, fasa_select_block & b, const fasa_tip_list & l) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x/32, n_span = a.tip.n_span, n_stat = 2*n_span;
-    float * stat = (float *) b.mass; // [n_shared][e and sum of every span]
-    const bool staged = a.n_shared*n_stat <= (int) (sizeof(b.mass) + sizeof(b.count))/4;
-    const float * row = l.tip + a.tip.n_kv;
-#pragma unroll 2
-    for (int i = threadIdx.x; i < (staged ? n_stat : 0); i += N_THREAD) {
-#pragma unroll 4
-        for (int g = 0; g < a.n_shared; ++g) {
-            stat[g*n_stat + i] = __ldcg(&row[(int64_t) g*a.tip.n_len + i]);
+    constexpr int PARTS = FASA_SUM_PARTS, STEP = 32*PARTS, KEPT = 4; // spans of a lane that are read at once
+    const int lane = threadIdx.x % 32, warp = threadIdx.x/32, n_span = a.tip.n_span;
+    const int first = warp%PARTS*32 + lane;
+    const int  n_mine = (l.last - l.first + FASA_SPAN - 1)/FASA_SPAN;
+    const bool room   = n_mine*a.n_shared <= N_THREAD;
+    const auto exponents = [&](int g) { return l.tip + (int64_t) g*a.tip.n_len + a.tip.n_kv; }; // [n_span], and sums [n_span] behind
+    const int   g_mine = threadIdx.x/n_mine;
+    const float e_mine = room && g_mine < a.n_shared ? __ldcg(&exponents(g_mine)[l.first/FASA_SPAN + threadIdx.x%n_mine]) : 0.0f;
+    for (int g0 = 0; g0 < a.n_shared; g0 += N_WARP/PARTS) {
+        const int  g = g0 + warp/PARTS;
+        const bool some = g < a.n_shared;
+        const float * e = exponents(some ? g : 0), * sum = e + n_span;
+        float e_kept[KEPT], sum_kept[KEPT];
+#pragma unroll
+        for (int r = 0; r < KEPT; ++r) {
+            const bool is = some && first + r*STEP < n_span;
+            e_kept  [r] = is ? __ldcg(&e  [first + r*STEP]) : -INFINITY;
+            sum_kept[r] = is ? __ldcg(&sum[first + r*STEP]) : 0.0f;
         }
-    }
-    __syncthreads();
-    const auto at = [&](int g, int i) { return staged ? stat[g*n_stat + i] : __ldcg(&row[(int64_t) g*a.tip.n_len + i]); };
-    for (int g = warp; g < a.n_shared; g += N_WARP) {
         float most = -INFINITY, total = 0.0f;
-#pragma unroll 4
-        for (int i = lane; i < n_span; i += 32) {
-            most = fmaxf(most, at(g, i));
+#pragma unroll
+        for (int r = 0; r < KEPT; ++r) {
+            most = fmaxf(most, e_kept[r]);
+        }
+        for (int i = first + KEPT*STEP; some && i < n_span; i += STEP) {
+            most = fmaxf(most, __ldcg(&e[i]));
         }
         most = fasa_warp_max(most);
-#pragma unroll 4
-        for (int i = lane; i < n_span; i += 32) {
-            const float d = at(g, i) - most;
-            total += d > -FASA_SPAN_RANGE ? __fmul_rn(at(g, n_span + i), __int_as_float((int(d) + 127) << 23)) : 0.0f;
+        if (lane == 0) {
+            b.piece[warp] = most;
+        }
+        __syncthreads();
+#pragma unroll
+        for (int w = 0; w < PARTS; ++w) {
+            most = fmaxf(most, b.piece[warp/PARTS*PARTS + w]);
+        }
+        const auto add = [&](float e, float sum) {
+            const float d = e - most;
+            total += d > -FASA_SPAN_RANGE ? __fmul_rn(sum, __int_as_float((int(d) + 127) << 23)) : 0.0f;
+        };
+#pragma unroll
+        for (int r = 0; r < KEPT; ++r) {
+            add(e_kept[r], sum_kept[r]);
+        }
+        for (int i = first + KEPT*STEP; some && i < n_span; i += STEP) {
+            add(__ldcg(&e[i]), __ldcg(&sum[i]));
         }
         total = fasa_warp_sum(total);
         if (lane == 0) {
+            b.piece[N_WARP + warp] = total;
+        }
+        __syncthreads();
+        if (some && warp%PARTS == 0 && lane == 0) {
+            total = 0.0f;
+            for (int w = 0; w < PARTS; ++w) {
+                total += b.piece[N_WARP + warp + w];
+            }
             b.most[g] = most;
             b.inv [g] = total > 0.0f ? __fdiv_rn(1.0f, total) : 0.0f;
         }
     }
     __syncthreads();
-    const int  n_mine = (l.last - l.first + FASA_SPAN - 1)/FASA_SPAN;
-    const bool room   = n_mine*a.n_shared <= MAX_FACTOR;
-    for (int i = threadIdx.x; room && i < n_mine*a.n_shared; i += N_THREAD) {
-        b.factor[i] = fasa_select_factor(b, i/n_mine, at(i/n_mine, l.first/FASA_SPAN + i%n_mine));
+    if (room && g_mine < a.n_shared) {
+        b.factor[threadIdx.x] = fasa_select_factor(b, g_mine, e_mine);
     }
     __syncthreads();
     return room;
@@ -204,15 +232,16 @@ template <bool FOURS>
 static __device__ __forceinline__ void fasa_select_keys(const fasa_select_args & a, fasa_select_block & b, const fasa_tip_list & l, uint32_t * key) {
     const int  lane = threadIdx.x % 32, first = l.first, last = l.last;
     const bool mass = a.need > 0;
-    const bool staged = fasa_select_norms(a, b, l);
-    const int  n_span = (last - first + FASA_SPAN - 1)/FASA_SPAN;
+    const int32_t * forced = a.forced + l.token*a.n_forced;
+    const int forced_mine = (int) threadIdx.x < a.n_forced ? forced[threadIdx.x] : -1; // asked for early
     for (int i = threadIdx.x; i < BINS; i += N_THREAD) {
         b.count[i] = 0;
         if (mass) {
             b.mass[i] = 0;
         }
     }
-    __syncthreads();
+    const bool staged = fasa_select_norms(a, b, l);
+    const int  n_span = (last - first + FASA_SPAN - 1)/FASA_SPAN;
 
     for (int j0 = first + threadIdx.x/32*128; j0 < last; j0 += 4*N_THREAD) { // four cells a thread; a warp's lie in one span
         const int   j = j0 + 4*lane;
@@ -265,7 +294,7 @@ static __device__ __forceinline__ void fasa_select_keys(const fasa_select_args &
     __syncthreads();
 
     for (int i = threadIdx.x; i < a.n_forced; i += N_THREAD) {
-        const int cell = a.forced[l.token*a.n_forced + i];
+        const int cell = i < N_THREAD ? forced_mine : forced[i];
         if (cell >= first && cell < last && key[cell - first] != FASA_KEY_HIDDEN) {
             const uint32_t k = atomicExch(&key[cell - first], FASA_KEY_FORCED);
             if (k != FASA_KEY_FORCED) { // a cell may be named twice
@@ -715,6 +744,8 @@ static __global__ void __launch_bounds__(N_THREAD, 1) fasa_select_kernel(const _
         l.x_stride = IN_SMEM ? a.part_cells + ROW_PAD : a.tip.n_len;
         return l;
     };
+    ggml_cuda_pdl_sync(); // where a graph was updated in place, its edges may be those of kernels that are launched early
+    ggml_cuda_pdl_lc();   // FAC may take the place of blocks that are done
     fasa_row_barrier row_barrier(slot, part, a.n_part);
     for (int row = blockIdx.y; row < a.n_row; row += gridDim.y) {
         const fasa_tip_list l = list(row);
@@ -779,7 +810,7 @@ template <typename F> static F fasa_select_raise_limits(F kernel, std::atomic<ui
     return kernel;
 }
 
-// No clusters and no early launch here: a CUDA graph that was captured with them is not safe to update in place (docs/gpu.md)
+// No clusters here: a CUDA graph that was captured with them is not safe to update in place (docs/gpu.md)
 template <typename F> static void fasa_select_run(F kernel, const fasa_select_args & a, const fasa_select_plan & plan, cudaStream_t stream) {
     cudaLaunchAttribute together = {};
     together.id = cudaLaunchAttributeCooperative;

@@ -130,16 +130,37 @@ template <int K_DOM> struct fasa_tip_query {
     __device__ fasa_tip_query(char * smem) : x((float *) smem), word((int4 *) smem) {
     }
 
-    // column m from the query head `head` of token `token`, by one warp; head < 0: nothing
-    __device__ void set(const fasa_tip_args & a, int m, int h, int head, int64_t token, float * row) {
+    // what a warp needs for a query head, asked for before the tiles are: these would be in the way
+    struct raw {
+        float x[256/32], weight;
+        int   dim;
+
+        // of KV head h; head < 0: nothing
+        __device__ void load(const fasa_tip_args & a, int h, int head, int64_t token) {
+            const int lane = threadIdx.x % 32;
+            const float * q = (const float *) (a.q + token*a.q_nb2 + head*a.q_nb1);
+#pragma unroll
+            for (int i = 0; i < 256/32; ++i) {
+                x[i] = head >= 0 && lane + 32*i < a.d ? q[lane + 32*i] : 0.0f;
+            }
+            dim    = lane < a.n_dom ? a.dims  [h*a.n_dom + lane] : -1;
+            weight = lane < a.n_dom ? a.weight[h*a.n_dom + lane] : 0.0f;
+        }
+    };
+
+    // column m, by one warp
+    __device__ void set(const fasa_tip_args & a, int m, int h, const raw & in, float * row) {
         const int lane = threadIdx.x % 32;
         const int32_t * dims   = a.dims   + h*a.n_dom;
         const float   * weight = a.weight + h*a.n_dom;
-        int   dim = lane < a.n_dom ? dims  [lane] : -1; // asked for together with the row
-        float w   = lane < a.n_dom ? weight[lane] : 0.0f;
+        int   dim = in.dim;
+        float w   = in.weight;
         __syncwarp();
-        for (int i = lane; i < a.d; i += 32) {
-            row[i] = head < 0 ? 0.0f : ((const float *) (a.q + token*a.q_nb2 + head*a.q_nb1))[i];
+#pragma unroll
+        for (int i = 0; i < 256/32; ++i) {
+            if (lane + 32*i < a.d) {
+                row[lane + 32*i] = in.x[i];
+            }
         }
         __syncwarp();
         if (a.n_hadamard > 0) {
@@ -531,12 +552,16 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
                 load(ahead[u], start + u*FASA_TILE, min(l.last, start + cells));
             }
         };
-        ask(); // together with what the queries are made of, and with the ranges
+        typename fasa_tip_query<K_DOM>::raw head; // warp m makes column m
+        if (warp < TIP_HEADS) {
+            head.load(a, h, g0 + warp < l.n_shared ? l.head0 + g0 + warp : -1, l.token);
+        }
         const int32_t * range = a.ranges + s*2*FASA_MAX_RANGES + (lane < FASA_MAX_RANGES ? 2*lane : 0);
         const int stale_from = range[0], stale_to = range[1];
+        ask();
         __syncthreads();
-        for (int m = warp; m < TIP_HEADS; m += n_warp) {
-            query.set(a, m, h, g0 + m < l.n_shared ? l.head0 + g0 + m : -1, l.token, row);
+        if (warp < TIP_HEADS) {
+            query.set(a, warp, h, head, row);
         }
         __syncthreads();
         if (g0 == 0 && __any_sync(0xffffffff, max(stale_from, l.first) < min(stale_to, l.last))) { // in all warps or in none

@@ -477,16 +477,19 @@ static void fasa_select_factors(const float * row, int64_t stride, int64_t n_gro
     for (int64_t g = 0; g < n_group; ++g) {
         const float * e = row + g*stride + n_kv, * sum = e + n_span;
         const float most = *std::max_element(e, e + n_span);
-        float total[32] = {}; // in the order of a warp's sum
+        float lane[FASA_SUM_PARTS][32] = {}, total = 0.0f; // in the order of the CUDA kernel's sum
         for (int64_t i = 0; i < n_span; ++i) {
-            total[i%32] += e[i] - most > -FASA_SPAN_RANGE ? sum[i]*fasa_pow2(e[i] - most) : 0.0f;
+            lane[i/32%FASA_SUM_PARTS][i%32] += e[i] - most > -FASA_SPAN_RANGE ? sum[i]*fasa_pow2(e[i] - most) : 0.0f;
         }
-        for (int half = 16; half > 0; half /= 2) {
-            for (int l = 0; l < half; ++l) {
-                total[l] += total[l + half];
+        for (float * part : lane) {
+            for (int half = 16; half > 0; half /= 2) {
+                for (int l = 0; l < half; ++l) {
+                    part[l] += part[l + half];
+                }
             }
+            total += part[0];
         }
-        const float inv = total[0] > 0.0f ? 1.0f/total[0] : 0.0f;
+        const float inv = total > 0.0f ? 1.0f/total : 0.0f;
         for (int64_t i = 0; i < n_span; ++i) {
             factor[g*n_span + i] = e[i] - most > -FASA_SCORE_RANGE ? inv*fasa_pow2(e[i] - most + FASA_SCORE_EXP) : 0.0f;
         }

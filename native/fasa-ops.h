@@ -54,6 +54,7 @@ inline int64_t fasa_tip_n_kv(const ggml_tensor * tip) { return tip->src[1]->ne[2
 // exponent, so that no float is ever subnormal: machines that flush those take the same cells as machines that do not.
 static constexpr int FASA_SCORE_EXP   = 60;
 static constexpr int FASA_SCORE_RANGE = 64;
+static constexpr int FASA_SUM_PARTS   = 4;   // SELECT: a head's sum is that of four, of every fourth 32 spans
 static constexpr int FASA_SPAN_RANGE  = 100; // TIP: a score below 2^-FASA_SPAN_RANGE of its span's exponent is 0
 
 // What the kernels of a device keep across launches: zeroed once, and left zero where it matters (counts, tickets).
