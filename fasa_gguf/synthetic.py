@@ -20,9 +20,11 @@ SHAPES = {  # n_embd, n_ff, n_layer, n_head, n_head_kv, head_dim, n_vocab
 
 
 def _q4_0(rng: np.random.Generator, rows: int, cols: int) -> np.ndarray:
-    """Random Q4_0 blocks, uint8 [rows, bytes]; a pattern of 64 Ki blocks repeats."""
+    """Random Q4_0 blocks, uint8 [rows, bytes]; a pattern of 64 Ki blocks repeats. The values are -7 to 7 times the scale, without a mean: one
+    would grow from layer to layer, until every token attended to itself alone and all other scores were 0."""
     n = rows * cols // 32
-    block = rng.integers(0, 256, (min(n, 1 << 16), 18), np.uint8)                   # f16 scale, 32 nibbles
+    block = rng.integers(1, 16, (min(n, 1 << 16), 18), np.uint8)
+    block |= rng.integers(1, 16, block.shape, np.uint8) << 4                        # f16 scale, 32 nibbles
     block[:, :2] = np.frombuffer(np.float16(0.25 / np.sqrt(cols)).tobytes(), np.uint8)
     return np.resize(block, (n, 18)).reshape(rows, -1)
 

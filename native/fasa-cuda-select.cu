@@ -30,15 +30,16 @@ static constexpr int BINS = fasa_work::BINS, EDGE = fasa_work::EDGE;
 
 // Bins of 1/128 octave, from the score up to which n cells are surely taken (scores add up to n_shared, so no more than n reach
 // n_shared/n) 16 octaves down, where the list ends as a rule; what is above and below lies in the bins at either end. The last bin is
-// the forced cells.
+// the forced cells, the first one those without a score at all, which can be many.
 static constexpr int BIN_SHIFT = 16;
+static constexpr uint32_t FASA_KEY_NONE = FASA_KEY_HIDDEN + 1; // of a score of 0
 
 static __device__ __forceinline__ int fasa_bin(uint32_t key, int base) { // of a visible cell
-    return key == FASA_KEY_FORCED ? BINS - 1 : max(0, min(BINS - 2, int(key >> BIN_SHIFT) - base));
+    return key == FASA_KEY_FORCED ? BINS - 1 : key == FASA_KEY_NONE ? 0 : max(1, min(BINS - 2, int(key >> BIN_SHIFT) - base));
 }
 
 static __device__ __forceinline__ uint32_t fasa_bin_first(int bin, int base) { // its lowest key
-    return bin == 0 ? FASA_KEY_HIDDEN + 1 : bin == BINS - 1 ? FASA_KEY_FORCED : uint32_t(bin + base) << BIN_SHIFT;
+    return bin == 0 ? FASA_KEY_NONE : bin == 1 ? FASA_KEY_NONE + 1 : bin == BINS - 1 ? FASA_KEY_FORCED : uint32_t(bin + base) << BIN_SHIFT;
 }
 
 static int fasa_bin_base(uint32_t n, int n_shared) {
@@ -158,6 +159,7 @@ static __device__ __forceinline__ bool fasa_select_norms(const fasa_select_args 
     const auto exponents = [&](int g) { return l.tip + (int64_t) g*a.tip.n_len + a.tip.n_kv; }; // [n_span], and sums [n_span] behind
     const int   g_mine = threadIdx.x/n_mine;
     const float e_mine = room && g_mine < a.n_shared ? __ldcg(&exponents(g_mine)[l.first/FASA_SPAN + threadIdx.x%n_mine]) : 0.0f;
+#pragma unroll 1
     for (int g0 = 0; g0 < a.n_shared; g0 += N_WARP/PARTS) {
         const int  g = g0 + warp/PARTS;
         const bool some = g < a.n_shared;
@@ -174,6 +176,7 @@ static __device__ __forceinline__ bool fasa_select_norms(const fasa_select_args 
         for (int r = 0; r < KEPT; ++r) {
             most = fmaxf(most, e_kept[r]);
         }
+#pragma unroll 1
         for (int i = first + KEPT*STEP; some && i < n_span; i += STEP) {
             most = fmaxf(most, __ldcg(&e[i]));
         }
@@ -194,6 +197,7 @@ static __device__ __forceinline__ bool fasa_select_norms(const fasa_select_args 
         for (int r = 0; r < KEPT; ++r) {
             add(e_kept[r], sum_kept[r]);
         }
+#pragma unroll 1
         for (int i = first + KEPT*STEP; some && i < n_span; i += STEP) {
             add(__ldcg(&e[i]), __ldcg(&sum[i]));
         }
@@ -234,6 +238,7 @@ static __device__ __forceinline__ void fasa_select_keys(const fasa_select_args &
     const bool mass = a.need > 0;
     const int32_t * forced = a.forced + l.token*a.n_forced;
     const int forced_mine = (int) threadIdx.x < a.n_forced ? forced[threadIdx.x] : -1; // asked for early
+#pragma unroll 1
     for (int i = threadIdx.x; i < BINS; i += N_THREAD) {
         b.count[i] = 0;
         if (mass) {
@@ -243,6 +248,7 @@ static __device__ __forceinline__ void fasa_select_keys(const fasa_select_args &
     const bool staged = fasa_select_norms(a, b, l);
     const int  n_span = (last - first + FASA_SPAN - 1)/FASA_SPAN;
 
+#pragma unroll 1
     for (int j0 = first + threadIdx.x/32*128; j0 < last; j0 += 4*N_THREAD) { // four cells a thread; a warp's lie in one span
         const int   j = j0 + 4*lane;
         const float * x = l.x + j - first;
@@ -293,6 +299,7 @@ static __device__ __forceinline__ void fasa_select_keys(const fasa_select_args &
     }
     __syncthreads();
 
+#pragma unroll 1
     for (int i = threadIdx.x; i < a.n_forced; i += N_THREAD) {
         const int cell = i < N_THREAD ? forced_mine : forced[i];
         if (cell >= first && cell < last && key[cell - first] != FASA_KEY_HIDDEN) {
@@ -312,6 +319,7 @@ static __device__ __forceinline__ void fasa_select_keys(const fasa_select_args &
 
 // adds the block's histogram to the row's
 static __device__ void fasa_select_publish(const fasa_select_args & a, const fasa_select_block & b, fasa_work::histogram & bins) {
+#pragma unroll
     for (int i = threadIdx.x; i < BINS; i += N_THREAD) {
         if (b.count[i] > 0) {
             atomicAdd(&bins.count[i], b.count[i]);
@@ -323,6 +331,7 @@ static __device__ void fasa_select_publish(const fasa_select_args & a, const fas
 }
 
 static __device__ void fasa_select_clear(fasa_work::histogram & bins, int part, int n_part) {
+#pragma unroll 1
     for (int i = part*N_THREAD + threadIdx.x; i < BINS; i += n_part*N_THREAD) {
         bins.count[i] = 0, bins.mass[i] = 0;
     }
@@ -405,10 +414,12 @@ static __device__ void fasa_select_edge(const fasa_select_args & a, fasa_select_
 // Step 2a: too many cells lie at the edge, in keys [low, low + (BINS << shift)): their histogram, over the row. key: of `n` cells.
 static __device__ __noinline__ void fasa_select_refine(const fasa_select_args & a, fasa_select_block & b, fasa_work::histogram & bins, const uint32_t * key, int n,
         uint32_t low, uint32_t last, int shift) {
+#pragma unroll 1
     for (int i = threadIdx.x; i < BINS; i += N_THREAD) {
         b.count[i] = 0, b.mass[i] = 0;
     }
     __syncthreads();
+#pragma unroll 1
     for (int j = threadIdx.x; j < n; j += N_THREAD) {
         if (key[j] >= low && key[j] <= last) {
             const uint32_t bin = (key[j] - low) >> shift, same = __match_any_sync(__activemask(), bin);
@@ -472,6 +483,7 @@ static __device__ __forceinline__ void fasa_select_hand_in(fasa_select_block & b
         }
     }
     __syncthreads();
+#pragma unroll 1
     for (int i = threadIdx.x; !equal && i < (int) b.n_edge_mine; i += N_THREAD) {
         slot.edge[b.edge_base + i] = b.mass[i];
     }
@@ -492,6 +504,7 @@ static __device__ fasa_select_last fasa_select_rank_few(const fasa_select_args &
     const fasa_u64 share = b.by_mass && lane < n_edge ? fasa_key_share(mine >> 32) : 0;
     fasa_u64 held = b.held; // by the cells before this one, if the mass decides
     int rank = 0;
+#pragma unroll 1
     for (int i = 0; i < n_edge; ++i) {
         const bool     before = __shfl_sync(0xffffffff, mine, i) > mine;
         const fasa_u64 other  = b.by_mass ? __shfl_sync(0xffffffff, share, i) : 0;
@@ -519,18 +532,22 @@ static __device__ __noinline__ fasa_select_last fasa_select_rank(const fasa_sele
     while (size < n_edge) {
         size *= 2;
     }
+#pragma unroll 1
     for (int i = threadIdx.x; i < size; i += N_THREAD) {
         edge[i] = i < n_edge ? __ldcg(&slot.edge[i]) : 0;
     }
     __syncthreads();
     const bool one_warp = size <= 128;
+#pragma unroll 1
     for (int run = 2; run <= size; run *= 2) { // bitonic, the largest first
+#pragma unroll 1
         for (int half = run/2; half > 0; half /= 2) {
             if (one_warp) {
                 __syncwarp();
             } else {
                 __syncthreads();
             }
+#pragma unroll 1
             for (int i = threadIdx.x; i < size/2 && (!one_warp || threadIdx.x < 32); i += one_warp ? 32 : N_THREAD) {
                 const int lo = 2*i - (i & (half - 1)), hi = lo + half;
                 const fasa_u64 x = edge[lo], y = edge[hi];
@@ -569,6 +586,7 @@ static __device__ __noinline__ fasa_select_last fasa_select_rank(const fasa_sele
     }
     __syncthreads();
     uint32_t n_before = 0;
+#pragma unroll 1
     for (int i = threadIdx.x; i < n_taken; i += N_THREAD) {
         n_before += (int) (0xffffffffu - (uint32_t) edge[i]) < first;
     }
@@ -592,6 +610,7 @@ static __device__ __noinline__ fasa_select_last fasa_select_equal(const fasa_sel
     const uint32_t taken = n - b.before, before = min(taken, fasa_select_before(slot.equal, part));
     const auto equal = [&](int j) { return __ballot_sync(0xffffffff, j + lane < to && key[j + lane - first] == value); };
     uint32_t mine = 0;
+#pragma unroll 1
     for (int j = from; j < to; j += 32) {
         mine += __popc(equal(j));
     }
@@ -604,6 +623,7 @@ static __device__ __noinline__ fasa_select_last fasa_select_equal(const fasa_sel
     }
     __syncthreads();
     uint32_t at = before + fasa_warp_sum(lane < warp ? b.scan[lane] : 0u); // equal cells before this warp's
+#pragma unroll 1
     for (int j = from; j < to && at < taken; j += 32) {
         const uint32_t some = equal(j);
         if ((some >> lane & 1) && at + __popc(some & ((1u << lane) - 1)) == taken - 1 && b.last_cell != INT_MAX) {
@@ -634,6 +654,7 @@ static __device__ __forceinline__ void fasa_select_write(fasa_select_block & b, 
     };
     uint32_t mine = 0, n = 0; // mine: the last word(), the only one as a rule
     int some;
+#pragma unroll 1
     for (int j = from; j < to; j += 1024) {
         mine = word(j, some);
         n += some;
@@ -647,6 +668,7 @@ static __device__ __forceinline__ void fasa_select_write(fasa_select_block & b, 
         return;
     }
     out += fasa_warp_sum(lane < warp ? b.scan[lane] : 0u);
+#pragma unroll 1
     for (int j = from; j < to; j += 1024) {
         mine = each > 1024 ? word(j, some) : mine;
         int at = __popc(mine);
@@ -657,6 +679,7 @@ static __device__ __forceinline__ void fasa_select_write(fasa_select_block & b, 
         }
         const int all = __shfl_sync(0xffffffff, at, 31);
         at -= __popc(mine);
+#pragma unroll 1
         for (uint32_t rest = mine; rest != 0; rest &= rest - 1) {
             out[at++] = j + 32*lane + __ffs(rest) - 1;
         }
@@ -747,6 +770,7 @@ static __global__ void __launch_bounds__(N_THREAD, 1) fasa_select_kernel(const _
     ggml_cuda_pdl_sync(); // where a graph was updated in place, its edges may be those of kernels that are launched early
     ggml_cuda_pdl_lc();   // FAC may take the place of blocks that are done
     fasa_row_barrier row_barrier(slot, part, a.n_part);
+#pragma unroll 1
     for (int row = blockIdx.y; row < a.n_row; row += gridDim.y) {
         const fasa_tip_list l = list(row);
         if (IN_SMEM || !a.given) {

@@ -3,7 +3,7 @@
 // TIP: refreshes K_dom of the stale cells, then estimates the logits of every cell from it, for the kernel in fasa-cuda-select.cu.
 //
 // A warp takes a span of FASA_SPAN cells of one KV head and scores it for four query heads at once, so K_dom is read once for all of
-// them. The block that refreshes a cell is the one that reads it. (Lists of several tokens share
+// them. The warp that refreshes a cell is the one that reads it. (Lists of several tokens share
 // cells; each refreshes them for itself, with the same bytes.)
 
 #include "fasa-cuda-row.cuh"
@@ -29,8 +29,10 @@ struct fasa_tip_args {
 static __device__ __noinline__ void fasa_hadamard(float * row, int d, int n_block) {
     const int lane = threadIdx.x % 32;
     const float scale = rsqrtf(n_block);
+#pragma unroll 1
     for (int h = 1; h < n_block; h *= 2) {
         __syncwarp();
+#pragma unroll 1
         for (int i = lane; i < d/2; i += 32) {
             const int j = i/h*2*h + i%h;
             if (j/n_block*n_block + n_block <= d) {
@@ -40,6 +42,7 @@ static __device__ __noinline__ void fasa_hadamard(float * row, int d, int n_bloc
         }
     }
     __syncwarp();
+#pragma unroll 1
     for (int i = lane; i < d/n_block*n_block; i += 32) {
         row[i] *= scale;
     }
@@ -83,18 +86,14 @@ template <int K_DOM> static __device__ void fasa_k_dom_write(int n_dom, const in
 }
 
 // the stale cells of [first, last), by one warp; few as a rule, so not in the way of the code around it
-template <int K_DOM> static __device__ __noinline__ void fasa_refresh(const fasa_tip_args & a, int h, int s, int first, int last, float * row) {
-    const int lane = threadIdx.x % 32;
-    const int32_t * range = a.ranges + s*2*FASA_MAX_RANGES;
-    int from = 0, to = 0;
-    if (lane < FASA_MAX_RANGES) {
-        from = max(range[2*lane], first), to = min(range[2*lane + 1], last);
-    }
+template <int K_DOM> static __device__ __noinline__ void fasa_refresh(const fasa_tip_args & a, int h, int s, int2 stale, int first, int last, float * row) {
+    const int lane = threadIdx.x % 32, from = max(stale.x, first), to = min(stale.y, last);
     for (uint32_t some = __ballot_sync(0xffffffff, from < to); some != 0; some &= some - 1) {
         const int r = __ffs(some) - 1;
         for (int cell = __shfl_sync(0xffffffff, from, r); cell < __shfl_sync(0xffffffff, to, r); ++cell) {
             const char * src = a.k + s*a.k_nb3 + cell*a.k_nb2 + h*a.k_nb1;
             __syncwarp();
+#pragma unroll 1
             for (int dim = 8*lane; dim < a.d; dim += 256) {
                 float x[8];
                 fasa_load8(a.type_k, src, dim, x);
@@ -166,6 +165,7 @@ template <int K_DOM> struct fasa_tip_query {
         if (a.n_hadamard > 0) {
             fasa_hadamard(row, a.d, a.n_hadamard);
         }
+#pragma unroll 1
         for (int i0 = 0; i0 < a.n_dom; i0 += 32) {
             const int i = i0 + lane;
             if (i0 > 0) {
@@ -556,17 +556,29 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
         if (warp < TIP_HEADS) {
             head.load(a, h, g0 + warp < l.n_shared ? l.head0 + g0 + warp : -1, l.token);
         }
-        const int32_t * range = a.ranges + s*2*FASA_MAX_RANGES + (lane < FASA_MAX_RANGES ? 2*lane : 0);
-        const int stale_from = range[0], stale_to = range[1];
         ask();
+        int2 stale = make_int2(0, 0); // a range of each lane
+        if (g0 == 0 && lane < FASA_MAX_RANGES) {
+            stale = ((const int2 *) a.ranges)[s*FASA_MAX_RANGES + lane];
+        }
         __syncthreads();
         if (warp < TIP_HEADS) {
             query.set(a, warp, h, head, row);
         }
         __syncthreads();
-        if (g0 == 0 && __any_sync(0xffffffff, max(stale_from, l.first) < min(stale_to, l.last))) { // in all warps or in none
-            refresh();
-            ask();
+        if (__any_sync(0xffffffff, max(stale.x, l.first) < min(stale.y, l.last))) {
+            bool some = false;
+#pragma unroll 1
+            for (int from = start; from < l.last; from += n_warp*cells) { // a warp refreshes what it reads
+                const int to = min(l.last, from + cells);
+                if (__any_sync(0xffffffff, max(stale.x, from) < min(stale.y, to))) {
+                    fasa_refresh<K_DOM>(a, h, s, stale, from, to, row);
+                    some = true;
+                }
+            }
+            if (some) {
+                ask();
+            }
         }
         fasa_tip_quad quads[KEPT];
 #pragma unroll
@@ -656,19 +668,11 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
 #pragma unroll
         for (int m = 0; m < (MMA ? 1 : TIP_HEADS); ++m) {
             x[m] = none;
+#pragma unroll 1
             for (int w = warp/per*per; w < warp/per*per + per; ++w) {
                 x[m] = add(x[m], piece[w*TIP_HEADS + (MMA ? lane%4 : m)]);
             }
         }
-    }
-
-    // the stale cells of the block, by TIP_ROWS of its warps
-    __device__ void refresh() const {
-        const int warp = threadIdx.x/32, each = (l.last - l.first + TIP_ROWS - 1)/TIP_ROWS, from = l.first + warp*each;
-        if (warp < TIP_ROWS && from < l.last) {
-            fasa_refresh<K_DOM>(a, h, s, from, min(l.last, from + each), row);
-        }
-        __syncthreads();
     }
 
     __device__ void run(float * piece) {
@@ -677,6 +681,7 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
         while (n_tile > 1 && (l.last - l.first + FASA_TILE - 1)/FASA_TILE <= n_warp*n_tile/2) {
             n_tile /= 2;
         }
+#pragma unroll 1
         for (g0 = 0; g0 < l.n_shared; g0 += TIP_HEADS) {
             heads(n_tile, piece);
         }
