@@ -21,8 +21,8 @@
 
 typedef unsigned long long fasa_u64;
 
-static constexpr int N_THREAD  = 512;
-static constexpr int N_WARP    = N_THREAD/32;
+static constexpr int N_WARP    = TIP_WARPS;
+static constexpr int N_THREAD  = 32*N_WARP;
 static constexpr int MAX_GROUP = 128;
 static constexpr int ROW_PAD = 8; // floats between the rows of scores in shared memory: four heads are written at once
 static constexpr int STATIC_SMEM = 1024; // bytes, at most, that the kernel has beside its dynamic shared memory
@@ -72,9 +72,9 @@ struct alignas(16) fasa_select_block {
     float    piece[2*N_WARP*TIP_HEADS];
     float    factor[N_THREAD]; // [n_shared][spans of the block]: what its exponentials are multiplied by
     fasa_u64 scan_mass[N_WARP];
-    uint32_t scan[N_WARP];
+    uint32_t scan[N_WARP], scan_equal[N_WARP];
 
-    uint32_t n_edge_mine, edge_base; // cells of this block at the edge, and where they go
+    uint32_t n_edge_mine; // cells of this block at the edge
     uint32_t n_visible;
     uint32_t n_before_reached, n_to_reached; // cells above the bin where the mass is reached, and with it
     uint32_t n;        // cells to take; of the ones at the edge: `n - before`
@@ -84,7 +84,9 @@ struct alignas(16) fasa_select_block {
     int      bin;      // of the edge; -1: every cell is taken
     bool     by_mass;  // the edge's cells are taken until `need` is held
     uint32_t n_floor, n_cap;
-    int32_t  last_cell;  // of the equal cells at the edge, the last one taken
+    uint32_t n_reached;
+    uint32_t last_key;   // of the cells at the edge, the last one taken
+    int32_t  last_cell;
 };
 
 // exclusive sum over the block, in thread order; total: of all threads
@@ -151,7 +153,7 @@ static __device__ __forceinline__ float fasa_select_factor(const fasa_select_blo
 // and with them, where there is room, the factors of the block's spans. Returns whether there is.
 // FASA_SUM_PARTS warps share a head; the order of the sum is that of fasa_select_factors (fasa-ops-cpu.cpp).
 static __device__ __forceinline__ bool fasa_select_norms(const fasa_select_args & a, fasa_select_block & b, const fasa_tip_list & l) {
-    constexpr int PARTS = FASA_SUM_PARTS, STEP = 32*PARTS, KEPT = 4; // spans of a lane that are read at once
+    constexpr int PARTS = FASA_SUM_PARTS, STEP = 32*PARTS, KEPT = 6; // spans of a lane that are read at once
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32, n_span = a.tip.n_span;
     const int first = warp%PARTS*32 + lane;
     const int  n_mine = (l.last - l.first + FASA_SPAN - 1)/FASA_SPAN;
@@ -452,40 +454,32 @@ static __device__ uint32_t fasa_select_before(const uint32_t * count, int part) 
 static __device__ __forceinline__ void fasa_select_hand_in(fasa_select_block & b, fasa_work::slot & slot, int part, int first, int last, const uint32_t * key,
         uint32_t edge_first, uint32_t edge_last, bool equal) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32;
-    if (threadIdx.x == 0) {
-        b.n_edge_mine = 0;
-    }
-    __syncthreads();
-    uint32_t n_mine = 0;
+    uint32_t n_mine = 0, n_equal = 0;
 #pragma unroll 4
     for (int j = first + threadIdx.x; j < last; j += N_THREAD) {
         const uint32_t k = key[j - first];
         if (k > edge_last) {
             n_mine++;
         } else if (k >= edge_first) {
-            const uint32_t at = atomicAdd(&b.n_edge_mine, 1);
+            n_equal++;
             if (!equal) {
-                b.mass[at] = fasa_edge(k, j);
+                slot.edge[atomicAdd(&slot.n_edge, 1)] = fasa_edge(k, j);
             }
         }
     }
-    n_mine = fasa_warp_sum(n_mine);
+    n_mine  = fasa_warp_sum(n_mine);
+    n_equal = fasa_warp_sum(n_equal);
     if (lane == 0) {
         b.scan[warp] = n_mine;
+        b.scan_equal[warp] = n_equal;
     }
     __syncthreads();
     if (warp == 0) {
-        const uint32_t n_part = fasa_warp_sum(lane < N_WARP ? b.scan[lane] : 0u);
+        const uint32_t n_part = fasa_warp_sum(lane < N_WARP ? b.scan[lane] : 0u), n_part_equal = fasa_warp_sum(lane < N_WARP ? b.scan_equal[lane] : 0u);
         if (lane == 0) {
             slot.part [part] = n_part;
-            slot.equal[part] = b.n_edge_mine;
-            b.edge_base = !equal && b.n_edge_mine > 0 ? atomicAdd(&slot.n_edge, b.n_edge_mine) : 0;
+            slot.equal[part] = b.n_edge_mine = n_part_equal;
         }
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int i = threadIdx.x; !equal && i < (int) b.n_edge_mine; i += N_THREAD) {
-        slot.edge[b.edge_base + i] = b.mass[i];
     }
 }
 
@@ -496,105 +490,50 @@ struct fasa_select_last {
     uint32_t before, n;
 };
 
-// Step 3a where the edge has no more cells than a warp has lanes: every warp does it for itself
-static __device__ fasa_select_last fasa_select_rank_few(const fasa_select_args & a, const fasa_select_block & b, const fasa_work::slot & slot,
-        int n_edge, int first) {
+// Step 3a: ranks the n_edge cells of the edge by counting, a thread one of them; this gives the last one taken (and with a target mass the count)
+static __device__ __noinline__ fasa_select_last fasa_select_rank(const fasa_select_args & a, fasa_select_block & b, const fasa_work::slot & slot, int n_edge, int first) {
+    static_assert(EDGE <= N_THREAD && 2*EDGE <= BINS, "one of them a thread; cells and shares lie in b.mass");
     const int lane = threadIdx.x % 32;
-    const fasa_u64 mine  = lane < n_edge ? __ldcg(&slot.edge[lane]) : 0;
-    const fasa_u64 share = b.by_mass && lane < n_edge ? fasa_key_share(mine >> 32) : 0;
+    fasa_u64 * edge = b.mass, * share = b.mass + EDGE;
+    const bool is = (int) threadIdx.x < n_edge;
+    const fasa_u64 mine = is ? __ldcg(&slot.edge[threadIdx.x]) : 0;
+    if (is) {
+        edge [threadIdx.x] = mine;
+        share[threadIdx.x] = b.by_mass ? fasa_key_share(mine >> 32) : 0;
+    }
+    if (threadIdx.x == 0) {
+        b.n_edge_mine = b.n_reached = 0;
+    }
+    __syncthreads();
     fasa_u64 held = b.held; // by the cells before this one, if the mass decides
     int rank = 0;
-#pragma unroll 1
-    for (int i = 0; i < n_edge; ++i) {
-        const bool     before = __shfl_sync(0xffffffff, mine, i) > mine;
-        const fasa_u64 other  = b.by_mass ? __shfl_sync(0xffffffff, share, i) : 0;
-        rank += before;
-        held += before ? other : 0;
+    if ((int) threadIdx.x - lane < n_edge) {
+#pragma unroll 4
+        for (int i = 0; i < n_edge; ++i) {
+            const bool before = edge[i] > mine;
+            rank += before;
+            held += b.by_mass && before ? share[i] : 0;
+        }
     }
-    fasa_select_last last = {};
-    last.n = b.n;
+    uint32_t n = b.n;
     if (b.by_mass) { // taken while the mass is not reached
-        const uint32_t n_reached = __popc(__ballot_sync(0xffffffff, lane < n_edge && held < a.need));
-        last.n = min(b.n_cap, max(b.n_floor, b.before + n_reached));
-    }
-    const int n_taken = last.n - b.before, cell = 0xffffffffu - (uint32_t) mine;
-    const int at = __ffs(__ballot_sync(0xffffffff, lane < n_edge && rank == n_taken - 1)) - 1;
-    last.key    = __shfl_sync(0xffffffff, (uint32_t) (mine >> 32), at);
-    last.cell   = __shfl_sync(0xffffffff, cell, at);
-    last.before = __popc(__ballot_sync(0xffffffff, lane < n_edge && rank < n_taken && cell < first));
-    return last;
-}
-
-// Step 3a: sorts the n_edge cells of the edge, which gives the last one taken (and with a target mass the count)
-static __device__ __noinline__ fasa_select_last fasa_select_rank(const fasa_select_args & a, fasa_select_block & b, const fasa_work::slot & slot, int n_edge, int first) {
-    fasa_u64 * edge = b.mass;
-    int size = 32;
-    while (size < n_edge) {
-        size *= 2;
-    }
-#pragma unroll 1
-    for (int i = threadIdx.x; i < size; i += N_THREAD) {
-        edge[i] = i < n_edge ? __ldcg(&slot.edge[i]) : 0;
-    }
-    __syncthreads();
-    const bool one_warp = size <= 128;
-#pragma unroll 1
-    for (int run = 2; run <= size; run *= 2) { // bitonic, the largest first
-#pragma unroll 1
-        for (int half = run/2; half > 0; half /= 2) {
-            if (one_warp) {
-                __syncwarp();
-            } else {
-                __syncthreads();
-            }
-#pragma unroll 1
-            for (int i = threadIdx.x; i < size/2 && (!one_warp || threadIdx.x < 32); i += one_warp ? 32 : N_THREAD) {
-                const int lo = 2*i - (i & (half - 1)), hi = lo + half;
-                const fasa_u64 x = edge[lo], y = edge[hi];
-                if ((x < y) == ((lo & run) == 0)) {
-                    edge[lo] = y, edge[hi] = x;
-                }
-            }
-        }
-    }
-    __syncthreads();
-    if (b.by_mass) { // taken while the mass is not reached
-        constexpr int MINE = EDGE/N_THREAD;
-        fasa_u64 share[MINE], mine = 0, total;
-        uint32_t n_reached = 0, n_all;
-#pragma unroll
-        for (int r = 0; r < MINE; ++r) {
-            const int i = MINE*threadIdx.x + r;
-            share[r] = i < n_edge ? fasa_key_share(edge[i] >> 32) : 0;
-            mine += share[r];
-        }
-        fasa_u64 held = b.held + fasa_block_scan(mine, b.scan_mass, total);
-#pragma unroll
-        for (int r = 0; r < MINE; ++r) {
-            n_reached += MINE*(int) threadIdx.x + r < n_edge && held < a.need;
-            held += share[r];
-        }
-        fasa_block_scan(n_reached, b.scan, n_all);
-        if (threadIdx.x == 0) {
-            b.n = min(b.n_cap, max(b.n_floor, b.before + n_all));
+        const uint32_t some = __ballot_sync(0xffffffff, is && held < a.need);
+        if (some && lane == 0) {
+            atomicAdd(&b.n_reached, __popc(some));
         }
         __syncthreads();
+        n = min(b.n_cap, max(b.n_floor, b.before + b.n_reached));
     }
-    const int n_taken = b.n - b.before;
-    if (threadIdx.x == 0) {
-        b.n_edge_mine = 0;
+    const int n_taken = n - b.before, cell = 0xffffffffu - (uint32_t) mine;
+    const uint32_t before = __ballot_sync(0xffffffff, is && rank < n_taken && cell < first);
+    if (before && lane == 0) {
+        atomicAdd(&b.n_edge_mine, __popc(before));
     }
-    __syncthreads();
-    uint32_t n_before = 0;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < n_taken; i += N_THREAD) {
-        n_before += (int) (0xffffffffu - (uint32_t) edge[i]) < first;
-    }
-    if (n_before > 0) {
-        atomicAdd(&b.n_edge_mine, n_before);
+    if (is && rank == n_taken - 1) {
+        b.last_key = mine >> 32, b.last_cell = cell;
     }
     __syncthreads();
-    return { uint32_t(edge[n_taken - 1] >> 32), int32_t(0xffffffffu - (uint32_t) edge[n_taken - 1]), b.n_edge_mine, b.n };
+    return { b.last_key, b.last_cell, b.n_edge_mine, n };
 }
 
 // Step 3a where the edge's cells are all equal: the lower ones are taken. Its last cell is that of [first, last).
@@ -729,8 +668,6 @@ static __device__ __forceinline__ void fasa_select_row(const fasa_select_args & 
     fasa_select_last taken = { edge_first, INT_MAX, 0, b.n }; // every cell
     if (equal) {
         taken = fasa_select_equal(a, b, slot, part, l.first, l.last, key, edge_first);
-    } else if (b.bin >= 0 && b.n_edge <= 32) {
-        taken = fasa_select_rank_few(a, b, slot, b.n_edge, l.first);
     } else if (b.bin >= 0) {
         taken = fasa_select_rank(a, b, slot, b.n_edge, l.first);
     }

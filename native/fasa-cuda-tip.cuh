@@ -49,29 +49,38 @@ static __device__ __noinline__ void fasa_hadamard(float * row, int d, int n_bloc
     __syncwarp();
 }
 
+// The dimensions that a lane writes of every cell: those of group `lane` with scales, else every 32nd
+template <int K_DOM> static __device__ __forceinline__ void fasa_k_dom_dims(const int32_t * dims, int n_dom, int (&mine)[FASA_GROUP]) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < FASA_GROUP; ++i) {
+        const int at = K_DOM == FASA_K_DOM_F16 ? lane + 32*i : lane*FASA_GROUP + i;
+        mine[i] = at < n_dom ? dims[at] : -1;
+    }
+}
+
 // one cell's dominant values, from its row [d] in shared memory to its block, by one warp
-template <int K_DOM> static __device__ void fasa_k_dom_write(int n_dom, const int32_t * dims, const float * row, char * block, int cell) {
+template <int K_DOM> static __device__ void fasa_k_dom_write(int n_dom, const int (&dims)[FASA_GROUP], const float * row, char * block, int cell) {
     const int lane = threadIdx.x % 32;
     char * data = block + fasa_block_scales(K_DOM, n_dom);
-    for (int i = lane; K_DOM == FASA_K_DOM_F16 && i < n_dom; i += 32) {
-        ((half *) data)[i*FASA_TILE + cell] = __float2half_rn(dims[i] < 0 ? 0.0f : row[dims[i]]);
-    }
-    for (int g = lane; K_DOM != FASA_K_DOM_F16 && g < n_dom/FASA_GROUP; g += 32) {
-        float x[FASA_GROUP], most = 0.0f; // the value of largest magnitude, with its sign
+    float x[FASA_GROUP], most = 0.0f; // the value of largest magnitude, with its sign
 #pragma unroll
-        for (int i = 0; i < FASA_GROUP; ++i) {
-            const int dim = dims[g*FASA_GROUP + i];
-            x[i] = dim < 0 ? 0.0f : row[dim];
-            most = fabsf(x[i]) > fabsf(most) ? x[i] : most;
+    for (int i = 0; i < FASA_GROUP; ++i) {
+        x[i] = dims[i] < 0 ? 0.0f : row[dims[i]];
+        most = fabsf(x[i]) > fabsf(most) ? x[i] : most;
+        if (K_DOM == FASA_K_DOM_F16 && lane + 32*i < n_dom) {
+            ((half *) data)[(lane + 32*i)*FASA_TILE + cell] = __float2half_rn(x[i]);
         }
+    }
+    if (K_DOM != FASA_K_DOM_F16 && lane < n_dom/FASA_GROUP) {
         const half  scale = __float2half_rn(K_DOM == FASA_K_DOM_Q8 ? __fdiv_rn(fabsf(most), 127.0f) : most*-0.125f);
         const float step  = __half2float(scale);
         const float inv   = step != 0.0f ? __fdiv_rn(1.0f, step) : 0.0f;
-        ((half *) block)[g*FASA_TILE + cell] = scale;
+        ((half *) block)[lane*FASA_TILE + cell] = scale;
         if (K_DOM == FASA_K_DOM_Q8) {
 #pragma unroll
             for (int i = 0; i < FASA_GROUP; ++i) {
-                ((int8_t *) data)[((2*g + i/4)*FASA_TILE + cell)*4 + i%4] = (int8_t) fminf(127.0f, fmaxf(-127.0f, roundf(x[i]*inv)));
+                ((int8_t *) data)[((2*lane + i/4)*FASA_TILE + cell)*4 + i%4] = (int8_t) fminf(127.0f, fmaxf(-127.0f, roundf(x[i]*inv)));
             }
         } else {
             uint32_t word = 0;
@@ -80,7 +89,7 @@ template <int K_DOM> static __device__ void fasa_k_dom_write(int n_dom, const in
                 const uint32_t lo = fminf(15.0f, fmaxf(0.0f, floorf(x[i]*inv + 8.5f))), hi = fminf(15.0f, fmaxf(0.0f, floorf(x[i + 4]*inv + 8.5f)));
                 word |= (lo | hi << 4) << 8*i;
             }
-            ((uint32_t *) data)[g*FASA_TILE + cell] = word;
+            ((uint32_t *) data)[lane*FASA_TILE + cell] = word;
         }
     }
 }
@@ -88,6 +97,8 @@ template <int K_DOM> static __device__ void fasa_k_dom_write(int n_dom, const in
 // the stale cells of [first, last), by one warp; few as a rule, so not in the way of the code around it
 template <int K_DOM> static __device__ __noinline__ void fasa_refresh(const fasa_tip_args & a, int h, int s, int2 stale, int first, int last, float * row) {
     const int lane = threadIdx.x % 32, from = max(stale.x, first), to = min(stale.y, last);
+    int dims[FASA_GROUP];
+    fasa_k_dom_dims<K_DOM>(a.dims + h*a.n_dom, a.n_dom, dims);
     for (uint32_t some = __ballot_sync(0xffffffff, from < to); some != 0; some &= some - 1) {
         const int r = __ffs(some) - 1;
         for (int cell = __shfl_sync(0xffffffff, from, r); cell < __shfl_sync(0xffffffff, to, r); ++cell) {
@@ -106,7 +117,7 @@ template <int K_DOM> static __device__ __noinline__ void fasa_refresh(const fasa
             if (a.n_hadamard > 0) {
                 fasa_hadamard(row, a.d, a.n_hadamard);
             }
-            fasa_k_dom_write<K_DOM>(a.n_dom, a.dims + h*a.n_dom, row, a.k_dom + s*a.k_dom_nb3 + h*a.k_dom_nb2 + cell/FASA_TILE*a.k_dom_nb1, cell%FASA_TILE);
+            fasa_k_dom_write<K_DOM>(a.n_dom, dims, row, a.k_dom + s*a.k_dom_nb3 + h*a.k_dom_nb2 + cell/FASA_TILE*a.k_dom_nb1, cell%FASA_TILE);
         }
     }
     __syncwarp();
@@ -116,7 +127,7 @@ template <int K_DOM> static __device__ __noinline__ void fasa_refresh(const fasa
 // bytes begins at the bits of 1.5*2^23, so that it is read back as a float without a conversion, and, beside q4, at -8 times
 // the sum of the query's bytes (a nibble n stands for n - 8).
 static constexpr int   TIP_HEADS = 4;
-static constexpr int   TIP_ROWS  = 16; // rows of warps in shared memory
+static constexpr int   TIP_WARPS = 16; // of a block
 static constexpr int   TIP_ZERO  = 0x4b400000;
 static constexpr float TIP_ZERO_VALUE = 12582912.0f;
 
@@ -350,8 +361,8 @@ struct fasa_tip_list {
     float * tip;                    // the rows of the list in the TIP node's memory; their ends take e and sum of every span
 };
 
-// TIP of a list. smem: room for the queries and rows of warps (fasa_tip_smem); piece [2][n_warp][TIP_HEADS]. A warp takes a span,
-// or where the block has fewer spans than warps a piece of one.
+// TIP of a list. smem: room for the queries and rows of warps (fasa_tip_smem); piece [2][TIP_WARPS][TIP_HEADS]. A warp takes a span,
+// or where fewer spans than warps are left a piece of one.
 // QUADS: groups of a cell by fours, asked for ahead; 0: any number. FOURS: l.x may be read and written by fours, up to the end of a tile.
 template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
     static constexpr bool MMA   = TIP_MMA<K_DOM>;
@@ -376,7 +387,7 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
     __device__ fasa_tip_block(const fasa_tip_args & a, const fasa_tip_list & l, char * smem) : a(a), l(l), query(smem) {
         const int t = l.token%a.n_tps;
         s = l.token/a.n_tps, h = l.head0/a.n_group;
-        row    = (float *) (smem + fasa_tip_query<K_DOM>::bytes(a.n_dom)) + threadIdx.x/32%TIP_ROWS*a.d;
+        row    = (float *) (smem + fasa_tip_query<K_DOM>::bytes(a.n_dom)) + threadIdx.x/32*a.d;
         blocks = a.k_dom + s*a.k_dom_nb3 + h*a.k_dom_nb2;
         mask   = (const uint16_t *) (a.mask + s*a.mask_nb3 + t*a.mask_nb1);
     }
@@ -540,23 +551,36 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
         row[span] = e, row[a.n_span + span] = sum;
     }
 
-    // Heads g0 and on. n_tile: tiles of a warp, a span's or where the block has few cells a part of it
-    __device__ void heads(int n_tile, float * piece) {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x/32, n_warp = blockDim.x/32, cells = n_tile*FASA_TILE;
-        const int start = l.first + warp*cells;
+    // The cells from `base` on are read in a round: by every warp n_tile tiles, a span's or a part of one
+    __device__ int round_tiles(int base) const {
+        const int left = (l.last - base + FASA_TILE - 1)/FASA_TILE;
+        int n_tile = TILES;
+        while (n_tile > 1 && left <= TIP_WARPS*n_tile/2) {
+            n_tile /= 2;
+        }
+        return n_tile;
+    }
+
+    // Heads g0 and on
+    __device__ void heads(float * piece) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x/32;
         constexpr int OWN = MMA ? 1 : TIP_HEADS; // heads of a thread
+        const auto start = [&](int base, int n_tile) { return base + warp*n_tile*FASA_TILE; };
+        const auto end   = [&](int from, int n_tile) { return min(l.last, from + n_tile*FASA_TILE); };
         tile ahead[AHEAD];
-        const auto ask = [&]() {
+        const auto ask = [&](int base, int n_tile) {
+            const int from = start(base, n_tile);
 #pragma unroll
             for (int u = 0; u < AHEAD && MMA; ++u) {
-                load(ahead[u], start + u*FASA_TILE, min(l.last, start + cells));
+                load(ahead[u], from + u*FASA_TILE, end(from, n_tile));
             }
         };
         typename fasa_tip_query<K_DOM>::raw head; // warp m makes column m
         if (warp < TIP_HEADS) {
             head.load(a, h, g0 + warp < l.n_shared ? l.head0 + g0 + warp : -1, l.token);
         }
-        ask();
+        int base = l.first, n_tile = round_tiles(base);
+        ask(base, n_tile);
         int2 stale = make_int2(0, 0); // a range of each lane
         if (g0 == 0 && lane < FASA_MAX_RANGES) {
             stale = ((const int2 *) a.ranges)[s*FASA_MAX_RANGES + lane];
@@ -565,29 +589,31 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
         if (warp < TIP_HEADS) {
             query.set(a, warp, h, head, row);
         }
-        __syncthreads();
         if (__any_sync(0xffffffff, max(stale.x, l.first) < min(stale.y, l.last))) {
             bool some = false;
 #pragma unroll 1
-            for (int from = start; from < l.last; from += n_warp*cells) { // a warp refreshes what it reads
-                const int to = min(l.last, from + cells);
+            for (int b = l.first, n = n_tile; b < l.last; b += TIP_WARPS*n*FASA_TILE, n = round_tiles(b)) { // a warp refreshes what it reads
+                const int from = start(b, n), to = end(from, n);
                 if (__any_sync(0xffffffff, max(stale.x, from) < min(stale.y, to))) {
                     fasa_refresh<K_DOM>(a, h, s, stale, from, to, row);
                     some = true;
                 }
             }
             if (some) {
-                ask();
+                ask(base, n_tile);
             }
         }
+        __syncthreads();
         fasa_tip_quad quads[KEPT];
 #pragma unroll
         for (int i = 0; i < KEPT && MMA && QUADS > 0; ++i) {
             quads[i].set(query, a.n_dom/FASA_GROUP, i);
         }
 #pragma unroll 1
-        for (int from = start; from < l.last || n_tile < TILES; from += n_warp*cells) {
-            const int to = min(l.last, from + cells), next = from + n_warp*cells;
+        while (base < l.last) {
+            const int from = start(base, n_tile), to = end(from, n_tile);
+            const int base_next = base + TIP_WARPS*n_tile*FASA_TILE, n_next = round_tiles(base_next);
+            const int next = start(base_next, n_next), next_to = end(next, n_next);
             float y[4], most[OWN], sum[OWN], e[OWN];
 #pragma unroll
             for (int m = 0; m < OWN; ++m) {
@@ -606,9 +632,9 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
 #pragma unroll
                     for (int u = 0; u < AHEAD; ++u) {
                         if (i + u < n_tile) {
-                            const int at = from + (i + u)*FASA_TILE, on = i + u + AHEAD - n_tile; // `on`: of the next span
+                            const int at = from + (i + u)*FASA_TILE, on = i + u + AHEAD - n_tile; // `on`: of the next round
                             score(ahead[u], quads, at, to, y);
-                            load(ahead[u], on < 0 ? at + AHEAD*FASA_TILE : next + on*FASA_TILE, on < 0 ? to : min(l.last, next + cells));
+                            load(ahead[u], on < 0 ? at + AHEAD*FASA_TILE : next + on*FASA_TILE, on < 0 ? to : next_to);
                             keep(y, at);
                         }
                     }
@@ -618,6 +644,9 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
                     keep(pair[0], from + i*FASA_TILE);
                     keep(pair[1], from + (i + 1)*FASA_TILE);
                 }
+            }
+            if (n_tile < AHEAD) { // the next round's were not all asked for, or elsewhere
+                ask(base_next, n_next);
             }
 #pragma unroll
             for (int m = 0; m < OWN; ++m) {
@@ -641,7 +670,7 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
                 sum[m] = sum_of(sum[m]);
             }
             if (n_tile < TILES) {
-                together(n_tile, piece + n_warp*TIP_HEADS, sum, 0.0f, [](float x, float y) { return x + y; });
+                together(n_tile, piece + TIP_WARPS*TIP_HEADS, sum, 0.0f, [](float x, float y) { return x + y; });
             }
 #pragma unroll
             for (int m = 0; m < TIP_HEADS; ++m) {
@@ -649,9 +678,7 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
                     write(m, from/FASA_SPAN, e[MMA ? 0 : m], sum[MMA ? 0 : m]);
                 }
             }
-            if (n_tile < TILES) {
-                return;
-            }
+            base = base_next, n_tile = n_next;
         }
     }
 
@@ -676,20 +703,15 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
     }
 
     __device__ void run(float * piece) {
-        const int n_warp = blockDim.x/32;
-        int n_tile = TILES;
-        while (n_tile > 1 && (l.last - l.first + FASA_TILE - 1)/FASA_TILE <= n_warp*n_tile/2) {
-            n_tile /= 2;
-        }
 #pragma unroll 1
         for (g0 = 0; g0 < l.n_shared; g0 += TIP_HEADS) {
-            heads(n_tile, piece);
+            heads(piece);
         }
     }
 };
 
 template <int K_DOM> static size_t fasa_tip_smem(int n_dom, int d) {
-    return fasa_tip_query<K_DOM>::bytes(n_dom) + (size_t) TIP_ROWS*d*sizeof(float);
+    return fasa_tip_query<K_DOM>::bytes(n_dom) + (size_t) TIP_WARPS*d*sizeof(float);
 }
 
 static fasa_tip_args fasa_tip_args_make(const ggml_tensor * tip) {

@@ -59,7 +59,7 @@ static constexpr int FASA_SPAN_RANGE  = 100; // TIP: a score below 2^-FASA_SPAN_
 
 // What the kernels of a device keep across launches: zeroed once, and left zero where it matters (counts, tickets).
 struct fasa_work {
-    static constexpr int BINS = 2048, EDGE = 1024, PARTS = 64, SLOTS = 64, TICKETS = 4096;
+    static constexpr int BINS = 2048, EDGE = 128, PARTS = 64, SLOTS = 64, TICKETS = 4096;
 
     enum { LAYERS_SPARSE, ROWS_ATTENDED, ROWS_VISIBLE, LISTS, BYTES_TIP, BYTES_FAC, BYTES_DENSE, ROWS_FETCHED, ROWS_REUSED, BYTES_FETCHED, BYTES_STAGED, N_COUNTER };
     uint64_t counter[16];     // as in fasa_stats
