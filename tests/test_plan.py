@@ -231,7 +231,7 @@ def test_the_command(library, shape_8b, tiny, capsys):
     assert cli.main(["plan", str(tiny), "--json", "-ub", "64"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
-    assert "FASA-C: below min_context_gpu, 40,960 cells" in err
+    assert "FASA-C: below min_context_gpu, 24,576 cells" in err
     assert "planned as if it ranked every attention layer" in err and "give --vram, such as 12G" in err
     assert (found["n_ctx"], found["n_ubatch"], found["device_bytes"]) == (4096, 64, None)
     assert [w["name"] for w in found["ways"]] == ["dense f16", "dense q8_0", "FASA-C", "FASA-M"] and found["ways"][3]["kv_pinned"] == 3 * 2 * 2 * 16 * 2 * 4096

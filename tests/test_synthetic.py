@@ -33,6 +33,23 @@ def test_a_random_model_decodes(library, random_model):
         assert np.isfinite(logits).all() and logits.std() > 0
 
 
+def test_attention_of_a_random_model_is_neither_even_nor_a_single_token(library, random_model):
+    from fasa_gguf.session import Session
+
+    seen = {}
+
+    def observe(o):
+        logits = np.einsum("hd,nhd->nh", o.q[-1, ::4], np.asarray(o.k[:1024], np.float32)) * o.scale
+        seen[o.il] = logits.std(axis=0).min(), logits.max()
+
+    with Session(random_model, n_ctx=1280) as s:
+        s.fasa.fill_random(1024)
+        s.fasa.observe(observe)
+        s.decode([5], 1024)
+    assert sorted(seen) == list(range(8))
+    assert all(std > 0.5 and most < 10 for std, most in seen.values()), seen
+
+
 def test_sizes_of_the_shapes():
     assert {k: round(synthetic.model_bytes(k) / 1e9, 2) for k in synthetic.SHAPES} == {"8b": 4.52, "3b": 2.03, "1b": 0.84, "tiny": 0.09}
 
