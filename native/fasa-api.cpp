@@ -171,6 +171,11 @@ static int fasa_check_ranking(const fasa_profile * p, const llama_hparams & hpar
 }
 
 static int fasa_check_masses(const fasa_profile * p) {
+    for (uint32_t il = 0; p->layer_budget && il < p->n_layer; ++il) {
+        if (!(p->layer_budget[il] > 0) || !std::isfinite(p->layer_budget[il])) {
+            return fasa_set_error("layer %u: layer_budget is %g, and must be above 0", il, (double) p->layer_budget[il]);
+        }
+    }
     for (uint32_t il = 0; p->layer_miss && il < p->n_layer; ++il) {
         if (!(p->layer_miss[il] > 0) || !std::isfinite(p->layer_miss[il])) {
             return fasa_set_error("layer %u: layer_miss is %g, and must be above 0", il, (double) p->layer_miss[il]);
@@ -195,7 +200,7 @@ int fasa_set_profile(llama_context * ctx, const fasa_profile * p) {
         return -1;
     }
     std::vector<uint32_t> offset;
-    size_t n_ranking, n_weight;
+    size_t n_ranking = 0, n_weight = 0;
     if (fasa_check_ranking(p, ctx->get_model().hparams, offset, n_ranking, n_weight) != 0 || fasa_check_masses(p) != 0) {
         return -1;
     }

@@ -225,6 +225,7 @@ def test_a_layer_has_its_own_budget_and_mass(smollm2, profile, text):
         s.fasa.set_profile(replace(own, mean_budget={300: 0.8, 500: 0.9}, layer_miss=None))
         assert np.isclose(s.fasa.layer_params(0).mass, 0.8)                      # a live context takes the new table
         for bad, message in ((dict(layer_miss=np.array([1.0] * 29 + [0.0])), "layer 29: layer_miss is 0, and must be above 0"),
+                             (dict(layer_budget=np.array([1.0, np.nan] + [1.0] * 28)), "layer 1: layer_budget is nan, and must be above 0"),
                              (dict(mean_budget={300: 0.9, 500: 0.8}), "entry 1 of the table of mean budgets: 500 tokens at a mass of 0.8; both must ascend"),
                              (dict(mean_budget={300: 0.9, 200: 0.95}), "entry 1 of the table of mean budgets: 200 tokens"),
                              (dict(mean_budget={300: 1.0}), "entry 0 of the table")):

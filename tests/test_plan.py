@@ -180,7 +180,7 @@ def test_host_memory_bounds_fasa_m(shape_8b):
 
 
 def test_layers_on_a_gpu_that_wait_have_no_dominant_keys(shape_8b):
-    m, s = read_model(shape_8b), Setup(n_ctx=32768)
+    m, s = read_model(shape_8b), Setup(n_ctx=16384)
     p = FasaParams()
     assert memory(m, s, p).k_dom == 0 < memory(m, replace(s, n_ctx=65536), p).k_dom  # below and above min_context_gpu
     assert memory(m, s, p, "m").k_dom == memory(m, s, ON).k_dom > 0                  # dense would be slow in mode m, so nothing waits
