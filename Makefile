@@ -51,7 +51,7 @@ demo: build $(MODEL)
 
 # TEST_EXTRAS: packages of the optional extras; without torch and transformers their tests skip, and say so
 test: build stock $(MODEL)
-	$(if $(TEST_EXTRAS),$(PIP) $(TEST_EXTRAS))
+	$(if $(TEST_EXTRAS),$(PIP) $(foreach p,$(TEST_EXTRAS),'$(p)'))
 	$(PY) -m pytest -q -rs
 
 check: $(VENV)/.ready
