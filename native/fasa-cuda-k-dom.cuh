@@ -122,7 +122,6 @@ template <int K_DOM> static __device__ __noinline__ void fasa_refresh(const fasa
 // bytes begins at the bits of 1.5*2^23, so that it is read back as a float without a conversion, and, beside q4, at -8 times
 // the sum of the query's bytes (a nibble n stands for n - 8).
 static constexpr int   TIP_HEADS = 4;
-static constexpr int   TIP_WARPS = 16; // of a block
 static constexpr int   TIP_ZERO  = 0x4b400000;
 static constexpr float TIP_ZERO_VALUE = 12582912.0f;
 

@@ -50,7 +50,7 @@ struct fasa_select_args {
 
 // what a block knows about its row, in shared memory
 struct alignas(16) fasa_select_block {
-    fasa_u64 mass [BINS]; // mass and count: also the working memory of TIP, of span sums and of the edge's cells
+    fasa_u64 mass [BINS]; // also the working memory of TIP and, behind the histogram, of the edge's cells
     uint32_t count[BINS];
     float    most[MAX_GROUP], inv[MAX_GROUP];
     float    piece[2*N_WARP*TIP_HEADS];

@@ -9,6 +9,8 @@
 #include "fasa-cuda-k-dom.cuh"
 #include "fasa-select.h"
 
+static constexpr int TIP_WARPS = 16; // of a block
+
 // What a block works on: the cells [first, last) of one list, `first` at the start of a span.
 struct fasa_tip_list {
     int     token, head0, n_shared; // n_shared query heads from head0 on

@@ -2,6 +2,7 @@
 
 // 16 floats or integers at once, one of each cell; the compiler splits the vector where the machine's are shorter.
 
+#include "ggml-cpu.h"
 #include "ggml-impl.h"
 #include "vec.h"
 
