@@ -16,7 +16,7 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from . import native
-from .bench_memory import Figures, merge, pcie_rates, vram
+from .bench_memory import Figures, merge, vram
 from .errors import FasaError
 from .gguf_file import U16, U32, GGUFFile
 from .params import FasaParams
@@ -330,7 +330,6 @@ def bench(model: str | os.PathLike, plan: Plan, arms: Mapping[str, FasaParams], 
             continue
         if not settings["no_kv_offload"]:
             s.fasa.set_profile(profile)
-        row_size, copy, gather = pcie_rates(s, settings["type_k"], settings["type_v"], native.cuda_devices()[0]) if host else (None, None, None)
         b = Bench(s, n, plan.fill, report)
         for j, depth in enumerate(depths):
             group = _measure(b, plan, here, depth)
@@ -338,7 +337,7 @@ def bench(model: str | os.PathLike, plan: Plan, arms: Mapping[str, FasaParams], 
                 row.setup, row.weight_bytes = shared["setup"], weights
                 row.copy_rate = None if host else rates[settings["n_gpu_layers"], settings["no_kv_offload"]]
                 row.memory.vram_before, row.memory.vram_peak = before, b.vram_peak
-                row.memory.row_bytes, row.memory.copy_rate, row.memory.gather_rate = row_size, copy, gather
+                row.memory.take_rates(s.fasa, depth, s.n_ctx, n, (weights or 0) // s.fasa.model_info()["n_layer"])
                 row.note = "; ".join(filter(None, [row.note, why if row.n_gen and row.params is None else ""]))
             _add(rows, group, emit)
             report("benchmarking", i * len(depths) + j + 1, n_contexts * len(depths))

@@ -6,11 +6,6 @@ from dataclasses import dataclass
 from typing import Mapping, Sequence
 
 from . import native
-from .plan import row_bytes
-from .session import Session
-
-RATE_BYTES = 512 << 20    # of pinned memory for the PCIe rates, or a layer's K and V if those are less
-RATE_ROWS = 1 << 16       # rows of the gather that gives its rate
 
 
 @dataclass
@@ -24,9 +19,9 @@ class Figures:
     fetched: float | None = None     # bytes of rows over PCIe per decode step
     staged: float | None = None      # bytes of whole caches over PCIe per decode step, for dense layers
     reused: float | None = None      # share of the attended rows that the row cache had
-    row_bytes: int | None = None     # of a row: K or V of a token and KV head
-    copy_rate: float | None = None   # bytes/s that the device takes from pinned memory, as one copy
-    gather_rate: float | None = None # and as random rows of this size
+    copy_rate: float | None = None   # bytes/s that the device takes from the pinned cache, as one copy
+    gather_rate: float | None = None # as random rows, behind a layer's weights, by a kernel that does nothing else
+    fetch_rate: float | None = None  # and by the one that fetches the attended ones
 
     def floor_s(self) -> float | None:
         """Seconds that the bytes of a step take over PCIe at the measured rates: rows by the gather's, staged ones by the copy's."""
@@ -43,21 +38,18 @@ class Figures:
         rows = c["rows_fetched"] + c["rows_reused"]
         self.reused = c["rows_reused"] / rows if rows else None
 
+    def take_rates(self, context: native.Context, n_cells: int, n_ctx: int, n_parallel: int, layer_bytes: int) -> None:
+        """PCIe rates for as many rows of the first n_cells as a token fetched, each layer behind layer_bytes of weights. n_ctx: cells of all
+        sequences."""
+        if self.fetched and self.pinned:
+            rows = self.fetched / n_parallel / (self.pinned / n_ctx)
+            self.copy_rate, self.gather_rate, self.fetch_rate = context.host_rates(n_cells, max(1, round(rows)), layer_bytes)
+
 
 def vram() -> int | None:
     """Bytes in use on all CUDA devices, by the driver's count: those of other processes too. None: there is no such device."""
     devices = native.cuda_devices()
     return sum(total - free for free, total in map(native.device_memory, devices)) if devices else None
-
-
-def pcie_rates(s: Session, type_k: str, type_v: str, device: str) -> tuple[int, float, float]:
-    """(bytes of a row, copy, gather in bytes/s) for the rows of the session's cache: the larger of K's and V's, in steps of 16 bytes."""
-    n_layer = s.fasa.model_info()["n_layer"]
-    shapes = [x for x in map(s.fasa.layer_shape, range(n_layer)) if x[1]]
-    _, n_head_kv, width, _ = shapes[0]
-    row = -(-max(row_bytes(type_k, width), row_bytes(type_v, width)) // 16) * 16
-    region = min(RATE_BYTES, 2 * row * n_head_kv * s.n_ctx)
-    return (row, *native.host_rate(device, region // row * row, row, RATE_ROWS))
 
 
 def merge(samples: Sequence[Mapping[str, int]]) -> dict[str, int]:

@@ -53,7 +53,8 @@ COLUMNS: dict[str, tuple[Callable[[Row], str], str | None]] = {
     "pinned MiB": (lambda r: _number(r.memory.pinned and r.memory.pinned / MIB, "{:.0f}"), ""),
     "PCIe MiB/step": (lambda r: _number(None if r.memory.fetched is None else (r.memory.fetched + r.memory.staged) / MIB, "{:.2f}"), ""),
     "reused": (lambda r: _number(None if r.memory.reused is None else 100 * r.memory.reused, "{:.0f}%"), ""),
-    "PCIe GB/s": (lambda r: _number(r.memory.gather_rate and r.memory.gather_rate / 1e9, "{:.1f}"), ""),
+    "PCIe GB/s": (lambda r: _number(r.memory.fetch_rate and r.memory.fetch_rate / 1e9, "{:.1f}"), ""),
+    "bare": (lambda r: _number(r.memory.gather_rate and r.memory.gather_rate / 1e9, "{:.1f}"), ""),
     "of PCIe floor": (lambda r: _number(None if r.of_pcie_floor is None else 100 * r.of_pcie_floor, "{:.0f}%"), ""),
     "note": (lambda r: r.note, ""),
 }
@@ -90,8 +91,8 @@ def _memory(r: Row) -> dict[str, Any]:
     """The figures of bench_memory.Figures; bytes, and per decode step where the name says so."""
     f, floor = r.memory, r.memory.floor_s()
     return {"vram_before": f.vram_before, "vram_peak": f.vram_peak, "pinned_bytes": f.pinned, "row_cache_bytes": f.row_cache,
-            "pcie_fetched_per_step": f.fetched, "pcie_staged_per_step": f.staged, "rows_reused_share": f.reused, "row_bytes": f.row_bytes,
-            "pcie_copy_bytes_per_second": f.copy_rate, "pcie_gather_bytes_per_second": f.gather_rate,
+            "pcie_fetched_per_step": f.fetched, "pcie_staged_per_step": f.staged, "rows_reused_share": f.reused,
+            "pcie_copy_bytes_per_second": f.copy_rate, "pcie_gather_bytes_per_second": f.gather_rate, "pcie_fetch_bytes_per_second": f.fetch_rate,
             "pcie_floor_ms": None if floor is None else 1000 * floor, "of_pcie_floor": r.of_pcie_floor}
 
 

@@ -234,6 +234,17 @@ class Context:
         """Give every sequence `n_cells` cells of random K and V instead of what it has (fasa_fill_random)."""
         _check(self._lib.fasa_fill_random(self._ctx, n_cells, seed))
 
+    def host_rates(self, n_cells: int, n_rows: int, between: int) -> tuple[float, float, float]:
+        """(copy, gather, fetch): bytes per second that the device takes from K and V in pinned host memory (FASA-M).
+
+        copy: in one piece. gather: the rows of n_rows random cells of the first n_cells, K and V of every KV head, layer by layer, each behind
+        `between` bytes of device memory (a layer's weights), by a kernel that does nothing else. fetch: the same by the one that fetches rows
+        for attention. Raises FasaError.
+        """
+        rates = _struct("fasa_rates")
+        _check(self._lib.fasa_host_rates(self._ctx, n_cells, n_rows, between, rates))
+        return rates.copy, rates.gather, rates.fetch
+
     def layer_reasons(self) -> list[str | None]:
         """Per layer, why it stays dense in a sparse step; None where it runs sparse."""
         out = []
@@ -325,16 +336,6 @@ def copy_rate(device: str, n_bytes: int, n_threads: int = 0) -> float:
     rate = ffi.new("double *")
     _check(lib.fasa_copy_rate(device.encode(), n_threads or os.cpu_count() or 1, n_bytes, rate))
     return rate[0]
-
-
-@functools.lru_cache(maxsize=None)
-def host_rate(device: str, n_bytes: int, row_bytes: int, n_rows: int) -> tuple[float, float]:
-    """(copy, gather): bytes per second that a device takes from n_bytes of pinned host memory, as one copy, and as n_rows random rows of
-    row_bytes each, by a kernel that does nothing else; measured once per process. Raises FasaError."""
-    ffi, lib = _api()
-    copy, gather = ffi.new("double *"), ffi.new("double *")
-    _check(lib.fasa_host_rate(device.encode(), n_bytes, row_bytes, n_rows, copy, gather))
-    return copy[0], gather[0]
 
 
 def device_memory(device: str) -> tuple[int, int]:

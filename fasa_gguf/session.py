@@ -43,8 +43,9 @@ def cache_type(name: str) -> int:
 
 
 def last_log() -> str:
-    """llama.cpp's last complaint, one line."""
-    return _log[-1] if _log else "no reason given"
+    """The last complaint, one line: FASA's, where there is one, since llama.cpp adds what follows from it."""
+    ours = [line.removeprefix("fasa: ") for line in _log if line.startswith("fasa: ")]
+    return (ours or _log or ["no reason given"])[-1]
 
 
 class Session:
@@ -191,7 +192,8 @@ class Session:
         return out.decode("utf-8", "replace")
 
     def decode_batch(self, items: Sequence[tuple[int, int, int, bool]]) -> None:
-        """One llama_decode of (token, position, sequence, wants logits) items, at most n_batch."""
+        """One llama_decode of (token, position, sequence, wants logits) items, at most n_batch. Raises FasaError, after which none of them is there."""
+        _log.clear()
         batch = self.llama.llama_batch_init(len(items), 0, 1)
         try:
             batch.n_tokens = len(items)

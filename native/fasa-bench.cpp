@@ -178,18 +178,49 @@ static ggml_backend_dev_t fasa_find_device(const char * name) {
     return dev;
 }
 
-int fasa_host_rate(const char * backend, uint64_t bytes, uint64_t row_bytes, uint64_t n_rows, double * copy, double * gather) {
-    const auto dev = fasa_find_device(backend);
-    if (dev == nullptr) {
-        return -1;
+// K and V of the first stream of the pinned layers on the first one's device that have its shape, as FAC gets them
+std::vector<std::pair<ggml_tensor *, ggml_tensor *>> fasa_cache::pinned_rows(ggml_context * ctx) const {
+    std::vector<std::pair<ggml_tensor *, ggml_tensor *>> rows;
+    const llama_kv_cache::kv_layer * first = nullptr;
+    for (const auto & l : kv.layers) {
+        first = first || !is_pinned(l.il) ? first : &l;
+        if (first == nullptr || !is_pinned(l.il) || device_of(l.il) != device_of(first->il) || !ggml_are_same_shape(l.k, first->k) || !ggml_are_same_shape(l.v, first->v)) {
+            continue;
+        }
+        const int64_t n_head = kv.hparams.n_head_kv(l.il);
+        const auto view = [&](ggml_tensor * t) {
+            return ggml_view_3d(ctx, t, t->ne[0]/n_head, n_head, t->ne[1], ggml_row_size(t->type, t->ne[0]/n_head), t->nb[1], 0);
+        };
+        rows.emplace_back(view(l.k), view(l.v));
     }
-    if (row_bytes == 0 || row_bytes % 16 != 0 || bytes < row_bytes || bytes < 16 || n_rows == 0 || row_bytes > INT32_MAX) {
-        return fasa_set_error("host rate: expected rows of a multiple of 16 bytes, at least one, and memory for one; found %llu rows of %llu in %llu bytes",
-                (unsigned long long) n_rows, (unsigned long long) row_bytes, (unsigned long long) bytes);
+    return rows;
+}
+
+int fasa_host_rates(llama_context * ctx, uint32_t n_cells, uint32_t n_rows, uint64_t between, fasa_rates * rates) {
+    if (rates == nullptr || rates->size != sizeof(*rates)) {
+        return fasa_set_error("host rates: the header and the library differ");
     }
-    const auto rate = (fasa_host_rate_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "fasa_host_rate");
-    const char * error = rate ? rate(dev, bytes, row_bytes, n_rows, copy, gather) : "it reads no host memory in place";
-    return error ? fasa_set_error("host rate of %s: %s", backend, error) : 0;
+    ggml_context_ptr views(ggml_init({ 2*1024*ggml_tensor_overhead(), nullptr, true }));
+    std::vector<ggml_tensor *> k, v;
+    for (const auto * cache : ctx ? fasa_caches(llama_get_memory(ctx)) : std::vector<fasa_cache *>()) {
+        for (const auto & row : cache->pinned_rows(views.get())) {
+            k.push_back(row.first), v.push_back(row.second);
+        }
+        if (!k.empty()) {
+            break;
+        }
+    }
+    if (k.empty()) {
+        return fasa_set_error("host rates: this context has no K and V in pinned host memory");
+    }
+    if (n_cells < 1 || n_cells > k[0]->ne[2] || n_rows < 1) {
+        return fasa_set_error("host rates: expected 1 to %lld cells and at least one row, found %u and %u", (long long) k[0]->ne[2], n_cells, n_rows);
+    }
+    llama_synchronize(ctx);
+    const auto dev   = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(k[0]->view_src->buffer));
+    const auto ask   = (fasa_host_rates_t) ggml_backend_reg_get_proc_address(ggml_backend_dev_backend_reg(dev), "fasa_host_rates");
+    const auto error = ask(dev, k.data(), v.data(), k.size(), n_cells, n_rows, between, rates);
+    return error ? fasa_set_error("host rates of %s: %s", ggml_backend_dev_name(dev), error) : 0;
 }
 
 int fasa_device_memory(const char * backend, uint64_t * free, uint64_t * total) {

@@ -1,6 +1,7 @@
 #include "fasa-cache.h"
 #include "fasa-error.h"
 
+#include "llama-impl.h"
 #include "llama-kv-cache.h"
 #include "llama-kv-cache-iswa.h"
 #include "llama-memory-hybrid.h"
@@ -104,6 +105,33 @@ void fasa_cache::make_stages() {
         }
         stage_bufs.emplace_back(std::move(ctx), std::move(buf));
     }
+}
+
+// Whether the devices of FASA-M have memory left for what ggml-cuda takes while it computes, beside the compute buffer: the process would
+// end where it finds none. Asked when a ubatch needs more than any before it.
+bool fasa_cache::has_room(uint32_t n_tokens) {
+    static constexpr size_t OTHER = 16u << 20, KERNELS = 100u << 20; // partial results; kernels, which are loaded when they first run
+    size_t n_act = kv.hparams.n_embd; // values of a token that go into a matrix product
+    for (uint32_t il = 0; il < kv.hparams.n_layer(); ++il) {
+        n_act = std::max<size_t>(n_act, kv.hparams.n_ff(il));
+    }
+    const size_t need = 4*n_act*n_tokens + OTHER; // as blocks of q8_1, or beside f16 weights in f16, what goes in and what comes out
+    for (const auto & [dev, stage] : stages) {
+        if (need <= room[dev]) {
+            continue;
+        }
+        size_t free = 0, total = 0;
+        ggml_backend_dev_memory(dev, &free, &total);
+        const size_t wanted = need + (room[dev] ? 0 : KERNELS);
+        if (free < wanted) {
+            fasa_set_error("%s has %.0f MiB of memory free, and computing %u tokens together takes about %.0f; free some (other programs, other contexts), "
+                    "or use a smaller ubatch (-ub) or context (-c)", ggml_backend_dev_name(dev), free/1048576.0, n_tokens, wanted/1048576.0);
+            LLAMA_LOG_ERROR("fasa: %s\n", fasa_error());
+            return false;
+        }
+        room[dev] = need;
+    }
+    return true;
 }
 
 // dense attention is never the faster one where it has to copy a layer over PCIe first
@@ -354,8 +382,11 @@ void fasa_cache::on_changed() {
     }
 }
 
-void fasa_cache::on_apply(const llama_kv_cache_context & mctx) {
+bool fasa_cache::on_apply(const llama_kv_cache_context & mctx) {
     const auto & sinfo = mctx.sinfos[mctx.i_cur];
+    if (!has_room(mctx.ubatches[mctx.i_cur].n_tokens)) {
+        return false;
+    }
     ubatch++;
     n_kv  = mctx.n_kv;
     strm  = sinfo.strm;
@@ -374,6 +405,7 @@ void fasa_cache::on_apply(const llama_kv_cache_context & mctx) {
             i = j;
         }
     }
+    return true;
 }
 
 // ---- graphs ----
@@ -440,6 +472,34 @@ void fasa_cache::set_fresh(int32_t * ranges, uint32_t n_stream) const {
             *out++ = (int32_t) r.second;
         }
     }
+}
+
+bool fasa_cache::set_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool causal) const {
+    const int64_t n_kv = mask->ne[0];
+    if (!state->params.enabled || !causal || mask->type != GGML_TYPE_F16 || kv.swa_type != LLAMA_SWA_TYPE_NONE || kv.hparams.use_alibi ||
+            ubatch.is_pos_2d() || ubatch.n_tokens > state->params.max_tokens*mask->ne[3]) {
+        return false;
+    }
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const auto   seq   = ubatch.seq_id[i][0];
+        const auto & cells = kv.v_cells[kv.seq_to_stream[seq]];
+        const auto   n     = cells.get_used();
+        if (n != cells.used_max_p1() || n != cells.seq_pos_get(seq).size() || n > n_kv) { // its cells are not [0, n), or not all its own
+            return false;
+        }
+    }
+    const ggml_fp16_t seen = ggml_fp32_to_fp16(0.0f), hidden = ggml_fp32_to_fp16(-INFINITY);
+    auto * row = (ggml_fp16_t *) mask->data;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i, row += n_kv) {
+        const auto   seq = ubatch.seq_id[i][0];
+        const auto & all = kv.v_cells[kv.seq_to_stream[seq]].seq_pos_get(seq);
+        std::fill(row, row + all.size(), seen);
+        std::fill(row + all.size(), row + n_kv, hidden);
+        for (auto last = all.rbegin(); last != all.rend() && last->first > ubatch.pos[i]; ++last) {
+            row[last->second] = hidden;
+        }
+    }
+    return true;
 }
 
 // Forced cells of a token: the `sink` lowest positions of its sequence and the `recent` highest up to its own, ties to the

@@ -82,7 +82,7 @@ struct fasa_cache {
 
     // ---- what the cache tells us ----
 
-    void on_apply(const llama_kv_cache_context & mctx); // a ubatch is about to be computed: its cells are placed
+    bool on_apply(const llama_kv_cache_context & mctx); // a ubatch is about to be computed: its cells are placed; false: it must not be
     void on_changed();                                  // stored K changed behind our back: everything is stale
     void memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const;
 
@@ -111,9 +111,16 @@ struct fasa_cache {
 
     void set_fresh(int32_t * ranges, uint32_t n_stream) const; // the cells that the ubatch writes; [n_stream][2*FASA_MAX_RANGES]
 
+    // The mask of a decode step in which every stream holds one sequence without holes, by its length. false: some other step, for
+    // which llama.cpp looks at every cell (0.1 ms and more of a step at 131,072)
+    bool set_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool causal) const;
+
     // for fasa_fill_random
     int  check_fill(uint32_t n_cells) const;
     void fill_random(uint32_t n_cells, uint64_t seed, std::map<ggml_type, fasa_pool> & pools);
+
+    // for fasa_host_rates
+    std::vector<std::pair<ggml_tensor *, ggml_tensor *>> pinned_rows(ggml_context * ctx) const;
 
     uint32_t n_kv    = 0; // of the ubatch being computed
     uint64_t ubatch  = 0; // its number
@@ -140,10 +147,12 @@ private:
     bool any_pinned = false;
     std::map<ggml_backend_dev_t, ggml_tensor *> stages; // of FASA-M, as long as the cache
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> stage_bufs;
+    std::map<ggml_backend_dev_t, size_t> room; // of FASA-M: bytes for computing that were found free
 
     ggml_backend_buffer_type_t buft_of(size_t ikv) const; // of what FASA keeps for a layer: its device's memory
     const char * layer_dense_reason(size_t ikv) const;
     void         make_stages();
+    bool         has_room(uint32_t n_tokens);
     void         add_rows(std::map<ggml_backend_buffer_type_t, ggml_context_ptr> & ctxs);
     void         upload_tables(size_t ikv);
     void         clear();

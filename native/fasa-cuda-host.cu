@@ -10,7 +10,6 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
-#include <random>
 #include <string>
 #include <system_error>
 #include <thread>
@@ -321,6 +320,7 @@ ggml_backend_buffer_type_t fasa_cuda_host_buft(ggml_backend_dev_t dev, fasa_on_e
 
 // T: what a thread copies at once. The cells of `fresh`, a stream per blockIdx.y
 template <typename T> static __global__ void fasa_fresh_kernel(char * dst, const char * src, const int32_t * fresh, int row, size_t dst_stream, size_t src_stream) {
+    ggml_cuda_pdl_sync(); // as in SELECT (fasa-cuda-select.cu)
     const int s = blockIdx.y;
     const int32_t * ranges = fresh + s*2*FASA_MAX_RANGES;
     dst += s*dst_stream, src += s*src_stream;
@@ -333,6 +333,7 @@ template <typename T> static __global__ void fasa_fresh_kernel(char * dst, const
 }
 
 static __global__ void fasa_count_kernel(uint64_t * counter, uint64_t n) {
+    ggml_cuda_pdl_sync();
     *counter += n;
 }
 
@@ -394,85 +395,4 @@ void fasa_cuda_ahead(ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
         ahead.done[i] = { rows->data, place->data, ggml_nbytes(place), *(const uint64_t *) fasa_op_get(dst)->userdata };
     }
     CUDA_CHECK(cudaEventRecord(ahead.end, ahead.stream));
-}
-
-// ---- rates ----
-
-// row i of [n] to whoever asks; the sum keeps the loads
-static __global__ void fasa_gather_kernel(const char * mem, const uint64_t * rows, uint64_t n, int units, uint4 * out) {
-    const uint64_t n_warp = (uint64_t) gridDim.x*blockDim.x/32;
-    uint4 sum = make_uint4(0, 0, 0, 0);
-    for (uint64_t i = ((uint64_t) blockIdx.x*blockDim.x + threadIdx.x)/32; i < n; i += 4*n_warp) {
-        for (int unit = threadIdx.x%32; unit < units; unit += 32) {
-            uint4 v[4];
-#pragma unroll
-            for (int u = 0; u < 4; ++u) {
-                v[u] = i + u*n_warp < n ? ((const uint4 *) (mem + rows[i + u*n_warp]))[unit] : make_uint4(0, 0, 0, 0);
-            }
-#pragma unroll
-            for (int u = 0; u < 4; ++u) {
-                sum.x ^= v[u].x, sum.y ^= v[u].y, sum.z ^= v[u].z, sum.w ^= v[u].w;
-            }
-        }
-    }
-    if ((sum.x & sum.y & sum.z & sum.w) == 0xffffffff) { // the memory is zero
-        *out = sum;
-    }
-}
-
-// seconds of f on the stream, the fastest of five after a warm-up
-template <typename F> static double fasa_time_on(cudaStream_t stream, const F & f) {
-    cudaEvent_t begin, end;
-    CUDA_CHECK(cudaEventCreate(&begin));
-    CUDA_CHECK(cudaEventCreate(&end));
-    float best = INFINITY;
-    for (int i = 0; i < 6; ++i) {
-        float ms;
-        CUDA_CHECK(cudaEventRecord(begin, stream));
-        f();
-        CUDA_CHECK(cudaEventRecord(end, stream));
-        CUDA_CHECK(cudaEventSynchronize(end));
-        CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-        best = i > 0 ? std::min(best, ms) : best;
-    }
-    CUDA_CHECK(cudaEventDestroy(begin));
-    CUDA_CHECK(cudaEventDestroy(end));
-    return best/1e3;
-}
-
-const char * fasa_cuda_host_rate(ggml_backend_dev_t dev, uint64_t bytes, uint64_t row_bytes, uint64_t n_rows, double * copy, double * gather) {
-    auto * buft = fasa_cuda_host_buft(dev, fasa_on_error);
-    if (buft == nullptr) {
-        return "the device cannot read pinned host memory in place";
-    }
-    ggml_backend_buffer_t host = ggml_backend_buft_alloc_buffer(buft, bytes);
-    if (host == nullptr) {
-        return "the memory cannot be pinned";
-    }
-    ggml_backend_buffer_clear(host, 0);
-    const char * mem = (const char *) ggml_backend_buffer_get_base(host);
-    const size_t piece = std::min<uint64_t>(bytes, 256u << 20);
-    std::mt19937_64 rng(0);
-    std::vector<uint64_t> rows(n_rows);
-    std::generate(rows.begin(), rows.end(), [&] { return rng()%(bytes/row_bytes)*row_bytes; });
-    char * device = nullptr;
-    cudaStream_t stream;
-    CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    const char * error = nullptr;
-    if (cudaMalloc(&device, piece + n_rows*sizeof(uint64_t) + sizeof(uint4)) != cudaSuccess) {
-        (void) cudaGetLastError();
-        error = "the device has no memory for the copy";
-    } else {
-        auto * const list = (uint64_t *) (device + piece/sizeof(uint4)*sizeof(uint4));
-        CUDA_CHECK(cudaMemcpyAsync(list, rows.data(), n_rows*sizeof(uint64_t), cudaMemcpyDefault, stream));
-        *copy   = piece/fasa_time_on(stream, [&] { CUDA_CHECK(cudaMemcpyAsync(device, mem, piece/sizeof(uint4)*sizeof(uint4), cudaMemcpyDefault, stream)); });
-        *gather = n_rows*row_bytes/fasa_time_on(stream, [&] {
-            fasa_gather_kernel<<<264, 512, 0, stream>>>(mem, list, n_rows, row_bytes/sizeof(uint4), (uint4 *) device);
-        });
-        CUDA_CHECK(cudaGetLastError());
-        CUDA_CHECK(cudaFree(device));
-    }
-    CUDA_CHECK(cudaStreamDestroy(stream));
-    ggml_backend_buffer_free(host);
-    return error;
 }

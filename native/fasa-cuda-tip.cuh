@@ -185,7 +185,7 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
         } else {
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                if (head + (MMA ? 0 : i) < l.n_shared && cell + (MMA ? i : 0) < to) {
+                if (head + (MMA ? 0 : i) < l.n_shared && (FOURS ? from < to : cell + (MMA ? i : 0) < to)) { // FOURS: all of the tile is read
                     x[MMA ? i : i*l.x_stride] = y[i];
                 }
             }

@@ -40,7 +40,7 @@ static const char * fasa_cuda_dense_reason(ggml_backend_dev_t dev, const fasa_la
 void * fasa_cuda_proc_address(const char * name) {
     if (strcmp(name, "fasa_dense_reason") == 0) { return (void *) fasa_cuda_dense_reason; }
     if (strcmp(name, "fasa_host_buft")    == 0) { return (void *) fasa_cuda_host_buft; }
-    if (strcmp(name, "fasa_host_rate")    == 0) { return (void *) fasa_cuda_host_rate; }
+    if (strcmp(name, "fasa_host_rates")   == 0) { return (void *) fasa_cuda_host_rates; }
     return nullptr;
 }
 

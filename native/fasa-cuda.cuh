@@ -23,7 +23,8 @@ bool fasa_cuda_has_kernels(int device);
 void * fasa_cuda_proc_address(const char * name);
 
 ggml_backend_buffer_type_t fasa_cuda_host_buft(ggml_backend_dev_t dev, fasa_on_error_t on_error);
-const char * fasa_cuda_host_rate(ggml_backend_dev_t dev, uint64_t bytes, uint64_t row_bytes, uint64_t n_rows, double * copy, double * gather);
+const char * fasa_cuda_host_rates(ggml_backend_dev_t dev, const ggml_tensor * const * k, const ggml_tensor * const * v, int n_layer, int n_cells, int n_rows,
+        uint64_t between, fasa_rates * rates);
 
 void fasa_cuda_select(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
 void fasa_cuda_fac   (ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);

@@ -201,6 +201,23 @@ static int fasa_op_check(const fasa_op_case * c, ggml_type & type_k, ggml_type &
     return 0;
 }
 
+// On a device contexts do not keep the scores, which is another kernel where they fit in shared memory: it must take the same cells.
+static int fasa_op_run_as_contexts(const fasa_op_case & c, ggml_type type_k, ggml_type type_v, const std::vector<int32_t> & kept) {
+    fasa_op_run_graph run;
+    if (run.init(c, c.backend, 0, type_k, type_v) != 0 || run.compute({ run.nodes.tip, run.nodes.select }) != 0) {
+        return -1;
+    }
+    std::vector<int32_t> lists(kept.size());
+    ggml_backend_tensor_get(run.nodes.select, lists.data(), 0, ggml_nbytes(run.nodes.select));
+    const size_t length = run.nodes.select->ne[0];
+    for (size_t i = 0; i < lists.size(); i += length) {
+        if (lists[i] != kept[i] || !std::equal(&lists[i], &lists[i] + 1 + kept[i], &kept[i])) {
+            return fasa_set_error("fasa_op_run: list %zu on %s has other cells when the scores are not kept", i/length, c.backend);
+        }
+    }
+    return 0;
+}
+
 int fasa_op_run(const fasa_op_case * c) {
     ggml_type type_k, type_v;
     if (fasa_op_check(c, type_k, type_v) != 0) {
@@ -234,6 +251,9 @@ int fasa_op_run(const fasa_op_case * c) {
     }
     std::vector<int32_t> lists(ggml_nelements(select));
     get(select, lists.data());
+    if (run.op.work && !given && fasa_op_run_as_contexts(*c, type_k, type_v, lists) != 0) {
+        return -1;
+    }
     const int64_t length = select->ne[0] - 1;
     for (int64_t i = 0; i < (int64_t) lists.size()/(length + 1); ++i) {
         const int32_t * list = lists.data() + i*(length + 1);

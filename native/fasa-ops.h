@@ -189,8 +189,9 @@ typedef const char * (*fasa_dense_reason_t)(ggml_backend_dev_t dev, const fasa_l
 // on_error gets the reason when memory cannot be pinned. nullptr: the device cannot.
 typedef void (*fasa_on_error_t)(const char * text);
 typedef ggml_backend_buffer_type_t (*fasa_host_buft_t)(ggml_backend_dev_t dev, fasa_on_error_t on_error);
-// fasa_host_rate of fasa.h, as "fasa_host_rate"; nullptr, or why not
-typedef const char * (*fasa_host_rate_t)(ggml_backend_dev_t dev, uint64_t bytes, uint64_t row_bytes, uint64_t n_rows, double * copy, double * gather);
+// fasa_host_rates of fasa.h, as "fasa_host_rates": k and v are views [d, n_head_kv, n_cell] of n_layer layers alike; nullptr, or why not
+typedef const char * (*fasa_host_rates_t)(ggml_backend_dev_t dev, const ggml_tensor * const * k, const ggml_tensor * const * v, int n_layer, int n_cells,
+        int n_rows, uint64_t between, fasa_rates * rates);
 
 // the function that runs our nodes on the CPU, from the CPU backend; nullptr when that backend has none
 ggml_custom_op_t fasa_cpu_op_get(void);

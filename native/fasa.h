@@ -173,9 +173,14 @@ FASA_API int fasa_fill_random(struct llama_context * ctx, uint32_t n_cells, uint
 // n_threads of a CPU do it.
 FASA_API int fasa_copy_rate(const char * backend, int32_t n_threads, uint64_t bytes, double * bytes_per_second);
 
-// Bytes per second that a device ("CUDA0") takes from `bytes` of pinned host memory: as one copy, and as a gather of n_rows rows of
-// row_bytes each (a multiple of 16), at random, by a kernel that does nothing else.
-FASA_API int fasa_host_rate(const char * backend, uint64_t bytes, uint64_t row_bytes, uint64_t n_rows, double * copy, double * gather);
+// Bytes per second that the device takes from the K and V of a FASA-M context, in pinned host memory: as one copy; and, layer by layer, each
+// behind `between` bytes of device memory as in a decode step behind weights, the rows of n_rows random cells of the first n_cells, K and V of
+// every KV head: by a kernel that does nothing else (gather), and by the one that brings FAC its rows (fetch).
+typedef struct fasa_rates {
+    uint64_t size; // sizeof(fasa_rates)
+    double   copy, gather, fetch;
+} fasa_rates;
+FASA_API int fasa_host_rates(struct llama_context * ctx, uint32_t n_cells, uint32_t n_rows, uint64_t between, fasa_rates * rates);
 // Device memory in bytes, by the driver's count.
 FASA_API int fasa_device_memory(const char * backend, uint64_t * free, uint64_t * total);
 

@@ -65,20 +65,20 @@ def test_the_columns():
     rows = planted(1.5)
     rows[1].setup, rows[1].ratio, rows[1].ratio_best = {"fasa_mode": "m"}, None, 0.5
     rows[1].memory = Figures(vram_before=1 << 30, vram_peak=3 << 30, pinned=2 << 30, row_cache=0, fetched=32 << 20, staged=0.0, reused=0.25,
-                             row_bytes=256, copy_rate=5e10, gather_rate=4.5e10)
+                             copy_rate=5e10, gather_rate=4.5e10, fetch_rate=4.4e10)
     head, _, dense, fasa = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.table(rows, "m.gguf").splitlines()]
     cell = dict(zip(head, fasa))
     assert (cell["mode"], cell.get("ratio"), cell["vs best"], cell["VRAM MiB"], cell["pinned MiB"]) == ("m", None, "0.50x", "3072", "2048")
-    assert (cell["PCIe MiB/step"], cell["reused"], cell["PCIe GB/s"], cell["of PCIe floor"]) == ("32.00", "25%", "45.0", "6%")
+    assert (cell["PCIe MiB/step"], cell["reused"], cell["PCIe GB/s"], cell["bare"], cell["of PCIe floor"]) == ("32.00", "25%", "44.0", "45.0", "6%")
     assert dict(zip(head, dense))["mode"] == "c"
     entry = report.as_json(rows, "m.gguf")[1]
-    assert (entry["vram_before"], entry["row_bytes"], entry["pcie_copy_bytes_per_second"]) == (1 << 30, 256, 5e10)
+    assert (entry["vram_before"], entry["pcie_fetch_bytes_per_second"], entry["pcie_copy_bytes_per_second"]) == (1 << 30, 4.4e10, 5e10)
     assert entry["pcie_floor_ms"] == pytest.approx(1000 * (32 << 20) / 4.5e10) and "fasa mode m" in report.lines(rows)
 
 
 def test_an_arm_in_pinned_memory(library, tiny, profile, monkeypatch):  # noqa: F811
     """As if there was a GPU whose memory in use grows; its counters are planted."""
-    made, used, generate, reopen = [], [10 * 2**20], b.Bench.generate, b.Session.reopen
+    asked, made, used, generate, reopen = [], [], [10 * 2**20], b.Bench.generate, b.Session.reopen
 
     def open_there(self, **kw):
         made.append(kw.pop("mode", None))
@@ -92,7 +92,7 @@ def test_an_arm_in_pinned_memory(library, tiny, profile, monkeypatch):  # noqa: 
     monkeypatch.setattr(b, "why_not_m", lambda *a: "")
     monkeypatch.setattr(b, "vram", lambda: used[0])
     monkeypatch.setattr(native, "cuda_devices", lambda: ["CUDA0"])
-    monkeypatch.setattr(b, "pcie_rates", lambda s, k, v, device: (32, 5e10, 4e10))
+    monkeypatch.setattr(native.Context, "host_rates", lambda self, n_cells, n_rows, between: asked.append((n_cells, n_rows)) or (5e10, 4e10, 3e10))
     monkeypatch.setattr(b.Session, "reopen", open_there)
     monkeypatch.setattr(b.Bench, "generate", measured)
     rows = run(tiny, replace(QUICK, modes=("c", "m"), no_kv_offload=(0, 1)), profile)
@@ -100,6 +100,6 @@ def test_an_arm_in_pinned_memory(library, tiny, profile, monkeypatch):  # noqa: 
         ("dense", "c", False), ("fasa", "c", False), ("fasa", "m", False), ("dense", "c", True)]
     m = rows[2]
     assert m.ratio is None and m.ratio_best > 0 and m.copy_rate is None and m.sparse_share == 1 and m.of_pcie_floor > 0
-    assert (m.memory.row_bytes, m.memory.gather_rate, m.memory.pinned) == (32, 4e10, 1 << 30)
+    assert (m.memory.fetch_rate, m.memory.gather_rate, m.memory.pinned) == (3e10, 4e10, 1 << 30) and len(asked) == 1 and asked[0][0] == m.n_depth
     assert m.memory.fetched == 2 * 4000 / (2 * QUICK.n_gen) and m.memory.vram_peak > m.memory.vram_before > rows[0].memory.vram_before
     assert rows[0].memory.pinned is None and made[1:] == ["c", "m", "c"]

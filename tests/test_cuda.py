@@ -73,9 +73,11 @@ def test_tokens_and_streams(library, cuda, tokens, streams):
     compare(library, cuda, n_tokens=tokens, n_stream=streams, n_head=9, n_head_kv=3)
 
 
+@pytest.mark.parametrize("k_dom", ["f16", "q4"])
 @pytest.mark.parametrize("n_kv", [1, 31, 33, 256, 257, 5000, 40000])
-def test_numbers_of_cells(library, cuda, n_kv):
-    compare(library, cuda, n_kv=n_kv, hidden=0, n_tokens=1)
+def test_numbers_of_cells(library, cuda, n_kv, k_dom):
+    compare(library, cuda, n_kv=n_kv, hidden=0, n_tokens=1, k_dom=k_dom)
+    compare(library, cuda, n_kv=n_kv, hidden=0, n_tokens=1, k_dom=k_dom, budget=10**6)
 
 
 @pytest.mark.parametrize("mass,floor,cap", [(0.5, 1, 5000), (0.9, 64, 1024), (0.99, 64, 1024), (1.0, 1, 5000), (0.9, 900, 1000), (0.01, 1, 50)])

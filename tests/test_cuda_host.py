@@ -184,6 +184,46 @@ def test_a_device_without_memory_for_the_context(make, cuda):
     greedy(make("m"), steps=4)
 
 
+def test_a_device_without_memory_for_the_prefill(make, cuda):
+    s = make("m", n_ctx=4096, n_batch=2048, n_ubatch=2048)
+    s.decode([1], 0)
+    with device_memory_left(cuda, 8 << 20), pytest.raises(FasaError, match="has . MiB of memory free, and computing 1500 tokens together takes about"):
+        s.decode(prompt(s, 1500), 1)
+    rows = [s.decode(prompt(s, 1500), 1), s.decode([2], 1501)]
+    other = make("m", n_ctx=4096, n_batch=2048, n_ubatch=2048)
+    other.decode([1], 0)
+    assert (np.array(rows) == np.array([other.decode(prompt(other, 1500), 1), other.decode([2], 1501)])).all()
+
+
+def test_an_interrupted_prefill(make, cuda):
+    """Given up between two batches, with copies of the next layer on their way: the context goes on, or is closed, and nothing stays behind."""
+    whole = greedy(make("m"), steps=20)
+    make("m").close()
+    before = native.device_memory(cuda)[0]
+    s = make("m")
+    s.decode(prompt(s, 500, seed=3), 0, logits="none")
+    s.clear()
+    tokens, rows = greedy(s, steps=20)
+    assert tokens == whole[0] and (rows == whole[1]).all()
+    s.close()
+    for _ in range(5):
+        s = make("m")
+        s.decode(prompt(s, 500), 0, logits="none")
+        s.close()
+    assert before - native.device_memory(cuda)[0] < 4 << 20
+
+
+def test_rates_of_the_pinned_cache(make):
+    s = make("m", type_k="q8_0", type_v="f16")
+    copy, gather, fetch = s.fasa.host_rates(1000, 300, 1 << 22)
+    assert 1e8 < min(copy, gather, fetch) <= max(copy, gather, fetch) < 1e12
+    for cells, rows in ((0, 1), (1025, 1), (10, 0)):
+        with pytest.raises(FasaError, match="host rates: expected 1 to 1024 cells and at least one row"):
+            s.fasa.host_rates(cells, rows, 0)
+    with pytest.raises(FasaError, match="no K and V in pinned host memory"):
+        make("c").fasa.host_rates(10, 1, 0)
+
+
 def test_nothing_is_left_on_the_device(make, cuda):
     make("m").close()
     before = native.device_memory(cuda)[0]

@@ -101,6 +101,36 @@ def test_below_min_context_nothing_changes(smollm2, profile, text):
         assert s.fasa.counters()["layers_sparse"] == 0
 
 
+@pytest.mark.parametrize("unified", [False, True])
+def test_a_decode_steps_mask_is_the_stock_one(tiny, unified):
+    """A sequence without holes gets its mask by its length. Every history must give the bits of the mask that looks at every cell."""
+    got = []
+    for params in (None, SOME.replace(min_context=4096)):
+        with open_session(tiny, synthetic_profile([2] * 3, [8] * 3, seed=2), n_seq_max=2, kv_unified=unified) as s:
+            s.fasa.set_params(params)
+            rows = [s.decode(range(3, 203), 0), s.decode([7], 200)]
+            rows += list(s.decode([8, 9, 10, 11], 201, logits="all"))             # a draft, of which two tokens are rejected
+            s.remove(0, 203)
+            rows.append(s.decode([12], 203))
+            s.remove(0, 50, 60)                                                   # a hole
+            rows.append(s.decode([13], 204))
+            rows.append(s.decode([14], 205))                                      # a cell of the hole, or one behind the others
+            s.llama.llama_memory_seq_add(s.memory, 0, 60, -1, -10)                # a context shift
+            rows.append(s.decode([15], 196))
+            s.decode(range(20, 120), 0, 1)
+            s.decode_batch([(16, 197, 0, True), (17, 100, 1, True)])              # two sequences
+            rows += [s.logits(0), s.logits(1)]
+            s.remove(0, 0)
+            rows.append(s.decode([18], 101, 1))                                   # one of them has gone
+            s.copy(1, 0)
+            s.decode_batch([(19, 102, 0, True), (20, 102, 1, True)])              # and comes back as a copy of the other
+            rows += [s.logits(0), s.logits(1)]
+            s.clear()
+            rows += [s.decode(range(30, 60), 5), s.decode([21], 35)]              # a sequence that does not begin at 0
+            got.append(np.array(rows))
+    assert (got[0] == got[1]).all() and np.isfinite(got[0]).all()
+
+
 def check_fresh(s, token, pos, seq=0):
     """The next step's logits are those with all dominant keys derived anew."""
     first = s.decode([token], pos, seq)
