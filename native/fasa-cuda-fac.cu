@@ -1,34 +1,13 @@
 // FAC: exact attention over the cells of a list, rows read in place (FASA-M: where fasa-cuda-fetch.cu has put them).
 //
 // A token's row is read by LANES lanes, eight dimensions each, so a warp works on 32/LANES tokens of the list at a time, for
-// up to M query heads of the group. A list is split over blocks and warps in turns, whatever its count, so that its cells are asked for
-// together with the count; the last block of a list that is done adds the parts up, in
-// the order of the list, so the result does not depend on which one that is.
+// up to M query heads of the group. Rows in f16 go to the tensor cores, where there are some (fasa-cuda-fac-mma.cu).
 
 #include "fasa-cuda.cuh"
-#include "fasa-cuda-row.cuh"
+#include "fasa-cuda-fac.cuh"
 
-static constexpr int N_WARP    = 16;
-static constexpr int MAX_SPLIT = 16; // blocks of a list
+static constexpr int N_WARP = 16;
 static constexpr int STATIC_SMEM = 1024; // bytes, at most, that the kernel has beside its dynamic shared memory
-
-static constexpr __host__ __device__ int fasa_part_stride(int d) { return d + 4; }
-
-struct fasa_fac_args {
-    float         * dst;                    // [d, n_head, n_tps, n_stream]
-    const int32_t * list;                   // [n_list_len, n_list, n_tps, n_stream]
-    const char    * q, * k, * v, * mask;
-    const float   * sinks;                  // [n_head] or nullptr
-    fasa_work     * work;
-    float         * part;                   // [row][split][M][stride]
-    int64_t q_nb1, q_nb2, k_nb1, k_nb2, k_nb3, v_nb1, v_nb2, v_nb3, mask_nb1, mask_nb3;
-    ggml_type type_k, type_v;
-    fasa_fetched fetched;
-    int token0;                             // of this launch
-    int n_list_len, n_list, n_tps, n_head, n_shared, n_group, n_chunk, d;
-    float scale, soft_cap;
-    uint64_t row_bytes, bytes_dense, bytes_tip;
-};
 
 // Eight values of a row: as they are stored where that is f16, so that more rows can be asked for at once
 template <bool F16> struct fasa_fac_values;
@@ -63,11 +42,10 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
     constexpr int AHEAD  = FASA_AHEAD<M, F16>;
 
     extern __shared__ __align__(16) float smem[]; // [N_WARP][M][stride]
-    __shared__ bool last_block;
 
+    const fasa_fac_share at = fasa_fac_share_of<M>(a);
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32, dim = lane%LANES*8;
-    const int split = blockIdx.x, n_split = gridDim.x, list = blockIdx.y/a.n_chunk, chunk = blockIdx.y%a.n_chunk, token = a.token0 + blockIdx.z;
-    const int head0 = list*a.n_shared + chunk*M, n_m = min(M, a.n_shared - chunk*M), h = head0/a.n_group;
+    const int token = at.token, list = at.list, head0 = at.head0, n_m = at.n_m, h = head0/a.n_group;
     const int t = token%a.n_tps, s = token/a.n_tps;
 
     const int32_t * cells = a.list + ((int64_t) token*a.n_list + list)*a.n_list_len + 1;
@@ -92,7 +70,7 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
         }
     }
     ggml_cuda_pdl_sync(); // q is older than SELECT, the list is not
-    const int first = (warp*n_split + split)*TOKENS, step = N_WARP*n_split*TOKENS; // from token to token of a lane
+    const int first = (warp*at.n_split + at.split)*TOKENS, step = N_WARP*at.n_split*TOKENS; // from token to token of a lane
     int cell_of[AHEAD];
     const auto ask = [&](int i0) {
 #pragma unroll
@@ -113,18 +91,11 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
             keys[u].zero(), values[u].zero();
             if (i < n) {
                 const int64_t cell = cell_of[u];
-                const char * key = k + cell*a.k_nb2, * value = v + cell*a.v_nb2;
-                if (a.fetched.rows) {
-                    const int64_t at = (int64_t) list*(a.n_list_len - 1) + i;
-                    const int slot = a.fetched.slots ? a.fetched.slots[at] : -1;
-                    key = slot < 0 ? a.fetched.rows + at*a.fetched.stride
-                                   : a.fetched.cache + h*a.fetched.cache_nb + (int64_t) (slot & ~FASA_ROW_FETCH)*a.fetched.stride;
-                    value = key + a.fetched.v_at;
-                }
+                const fasa_fac_row row = a.fetched.rows ? fasa_fac_row_of<true>(a, k, v, list, h, i, cell) : fasa_fac_row_of<false>(a, k, v, list, h, i, cell);
                 bias[u] = __half2float(mask[cell])*LOG2E;
                 if (active) {
-                    keys  [u].load(a.type_k, key,   dim);
-                    values[u].load(a.type_v, value, dim);
+                    keys  [u].load(a.type_k, row.key,   dim);
+                    values[u].load(a.type_v, row.value, dim);
                 }
             }
         }
@@ -177,8 +148,8 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
         }
     }
 
-    // the tokens of a warp, then the warps of the block
-    const int stride = fasa_part_stride(a.d); // values [d], the largest logit, the sum of the weights
+    // the tokens of a warp
+    const int stride = fasa_part_stride(a.d);
 #pragma unroll
     for (int m = 0; m < M; ++m) {
 #pragma unroll
@@ -202,86 +173,7 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
             out[a.d] = most[m], out[a.d + 1] = sum[m];
         }
     }
-    __syncthreads();
-
-    // parts at(b) [M][stride] -> their sum: to `part` unfinished, or to dst
-    __shared__ float factor[MAX_SPLIT][M], most_all[M], sum_all[M];
-    const auto combine = [&](auto at, int n_part, float * part) {
-        for (int i = threadIdx.x; i < n_part*n_m; i += blockDim.x) {
-            factor[i/n_m][i%n_m] = at(i/n_m)[i%n_m*stride + a.d];
-        }
-        __syncthreads();
-        for (int m = warp; m < n_m; m += N_WARP) {
-            const float sink = part == nullptr && a.sinks ? a.sinks[head0 + m]*LOG2E : -INFINITY;
-            float top = sink, sum[(MAX_SPLIT + 31)/32] = {};
-#pragma unroll
-            for (int r = 0; r < (MAX_SPLIT + 31)/32; ++r) {
-                const int b = lane + 32*r;
-                if (b < n_part) {
-                    sum[r] = at(b)[m*stride + a.d + 1];
-                    top    = fmaxf(top, factor[b][m]);
-                }
-            }
-            top = fasa_warp_max(top);
-            const float shift = top == -INFINITY ? 0.0f : top;
-            float total = 0.0f;
-#pragma unroll
-            for (int r = 0; r < (MAX_SPLIT + 31)/32; ++r) {
-                const int b = lane + 32*r;
-                if (b < n_part) {
-                    factor[b][m] = fasa_exp2(factor[b][m] - shift);
-                    total += factor[b][m]*sum[r];
-                }
-            }
-            total = fasa_warp_sum(total) + fasa_exp2(sink - shift);
-            if (lane == 0) {
-                most_all[m] = top, sum_all[m] = total;
-            }
-        }
-        __syncthreads();
-        for (int i = threadIdx.x; i < n_m*a.d; i += blockDim.x) {
-            const int m = i/a.d, j = i%a.d;
-            float value = 0.0f;
-#pragma unroll 8
-            for (int b = 0; b < n_part; ++b) {
-                value += factor[b][m]*at(b)[m*stride + j];
-            }
-            if (part == nullptr) {
-                a.dst[((int64_t) token*a.n_head + head0 + m)*a.d + j] = sum_all[m] > 0.0f ? value/sum_all[m] : 0.0f;
-            } else {
-                part[m*stride + j] = value;
-                if (j == 0) {
-                    part[m*stride + a.d] = most_all[m], part[m*stride + a.d + 1] = sum_all[m];
-                }
-            }
-        }
-        __syncthreads();
-    };
-    const int  row = blockIdx.z*gridDim.y + blockIdx.y;
-    float    * parts = a.part + (int64_t) row*n_split*M*stride;
-    combine([&](int b) { return smem + b*M*stride; }, N_WARP, n_split == 1 ? nullptr : parts + (int64_t) split*M*stride);
-    if (n_split > 1) {
-        if (threadIdx.x == 0) {
-            __threadfence();
-            last_block = atomicInc(&a.work->ticket[row], n_split - 1) == n_split - 1u; // back to 0 with the last one
-        }
-        __syncthreads();
-        if (!last_block) {
-            return;
-        }
-        __threadfence();
-        combine([&](int b) { return parts + (int64_t) b*M*stride; }, n_split, nullptr);
-    }
-
-    if (threadIdx.x == 0 && chunk == 0) {
-        auto * c = (unsigned long long *) a.work->counter;
-        atomicAdd(&c[fasa_work::BYTES_FAC], n*a.row_bytes);
-        if (list == 0 && token == 0) {
-            atomicAdd(&c[fasa_work::LAYERS_SPARSE], 1ull);
-            atomicAdd(&c[fasa_work::BYTES_DENSE], a.bytes_dense);
-            atomicAdd(&c[fasa_work::BYTES_TIP], a.bytes_tip);
-        }
-    }
+    fasa_fac_finish<M>(a, at, smem, N_WARP);
 }
 
 template <int LANES, int M, bool F16> static void fasa_fac_launch(ggml_backend_cuda_context & ctx, fasa_fac_args a, int n_token) {
@@ -291,7 +183,7 @@ template <int LANES, int M, bool F16> static void fasa_fac_launch(ggml_backend_c
     const int  n_row    = a.n_list*a.n_chunk*n_token;
     const int  tokens   = N_WARP*32/LANES*FASA_AHEAD<M, F16>; // of a block, at a time
     const int  n_split  = n_row > fasa_work::TICKETS ? 1 :
-        std::max(1, std::min({ (a.n_list_len - 1 + tokens/2 - 1)/(tokens/2), MAX_SPLIT, (info.nsm + n_row/2)/n_row }));
+        std::max(1, std::min({ (a.n_list_len - 1 + tokens/2 - 1)/(tokens/2), MAX_PARTS, (info.nsm + n_row/2)/n_row }));
     const size_t n_byte = (size_t) N_WARP*M*fasa_part_stride(a.d)*sizeof(float);
     const auto kernel = fasa_fac_kernel<LANES, M, F16>;
     static std::atomic<uint32_t> known{0}; // devices whose limit was raised
@@ -357,6 +249,9 @@ void fasa_cuda_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fas
     a.bytes_dense = k->ne[2]*n_row*a.row_bytes;
     a.bytes_tip   = (k->ne[2] + FASA_TILE - 1)/FASA_TILE*k_dom->ne[0]*n_row;
     const auto launch = [&](int n) {
+        if (fasa_cuda_fac_mma(ctx, a, n)) {
+            return;
+        }
         if (a.d <= 64) {
             fasa_fac_heads<8>(ctx, a, n);
         } else if (a.d <= 128) {

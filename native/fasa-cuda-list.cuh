@@ -87,19 +87,14 @@ template <typename T> static __device__ T fasa_block_scan(T x, T * warps, T & to
         warps[warp] = sum;
     }
     __syncthreads();
-    T before = 0;
-    total = 0;
-#pragma unroll
-    for (int w = 0; w < N_WARP; ++w) {
-        before += w < warp ? warps[w] : 0;
-        total  += warps[w];
-    }
-    return before + sum - x;
+    const T other = lane < N_WARP ? warps[lane] : 0;
+    total = fasa_warp_sum(other);
+    return fasa_warp_sum(lane < warp ? other : T(0)) + sum - x;
 }
 
 // adds the block's histogram to the row's
 static __device__ void fasa_select_publish(const fasa_select_args & a, const fasa_select_block & b, fasa_work::histogram & bins) {
-#pragma unroll
+#pragma unroll 1
     for (int i = threadIdx.x; i < BINS; i += N_THREAD) {
         if (b.count[i] > 0) {
             atomicAdd(&bins.count[i], b.count[i]);
@@ -233,7 +228,7 @@ static __device__ __forceinline__ void fasa_select_hand_in(fasa_select_block & b
         uint32_t edge_first, uint32_t edge_last, bool equal) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32;
     uint32_t n_mine = 0, n_equal = 0;
-#pragma unroll 4
+#pragma unroll 2
     for (int j = first + threadIdx.x; j < last; j += N_THREAD) {
         const uint32_t k = key[j - first];
         if (k > edge_last) {
@@ -356,50 +351,48 @@ static __device__ __noinline__ fasa_select_last fasa_select_equal(const fasa_sel
 static __device__ __forceinline__ void fasa_select_write(fasa_select_block & b, int first, int last, const uint32_t * key, fasa_select_last taken, int32_t * out) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32, each = (last - first + N_THREAD - 1)/N_THREAD*32;
     const int from = first + warp*each, to = min(last, from + each);
-    const auto word = [&](int j0, int & n) { // which of cells j0 + 32*lane + (0 to 31) are taken, as bits; n: how many in all lanes
-        uint32_t mine = 0;
-        const int n_word = min(32, (to - j0 + 31)/32);
-#pragma unroll 4
-        for (int i = 0; i < n_word; ++i) {
-            const int j = j0 + 32*i + lane;
-            const uint32_t k = j < to ? key[j - first] : 0;
-            const uint32_t some = __ballot_sync(0xffffffff, k > taken.key || (k == taken.key && j <= taken.cell && j < to));
-            mine = i == lane ? some : mine;
-        }
-        n = fasa_warp_sum(__popc(mine));
-        return mine;
-    };
-    uint32_t mine = 0, n = 0; // mine: the last word(), the only one as a rule
-    int some;
+    uint32_t mine = 0, n = 0; // mine: which of cells j + 32*lane + (0 to 31) are taken, as bits
 #pragma unroll 1
-    for (int j = from; j < to; j += 1024) {
-        mine = word(j, some);
-        n += some;
-    }
-    __syncthreads();
-    if (lane == 0) {
-        b.scan[warp] = n;
-    }
-    __syncthreads();
-    if (n == 0) {
-        return;
-    }
-    out += fasa_warp_sum(lane < warp ? b.scan[lane] : 0u);
+    for (int writes = 0; writes < 2; ++writes) {
 #pragma unroll 1
-    for (int j = from; j < to; j += 1024) {
-        mine = each > 1024 ? word(j, some) : mine;
-        int at = __popc(mine);
+        for (int j0 = from; j0 < to; j0 += 1024) {
+            if (!writes || each > 1024) {
+                const int n_word = min(32, (to - j0 + 31)/32);
+                mine = 0;
+#pragma unroll 2
+                for (int i = 0; i < n_word; ++i) {
+                    const int j = j0 + 32*i + lane;
+                    const uint32_t k = j < to ? key[j - first] : 0;
+                    const uint32_t some = __ballot_sync(0xffffffff, k > taken.key || (k == taken.key && j <= taken.cell && j < to));
+                    mine = i == lane ? some : mine;
+                }
+            }
+            const uint32_t some = __popc(mine);
+            if (!writes) {
+                n += fasa_warp_sum(some);
+                continue;
+            }
+            uint32_t at = some;
 #pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const int before = __shfl_up_sync(0xffffffff, at, step);
-            at += lane >= step ? before : 0;
-        }
-        const int all = __shfl_sync(0xffffffff, at, 31);
-        at -= __popc(mine);
+            for (int step = 1; step < 32; step *= 2) {
+                const uint32_t before = __shfl_up_sync(0xffffffff, at, step);
+                at += lane >= step ? before : 0;
+            }
+            int32_t * mine_out = out + at - some;
 #pragma unroll 1
-        for (uint32_t rest = mine; rest != 0; rest &= rest - 1) {
-            out[at++] = j + 32*lane + __ffs(rest) - 1;
+            for (uint32_t rest = mine; rest != 0; rest &= rest - 1) {
+                *mine_out++ = j0 + 32*lane + __ffs(rest) - 1;
+            }
+            out += __shfl_sync(0xffffffff, at, 31);
         }
-        out += all;
+        if (writes) {
+            break;
+        }
+        __syncthreads();
+        if (lane == 0) {
+            b.scan[warp] = n;
+        }
+        __syncthreads();
+        out += fasa_warp_sum(lane < warp ? b.scan[lane] : 0u);
     }
 }

@@ -4,6 +4,8 @@
 
 #include "common.cuh"
 
+#include <type_traits>
+
 static constexpr float LOG2E = 1.44269504f;
 
 // x [8] f32: the values `dim` to `dim` + 7 of a cache row; dim is a multiple of 8
@@ -58,11 +60,20 @@ static __device__ __forceinline__ void fasa_load8(ggml_type type, const char * r
 
 // sum and maximum over groups of `WIDTH` neighbouring lanes, the same bits in every lane
 template <int WIDTH = 32, typename T> static __device__ __forceinline__ T fasa_warp_sum(T x) {
+#if __CUDA_ARCH__ >= 800
+    constexpr bool ONE = WIDTH == 32 && std::is_same<T, uint32_t>::value; // one instruction
+#else
+    constexpr bool ONE = false;
+#endif
+    if constexpr (ONE) {
+        return __reduce_add_sync(0xffffffff, x);
+    } else {
 #pragma unroll
-    for (int half = WIDTH/2; half > 0; half /= 2) {
-        x += __shfl_xor_sync(0xffffffff, x, half);
+        for (int half = WIDTH/2; half > 0; half /= 2) {
+            x += __shfl_xor_sync(0xffffffff, x, half);
+        }
+        return x;
     }
-    return x;
 }
 
 static __device__ __forceinline__ float fasa_warp_max(float x) {
@@ -83,4 +94,23 @@ static __device__ __forceinline__ float fasa_exp2(float x) {
 // cap*tanh(x/cap); tanhf itself is too coarse under -use_fast_math
 static __device__ __forceinline__ float fasa_soft_cap(float x, float cap) {
     return cap*(1.0f - 2.0f/(fasa_exp2(x/cap*2.88539008f) + 1.0f));
+}
+
+// ---- between blocks: what was written before a release (by any thread of the block, before a __syncthreads) is there after an acquire that sees it ----
+
+static __device__ __forceinline__ void fasa_add_release(uint32_t * x, uint32_t n) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" :: "l"(x), "r"(n) : "memory");
+}
+
+static __device__ __forceinline__ uint32_t fasa_load_acquire(const uint32_t * x) {
+    uint32_t y;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(y) : "l"(x) : "memory");
+    return y;
+}
+
+// atomicInc, both
+static __device__ __forceinline__ uint32_t fasa_count_up(uint32_t * x, uint32_t last) {
+    uint32_t y;
+    asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(y) : "l"(x), "r"(last) : "memory");
+    return y;
 }

@@ -43,10 +43,8 @@ struct fasa_row_barrier {
         }
         __syncthreads();
         if (threadIdx.x == 0) {
-            __threadfence();
-            atomicAdd(&slot.arrived, mine);
-            while (((*(volatile uint32_t *) &slot.arrived ^ phase) & 0x80000000u) == 0) {}
-            __threadfence();
+            fasa_add_release(&slot.arrived, mine);
+            while (((fasa_load_acquire(&slot.arrived) ^ phase) & 0x80000000u) == 0) {}
         }
         phase ^= 0x80000000u;
         __syncthreads();
@@ -165,7 +163,7 @@ static __device__ __forceinline__ void fasa_select_keys(const fasa_select_args &
         const float * x = l.x + j - first;
         float score[4] = {};
         bool  hidden[4];
-#pragma unroll 4
+#pragma unroll 2
         for (int g = 0; g < a.n_shared; ++g, x += (int) l.x_stride) {
             const float f = staged ? b.factor[g*n_span + (j0 - first)/FASA_SPAN] :
                 fasa_select_factor(b, g, __ldcg(&l.tip[(int64_t) g*a.tip.n_len + a.tip.n_kv + j0/FASA_SPAN]));
