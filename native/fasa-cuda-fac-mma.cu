@@ -44,10 +44,12 @@ template <int D, bool FETCHED> static __global__ void __launch_bounds__(32*N_WAR
     extern __shared__ __align__(16) float smem[]; // [N_WARP][HEADS][stride]
 
     const fasa_fac_share at = fasa_fac_share_of<HEADS>(a);
-    const int lane = threadIdx.x%32, warp = threadIdx.x/32, g = lane/4, c = lane%4, h = at.head0/a.n_group, s = at.token/a.n_tps;
+    const int lane = threadIdx.x%32, warp = threadIdx.x/32, g = lane/4, c = lane%4, h = fastdiv(at.head0, a.by_n_group);
+    const uint2 st = fast_div_modulo(at.token, a.by_n_tps);
+    const int s = st.x, t = st.y;
     const int32_t * cells = a.list + ((int64_t) at.token*a.n_list + at.list)*a.n_list_len + 1;
     const char * k = a.k + s*a.k_nb3 + h*a.k_nb1, * v = a.v + s*a.v_nb3 + h*a.v_nb1;
-    const half * mask = (const half *) (a.mask + s*a.mask_nb3 + at.token%a.n_tps*a.mask_nb1);
+    const half * mask = (const half *) (a.mask + s*a.mask_nb3 + t*a.mask_nb1);
 
     uint32_t q[D/16][4]; // A of the logits
 #pragma unroll
@@ -165,6 +167,7 @@ template <int D, bool FETCHED> static __global__ void __launch_bounds__(32*N_WAR
 
 template <int D> static void fasa_fac_mma_launch(ggml_backend_cuda_context & ctx, fasa_fac_args a, int n_token) {
     a.n_chunk = (a.n_shared + HEADS - 1)/HEADS;
+    a.by_n_chunk = init_fastdiv_values(a.n_chunk);
     const int nsm   = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm, n_row = a.n_list*a.n_chunk*n_token;
     const int turns = (a.n_list_len - 1 + N_WARP*TOKENS - 1)/(N_WARP*TOKENS); // of one block
     const int n_split = n_row > fasa_work::TICKETS ? 1 : std::max(1, std::min({ turns, MAX_PARTS, (nsm + n_row/2)/n_row }));

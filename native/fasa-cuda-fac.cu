@@ -45,8 +45,9 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
 
     const fasa_fac_share at = fasa_fac_share_of<M>(a);
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32, dim = lane%LANES*8;
-    const int token = at.token, list = at.list, head0 = at.head0, n_m = at.n_m, h = head0/a.n_group;
-    const int t = token%a.n_tps, s = token/a.n_tps;
+    const int token = at.token, list = at.list, head0 = at.head0, n_m = at.n_m, h = fastdiv(head0, a.by_n_group);
+    const uint2 st = fast_div_modulo(token, a.by_n_tps);
+    const int s = st.x, t = st.y;
 
     const int32_t * cells = a.list + ((int64_t) token*a.n_list + list)*a.n_list_len + 1;
     const char * k = a.k + s*a.k_nb3 + h*a.k_nb1, * v = a.v + s*a.v_nb3 + h*a.v_nb1;
@@ -178,6 +179,7 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
 
 template <int LANES, int M, bool F16> static void fasa_fac_launch(ggml_backend_cuda_context & ctx, fasa_fac_args a, int n_token) {
     a.n_chunk = (a.n_shared + M - 1)/M;
+    a.by_n_chunk = init_fastdiv_values(a.n_chunk);
     const int  device   = ggml_cuda_get_device();
     const auto & info   = ggml_cuda_info().devices[device];
     const int  n_row    = a.n_list*a.n_chunk*n_token;
@@ -236,14 +238,14 @@ void fasa_cuda_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fas
     a.type_k = k->type, a.type_v = v->type;
     a.n_list_len = list->ne[0];
     a.n_list     = list->ne[1];
-    a.n_tps      = dst->ne[2];
+    a.by_n_tps   = init_fastdiv_values(dst->ne[2]);
     a.n_head     = dst->ne[1];
     a.n_shared   = a.n_head/a.n_list;
-    a.n_group    = a.n_head/k->ne[1];
+    a.by_n_group = init_fastdiv_values(a.n_head/k->ne[1]);
     a.d          = k->ne[0];
     a.scale      = p.scale;
     a.soft_cap   = p.soft_cap;
-    const int n_stream = dst->ne[3], n_token = a.n_tps*n_stream;
+    const int n_stream = dst->ne[3], n_token = dst->ne[2]*n_stream;
     const uint64_t n_row = k->ne[1]*n_stream;
     a.row_bytes   = ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, v->ne[0]);
     a.bytes_dense = k->ne[2]*n_row*a.row_bytes;

@@ -22,7 +22,8 @@ struct fasa_fac_args {
     ggml_type type_k, type_v;
     fasa_fetched fetched;
     int token0;                             // of this launch
-    int n_list_len, n_list, n_tps, n_head, n_shared, n_group, n_chunk, d;
+    int n_list_len, n_list, n_head, n_shared, n_chunk, d;
+    uint3 by_n_tps, by_n_group, by_n_chunk; // fastdiv
     float scale, soft_cap;
     uint64_t row_bytes, bytes_dense, bytes_tip;
 };
@@ -37,7 +38,8 @@ struct fasa_fac_share {
 };
 
 template <int M> static __device__ __forceinline__ fasa_fac_share fasa_fac_share_of(const fasa_fac_args & a) {
-    const int list = blockIdx.y/a.n_chunk, chunk = blockIdx.y%a.n_chunk;
+    const uint2 row  = fast_div_modulo(blockIdx.y, a.by_n_chunk);
+    const int   list = row.x, chunk = row.y;
     return { a.token0 + (int) blockIdx.z, list, list*a.n_shared + chunk*M, min(M, a.n_shared - chunk*M), (int) blockIdx.x, (int) gridDim.x,
         (int) (blockIdx.z*gridDim.y + blockIdx.y) };
 }

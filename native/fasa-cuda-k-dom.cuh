@@ -17,6 +17,7 @@ struct fasa_tip_args {
     int64_t k_nb1, k_nb2, k_nb3, q_nb1, q_nb2, mask_nb1, mask_nb3;
     ggml_type type_k;
     int n_kv, n_span, n_len, n_head, n_group, n_tps, n_dom, d, n_hadamard;
+    uint3 by_n_tps, by_n_group; // fastdiv
     float scale, soft_cap;
 };
 

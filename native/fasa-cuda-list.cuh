@@ -42,6 +42,7 @@ struct fasa_select_args {
     uint32_t      * key;    // [row][n_kv]: keys of rows whose scores lie in global memory
     fasa_work     * work;
     int n_row, n_list, n_shared, n_forced, n_list_len, n_part, part_cells; // n_shared: query heads of a list
+    uint3 by_n_list;        // fastdiv
     int  bin_base;
     bool given;             // the scores are in `scores` already
     uint32_t budget, floor, cap;
@@ -281,7 +282,7 @@ static __device__ __noinline__ fasa_select_last fasa_select_rank(const fasa_sele
     fasa_u64 held = b.held; // by the cells before this one, if the mass decides
     int rank = 0;
     if ((int) threadIdx.x - lane < n_edge) {
-#pragma unroll 4
+#pragma unroll 2
         for (int i = 0; i < n_edge; ++i) {
             const bool before = edge[i] > mine;
             rank += before;

@@ -60,7 +60,7 @@ static __device__ __forceinline__ float fasa_select_factor(const fasa_select_blo
 // and with them, where there is room, the factors of the block's spans. Returns whether there is.
 // FASA_SUM_PARTS warps share a head; the order of the sum is that of fasa_select_factors (fasa-ops-cpu.cpp).
 static __device__ __forceinline__ bool fasa_select_norms(const fasa_select_args & a, fasa_select_block & b, const fasa_tip_list & l) {
-    constexpr int PARTS = FASA_SUM_PARTS, STEP = 32*PARTS, KEPT = 6; // spans of a lane that are read at once
+    constexpr int PARTS = FASA_SUM_PARTS, STEP = 32*PARTS, KEPT = 5; // spans of a lane that are read at once
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32, n_span = a.tip.n_span;
     const int first = warp%PARTS*32 + lane;
     const int  n_mine = (l.last - l.first + FASA_SPAN - 1)/FASA_SPAN;
@@ -293,8 +293,9 @@ static __global__ void __launch_bounds__(N_THREAD, 1) fasa_select_kernel(const _
     auto & slot = a.work->slots[blockIdx.y];
     const auto list = [&](int row) {
         fasa_tip_list l;
-        l.token    = row/a.n_list;
-        l.head0    = row%a.n_list*a.n_shared;
+        const uint2 at = fast_div_modulo(row, a.by_n_list);
+        l.token    = at.x;
+        l.head0    = at.y*a.n_shared;
         l.n_shared = a.n_shared;
         l.first    = part*a.part_cells;
         l.last     = min(a.tip.n_kv, l.first + a.part_cells);
@@ -420,6 +421,7 @@ void fasa_cuda_select(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const 
     a.n_row    = ggml_nrows(dst);
     a.n_list   = dst->ne[1];
     a.n_shared = a.tip.n_head/a.n_list;
+    a.by_n_list = init_fastdiv_values(a.n_list);
     a.n_forced = forced->ne[0];
     a.n_list_len = dst->ne[0];
     a.given  = p.device & FASA_SCORES_GIVEN;

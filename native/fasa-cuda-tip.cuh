@@ -27,7 +27,7 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
     static constexpr bool MMA   = TIP_MMA<K_DOM>;
     static constexpr int  TILES = FASA_SPAN/FASA_TILE;
     static constexpr int  KEPT  = QUADS > 0 ? QUADS : 1;
-    static constexpr int  AHEAD = !MMA ? 2 : 4/KEPT/fasa_tip_raw<K_DOM>::WORDS; // tiles that are asked for at once
+    static constexpr int  AHEAD = MMA ? 2 : 1; // tiles that are asked for at once
 
     const fasa_tip_args & a;
     const fasa_tip_list & l;
@@ -44,8 +44,9 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
     static constexpr uint16_t HIDDEN = 0xfc00; // -inf
 
     __device__ fasa_tip_block(const fasa_tip_args & a, const fasa_tip_list & l, char * smem) : a(a), l(l), query(smem) {
-        const int t = l.token%a.n_tps;
-        s = l.token/a.n_tps, h = l.head0/a.n_group;
+        const uint2 st = fast_div_modulo(l.token, a.by_n_tps);
+        const int   t = st.y;
+        s = st.x, h = fastdiv(l.head0, a.by_n_group);
         row    = (float *) (smem + fasa_tip_query<K_DOM>::bytes(a.n_dom)) + threadIdx.x/32*a.d;
         blocks = a.k_dom + s*a.k_dom_nb3 + h*a.k_dom_nb2;
         mask   = (const uint16_t *) (a.mask + s*a.mask_nb3 + t*a.mask_nb1);
@@ -223,15 +224,22 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
     // Heads g0 and on
     __device__ void heads(float * piece) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x/32;
-        constexpr int OWN = MMA ? 1 : TIP_HEADS; // heads of a thread
+        constexpr int OWN = MMA ? 1 : TIP_HEADS, OWN_LANES = MMA ? TIP_HEADS : 1; // heads of a thread, lanes that have them all
         const auto start = [&](int base, int n_tile) { return base + warp*n_tile*FASA_TILE; };
         const auto end   = [&](int from, int n_tile) { return min(l.last, from + n_tile*FASA_TILE); };
-        tile ahead[AHEAD];
+        tile ahead[AHEAD]; // the first one is worked on next
+        const auto next_tile = [&](int from, int to) { // moved on, not counted through: that would be as many copies of the code around it
+#pragma unroll
+            for (int u = 0; u + 1 < AHEAD; ++u) {
+                ahead[u] = ahead[u + 1];
+            }
+            load(ahead[AHEAD - 1], from, to);
+        };
         const auto ask = [&](int base, int n_tile) {
             const int from = start(base, n_tile);
-#pragma unroll
+#pragma unroll 1
             for (int u = 0; u < AHEAD && MMA; ++u) {
-                load(ahead[u], from + u*FASA_TILE, end(from, n_tile));
+                next_tile(from + u*FASA_TILE, end(from, n_tile));
             }
         };
         typename fasa_tip_query<K_DOM>::raw head; // warp m makes column m
@@ -286,22 +294,18 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
                 }
             };
 #pragma unroll 1
-            for (int i = 0; i < n_tile; i += AHEAD) {
+            for (int i = 0; i < n_tile; i += MMA ? 1 : 2) {
+                const int at = from + i*FASA_TILE;
                 if constexpr (MMA) {
-#pragma unroll
-                    for (int u = 0; u < AHEAD; ++u) {
-                        if (i + u < n_tile) {
-                            const int at = from + (i + u)*FASA_TILE, on = i + u + AHEAD - n_tile; // `on`: of the next round
-                            score(ahead[u], quads, at, to, y);
-                            load(ahead[u], on < 0 ? at + AHEAD*FASA_TILE : next + on*FASA_TILE, on < 0 ? to : next_to);
-                            keep(y, at);
-                        }
-                    }
+                    const int on = i + AHEAD - n_tile; // `on`: of the next round
+                    score(ahead[0], quads, at, to, y);
+                    next_tile(on < 0 ? at + AHEAD*FASA_TILE : next + on*FASA_TILE, on < 0 ? to : next_to);
+                    keep(y, at);
                 } else {
                     float pair[2][4];
-                    score_cells(from + i*FASA_TILE, to, pair);
-                    keep(pair[0], from + i*FASA_TILE);
-                    keep(pair[1], from + (i + 1)*FASA_TILE);
+                    score_cells(at, to, pair);
+                    keep(pair[0], at);
+                    keep(pair[1], at + FASA_TILE);
                 }
             }
             if (n_tile < AHEAD) { // the next round's were not all asked for, or elsewhere
@@ -331,10 +335,12 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
             if (n_tile < TILES) {
                 together(n_tile, piece + TIP_WARPS*TIP_HEADS, sum, 0.0f, [](float x, float y) { return x + y; });
             }
+            if (lane < OWN_LANES && from%FASA_SPAN == 0 && from < l.last) {
 #pragma unroll
-            for (int m = 0; m < TIP_HEADS; ++m) {
-                if (lane == (MMA ? m : 0) && from%FASA_SPAN == 0 && from < l.last && g0 + m < l.n_shared) {
-                    write(m, from/FASA_SPAN, e[MMA ? 0 : m], sum[MMA ? 0 : m]);
+                for (int m = 0; m < OWN; ++m) {
+                    if (g0 + lane + m < l.n_shared) {
+                        write(lane + m, from/FASA_SPAN, e[m], sum[m]);
+                    }
                 }
             }
             base = base_next, n_tile = n_next;
@@ -344,10 +350,10 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
     // what the warps of a span have, put together in their order; all warps of the block come here
     template <typename F> static __device__ void together(int n_tile, float * piece, float * x, float none, F add) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x/32, per = TILES/n_tile;
+        if (lane < (MMA ? TIP_HEADS : 1)) {
 #pragma unroll
-        for (int m = 0; m < TIP_HEADS; ++m) {
-            if (lane == (MMA ? m : 0)) {
-                piece[warp*TIP_HEADS + m] = x[MMA ? 0 : m];
+            for (int m = 0; m < (MMA ? 1 : TIP_HEADS); ++m) {
+                piece[warp*TIP_HEADS + lane + m] = x[m];
             }
         }
         __syncthreads();
@@ -395,6 +401,8 @@ static fasa_tip_args fasa_tip_args_make(const ggml_tensor * tip) {
     a.n_head  = tip->ne[1];
     a.n_group = tip->ne[1]/dims->ne[1];
     a.n_tps   = tip->ne[2];
+    a.by_n_tps   = init_fastdiv_values(a.n_tps);
+    a.by_n_group = init_fastdiv_values(a.n_group);
     a.n_dom   = dims->ne[0];
     a.d       = k->ne[0];
     a.n_hadamard = p.n_hadamard;
