@@ -337,7 +337,7 @@ def bench(model: str | os.PathLike, plan: Plan, arms: Mapping[str, FasaParams], 
                 row.setup, row.weight_bytes = shared["setup"], weights
                 row.copy_rate = None if host else rates[settings["n_gpu_layers"], settings["no_kv_offload"]]
                 row.memory.vram_before, row.memory.vram_peak = before, b.vram_peak
-                row.memory.take_rates(s.fasa, depth, s.n_ctx, n, (weights or 0) // s.fasa.model_info()["n_layer"])
+                row.memory.take_rates(s.fasa, max(depth, 1), s.n_ctx, n, (weights or 0) // s.fasa.model_info()["n_layer"])
                 row.note = "; ".join(filter(None, [row.note, why if row.n_gen and row.params is None else ""]))
             _add(rows, group, emit)
             report("benchmarking", i * len(depths) + j + 1, n_contexts * len(depths))
