@@ -192,7 +192,7 @@ class Session:
         return out.decode("utf-8", "replace")
 
     def decode_batch(self, items: Sequence[tuple[int, int, int, bool]]) -> None:
-        """One llama_decode of (token, position, sequence, wants logits) items, at most n_batch. Raises FasaError, after which none of them is there."""
+        """One llama_decode of (token, position, sequence, wants logits) items, at most n_batch. Raises FasaError."""
         _log.clear()
         batch = self.llama.llama_batch_init(len(items), 0, 1)
         try:

@@ -1,6 +1,6 @@
 #pragma once
 
-// Cache rows and sums over a warp, for the FASA kernels.
+// Cache rows, sums over a warp, and what blocks tell each other, for the FASA kernels.
 
 #include "common.cuh"
 
