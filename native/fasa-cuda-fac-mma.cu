@@ -14,20 +14,6 @@
 
 static constexpr int N_WARP = 8, HEADS = 8, TOKENS = 8; // of a warp's turn
 
-// c [16, 8] += a [16, 16] b [16, 8], and with 8 instead of 16 between
-static __device__ __forceinline__ void fasa_mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-#if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#endif
-}
-static __device__ __forceinline__ void fasa_mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-#if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b));
-#endif
-}
-
 // x and y as f16, and what that leaves
 static __device__ __forceinline__ void fasa_halves(float x, float y, uint32_t & high, uint32_t & low) {
     const half2 h = __floats2half2_rn(x, y), l = __floats2half2_rn(x - __low2float(h), y - __high2float(h));
@@ -67,6 +53,7 @@ template <int D, bool FETCHED> static __global__ void __launch_bounds__(32*N_WAR
         acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
     }
 
+    ggml_cuda_pdl_lc();   // what follows FAC waits for it, and may as well begin
     ggml_cuda_pdl_sync(); // q is older than SELECT, the list is not
     const int first = (warp*at.n_split + at.split)*TOKENS, step = N_WARP*at.n_split*TOKENS;
     int cell[3]; // of tokens g, 2c and 2c + 1

@@ -70,6 +70,7 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
             q[m][i] *= a.scale;
         }
     }
+    ggml_cuda_pdl_lc();   // what follows FAC waits for it, and may as well begin
     ggml_cuda_pdl_sync(); // q is older than SELECT, the list is not
     const int first = (warp*at.n_split + at.split)*TOKENS, step = N_WARP*at.n_split*TOKENS; // from token to token of a lane
     int cell_of[AHEAD];

@@ -48,10 +48,15 @@ static __device__ __noinline__ void fasa_hadamard(float * row, int d, int n_bloc
 // The dimensions that a lane writes of every cell: those of group `lane` with scales, else every 32nd
 template <int K_DOM> static __device__ __forceinline__ void fasa_k_dom_dims(const int32_t * dims, int n_dom, int (&mine)[FASA_GROUP]) {
     const int lane = threadIdx.x % 32;
+    if constexpr (K_DOM == FASA_K_DOM_F16) {
 #pragma unroll
-    for (int i = 0; i < FASA_GROUP; ++i) {
-        const int at = K_DOM == FASA_K_DOM_F16 ? lane + 32*i : lane*FASA_GROUP + i;
-        mine[i] = at < n_dom ? dims[at] : -1;
+        for (int i = 0; i < FASA_GROUP; ++i) {
+            mine[i] = lane + 32*i < n_dom ? dims[lane + 32*i] : -1;
+        }
+    } else {
+        const bool is = lane < n_dom/FASA_GROUP;
+        const int4 x = is ? ((const int4 *) dims)[2*lane] : make_int4(-1, -1, -1, -1), y = is ? ((const int4 *) dims)[2*lane + 1] : make_int4(-1, -1, -1, -1);
+        mine[0] = x.x, mine[1] = x.y, mine[2] = x.z, mine[3] = x.w, mine[4] = y.x, mine[5] = y.y, mine[6] = y.z, mine[7] = y.w;
     }
 }
 
@@ -119,23 +124,24 @@ template <int K_DOM> static __device__ __noinline__ void fasa_refresh(const fasa
     __syncwarp();
 }
 
-// The dominant part of TIP_HEADS query heads in shared memory: times weight and scale, beside q8 and q4 keys in 8 bits. A dot product of
-// bytes begins at the bits of 1.5*2^23, so that it is read back as a float without a conversion, and, beside q4, at -8 times
-// the sum of the query's bytes (a nibble n stands for n - 8).
-static constexpr int   TIP_HEADS = 4;
-static constexpr int   TIP_ZERO  = 0x4b400000;
-static constexpr float TIP_ZERO_VALUE = 12582912.0f;
+// TIP's products, by the tensor cores: a tile of FASA_TILE cells times TIP_HEADS query heads. Thread (g, c) = (lane/4, lane%4) has
+//
+//   of the keys       group c, of four, of cells 4g to 4g + 3: times its scale, in f16
+//   of the queries    group c of head g/2: what f16 takes of it or, where g is odd, what that leaves
+//   of the logits     head c of cells 4g to 4g + 3: columns 2c and 2c + 1 of the product, added up
+//
+// The dimensions of a group go by pairs, as they are taken out of a word: 0 2, 4 6, 1 3, 5 7.
+static constexpr int TIP_HEADS = 4;
 
+// The dominant part of the query heads in shared memory: times weight and scale and, beside q8 and q4 keys, in 8 bits
 template <int K_DOM> struct fasa_tip_query {
-    float * x;    // [TIP_HEADS][n_dom]            f16
-    int4  * word; // [TIP_HEADS][n_dom/FASA_GROUP] q8, q4: 8 int8, the bits of their scale, the start of the dot product
+    half * x; // [TIP_HEADS][what f16 takes, what it leaves][n_dom]
 
-    static __host__ __device__ size_t bytes(int n_dom) { return K_DOM == FASA_K_DOM_F16 ? TIP_HEADS*n_dom*4 : TIP_HEADS*n_dom*2; }
+    static __host__ __device__ size_t bytes(int n_dom) { return TIP_HEADS*2*n_dom*sizeof(half); }
 
-    __device__ fasa_tip_query(char * smem) : x((float *) smem), word((int4 *) smem) {
-    }
+    __device__ fasa_tip_query(char * smem) : x((half *) smem) {}
 
-    // what a warp needs for a query head, asked for before the tiles are: these would be in the way
+    // what a warp needs for a query head, asked for before it is used
     struct raw {
         float x[256/32], weight;
         int   dim;
@@ -153,11 +159,9 @@ template <int K_DOM> struct fasa_tip_query {
         }
     };
 
-    // column m, by one warp
+    // head m, by one warp; row: [d] in shared memory
     __device__ void set(const fasa_tip_args & a, int m, int h, const raw & in, float * row) {
         const int lane = threadIdx.x % 32;
-        const int32_t * dims   = a.dims   + h*a.n_dom;
-        const float   * weight = a.weight + h*a.n_dom;
         int   dim = in.dim;
         float w   = in.weight;
         __syncwarp();
@@ -175,174 +179,114 @@ template <int K_DOM> struct fasa_tip_query {
         for (int i0 = 0; i0 < a.n_dom; i0 += 32) {
             const int i = i0 + lane;
             if (i0 > 0) {
-                dim = i < a.n_dom ? dims  [i] : -1;
-                w   = i < a.n_dom ? weight[i] : 0.0f;
+                dim = i < a.n_dom ? a.dims  [h*a.n_dom + i] : -1;
+                w   = i < a.n_dom ? a.weight[h*a.n_dom + i] : 0.0f;
             }
-            const float v = dim < 0 ? 0.0f : row[dim]*w*a.scale;
-            if constexpr (K_DOM == FASA_K_DOM_F16) {
-                if (i < a.n_dom) {
-                    x[m*a.n_dom + i] = v;
-                }
-            } else { // eight lanes are a group
+            float v = dim < 0 ? 0.0f : row[dim]*w*a.scale;
+            if constexpr (K_DOM != FASA_K_DOM_F16) { // eight lanes are a group
                 float most = fabsf(v);
 #pragma unroll
                 for (int half = 4; half > 0; half /= 2) {
                     most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, half));
                 }
                 const float step = __fdiv_rn(most, 127.0f), inv = step > 0.0f ? __fdiv_rn(1.0f, step) : 0.0f;
-                const int b = (int) fminf(127.0f, fmaxf(-127.0f, roundf(v*inv))), sum = fasa_warp_sum<8>(b);
-                const int low = fasa_warp_sum<4>((b & 255) << 8*(lane%4)), high = __shfl_xor_sync(0xffffffff, low, 4); // of four lanes
-                if (lane%8 == 0 && i < a.n_dom) {
-                    word[m*(a.n_dom/FASA_GROUP) + i/FASA_GROUP] =
-                        make_int4(low, high, __float_as_int(step), TIP_ZERO - (K_DOM == FASA_K_DOM_Q4 ? 8*sum : 0));
-                }
+                v = fminf(127.0f, fmaxf(-127.0f, roundf(v*inv)))*step;
+            }
+            if (i < a.n_dom) {
+                half * to = x + m*2*a.n_dom + i/FASA_GROUP*FASA_GROUP + (4*(i & 1) | 2*(i >> 2 & 1) | (i >> 1 & 1));
+                const half high = __float2half_rn(v);
+                to[0]       = high;
+                to[a.n_dom] = __float2half_rn(v - __half2float(high));
             }
         }
     }
-};
 
-// A tile is scored by a warp for TIP_HEADS heads at once: four values a thread. The two ways below differ in whose they are:
-//
-//   TIP_MMA   value i: cell lane/4*4 + i of the tile, head lane%4     tensor cores; keys in 8 and 4 bits, from 8.0 on
-//   else      value i: cell lane, head i
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-template <int K_DOM> static constexpr bool TIP_MMA = K_DOM != FASA_K_DOM_F16;
-#else
-template <int K_DOM> static constexpr bool TIP_MMA = false;
-#endif
-
-// d [16 cells][8 columns] = c + a [16][32 bytes] * b [32 bytes][8]; UNSIGNED: those of a are
-template <bool UNSIGNED> static __device__ __forceinline__ void fasa_mma(int (&d)[4], const uint32_t (&a)[4], const uint2 b, const int (&c)[4]) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    if constexpr (UNSIGNED) {
-        asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
-            : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
-    } else {
-        asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"
-            : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
-            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
-    }
-#endif
-}
-
-// Four groups of the queries as a right-hand side. A group has scales of its own, so its dot products are columns of their own, with
-// zeros at the other groups: 4 heads x 4 groups are two products of 8 columns. Thread lane gets column pairs of group lane%4; its
-// slot j, columns 0 and 1 of the first product and of the second, is head j ^ lane%4: then three exchanges add the groups up.
-struct fasa_tip_quad {
-    uint2 b[2];
-    float step[4]; // of the slots
-    int   start[2][4]; // of the products: of slots 2*j and 2*j + 1, for two cells
-
-    template <int K_DOM> __device__ void set(const fasa_tip_query<K_DOM> & q, int n_group, int quad) {
-        const int lane = threadIdx.x % 32, t = lane%4, column = lane/4;
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const int group = 4*quad + column/2, head = (2*j + column%2) ^ column/2;
-            const int4 w = t == column/2 && group < n_group ? q.word[head*n_group + group] : make_int4(0, 0, 0, 0);
-            b[j] = make_uint2(w.x, w.y);
-        }
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            const int4 w = 4*quad + t < n_group ? q.word[(j ^ t)*n_group + 4*quad + t] : make_int4(0, 0, 0, TIP_ZERO);
-            step[j] = __int_as_float(w.z), start[j/2][j%2] = start[j/2][j%2 + 2] = w.w;
-        }
+    // this thread's group of groups 4*quad to 4*quad + 3
+    __device__ __forceinline__ uint4 quad(int n_group, int quad) const {
+        const int column = threadIdx.x % 32/4, group = 4*quad + threadIdx.x % 4;
+        return group < n_group ? ((const uint4 *) x)[column*n_group + group] : make_uint4(0, 0, 0, 0);
     }
 };
 
-// what a thread reads of one group of four cells
+// what a thread reads of a tile, for one group of four cells
 template <int K_DOM> struct fasa_tip_raw {
-    static constexpr int WORDS = K_DOM == FASA_K_DOM_Q8 ? 2 : 1;
-    uint4 word[WORDS]; // of cells lane/4*4 + (0 to 3)
-    uint2 scale;
+    static constexpr int WORDS = K_DOM == FASA_K_DOM_F16 ? 4 : K_DOM == FASA_K_DOM_Q8 ? 2 : 1;
+    uint4 word[WORDS]; // [WORDS][4 cells], or f16: [4][2 dimensions][4 cells]
+    uint2 scale;       // of the cells
 
-    __device__ void load(const char * block, int n_group, int quad) {
-        const int lane = threadIdx.x % 32, g = 4*quad + lane%4;
+    __device__ __forceinline__ void load(const char * block, int n_group, int quad) {
+        const int g = threadIdx.x % 32/4, group = 4*quad + threadIdx.x % 4;
         scale = make_uint2(0, 0);
 #pragma unroll
         for (int i = 0; i < WORDS; ++i) {
             word[i] = make_uint4(0, 0, 0, 0);
         }
-        if (g < n_group) {
-            scale = ((const uint2 *) block)[g*(FASA_TILE/4) + lane/4];
+        if (group < n_group) {
+            if constexpr (K_DOM == FASA_K_DOM_F16) {
 #pragma unroll
-            for (int i = 0; i < WORDS; ++i) {
-                word[i] = ((const uint4 *) (block + n_group*FASA_TILE*2))[(g*WORDS + i)*(FASA_TILE/4) + lane/4];
+                for (int i = 0; i < WORDS; ++i) {
+                    const uint2 * two = (const uint2 *) block + (group*FASA_GROUP + 2*i)*(FASA_TILE/4) + g;
+                    word[i] = make_uint4(two[0].x, two[0].y, two[FASA_TILE/4].x, two[FASA_TILE/4].y);
+                }
+            } else {
+                scale = ((const uint2 *) block)[group*(FASA_TILE/4) + g];
+#pragma unroll
+                for (int i = 0; i < WORDS; ++i) {
+                    word[i] = ((const uint4 *) (block + n_group*FASA_TILE*2))[(group*WORDS + i)*(FASA_TILE/4) + g];
+                }
             }
         }
     }
 
-    // y[cell][slot] += the dot products of this thread's group
-    __device__ void dot(const fasa_tip_quad & q, float (&y)[4][4]) const {
-        constexpr bool Q4 = K_DOM == FASA_K_DOM_Q4;
-        const uint32_t lo[4] = { word[0].x, word[0].y, word[0].z, word[0].w };
-        const uint32_t hi[4] = { word[WORDS - 1].x, word[WORDS - 1].y, word[WORDS - 1].z, word[WORDS - 1].w };
-        const float2 s[2] = { __half22float2(*(const half2 *) &scale.x), __half22float2(*(const half2 *) &scale.y) };
+    // the pairs of cell i, times its scale
+    __device__ __forceinline__ void pairs(int i, uint32_t (&p)[4]) const {
+        const auto of = [i](const uint4 & x) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; };
+        if constexpr (K_DOM == FASA_K_DOM_F16) {
+            const auto pair = [i](uint32_t x01, uint32_t x23, uint32_t y01, uint32_t y23) {
+                return __byte_perm(i < 2 ? x01 : x23, i < 2 ? y01 : y23, i % 2 ? 0x7632 : 0x5410);
+            };
 #pragma unroll
-        for (int i = 0; i < 2; ++i) { // 16 cells: of every four, the first or the second two
-            const uint32_t a[4] = { Q4 ? lo[2*i] & 0x0f0f0f0f : lo[2*i], Q4 ? lo[2*i + 1] & 0x0f0f0f0f : lo[2*i + 1],
-                                    Q4 ? hi[2*i] >> 4 & 0x0f0f0f0f : hi[2*i], Q4 ? hi[2*i + 1] >> 4 & 0x0f0f0f0f : hi[2*i + 1] };
+            for (int k = 0; k < 2; ++k) { // dimensions k and k + 2, k + 4 and k + 6
+                p[2*k]     = k == 0 ? pair(word[0].x, word[0].y, word[1].x, word[1].y) : pair(word[0].z, word[0].w, word[1].z, word[1].w);
+                p[2*k + 1] = k == 0 ? pair(word[2].x, word[2].y, word[3].x, word[3].y) : pair(word[2].z, word[2].w, word[3].z, word[3].w);
+            }
+        } else {
+            const half2 two = *(const half2 *) (i < 2 ? &scale.x : &scale.y), s = i % 2 ? __high2half2(two) : __low2half2(two);
+            half2 x[4]; // whole numbers, made with 1024 = 0x6400, whose last bit is 1
+            if constexpr (K_DOM == FASA_K_DOM_Q4) {
+                const uint32_t w = of(word[0]);
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                int d[4];
-                fasa_mma<Q4>(d, a, q.b[j], q.start[j]);
+                for (int k = 0; k < 2; ++k) {
+                    uint32_t low, high; // w >> 8*k & 0x000f000f | 0x64006400, and & 0x00f000f0, each in one instruction
+                    asm("lop3.b32 %0, %1, 0x000f000f, %2, 0xea;" : "=r"(low)  : "r"(w >> 8*k), "r"(0x64006400));
+                    asm("lop3.b32 %0, %1, 0x00f000f0, %2, 0xea;" : "=r"(high) : "r"(w >> 8*k), "r"(0x64006400));
+                    x[2*k]     = __hsub2(*(const half2 *) &low, __float2half2_rn(1024 + 8));
+                    x[2*k + 1] = __hfma2(*(const half2 *) &high, __float2half2_rn(1.0f/16), __float2half2_rn(-1024/16 - 8));
+                }
+            } else {
 #pragma unroll
-                for (int k = 0; k < 4; ++k) { // the dot product times the scale is exact
-                    const float scale = k < 2 ? s[i].x : s[i].y;
-                    y[2*i + k/2][2*j + k%2] += __fmaf_rn(__int_as_float(d[k]), scale, -TIP_ZERO_VALUE*scale)*q.step[2*j + k%2];
+                for (int k = 0; k < 4; ++k) {
+                    const uint32_t byte = __byte_perm(of(word[k % 2]) ^ 0x80808080, 0x64646464, k < 2 ? 0x4240 : 0x4341);
+                    x[k] = __hsub2(*(const half2 *) &byte, __float2half2_rn(1024 + 128));
                 }
             }
+#pragma unroll
+            for (int k = 0; k < 4; ++k) {
+                x[k] = __hmul2(x[k], s);
+                p[k] = *(const uint32_t *) &x[k];
+            }
+        }
+    }
+
+    // y: columns 2c and 2c + 1 of cells 4g + 2*i and 4g + 2*i + 1
+    __device__ __forceinline__ void dot(const uint4 & query, float (&y)[2][4]) const {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            uint32_t p[2][4];
+            pairs(2*i, p[0]);
+            pairs(2*i + 1, p[1]);
+            fasa_mma(y[i], { p[0][0], p[1][0], p[0][1], p[1][1] }, query.x, query.y);
+            fasa_mma(y[i], { p[0][2], p[1][2], p[0][3], p[1][3] }, query.z, query.w);
         }
     }
 };
-
-// logits [2][TIP_HEADS] of a cell of each of two tiles, lane = cell
-template <int K_DOM>
-static __device__ __forceinline__ void fasa_tip_cells(const fasa_tip_query<K_DOM> & q, int n_dom, const char * const block[2], float (&out)[2][4]) {
-    const int lane = threadIdx.x % 32, n_group = n_dom/FASA_GROUP;
-    const size_t data = fasa_block_scales(K_DOM, n_dom);
-    constexpr int WORDS = K_DOM == FASA_K_DOM_F16 ? 4 : K_DOM == FASA_K_DOM_Q8 ? 2 : 1; // of a group
-#pragma unroll 2
-    for (int g = 0; g < n_group; ++g) {
-        uint32_t v[2][WORDS];
-        float    s[2] = {};
-#pragma unroll
-        for (int u = 0; u < 2; ++u) {
-            if constexpr (K_DOM == FASA_K_DOM_F16) {
-#pragma unroll
-                for (int i = 0; i < FASA_GROUP/2; ++i) {
-                    const uint16_t * x = (const uint16_t *) (block[u] + data) + (g*FASA_GROUP + 2*i)*FASA_TILE + lane;
-                    v[u][i] = x[0] | (uint32_t) x[FASA_TILE] << 16;
-                }
-            } else {
-                s[u] = __half2float(((const half *) block[u])[g*FASA_TILE + lane]);
-#pragma unroll
-                for (int i = 0; i < WORDS; ++i) {
-                    v[u][i] = ((const uint32_t *) (block[u] + data))[(g*WORDS + i)*FASA_TILE + lane];
-                }
-            }
-        }
-#pragma unroll
-        for (int m = 0; m < TIP_HEADS; ++m) {
-            if constexpr (K_DOM == FASA_K_DOM_F16) {
-#pragma unroll
-                for (int i = 0; i < FASA_GROUP/2; ++i) {
-                    const float2 x = *(const float2 *) &q.x[m*n_dom + g*FASA_GROUP + 2*i];
-#pragma unroll
-                    for (int u = 0; u < 2; ++u) {
-                        const float2 k = __half22float2(*(const half2 *) &v[u][i]);
-                        out[u][m] += k.x*x.x + k.y*x.y;
-                    }
-                }
-            } else {
-                const int4 w = q.word[m*n_group + g];
-#pragma unroll
-                for (int u = 0; u < 2; ++u) {
-                    const int lo = K_DOM == FASA_K_DOM_Q4 ? v[u][0] & 0x0f0f0f0f : v[u][0], hi = K_DOM == FASA_K_DOM_Q4 ? v[u][0] >> 4 & 0x0f0f0f0f : v[u][WORDS - 1];
-                    const int dot = __dp4a(hi, w.y, __dp4a(lo, w.x, w.w));
-                    out[u][m] += (__int_as_float(dot) - TIP_ZERO_VALUE)*s[u]*__int_as_float(w.z);
-                }
-            }
-        }
-    }
-}

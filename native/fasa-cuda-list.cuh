@@ -264,31 +264,37 @@ struct fasa_select_last {
     uint32_t before, n;
 };
 
-// Step 3a: ranks the n_edge cells of the edge by counting, a thread one of them; this gives the last one taken (and with a target mass the count)
+// Step 3a: ranks the n_edge cells of the edge by counting, one to four threads a cell; this gives the last one taken (and with a target mass the count)
 static __device__ __noinline__ fasa_select_last fasa_select_rank(const fasa_select_args & a, fasa_select_block & b, const fasa_work::slot & slot, int n_edge, int first) {
-    static_assert(EDGE <= N_THREAD && 2*EDGE <= BINS, "one of them a thread; cells and shares lie in b.mass");
-    const int lane = threadIdx.x % 32;
+    static_assert(EDGE <= N_THREAD && 2*EDGE <= BINS, "as many threads as cells; cells and shares lie in b.mass");
+    const int lane = threadIdx.x % 32, per = 4*n_edge <= N_THREAD ? 4 : 1; // neighbouring threads that share a cell
     fasa_u64 * edge = b.mass, * share = b.mass + EDGE;
-    const bool is = (int) threadIdx.x < n_edge;
-    const fasa_u64 mine = is ? __ldcg(&slot.edge[threadIdx.x]) : 0;
-    if (is) {
-        edge [threadIdx.x] = mine;
-        share[threadIdx.x] = b.by_mass ? fasa_key_share(mine >> 32) : 0;
+    if ((int) threadIdx.x < n_edge) {
+        const fasa_u64 x = __ldcg(&slot.edge[threadIdx.x]);
+        edge [threadIdx.x] = x;
+        share[threadIdx.x] = b.by_mass ? fasa_key_share(x >> 32) : 0;
     }
     if (threadIdx.x == 0) {
         b.n_edge_mine = b.n_reached = 0;
     }
     __syncthreads();
-    fasa_u64 held = b.held; // by the cells before this one, if the mass decides
+    const int  at = per == 1 ? threadIdx.x : threadIdx.x/4, from = threadIdx.x % per;
+    const bool is = at < n_edge && from == 0;
+    fasa_u64 mine = 0, held = 0;
     int rank = 0;
-    if ((int) threadIdx.x - lane < n_edge) {
+    if ((per == 1 ? at - lane : at - lane/4) < n_edge) { // some of the warp's
+        mine = at < n_edge ? edge[at] : 0;
 #pragma unroll 2
-        for (int i = 0; i < n_edge; ++i) {
+        for (int i = from; i < n_edge; i += per) {
             const bool before = edge[i] > mine;
             rank += before;
             held += b.by_mass && before ? share[i] : 0;
         }
+        if (per == 4) {
+            rank = fasa_warp_sum<4>(rank), held = fasa_warp_sum<4>(held);
+        }
     }
+    held += b.held; // by the cells before this one, if the mass decides
     uint32_t n = b.n;
     if (b.by_mass) { // taken while the mass is not reached
         const uint32_t some = __ballot_sync(0xffffffff, is && held < a.need);

@@ -96,6 +96,25 @@ static __device__ __forceinline__ float fasa_soft_cap(float x, float cap) {
     return cap*(1.0f - 2.0f/(fasa_exp2(x/cap*2.88539008f) + 1.0f));
 }
 
+// c [16, 8] += a [16, 8] b [8, 8] by the tensor cores; thread (g, c) = (lane/4, lane%4) has of a rows g and g + 8, columns 2c and 2c + 1, of b
+// rows 2c and 2c + 1 of column g, and of c rows g and g + 8, columns 2c and 2c + 1
+static __device__ __forceinline__ void fasa_mma(float (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+#if __CUDA_ARCH__ >= 750 // no others have kernels
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b));
+#endif
+}
+// the same with 16 between: a[2], a[3] and b1 are another eight
+static __device__ __forceinline__ void fasa_mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+#else
+    fasa_mma(c, a[0], a[1], b0);
+    fasa_mma(c, a[2], a[3], b1);
+#endif
+}
+
 // ---- between blocks: what was written before a release (by any thread of the block, before a __syncthreads) is there after an acquire that sees it ----
 
 static __device__ __forceinline__ void fasa_add_release(uint32_t * x, uint32_t n) {

@@ -14,7 +14,8 @@
 // edge alone, in ever narrower bins, until few are left or all of them are equal. Keys and shares are whole numbers, so nothing
 // depends on the order of the blocks.
 //
-// The blocks of a row are launched together (cooperatively), and their barriers spin.
+// The blocks of a row are launched together (cooperatively), and their barriers spin. Where the device can, they begin while the kernel
+// before ends, and ask for the first tiles of K_dom.
 
 #include "fasa-cuda.cuh"
 #include "fasa-cuda-list.cuh"
@@ -27,13 +28,14 @@ static constexpr int STATIC_SMEM = 1024; // bytes, at most, that the kernel has 
 struct fasa_row_barrier {
     fasa_work::slot & slot;
     const int n_part;
-    uint32_t  phase = 0, mine = 1; // the top bit of slot.arrived turns with every barrier: its blocks add 2^31 together
+    const uint32_t mine; // the top bit of slot.arrived turns with every barrier: its blocks add 2^31 together
+    uint32_t phase = 0;
 
-    __device__ fasa_row_barrier(fasa_work::slot & slot, int part, int n_part) : slot(slot), n_part(n_part) {
-        if (n_part > 1) {
-            phase = *(volatile uint32_t *) &slot.arrived;
-            mine  = part == 0 ? 0x80000001u - n_part : 1;
-        }
+    __device__ fasa_row_barrier(fasa_work::slot & slot, int part, int n_part) : slot(slot), n_part(n_part), mine(part == 0 ? 0x80000001u - n_part : 1) {}
+
+    // before the first wait, when the kernels before this one are done
+    __device__ void begin() {
+        phase = *(volatile uint32_t *) &slot.arrived;
     }
 
     __device__ void wait() {
@@ -304,14 +306,26 @@ static __global__ void __launch_bounds__(N_THREAD, 1) fasa_select_kernel(const _
         l.x_stride = IN_SMEM ? a.part_cells + ROW_PAD : a.tip.n_len;
         return l;
     };
-    ggml_cuda_pdl_sync(); // where a graph was updated in place, its edges may be those of kernels that are launched early
-    ggml_cuda_pdl_lc();   // FAC may take the place of blocks that are done
     fasa_row_barrier row_barrier(slot, part, a.n_part);
+    const auto begin = [&]() { // what came before is done
+        ggml_cuda_pdl_sync();
+        ggml_cuda_pdl_lc(); // FAC may take the place of blocks that are done
+        row_barrier.begin();
+    };
+    if (!IN_SMEM && a.given) {
+        begin();
+    }
 #pragma unroll 1
     for (int row = blockIdx.y; row < a.n_row; row += gridDim.y) {
         const fasa_tip_list l = list(row);
         if (IN_SMEM || !a.given) {
-            fasa_tip_block<K_DOM, QUADS, IN_SMEM>(a.tip, l, smem).run(b.piece);
+            fasa_tip_block<K_DOM, QUADS, IN_SMEM> tip(a.tip, l, smem);
+#pragma unroll 1
+            for (; tip.g0 < a.n_shared; tip.g0 += TIP_HEADS) {
+                tip.begin();
+                begin();
+                tip.heads(b.piece);
+            }
             row_barrier.wait();
         }
         fasa_select_row<IN_SMEM>(a, b, l, slot, row_barrier, row, part, IN_SMEM ? (uint32_t *) in_smem : a.key + (int64_t) row*a.tip.n_kv + l.first);
@@ -371,18 +385,39 @@ template <typename F> static F fasa_select_raise_limits(F kernel, std::atomic<ui
     return kernel;
 }
 
+// As ggml_cuda_kernel_launch, which knows no cooperative kernels: whether one may begin while the kernel before it ends
+static bool fasa_select_begins_early(const void * kernel) {
+#if defined(GGML_CUDA_USE_PDL)
+    static const bool enabled = [] {
+        const char * env = getenv("GGML_CUDA_PDL");
+        return env == nullptr || atoi(env) != 0;
+    }();
+    return enabled && ggml_cuda_kernel_can_use_pdl(kernel);
+#else
+    GGML_UNUSED(kernel);
+    return false;
+#endif
+}
+
 // No clusters here: a CUDA graph that was captured with them is not safe to update in place (docs/gpu.md)
 template <typename F> static void fasa_select_run(F kernel, const fasa_select_args & a, const fasa_select_plan & plan, cudaStream_t stream) {
-    cudaLaunchAttribute together = {};
-    together.id = cudaLaunchAttributeCooperative;
-    together.val.cooperative = 1;
+    cudaLaunchAttribute attrs[2] = {};
+    int n_attr = 0;
+    if (a.n_part > 1) {
+        attrs[n_attr].id = cudaLaunchAttributeCooperative;
+        attrs[n_attr++].val.cooperative = 1;
+    }
+    if (fasa_select_begins_early((const void *) kernel)) {
+        attrs[n_attr].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attrs[n_attr++].val.programmaticStreamSerializationAllowed = 1;
+    }
     cudaLaunchConfig_t config = {};
     config.gridDim  = dim3(a.n_part, plan.slots);
     config.blockDim = dim3(N_THREAD);
     config.dynamicSmemBytes = plan.smem;
     config.stream   = stream;
-    config.attrs    = &together;
-    config.numAttrs = a.n_part > 1;
+    config.attrs    = attrs;
+    config.numAttrs = n_attr;
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a));
 }
 
@@ -403,10 +438,11 @@ template <int K_DOM, int QUADS> static void fasa_select_launch(ggml_backend_cuda
 }
 
 template <int K_DOM> static void fasa_select_quads(ggml_backend_cuda_context & ctx, fasa_select_args & a, bool keep_scores) {
-    switch (K_DOM == FASA_K_DOM_F16 ? 0 : (a.tip.n_dom/FASA_GROUP + 3)/4) {
-        case 1:  fasa_select_launch<K_DOM, K_DOM == FASA_K_DOM_F16 ? 0 : 1>(ctx, a, keep_scores); break;
-        case 2:  fasa_select_launch<K_DOM, K_DOM == FASA_K_DOM_F16 ? 0 : 2>(ctx, a, keep_scores); break;
-        default: fasa_select_launch<K_DOM, 0>(ctx, a, keep_scores); break;
+    constexpr int TWO = K_DOM == FASA_K_DOM_F16 ? 0 : 2; // of f16 there would be too much to keep
+    switch ((a.tip.n_dom/FASA_GROUP + 3)/4) {
+        case 1:  fasa_select_launch<K_DOM, 1>  (ctx, a, keep_scores); break;
+        case 2:  fasa_select_launch<K_DOM, TWO>(ctx, a, keep_scores); break;
+        default: fasa_select_launch<K_DOM, 0>  (ctx, a, keep_scores); break;
     }
 }
 

@@ -1,7 +1,7 @@
 """The CUDA kernels against the CPU ops: estimated logits, lists index for index on equal scores, outputs. They need a device.
 
-Tolerances: logits 2e-5 of the largest, but for cells whose dominant value lies on a rounding boundary; outputs 1e-4 (f32 sums
-reordered), of the largest value.
+Tolerances, of the largest value: logits 2e-5 beside keys in f16 and 2e-4 beside those in 8 and 4 bits (a key times its scale is
+rounded to f16), but for cells whose dominant value lies on a rounding boundary; outputs 1e-4 (f32 sums reordered).
 """
 
 import numpy as np
@@ -41,7 +41,8 @@ def compare(library, cuda, **kw):
 
     seen = np.isfinite(cpu["est"])
     assert (np.isfinite(own["est"]) == seen).all()
-    bad = np.abs(own["est"][seen] - cpu["est"][seen]) > 2e-5 * max(1, np.abs(cpu["est"][seen]).max(initial=0))
+    near = 2e-5 if c.get("k_dom") == "f16" else 2e-4
+    bad = np.abs(own["est"][seen] - cpu["est"][seen]) > near * max(1, np.abs(cpu["est"][seen]).max(initial=0))
     assert bad.sum() <= max(2 * c["q"].shape[2], 0.003 * bad.size)
 
     assert (got["count"] == cpu["count"]).all()
