@@ -95,30 +95,32 @@ template <int K_DOM> static __device__ void fasa_k_dom_write(int n_dom, const in
     }
 }
 
-// the stale cells of [first, last), by one warp; few as a rule, so not in the way of the code around it
-template <int K_DOM> static __device__ __noinline__ void fasa_refresh(const fasa_tip_args & a, int h, int s, int2 stale, int first, int last, float * row) {
+// The stale cells of [first, last), by one warp; few as a rule, so not in the way of the code around it. Its arguments are values: what a
+// function reads of a kernel's parameters through a pointer comes from memory, one after the other.
+// k: row 0 of the KV head; blocks: its K_dom; dims [n_dom]; row [d] in shared memory
+template <int K_DOM> static __device__ __noinline__ void fasa_refresh(ggml_type type, const char * k, int64_t k_nb, char * blocks, int64_t block_nb,
+        const int32_t * dims, int n_dom, int d, int n_hadamard, int2 stale, int first, int last, float * row) {
     const int lane = threadIdx.x % 32, from = max(stale.x, first), to = min(stale.y, last);
-    int dims[FASA_GROUP];
-    fasa_k_dom_dims<K_DOM>(a.dims + h*a.n_dom, a.n_dom, dims);
+    int mine[FASA_GROUP];
+    fasa_k_dom_dims<K_DOM>(dims, n_dom, mine);
     for (uint32_t some = __ballot_sync(0xffffffff, from < to); some != 0; some &= some - 1) {
         const int r = __ffs(some) - 1;
         for (int cell = __shfl_sync(0xffffffff, from, r); cell < __shfl_sync(0xffffffff, to, r); ++cell) {
-            const char * src = a.k + s*a.k_nb3 + cell*a.k_nb2 + h*a.k_nb1;
             __syncwarp();
 #pragma unroll 1
-            for (int dim = 8*lane; dim < a.d; dim += 256) {
+            for (int dim = 8*lane; dim < d; dim += 256) {
                 float x[8];
-                fasa_load8(a.type_k, src, dim, x);
+                fasa_load8(type, k + cell*k_nb, dim, x);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     row[dim + i] = x[i];
                 }
             }
             __syncwarp();
-            if (a.n_hadamard > 0) {
-                fasa_hadamard(row, a.d, a.n_hadamard);
+            if (n_hadamard > 0) {
+                fasa_hadamard(row, d, n_hadamard);
             }
-            fasa_k_dom_write<K_DOM>(a.n_dom, dims, row, a.k_dom + s*a.k_dom_nb3 + h*a.k_dom_nb2 + cell/FASA_TILE*a.k_dom_nb1, cell%FASA_TILE);
+            fasa_k_dom_write<K_DOM>(n_dom, mine, row, blocks + cell/FASA_TILE*block_nb, cell%FASA_TILE);
         }
     }
     __syncwarp();
@@ -212,28 +214,33 @@ template <int K_DOM> struct fasa_tip_query {
 template <int K_DOM> struct fasa_tip_raw {
     static constexpr int WORDS = K_DOM == FASA_K_DOM_F16 ? 4 : K_DOM == FASA_K_DOM_Q8 ? 2 : 1;
     uint4 word[WORDS]; // [WORDS][4 cells], or f16: [4][2 dimensions][4 cells]
-    uint2 scale;       // of the cells
+    uint2 scale;       // of the cells; f16: none
 
-    __device__ __forceinline__ void load(const char * block, int n_group, int quad) {
-        const int g = threadIdx.x % 32/4, group = 4*quad + threadIdx.x % 4;
-        scale = make_uint2(0, 0);
-#pragma unroll
-        for (int i = 0; i < WORDS; ++i) {
-            word[i] = make_uint4(0, 0, 0, 0);
+    // Where in a block they lie, in bytes: of this thread's group of groups 4*quad to 4*quad + 3 or, where there is none, of another, beside which
+    // the query is 0
+    struct place {
+        int words, scale;
+
+        __device__ place() {}
+        __device__ place(int n_group, int quad) {
+            const int g = threadIdx.x % 32/4, group = min(4*quad + (int) threadIdx.x % 4, n_group - 1);
+            scale = (group*FASA_TILE + 4*g)*2;
+            words = K_DOM == FASA_K_DOM_F16 ? (group*FASA_GROUP*FASA_TILE + 4*g)*2 : n_group*FASA_TILE*2 + (group*WORDS*FASA_TILE + 4*g)*4;
         }
-        if (group < n_group) {
-            if constexpr (K_DOM == FASA_K_DOM_F16) {
+    };
+
+    __device__ __forceinline__ void load(const char * block, const place & at) {
+        if constexpr (K_DOM == FASA_K_DOM_F16) {
 #pragma unroll
-                for (int i = 0; i < WORDS; ++i) {
-                    const uint2 * two = (const uint2 *) block + (group*FASA_GROUP + 2*i)*(FASA_TILE/4) + g;
-                    word[i] = make_uint4(two[0].x, two[0].y, two[FASA_TILE/4].x, two[FASA_TILE/4].y);
-                }
-            } else {
-                scale = ((const uint2 *) block)[group*(FASA_TILE/4) + g];
+            for (int i = 0; i < WORDS; ++i) {
+                const uint2 * two = (const uint2 *) (block + at.words) + 2*i*(FASA_TILE/4);
+                word[i] = make_uint4(two[0].x, two[0].y, two[FASA_TILE/4].x, two[FASA_TILE/4].y);
+            }
+        } else {
+            scale = *(const uint2 *) (block + at.scale);
 #pragma unroll
-                for (int i = 0; i < WORDS; ++i) {
-                    word[i] = ((const uint4 *) (block + n_group*FASA_TILE*2))[(group*WORDS + i)*(FASA_TILE/4) + g];
-                }
+            for (int i = 0; i < WORDS; ++i) {
+                word[i] = ((const uint4 *) (block + at.words))[i*(FASA_TILE/4)];
             }
         }
     }

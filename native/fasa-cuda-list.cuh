@@ -265,12 +265,12 @@ struct fasa_select_last {
 };
 
 // Step 3a: ranks the n_edge cells of the edge by counting, one to four threads a cell; this gives the last one taken (and with a target mass the count)
-static __device__ __noinline__ fasa_select_last fasa_select_rank(const fasa_select_args & a, fasa_select_block & b, const fasa_work::slot & slot, int n_edge, int first) {
+// x: cell threadIdx.x of the edge
+static __device__ __forceinline__ fasa_select_last fasa_select_rank(const fasa_select_args & a, fasa_select_block & b, fasa_u64 x, int n_edge, int first) {
     static_assert(EDGE <= N_THREAD && 2*EDGE <= BINS, "as many threads as cells; cells and shares lie in b.mass");
     const int lane = threadIdx.x % 32, per = 4*n_edge <= N_THREAD ? 4 : 1; // neighbouring threads that share a cell
     fasa_u64 * edge = b.mass, * share = b.mass + EDGE;
     if ((int) threadIdx.x < n_edge) {
-        const fasa_u64 x = __ldcg(&slot.edge[threadIdx.x]);
         edge [threadIdx.x] = x;
         share[threadIdx.x] = b.by_mass ? fasa_key_share(x >> 32) : 0;
     }

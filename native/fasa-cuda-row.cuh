@@ -49,9 +49,12 @@ template <ggml_type TYPE> static __device__ __forceinline__ void fasa_load8(cons
 }
 
 static __device__ __forceinline__ void fasa_load8(ggml_type type, const char * row, int dim, float * x) {
+    if (type == GGML_TYPE_F16) { // not through a table of jumps
+        fasa_load8<GGML_TYPE_F16>(row, dim, x);
+        return;
+    }
     switch (type) {
         case GGML_TYPE_F32:  fasa_load8<GGML_TYPE_F32> (row, dim, x); break;
-        case GGML_TYPE_F16:  fasa_load8<GGML_TYPE_F16> (row, dim, x); break;
         case GGML_TYPE_BF16: fasa_load8<GGML_TYPE_BF16>(row, dim, x); break;
         case GGML_TYPE_Q8_0: fasa_load8<GGML_TYPE_Q8_0>(row, dim, x); break;
         default:             fasa_load8<GGML_TYPE_Q4_0>(row, dim, x); break;

@@ -188,10 +188,11 @@ static __device__ __forceinline__ void fasa_select_keys(const fasa_select_args &
                     atomicAdd(&b.mass[bin], share);
                 }
             }
-            const uint32_t lowest = __ballot_sync(0xffffffff, bin == 0); // many cells can have no score at all
             if (bin > 0) {
                 atomicAdd(&b.count[bin], 1);
-            } else if (lowest && lane == __ffs(lowest) - 1) {
+            }
+            const uint32_t lowest = __ballot_sync(0xffffffff, bin == 0); // many cells can have no score at all
+            if (lowest != 0 && lane == 0) {
                 atomicAdd(&b.count[0], __popc(lowest));
             }
         }
@@ -264,13 +265,14 @@ static __device__ __forceinline__ void fasa_select_row(const fasa_select_args & 
     fasa_select_hand_in(b, slot, part, l.first, l.last, key, edge_first, edge_last, equal);
     row_barrier.wait();
 
-    fasa_select_clear(slot.bins[level%3], part, a.n_part);
+    const fasa_u64 edge = !equal && b.bin >= 0 && threadIdx.x < b.n_edge ? __ldcg(&slot.edge[threadIdx.x]) : 0; // asked for early
     const uint32_t above = fasa_select_before(slot.part, part);
+    fasa_select_clear(slot.bins[level%3], part, a.n_part);
     fasa_select_last taken = { edge_first, INT_MAX, 0, b.n }; // every cell
     if (equal) {
         taken = fasa_select_equal(a, b, slot, part, l.first, l.last, key, edge_first);
     } else if (b.bin >= 0) {
-        taken = fasa_select_rank(a, b, slot, b.n_edge, l.first);
+        taken = fasa_select_rank(a, b, edge, b.n_edge, l.first);
     }
     int32_t * list = a.dst + (int64_t) row*a.n_list_len;
     fasa_select_write(b, l.first, l.last, key, taken, list + 1 + above + taken.before);

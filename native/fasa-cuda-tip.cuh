@@ -38,9 +38,10 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
     const fasa_tip_list & l;
     fasa_tip_query<K_DOM> query;
     float          * row;
-    char           * blocks;
+    char           * blocks; // of the KV head
     const uint16_t * mask; // f16 bits
     int  h, s;
+    typename fasa_tip_raw<K_DOM>::place place[KEPT];
     int2 stale; // a range of each lane
     tile ahead[AHEAD]; // the first one is worked on next
     int  g0 = 0, base, n_tile; // heads from g0 on; the round that begins at base, with n_tile tiles a warp, a power of two
@@ -51,6 +52,10 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
         s = st.x, h = fastdiv(l.head0, a.by_n_group);
         row    = (float *) (smem + fasa_tip_query<K_DOM>::bytes(a.n_dom)) + threadIdx.x/32*a.d;
         blocks = a.k_dom + s*a.k_dom_nb3 + h*a.k_dom_nb2;
+#pragma unroll
+        for (int i = 0; i < QUADS; ++i) {
+            place[i] = { a.n_dom/FASA_GROUP, i };
+        }
         mask   = (const uint16_t *) (a.mask + s*a.mask_nb3 + t*a.mask_nb1);
     }
 
@@ -58,23 +63,19 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
         return blocks + (uint64_t) ((uint32_t) cell/FASA_TILE)*(uint32_t) a.k_dom_nb1;
     }
 
-    // the tile at `from`; nothing of it, and all cells hidden, from `to` on
+    // the tile at `from`; from `to` on the one before, and all cells hidden
     __device__ __forceinline__ void load(tile & x, int from, int to) const {
         const int cell = from + threadIdx.x % 32;
-        x.hide = HIDDEN;
-        if (from < to) {
+        const char * tile = block(min(from, to - 1));
 #pragma unroll
-            for (int i = 0; i < QUADS; ++i) {
-                x.raw[i].load(block(from), a.n_dom/FASA_GROUP, i);
-            }
-            if (cell < to) {
-                x.hide = mask[cell];
-            }
+        for (int i = 0; i < QUADS; ++i) {
+            x.raw[i].load(tile, place[i]);
         }
+        x.hide = cell < to ? mask[cell] : HIDDEN;
     }
 
     // the tile's logits, from what is in x or, for any number of groups, from memory
-    __device__ __forceinline__ void score(const tile & x, const uint4 (&quads)[KEPT], int from, int to, float (&out)[4]) const {
+    __device__ __forceinline__ void score(const tile & x, const uint4 (&quads)[KEPT], int from, float (&out)[4]) const {
         const int lane = threadIdx.x % 32;
         float y[2][4] = {};
         if constexpr (QUADS > 0) {
@@ -82,12 +83,12 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
             for (int i = 0; i < QUADS; ++i) {
                 x.raw[i].dot(quads[i], y);
             }
-        } else if (from < to) {
+        } else if (from < l.last) {
             const int n_group = a.n_dom/FASA_GROUP;
 #pragma unroll 1
             for (int i = 0; i < (n_group + 3)/4; ++i) {
                 fasa_tip_raw<K_DOM> raw;
-                raw.load(block(from), n_group, i);
+                raw.load(block(from), { n_group, i });
                 raw.dot(query.quad(n_group, i), y);
             }
         }
@@ -219,7 +220,8 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
         for (int b = l.first, n = n_tile; b < l.last; b += TIP_WARPS*n*FASA_TILE, n = round_tiles(b)) {
             const int from = start(b, n), to = end(from, n);
             if (__any_sync(0xffffffff, max(stale.x, from) < min(stale.y, to))) {
-                fasa_refresh<K_DOM>(a, h, s, stale, from, to, row);
+                fasa_refresh<K_DOM>(a.type_k, a.k + s*a.k_nb3 + h*a.k_nb1, a.k_nb2, blocks, a.k_dom_nb1, a.dims + h*a.n_dom, a.n_dom, a.d, a.n_hadamard,
+                    stale, from, to, row);
                 some = true;
             }
         }
@@ -255,7 +257,7 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
 #pragma unroll 1
             for (int i = 0; i < n_tile; ++i) {
                 const int at = from + i*FASA_TILE, on = i + AHEAD - n_tile; // `on`: of the next round
-                score(ahead[0], quads, at, to, y);
+                score(ahead[0], quads, at, y);
                 next_tile(on < 0 ? at + AHEAD*FASA_TILE : next + on*FASA_TILE, on < 0 ? to : next_to);
                 put(y, at, to);
                 most = fmaxf(fmaxf(most, fmaxf(y[0], y[1])), fmaxf(y[2], y[3]));
