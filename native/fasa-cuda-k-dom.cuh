@@ -22,7 +22,7 @@ struct fasa_tip_args {
 };
 
 // orthonormal Walsh-Hadamard transform of blocks of row [d] in shared memory, by one warp
-static __device__ __noinline__ void fasa_hadamard(float * row, int d, int n_block) {
+static __device__ __forceinline__ void fasa_hadamard(float * row, int d, int n_block) {
     const int lane = threadIdx.x % 32;
     const float scale = rsqrtf(n_block);
 #pragma unroll 1
@@ -95,32 +95,30 @@ template <int K_DOM> static __device__ void fasa_k_dom_write(int n_dom, const in
     }
 }
 
-// The stale cells of [first, last), by one warp; few as a rule, so not in the way of the code around it. Its arguments are values: what a
-// function reads of a kernel's parameters through a pointer comes from memory, one after the other.
-// k: row 0 of the KV head; blocks: its K_dom; dims [n_dom]; row [d] in shared memory
-template <int K_DOM> static __device__ __noinline__ void fasa_refresh(ggml_type type, const char * k, int64_t k_nb, char * blocks, int64_t block_nb,
-        const int32_t * dims, int n_dom, int d, int n_hadamard, int2 stale, int first, int last, float * row) {
+// The stale cells of [first, last), by one warp. Inlined, though few warps come here: a call would put what they have asked for into memory,
+// and read the parameters of the kernel from there, one after the other. row: [d] in shared memory
+template <int K_DOM> static __device__ __forceinline__ void fasa_refresh(const fasa_tip_args & a, int h, int s, int2 stale, int first, int last, float * row) {
     const int lane = threadIdx.x % 32, from = max(stale.x, first), to = min(stale.y, last);
     int mine[FASA_GROUP];
-    fasa_k_dom_dims<K_DOM>(dims, n_dom, mine);
+    fasa_k_dom_dims<K_DOM>(a.dims + h*a.n_dom, a.n_dom, mine);
     for (uint32_t some = __ballot_sync(0xffffffff, from < to); some != 0; some &= some - 1) {
         const int r = __ffs(some) - 1;
         for (int cell = __shfl_sync(0xffffffff, from, r); cell < __shfl_sync(0xffffffff, to, r); ++cell) {
             __syncwarp();
 #pragma unroll 1
-            for (int dim = 8*lane; dim < d; dim += 256) {
+            for (int dim = 8*lane; dim < a.d; dim += 256) {
                 float x[8];
-                fasa_load8(type, k + cell*k_nb, dim, x);
+                fasa_load8(a.type_k, a.k + s*a.k_nb3 + cell*a.k_nb2 + h*a.k_nb1, dim, x);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
                     row[dim + i] = x[i];
                 }
             }
             __syncwarp();
-            if (n_hadamard > 0) {
-                fasa_hadamard(row, d, n_hadamard);
+            if (a.n_hadamard > 0) {
+                fasa_hadamard(row, a.d, a.n_hadamard);
             }
-            fasa_k_dom_write<K_DOM>(n_dom, mine, row, blocks + cell/FASA_TILE*block_nb, cell%FASA_TILE);
+            fasa_k_dom_write<K_DOM>(a.n_dom, mine, row, a.k_dom + s*a.k_dom_nb3 + h*a.k_dom_nb2 + cell/FASA_TILE*a.k_dom_nb1, cell%FASA_TILE);
         }
     }
     __syncwarp();
@@ -143,34 +141,19 @@ template <int K_DOM> struct fasa_tip_query {
 
     __device__ fasa_tip_query(char * smem) : x((half *) smem) {}
 
-    // what a warp needs for a query head, asked for before it is used
-    struct raw {
-        float x[256/32], weight;
-        int   dim;
-
-        // of KV head h; head < 0: nothing
-        __device__ void load(const fasa_tip_args & a, int h, int head, int64_t token) {
-            const int lane = threadIdx.x % 32;
-            const float * q = (const float *) (a.q + token*a.q_nb2 + head*a.q_nb1);
-#pragma unroll
-            for (int i = 0; i < 256/32; ++i) {
-                x[i] = head >= 0 && lane + 32*i < a.d ? q[lane + 32*i] : 0.0f;
-            }
-            dim    = lane < a.n_dom ? a.dims  [h*a.n_dom + lane] : -1;
-            weight = lane < a.n_dom ? a.weight[h*a.n_dom + lane] : 0.0f;
-        }
-    };
-
-    // head m, by one warp; row: [d] in shared memory
-    __device__ void set(const fasa_tip_args & a, int m, int h, const raw & in, float * row) {
+    // head m, by one warp, from query head `head`, < 0: none; row: [d] in shared memory; dim, w: dims and weight of dimension `lane`
+    __device__ void set(const fasa_tip_args & a, int m, int h, int head, int64_t token, int dim, float w, float * row) {
         const int lane = threadIdx.x % 32;
-        int   dim = in.dim;
-        float w   = in.weight;
-        __syncwarp();
+        const float * q = (const float *) (a.q + token*a.q_nb2 + head*a.q_nb1);
+        float in[256/32];
+#pragma unroll
+        for (int i = 0; i < 256/32; ++i) {
+            in[i] = head >= 0 && lane + 32*i < a.d ? q[lane + 32*i] : 0.0f;
+        }
 #pragma unroll
         for (int i = 0; i < 256/32; ++i) {
             if (lane + 32*i < a.d) {
-                row[lane + 32*i] = in.x[i];
+                row[lane + 32*i] = in[i];
             }
         }
         __syncwarp();

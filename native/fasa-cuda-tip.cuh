@@ -26,7 +26,7 @@ struct fasa_tip_list {
 template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
     static constexpr int TILES = FASA_SPAN/FASA_TILE;
     static constexpr int KEPT  = QUADS > 0 ? QUADS : 1;
-    static constexpr int AHEAD = 2; // tiles that are asked for at once
+    static constexpr int PAIR  = 2; // tiles that are asked for, and worked on, at once
     static constexpr uint16_t HIDDEN = 0xfc00; // -inf
 
     struct tile {
@@ -43,7 +43,9 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
     int  h, s;
     typename fasa_tip_raw<K_DOM>::place place[KEPT];
     int2 stale; // a range of each lane
-    tile ahead[AHEAD]; // the first one is worked on next
+    int   dim = -1; // dims and weight of dimension `lane`
+    float weight = 0.0f;
+    tile ahead[PAIR]; // worked on next
     int  g0 = 0, base, n_tile; // heads from g0 on; the round that begins at base, with n_tile tiles a warp, a power of two
 
     __device__ fasa_tip_block(const fasa_tip_args & a, const fasa_tip_list & l, char * smem) : a(a), l(l), query(smem) {
@@ -57,6 +59,9 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
             place[i] = { a.n_dom/FASA_GROUP, i };
         }
         mask   = (const uint16_t *) (a.mask + s*a.mask_nb3 + t*a.mask_nb1);
+        if ((int) threadIdx.x % 32 < a.n_dom) {
+            dim = a.dims[h*a.n_dom + threadIdx.x % 32], weight = a.weight[h*a.n_dom + threadIdx.x % 32];
+        }
     }
 
     __device__ __forceinline__ const char * block(int cell) const {
@@ -74,39 +79,42 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
         x.hide = cell < to ? mask[cell] : HIDDEN;
     }
 
-    // the tile's logits, from what is in x or, for any number of groups, from memory
-    __device__ __forceinline__ void score(const tile & x, const uint4 (&quads)[KEPT], int from, float (&out)[4]) const {
+    // the pair's logits, from what was asked for or, for any number of groups, from memory
+    __device__ __forceinline__ void score(const uint4 (&quads)[KEPT], int from, float (&out)[PAIR][4]) const {
         const int lane = threadIdx.x % 32;
-        float y[2][4] = {};
-        if constexpr (QUADS > 0) {
 #pragma unroll
-            for (int i = 0; i < QUADS; ++i) {
-                x.raw[i].dot(quads[i], y);
-            }
-        } else if (from < l.last) {
-            const int n_group = a.n_dom/FASA_GROUP;
+        for (int u = 0; u < PAIR; ++u) {
+            float y[2][4] = {};
+            if constexpr (QUADS > 0) {
+#pragma unroll
+                for (int i = 0; i < QUADS; ++i) {
+                    ahead[u].raw[i].dot(quads[i], y);
+                }
+            } else if (from + u*FASA_TILE < l.last) {
+                const int n_group = a.n_dom/FASA_GROUP;
 #pragma unroll 1
-            for (int i = 0; i < (n_group + 3)/4; ++i) {
-                fasa_tip_raw<K_DOM> raw;
-                raw.load(block(from), { n_group, i });
-                raw.dot(query.quad(n_group, i), y);
+                for (int i = 0; i < (n_group + 3)/4; ++i) {
+                    fasa_tip_raw<K_DOM> raw;
+                    raw.load(block(from + u*FASA_TILE), { n_group, i });
+                    raw.dot(query.quad(n_group, i), y);
+                }
             }
-        }
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            out[i] = y[i/2][i%2*2] + y[i/2][i%2*2 + 1];
+            for (int i = 0; i < 4; ++i) {
+                out[u][i] = y[i/2][i%2*2] + y[i/2][i%2*2 + 1];
+            }
         }
         if (a.soft_cap > 0.0f) {
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                out[i] = fasa_soft_cap(out[i], a.soft_cap);
+            for (int i = 0; i < 4*PAIR; ++i) {
+                out[i/4][i%4] = fasa_soft_cap(out[i/4][i%4], a.soft_cap);
             }
         }
-        if (__any_sync(0xffffffff, x.hide != 0)) { // few tiles, as a rule
+        if (__any_sync(0xffffffff, (ahead[0].hide | ahead[1].hide) != 0)) { // few tiles, as a rule
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const uint16_t hide = __shfl_sync(0xffffffff, (int) x.hide, lane/4*4 + i);
-                out[i] = hide == HIDDEN ? -INFINITY : out[i] + __half2float(__ushort_as_half(hide));
+            for (int i = 0; i < 4*PAIR; ++i) {
+                const uint16_t hide = __shfl_sync(0xffffffff, (int) ahead[i/4].hide, lane/4*4 + i%4);
+                out[i/4][i%4] = hide == HIDDEN ? -INFINITY : out[i/4][i%4] + __half2float(__ushort_as_half(hide));
             }
         }
     }
@@ -185,25 +193,17 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
     __device__ int start(int base, int n_tile) const { return base + (int) threadIdx.x/32*n_tile*FASA_TILE; }
     __device__ int end(int from, int n_tile) const { return min(l.last, from + n_tile*FASA_TILE); }
 
-    __device__ __forceinline__ void next_tile(int from, int to) { // moved on, not counted through: that would be as many copies of the code around it
+    __device__ __forceinline__ void ask(int from, int to) {
 #pragma unroll
-        for (int u = 0; u + 1 < AHEAD; ++u) {
-            ahead[u] = ahead[u + 1];
-        }
-        load(ahead[AHEAD - 1], from, to);
-    }
-    __device__ __forceinline__ void ask(int base, int n_tile) {
-        const int from = start(base, n_tile);
-#pragma unroll 1
-        for (int u = 0; u < AHEAD; ++u) {
-            next_tile(from + u*FASA_TILE, end(from, n_tile));
+        for (int u = 0; u < PAIR; ++u) {
+            load(ahead[u], from + u*FASA_TILE, to);
         }
     }
 
     // Asks for the first tiles, before the step's queries and newest keys are known
     __device__ __forceinline__ void begin() {
         base = l.first, n_tile = round_tiles(base);
-        ask(base, n_tile);
+        ask(start(base, n_tile), end(start(base, n_tile), n_tile));
         stale = make_int2(0, 0);
         if (g0 == 0 && threadIdx.x % 32 < FASA_MAX_RANGES) {
             stale = ((const int2 *) a.ranges)[s*FASA_MAX_RANGES + threadIdx.x % 32];
@@ -220,28 +220,23 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
         for (int b = l.first, n = n_tile; b < l.last; b += TIP_WARPS*n*FASA_TILE, n = round_tiles(b)) {
             const int from = start(b, n), to = end(from, n);
             if (__any_sync(0xffffffff, max(stale.x, from) < min(stale.y, to))) {
-                fasa_refresh<K_DOM>(a.type_k, a.k + s*a.k_nb3 + h*a.k_nb1, a.k_nb2, blocks, a.k_dom_nb1, a.dims + h*a.n_dom, a.n_dom, a.d, a.n_hadamard,
-                    stale, from, to, row);
+                fasa_refresh<K_DOM>(a, h, s, stale, from, to, row);
                 some = true;
             }
         }
         if (some) {
-            ask(base, n_tile);
+            ask(start(base, n_tile), end(start(base, n_tile), n_tile));
         }
     }
 
     // Heads g0 and on
     __device__ __forceinline__ void heads(float * piece) {
         const int warp = threadIdx.x/32, mine = TIP_WARPS - 1 - warp; // the last warps make the queries ready: the newest cells are rarely theirs
-        typename fasa_tip_query<K_DOM>::raw head;
-        if (mine < TIP_HEADS) {
-            head.load(a, h, g0 + mine < l.n_shared ? l.head0 + g0 + mine : -1, l.token);
-        }
         __syncthreads(); // the queries before these are not needed any more
-        refresh();
         if (mine < TIP_HEADS) {
-            query.set(a, mine, h, head, row);
+            query.set(a, mine, h, g0 + mine < l.n_shared ? l.head0 + g0 + mine : -1, l.token, dim, weight, row);
         }
+        refresh();
         __syncthreads();
         uint4 quads[KEPT];
 #pragma unroll
@@ -255,15 +250,17 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
             const int next = start(base_next, n_next), next_to = end(next, n_next);
             float y[4], most = -INFINITY, sum = 0.0f;
 #pragma unroll 1
-            for (int i = 0; i < n_tile; ++i) {
-                const int at = from + i*FASA_TILE, on = i + AHEAD - n_tile; // `on`: of the next round
-                score(ahead[0], quads, at, y);
-                next_tile(on < 0 ? at + AHEAD*FASA_TILE : next + on*FASA_TILE, on < 0 ? to : next_to);
-                put(y, at, to);
-                most = fmaxf(fmaxf(most, fmaxf(y[0], y[1])), fmaxf(y[2], y[3]));
-            }
-            if (n_tile < AHEAD) { // the next round's were not all asked for, or elsewhere
-                ask(base_next, n_next);
+            for (int i = 0; i < n_tile; i += PAIR) {
+                const int  at = from + i*FASA_TILE;
+                const bool on = i + PAIR < n_tile; // else the next round is asked for
+                float pair[PAIR][4];
+                score(quads, at, pair);
+                ask(on ? at + PAIR*FASA_TILE : next, on ? to : next_to);
+#pragma unroll
+                for (int u = 0; u < PAIR; ++u) {
+                    put(pair[u], at + u*FASA_TILE, to);
+                    most = fmaxf(fmaxf(most, fmaxf(pair[u][0], pair[u][1])), fmaxf(pair[u][2], pair[u][3]));
+                }
             }
             most = most_of(most);
             if (n_tile < TILES) {
