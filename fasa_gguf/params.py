@@ -40,7 +40,7 @@ class FasaParams:
     sink: int = _setting(4, "tokens", "first tokens of a sequence, always attended")
     recent: int = _setting(32, "tokens", "last tokens of a sequence, always attended")
     min_context: int = _setting(1024, "cells", "a step that sees fewer cached cells than this is dense")
-    min_context_gpu: int = _setting(24576, "cells", "the same for a layer on a GPU; without effect when min_context is 0")
+    min_context_gpu: int = _setting(16384, "cells", "the same for a layer on a GPU; without effect when min_context is 0")
     max_tokens: int = _setting(8, "tokens per sequence", "a batch with more tokens than this is prefill, and dense")
     k_dom: str = _setting("q4", "f16, q8 or q4", "how the dominant keys are stored")
     per_head: int = _setting(0, "0 or 1", "1: every query head selects for itself, as published; 0: those of a KV head together")

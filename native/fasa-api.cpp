@@ -46,7 +46,7 @@ fasa_params fasa_params_default(void) {
     p.sink        = 4;
     p.recent      = 32;
     p.min_context = 1024;
-    p.min_context_gpu = 24576;
+    p.min_context_gpu = 16384;
     p.max_tokens  = 8;
     p.k_dom       = FASA_K_DOM_Q4;
     p.per_head    = 0;

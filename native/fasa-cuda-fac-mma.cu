@@ -12,7 +12,7 @@
 #include "fasa-cuda.cuh"
 #include "fasa-cuda-fac.cuh"
 
-static constexpr int N_WARP = 8, HEADS = 8, TOKENS = 8; // of a warp's turn
+static constexpr int N_WARP = 8, HEADS = 8, TOKENS = 8; // TOKENS: of a warp's turn
 
 // x and y as f16, and what that leaves
 static __device__ __forceinline__ void fasa_halves(float x, float y, uint32_t & high, uint32_t & low) {
@@ -153,16 +153,17 @@ template <int D, bool FETCHED> static __global__ void __launch_bounds__(32*N_WAR
 }
 
 template <int D> static void fasa_fac_mma_launch(ggml_backend_cuda_context & ctx, fasa_fac_args a, int n_token) {
-    a.n_chunk = (a.n_shared + HEADS - 1)/HEADS;
-    a.by_n_chunk = init_fastdiv_values(a.n_chunk);
-    const int nsm   = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm, n_row = a.n_list*a.n_chunk*n_token;
+    const int n_chunk = (a.n_shared + HEADS - 1)/HEADS; // of a list
+    a.by_n_chunk = init_fastdiv_values(n_chunk);
+    const int nsm   = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm, n_row = a.n_list*n_chunk*n_token;
     const int turns = (a.n_list_len - 1 + N_WARP*TOKENS - 1)/(N_WARP*TOKENS); // of one block
     const int n_split = n_row > fasa_work::TICKETS ? 1 : std::max(1, std::min({ turns, MAX_PARTS, (nsm + n_row/2)/n_row }));
     const size_t part = HEADS*fasa_part_stride(D);
     ggml_cuda_pool_alloc<float> parts(ctx.pool(), n_split == 1 ? 1 : n_row*n_split*part);
     a.part = parts.get();
-    const ggml_cuda_kernel_launch_params params(dim3(n_split, a.n_list*a.n_chunk, n_token), dim3(32*N_WARP), N_WARP*part*sizeof(float), ctx.stream());
-    ggml_cuda_kernel_launch(a.fetched.rows ? fasa_fac_mma_kernel<D, true> : fasa_fac_mma_kernel<D, false>, params, a); // begins while SELECT ends, where the device can
+    const ggml_cuda_kernel_launch_params params(dim3(n_split, a.n_list*n_chunk, n_token), dim3(32*N_WARP), N_WARP*part*sizeof(float), ctx.stream());
+    // begins while SELECT ends, where the device can
+    ggml_cuda_kernel_launch(a.fetched.rows ? fasa_fac_mma_kernel<D, true> : fasa_fac_mma_kernel<D, false>, params, a);
 }
 
 bool fasa_cuda_fac_mma(ggml_backend_cuda_context & ctx, fasa_fac_args a, int n_token) {
@@ -173,7 +174,8 @@ bool fasa_cuda_fac_mma(ggml_backend_cuda_context & ctx, fasa_fac_args a, int n_t
         }
         return any%16 == 0;
     };
-    if (a.type_k != GGML_TYPE_F16 || a.type_v != GGML_TYPE_F16 || (a.d != 64 && a.d != 128) || ggml_cuda_info().devices[ggml_cuda_get_device()].cc < GGML_CUDA_CC_AMPERE ||
+    const int cc = ggml_cuda_info().devices[ggml_cuda_get_device()].cc;
+    if (a.type_k != GGML_TYPE_F16 || a.type_v != GGML_TYPE_F16 || (a.d != 64 && a.d != 128) || cc < GGML_CUDA_CC_AMPERE ||
             !aligned(a.k, { a.k_nb1, a.k_nb2, a.k_nb3 }) || !aligned(a.v, { a.v_nb1, a.v_nb2, a.v_nb3 })) {
         return false;
     }

@@ -1,7 +1,7 @@
 // FAC: exact attention over the cells of a list, rows read in place (FASA-M: where fasa-cuda-fetch.cu has put them).
 //
 // A token's row is read by LANES lanes, eight dimensions each, so a warp works on 32/LANES tokens of the list at a time, for
-// up to M query heads of the group. Rows in f16 go to the tensor cores, where there are some (fasa-cuda-fac-mma.cu).
+// up to M query heads of the group. Rows in f16 go to the tensor cores from compute capability 8.0 on (fasa-cuda-fac-mma.cu).
 
 #include "fasa-cuda.cuh"
 #include "fasa-cuda-fac.cuh"
@@ -179,11 +179,11 @@ static __global__ void __launch_bounds__(32*N_WARP, 1) fasa_fac_kernel(const fas
 }
 
 template <int LANES, int M, bool F16> static void fasa_fac_launch(ggml_backend_cuda_context & ctx, fasa_fac_args a, int n_token) {
-    a.n_chunk = (a.n_shared + M - 1)/M;
-    a.by_n_chunk = init_fastdiv_values(a.n_chunk);
+    const int n_chunk = (a.n_shared + M - 1)/M; // of a list
+    a.by_n_chunk = init_fastdiv_values(n_chunk);
     const int  device   = ggml_cuda_get_device();
     const auto & info   = ggml_cuda_info().devices[device];
-    const int  n_row    = a.n_list*a.n_chunk*n_token;
+    const int  n_row    = a.n_list*n_chunk*n_token;
     const int  tokens   = N_WARP*32/LANES*FASA_AHEAD<M, F16>; // of a block, at a time
     const int  n_split  = n_row > fasa_work::TICKETS ? 1 :
         std::max(1, std::min({ (a.n_list_len - 1 + tokens/2 - 1)/(tokens/2), MAX_PARTS, (info.nsm + n_row/2)/n_row }));
@@ -197,7 +197,7 @@ template <int LANES, int M, bool F16> static void fasa_fac_launch(ggml_backend_c
     }
     ggml_cuda_pool_alloc<float> part(ctx.pool(), n_split == 1 ? 1 : (size_t) n_row*n_split*M*fasa_part_stride(a.d));
     a.part = part.get();
-    const ggml_cuda_kernel_launch_params params(dim3(n_split, a.n_list*a.n_chunk, n_token), dim3(32*N_WARP), n_byte, ctx.stream());
+    const ggml_cuda_kernel_launch_params params(dim3(n_split, a.n_list*n_chunk, n_token), dim3(32*N_WARP), n_byte, ctx.stream());
     ggml_cuda_kernel_launch(kernel, params, a); // begins while SELECT ends, where the device can
 }
 

@@ -29,7 +29,7 @@ struct fasa_fetch_args {
 // Where every row of a KV head's lists is to be: in the slot that has it, in one that it takes (FASA_ROW_FETCH), or in `rows` (-1),
 // where all slots of its set are in use by this step. One block per KV head.
 static __global__ void __launch_bounds__(1024) fasa_place_kernel(const fasa_fetch_args a) {
-    ggml_cuda_pdl_sync(); // as in SELECT (fasa-cuda-select.cu)
+    ggml_cuda_pdl_sync(); // where a graph was updated in place, its edges may be those of kernels that are launched early
     const int h = blockIdx.x, n_set = a.n_slot/FASA_ROW_WAYS;
     auto * const tag  = (int32_t *) (a.cache + h*a.cache_nb2); // the cell + 1; 0: free
     auto * const used = (uint32_t *) (tag + a.n_slot);         // the step that used it last
@@ -191,7 +191,8 @@ static __device__ __forceinline__ uint32_t fasa_fold(uint32_t x) { return x; }
 static __device__ __forceinline__ uint32_t fasa_fold(uint16_t x) { return x; }
 
 // rows [n] to whoever asks; the sum keeps the loads
-template <typename T> static __global__ void __launch_bounds__(32*N_WARP) fasa_gather_kernel(const fasa_piece * rows, int n, int units_k, int units, uint32_t * out) {
+template <typename T>
+static __global__ void __launch_bounds__(32*N_WARP) fasa_gather_kernel(const fasa_piece * rows, int n, int units_k, int units, uint32_t * out) {
     const int lane = threadIdx.x%32, warp = threadIdx.x/32;
     uint32_t sum = 0;
     for (int i0 = (blockIdx.x*N_WARP + warp)*AHEAD; i0 < n; i0 += gridDim.x*N_WARP*AHEAD) {
@@ -328,7 +329,9 @@ const char * fasa_cuda_host_rates(ggml_backend_dev_t dev, const ggml_tensor * co
     }
     const size_t size = std::min<size_t>({ n_cells*k[0]->nb[2], weights_size, (size_t) 256 << 20 });
     for (int round = 0; round < N_ROUND; ++round) {
-        best[2] = std::min(best[2], fasa_time_layers(stream, 1, before, [&](int) { CUDA_CHECK(cudaMemcpyAsync(weights.data, k[0]->data, size, cudaMemcpyDefault, stream)); }));
+        best[2] = std::min(best[2], fasa_time_layers(stream, 1, before, [&](int) {
+            CUDA_CHECK(cudaMemcpyAsync(weights.data, k[0]->data, size, cudaMemcpyDefault, stream));
+        }));
     }
     CUDA_CHECK(cudaStreamDestroy(stream));
     rates->copy = size/best[2], rates->gather = n_layer*n_byte/best[0], rates->fetch = n_layer*n_byte/best[1];

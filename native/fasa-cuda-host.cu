@@ -319,8 +319,9 @@ ggml_backend_buffer_type_t fasa_cuda_host_buft(ggml_backend_dev_t dev, fasa_on_e
 // ---- STAGE and AHEAD ----
 
 // T: what a thread copies at once. The cells of `fresh`, a stream per blockIdx.y
-template <typename T> static __global__ void fasa_fresh_kernel(char * dst, const char * src, const int32_t * fresh, int row, size_t dst_stream, size_t src_stream) {
-    ggml_cuda_pdl_sync(); // as in SELECT (fasa-cuda-select.cu)
+template <typename T>
+static __global__ void fasa_fresh_kernel(char * dst, const char * src, const int32_t * fresh, int row, size_t dst_stream, size_t src_stream) {
+    ggml_cuda_pdl_sync(); // as in fasa_place_kernel (fasa-cuda-fetch.cu)
     const int s = blockIdx.y;
     const int32_t * ranges = fresh + s*2*FASA_MAX_RANGES;
     dst += s*dst_stream, src += s*src_stream;
@@ -369,7 +370,9 @@ void fasa_cuda_stage(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         const int    row = src->nb[2];
         const dim3   grid(64, src->ne[3]);
         const auto * cells = (const int32_t *) fresh->data;
-        const auto   copy = [&](auto kernel) { kernel<<<grid, 256, 0, ctx.stream()>>>((char *) dst->data, (const char *) src->data, cells, row, dst->nb[3], src->nb[3]); };
+        const auto   copy = [&](auto kernel) {
+            kernel<<<grid, 256, 0, ctx.stream()>>>((char *) dst->data, (const char *) src->data, cells, row, dst->nb[3], src->nb[3]);
+        };
         const size_t any = row | dst->nb[3] | src->nb[3] | (uintptr_t) dst->data | (uintptr_t) src->data; // its lowest bit is their alignment
         any%16 == 0 ? copy(fasa_fresh_kernel<uint4>) : any%4 == 0 ? copy(fasa_fresh_kernel<uint32_t>) : copy(fasa_fresh_kernel<uint16_t>);
         CUDA_CHECK(cudaGetLastError());

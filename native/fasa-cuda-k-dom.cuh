@@ -5,6 +5,8 @@
 #include "fasa-cuda-row.cuh"
 #include "fasa-ops.h"
 
+static constexpr int MAX_DIM = 256; // of a head (fasa_cuda_reason); a lane has eight at most
+
 struct fasa_tip_args {
     char          * k_dom;                   // [block, n_tile, n_head_kv, n_stream]
     const char    * k;
@@ -16,8 +18,8 @@ struct fasa_tip_args {
     int64_t k_dom_nb1, k_dom_nb2, k_dom_nb3; // bytes
     int64_t k_nb1, k_nb2, k_nb3, q_nb1, q_nb2, mask_nb1, mask_nb3;
     ggml_type type_k;
-    int n_kv, n_span, n_len, n_head, n_group, n_tps, n_dom, d, n_hadamard;
-    uint3 by_n_tps, by_n_group; // fastdiv
+    int n_kv, n_span, n_len, n_head, n_dom, d, n_hadamard;
+    uint3 by_n_tps, by_n_group; // fastdiv: tokens of a stream, query heads of a KV head
     float scale, soft_cap;
 };
 
@@ -105,13 +107,12 @@ template <int K_DOM> static __device__ __forceinline__ void fasa_refresh(const f
         const int r = __ffs(some) - 1;
         for (int cell = __shfl_sync(0xffffffff, from, r); cell < __shfl_sync(0xffffffff, to, r); ++cell) {
             __syncwarp();
-#pragma unroll 1
-            for (int dim = 8*lane; dim < a.d; dim += 256) {
+            if (8*lane < a.d) {
                 float x[8];
-                fasa_load8(a.type_k, a.k + s*a.k_nb3 + cell*a.k_nb2 + h*a.k_nb1, dim, x);
+                fasa_load8(a.type_k, a.k + s*a.k_nb3 + cell*a.k_nb2 + h*a.k_nb1, 8*lane, x);
 #pragma unroll
                 for (int i = 0; i < 8; ++i) {
-                    row[dim + i] = x[i];
+                    row[8*lane + i] = x[i];
                 }
             }
             __syncwarp();
@@ -133,11 +134,11 @@ template <int K_DOM> static __device__ __forceinline__ void fasa_refresh(const f
 // The dimensions of a group go by pairs, as they are taken out of a word: 0 2, 4 6, 1 3, 5 7.
 static constexpr int TIP_HEADS = 4;
 
+static __host__ __device__ size_t fasa_tip_query_bytes(int n_dom) { return TIP_HEADS*2*n_dom*sizeof(half); }
+
 // The dominant part of the query heads in shared memory: times weight and scale and, beside q8 and q4 keys, in 8 bits
 template <int K_DOM> struct fasa_tip_query {
     half * x; // [TIP_HEADS][what f16 takes, what it leaves][n_dom]
-
-    static __host__ __device__ size_t bytes(int n_dom) { return TIP_HEADS*2*n_dom*sizeof(half); }
 
     __device__ fasa_tip_query(char * smem) : x((half *) smem) {}
 
@@ -145,13 +146,13 @@ template <int K_DOM> struct fasa_tip_query {
     __device__ void set(const fasa_tip_args & a, int m, int h, int head, int64_t token, int dim, float w, float * row) {
         const int lane = threadIdx.x % 32;
         const float * q = (const float *) (a.q + token*a.q_nb2 + head*a.q_nb1);
-        float in[256/32];
+        float in[MAX_DIM/32];
 #pragma unroll
-        for (int i = 0; i < 256/32; ++i) {
+        for (int i = 0; i < MAX_DIM/32; ++i) {
             in[i] = head >= 0 && lane + 32*i < a.d ? q[lane + 32*i] : 0.0f;
         }
 #pragma unroll
-        for (int i = 0; i < 256/32; ++i) {
+        for (int i = 0; i < MAX_DIM/32; ++i) {
             if (lane + 32*i < a.d) {
                 row[lane + 32*i] = in[i];
             }
@@ -171,8 +172,8 @@ template <int K_DOM> struct fasa_tip_query {
             if constexpr (K_DOM != FASA_K_DOM_F16) { // eight lanes are a group
                 float most = fabsf(v);
 #pragma unroll
-                for (int half = 4; half > 0; half /= 2) {
-                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, half));
+                for (int by = 4; by > 0; by /= 2) {
+                    most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, by));
                 }
                 const float step = __fdiv_rn(most, 127.0f), inv = step > 0.0f ? __fdiv_rn(1.0f, step) : 0.0f;
                 v = fminf(127.0f, fmaxf(-127.0f, roundf(v*inv)))*step;
@@ -230,7 +231,6 @@ template <int K_DOM> struct fasa_tip_raw {
 
     // the pairs of cell i, times its scale
     __device__ __forceinline__ void pairs(int i, uint32_t (&p)[4]) const {
-        const auto of = [i](const uint4 & x) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; };
         if constexpr (K_DOM == FASA_K_DOM_F16) {
             const auto pair = [i](uint32_t x01, uint32_t x23, uint32_t y01, uint32_t y23) {
                 return __byte_perm(i < 2 ? x01 : x23, i < 2 ? y01 : y23, i % 2 ? 0x7632 : 0x5410);
@@ -241,6 +241,7 @@ template <int K_DOM> struct fasa_tip_raw {
                 p[2*k + 1] = k == 0 ? pair(word[2].x, word[2].y, word[3].x, word[3].y) : pair(word[2].z, word[2].w, word[3].z, word[3].w);
             }
         } else {
+            const auto  of  = [i](const uint4 & x) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; };
             const half2 two = *(const half2 *) (i < 2 ? &scale.x : &scale.y), s = i % 2 ? __high2half2(two) : __low2half2(two);
             half2 x[4]; // whole numbers, made with 1024 = 0x6400, whose last bit is 1
             if constexpr (K_DOM == FASA_K_DOM_Q4) {

@@ -18,8 +18,8 @@ static constexpr int BINS = fasa_work::BINS, EDGE = fasa_work::EDGE;
 static constexpr int BIN_SHIFT = 16;
 static constexpr uint32_t FASA_KEY_NONE = FASA_KEY_HIDDEN + 1; // of a score of 0
 
-static __device__ __forceinline__ int fasa_bin(uint32_t key, int base) { // of a visible cell
-    return key == FASA_KEY_FORCED ? BINS - 1 : key == FASA_KEY_NONE ? 0 : max(1, min(BINS - 2, int(key >> BIN_SHIFT) - base));
+static __device__ __forceinline__ int fasa_bin(uint32_t key, int base) { // of a visible cell that is not forced
+    return key == FASA_KEY_NONE ? 0 : max(1, min(BINS - 2, int(key >> BIN_SHIFT) - base));
 }
 
 static __device__ __forceinline__ uint32_t fasa_bin_first(int bin, int base) { // its lowest key
@@ -41,7 +41,7 @@ struct fasa_select_args {
     int32_t       * dst;    // [n_list_len, n_list, n_tps, n_stream]
     uint32_t      * key;    // [row][n_kv]: keys of rows whose scores lie in global memory
     fasa_work     * work;
-    int n_row, n_list, n_shared, n_forced, n_list_len, n_part, part_cells; // n_shared: query heads of a list
+    int n_row, n_shared, n_forced, n_list_len, n_part, part_cells; // n_shared: query heads of a list
     uint3 by_n_list;        // fastdiv
     int  bin_base;
     bool given;             // the scores are in `scores` already
@@ -51,7 +51,7 @@ struct fasa_select_args {
 
 // what a block knows about its row, in shared memory
 struct alignas(16) fasa_select_block {
-    fasa_u64 mass [BINS]; // also the working memory of TIP and, behind the histogram, of the edge's cells
+    fasa_u64 mass [BINS]; // with count also the working memory of TIP; behind the histogram that of the edge's cells
     uint32_t count[BINS];
     float    most[MAX_GROUP], inv[MAX_GROUP];
     float    piece[2*N_WARP*TIP_HEADS];
@@ -64,8 +64,8 @@ struct alignas(16) fasa_select_block {
     uint32_t n_before_reached, n_to_reached; // cells above the bin where the mass is reached, and with it
     uint32_t n;        // cells to take; of the ones at the edge: `n - before`
     uint32_t before;   // cells above the edge
-    uint32_t n_edge;   // cells of the row at the edge
     fasa_u64 held;     // their mass
+    uint32_t n_edge;   // cells of the row at the edge
     int      bin;      // of the edge; -1: every cell is taken
     bool     by_mass;  // the edge's cells are taken until `need` is held
     uint32_t n_floor, n_cap;
@@ -187,9 +187,10 @@ static __device__ void fasa_select_edge(const fasa_select_args & a, fasa_select_
     __syncthreads();
 }
 
-// Step 2a: too many cells lie at the edge, in keys [low, low + (BINS << shift)): their histogram, over the row. key: of `n` cells.
-static __device__ __noinline__ void fasa_select_refine(const fasa_select_args & a, fasa_select_block & b, fasa_work::histogram & bins, const uint32_t * key, int n,
-        uint32_t low, uint32_t last, int shift) {
+// Step 2a: too many cells lie at the edge, in keys [low, last]: their histogram, over the row, in bins of 2^shift keys.
+// key: of `n` cells.
+static __device__ __noinline__ void fasa_select_refine(const fasa_select_args & a, fasa_select_block & b, fasa_work::histogram & bins,
+        const uint32_t * key, int n, uint32_t low, uint32_t last, int shift) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < BINS; i += N_THREAD) {
         b.count[i] = 0, b.mass[i] = 0;
@@ -264,11 +265,12 @@ struct fasa_select_last {
     uint32_t before, n;
 };
 
-// Step 3a: ranks the n_edge cells of the edge by counting, one to four threads a cell; this gives the last one taken (and with a target mass the count)
+// Step 3a: ranks the cells of the edge by counting, PER threads a cell; this gives the last one taken (and with a target mass the count).
 // x: cell threadIdx.x of the edge
-static __device__ __forceinline__ fasa_select_last fasa_select_rank(const fasa_select_args & a, fasa_select_block & b, fasa_u64 x, int n_edge, int first) {
-    static_assert(EDGE <= N_THREAD && 2*EDGE <= BINS, "as many threads as cells; cells and shares lie in b.mass");
-    const int lane = threadIdx.x % 32, per = 4*n_edge <= N_THREAD ? 4 : 1; // neighbouring threads that share a cell
+static __device__ __forceinline__ fasa_select_last fasa_select_rank(const fasa_select_args & a, fasa_select_block & b, fasa_u64 x, int first) {
+    constexpr int PER = 4;
+    static_assert(PER*EDGE <= N_THREAD && 2*EDGE <= BINS, "every cell has its threads; cells and shares lie in b.mass");
+    const int lane = threadIdx.x % 32, at = threadIdx.x/PER, n_edge = b.n_edge;
     fasa_u64 * edge = b.mass, * share = b.mass + EDGE;
     if ((int) threadIdx.x < n_edge) {
         edge [threadIdx.x] = x;
@@ -278,21 +280,18 @@ static __device__ __forceinline__ fasa_select_last fasa_select_rank(const fasa_s
         b.n_edge_mine = b.n_reached = 0;
     }
     __syncthreads();
-    const int  at = per == 1 ? threadIdx.x : threadIdx.x/4, from = threadIdx.x % per;
-    const bool is = at < n_edge && from == 0;
+    const bool is = at < n_edge && threadIdx.x % PER == 0;
     fasa_u64 mine = 0, held = 0;
     int rank = 0;
-    if ((per == 1 ? at - lane : at - lane/4) < n_edge) { // some of the warp's
+    if (at - lane/PER < n_edge) { // some of the warp's
         mine = at < n_edge ? edge[at] : 0;
 #pragma unroll 2
-        for (int i = from; i < n_edge; i += per) {
+        for (int i = threadIdx.x % PER; i < n_edge; i += PER) {
             const bool before = edge[i] > mine;
             rank += before;
             held += b.by_mass && before ? share[i] : 0;
         }
-        if (per == 4) {
-            rank = fasa_warp_sum<4>(rank), held = fasa_warp_sum<4>(held);
-        }
+        rank = fasa_warp_sum<PER>(rank), held = fasa_warp_sum<PER>(held);
     }
     held += b.held; // by the cells before this one, if the mass decides
     uint32_t n = b.n;
@@ -317,8 +316,8 @@ static __device__ __forceinline__ fasa_select_last fasa_select_rank(const fasa_s
 }
 
 // Step 3a where the edge's cells are all equal: the lower ones are taken. Its last cell is that of [first, last).
-static __device__ __noinline__ fasa_select_last fasa_select_equal(const fasa_select_args & a, fasa_select_block & b, const fasa_work::slot & slot, int part, int first, int last,
-        const uint32_t * key, uint32_t value) {
+static __device__ __noinline__ fasa_select_last fasa_select_equal(const fasa_select_args & a, fasa_select_block & b, const fasa_work::slot & slot,
+        int part, int first, int last, const uint32_t * key, uint32_t value) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32, each = (last - first + N_THREAD - 1)/N_THREAD*32;
     const int from = first + warp*each, to = min(last, from + each);
     uint32_t n = b.n;
@@ -355,12 +354,13 @@ static __device__ __noinline__ fasa_select_last fasa_select_equal(const fasa_sel
 }
 
 // Step 3b: the cells of [first, last) up to the last one taken, ascending; a warp writes those of a range of its own
-static __device__ __forceinline__ void fasa_select_write(fasa_select_block & b, int first, int last, const uint32_t * key, fasa_select_last taken, int32_t * out) {
+static __device__ __forceinline__ void fasa_select_write(fasa_select_block & b, int first, int last, const uint32_t * key, fasa_select_last taken,
+        int32_t * out) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x/32, each = (last - first + N_THREAD - 1)/N_THREAD*32;
     const int from = first + warp*each, to = min(last, from + each);
     uint32_t mine = 0, n = 0; // mine: which of cells j + 32*lane + (0 to 31) are taken, as bits
 #pragma unroll 1
-    for (int writes = 0; writes < 2; ++writes) {
+    for (bool writes = false;; writes = true) { // counts, then writes
 #pragma unroll 1
         for (int j0 = from; j0 < to; j0 += 1024) {
             if (!writes || each > 1024) {
@@ -370,7 +370,7 @@ static __device__ __forceinline__ void fasa_select_write(fasa_select_block & b, 
                 for (int i = 0; i < n_word; ++i) {
                     const int j = j0 + 32*i + lane;
                     const uint32_t k = j < to ? key[j - first] : 0;
-                    const uint32_t some = __ballot_sync(0xffffffff, k > taken.key || (k == taken.key && j <= taken.cell && j < to));
+                    const uint32_t some = __ballot_sync(0xffffffff, k > taken.key || (k == taken.key && j <= taken.cell)); // k is 0 behind the last
                     mine = i == lane ? some : mine;
                 }
             }

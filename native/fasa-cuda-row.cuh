@@ -1,6 +1,6 @@
 #pragma once
 
-// Cache rows, sums over a warp, and what blocks tell each other, for the FASA kernels.
+// Cache rows, sums over a warp, products by the tensor cores, and what blocks tell each other, for the FASA kernels.
 
 #include "common.cuh"
 
@@ -61,7 +61,7 @@ static __device__ __forceinline__ void fasa_load8(ggml_type type, const char * r
     }
 }
 
-// sum and maximum over groups of `WIDTH` neighbouring lanes, the same bits in every lane
+// sum over groups of `WIDTH` neighbouring lanes, maximum over the warp; the same bits in every lane
 template <int WIDTH = 32, typename T> static __device__ __forceinline__ T fasa_warp_sum(T x) {
 #if __CUDA_ARCH__ >= 800
     constexpr bool ONE = WIDTH == 32 && std::is_same<T, uint32_t>::value; // one instruction

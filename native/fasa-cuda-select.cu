@@ -33,8 +33,9 @@ struct fasa_row_barrier {
 
     __device__ fasa_row_barrier(fasa_work::slot & slot, int part, int n_part) : slot(slot), n_part(n_part), mine(part == 0 ? 0x80000001u - n_part : 1) {}
 
-    // before the first wait, when the kernels before this one are done
-    __device__ void begin() {
+    // Before the first wait, when the kernels before this one are done; again is no harm, as the top bit does not turn while this block has not arrived.
+    // Only thread 0 uses it.
+    __device__ void read_phase() {
         phase = *(volatile uint32_t *) &slot.arrived;
     }
 
@@ -52,6 +53,7 @@ struct fasa_row_barrier {
         __syncthreads();
     }
 };
+
 // what the exponentials of a span with exponent e are multiplied by
 static __device__ __forceinline__ float fasa_select_factor(const fasa_select_block & b, int g, float e) {
     const float d = e - b.most[g];
@@ -134,8 +136,9 @@ static __device__ __forceinline__ bool fasa_select_norms(const fasa_select_args 
     return room;
 }
 
-// x [4]; whole: four may be read at once, else n of them at the most, and `none` for the others
-static __device__ __forceinline__ float4 fasa_fours(const float * x, bool whole, int n, float none) {
+// x [4]; whole: four may be read at once, else n of them at the most, and the others are hidden
+static __device__ __forceinline__ float4 fasa_fours(const float * x, bool whole, int n) {
+    constexpr float none = -1.0f;
     if (whole) {
         return *(const float4 *) x;
     }
@@ -158,42 +161,39 @@ static __device__ __forceinline__ void fasa_select_keys(const fasa_select_args &
     }
     const bool staged = fasa_select_norms(a, b, l);
     const int  n_span = (last - first + FASA_SPAN - 1)/FASA_SPAN;
+    uint32_t n_none = 0; // cells without a score at all: counted apart, as they can be many
 
 #pragma unroll 1
     for (int j0 = first + threadIdx.x/32*128; j0 < last; j0 += 4*N_THREAD) { // four cells a thread; a warp's lie in one span
         const int   j = j0 + 4*lane;
         const float * x = l.x + j - first;
-        float score[4] = {};
-        bool  hidden[4];
+        float  score[4] = {};
+        float4 v;
 #pragma unroll 2
-        for (int g = 0; g < a.n_shared; ++g, x += (int) l.x_stride) {
+        for (int g = 0; g < a.n_shared; ++g, x += l.x_stride) {
             const float f = staged ? b.factor[g*n_span + (j0 - first)/FASA_SPAN] :
                 fasa_select_factor(b, g, __ldcg(&l.tip[(int64_t) g*a.tip.n_len + a.tip.n_kv + j0/FASA_SPAN]));
-            const float4 v = fasa_fours(x, FOURS && j < last, FOURS ? 0 : last - j, -1.0f);
-            const float at[4] = { v.x, v.y, v.z, v.w };
-#pragma unroll
-            for (int u = 0; u < 4; ++u) {
-                score[u]  = __fmaf_rn(at[u], f, score[u]);
-                hidden[u] = g == 0 ? at[u] < 0.0f : hidden[u]; // in all rows or in none
-            }
+            v = fasa_fours(x, FOURS && j < last, FOURS ? 0 : last - j);
+            score[0] = __fmaf_rn(v.x, f, score[0]), score[1] = __fmaf_rn(v.y, f, score[1]);
+            score[2] = __fmaf_rn(v.z, f, score[2]), score[3] = __fmaf_rn(v.w, f, score[3]);
         }
+        const bool hidden[4] = { v.x < 0.0f, v.y < 0.0f, v.z < 0.0f, v.w < 0.0f }; // in all rows or in none
         uint32_t k[4];
 #pragma unroll
         for (int u = 0; u < 4; ++u) {
             k[u] = hidden[u] ? FASA_KEY_HIDDEN : __float_as_uint(score[u]) + 1;
-            const int bin = hidden[u] ? -1 : fasa_bin(k[u], a.bin_base);
-            if (mass && bin >= 0) {
-                const fasa_u64 share = fasa_key_share(k[u]);
+            n_none += k[u] == FASA_KEY_NONE;
+            if (k[u] > FASA_KEY_NONE) {
+                atomicAdd(&b.count[fasa_bin(k[u], a.bin_base)], 1);
+            }
+        }
+        if (mass) {
+#pragma unroll
+            for (int u = 0; u < 4; ++u) {
+                const fasa_u64 share = hidden[u] ? 0 : fasa_key_share(k[u]);
                 if (share > 0) {
-                    atomicAdd(&b.mass[bin], share);
+                    atomicAdd(&b.mass[fasa_bin(k[u], a.bin_base)], share);
                 }
-            }
-            if (bin > 0) {
-                atomicAdd(&b.count[bin], 1);
-            }
-            const uint32_t lowest = __ballot_sync(0xffffffff, bin == 0); // many cells can have no score at all
-            if (lowest != 0 && lane == 0) {
-                atomicAdd(&b.count[0], __popc(lowest));
             }
         }
         if (FOURS) {
@@ -208,6 +208,10 @@ static __device__ __forceinline__ void fasa_select_keys(const fasa_select_args &
                 }
             }
         }
+    }
+    n_none = fasa_warp_sum(n_none);
+    if (n_none > 0 && lane == 0) {
+        atomicAdd(&b.count[0], n_none);
     }
     __syncthreads();
 
@@ -228,6 +232,7 @@ static __device__ __forceinline__ void fasa_select_keys(const fasa_select_args &
     }
     __syncthreads();
 }
+
 // Steps 1 to 3 of one row
 template <bool FOURS>
 static __device__ __forceinline__ void fasa_select_row(const fasa_select_args & a, fasa_select_block & b, const fasa_tip_list & l, fasa_work::slot & slot,
@@ -272,7 +277,7 @@ static __device__ __forceinline__ void fasa_select_row(const fasa_select_args & 
     if (equal) {
         taken = fasa_select_equal(a, b, slot, part, l.first, l.last, key, edge_first);
     } else if (b.bin >= 0) {
-        taken = fasa_select_rank(a, b, edge, b.n_edge, l.first);
+        taken = fasa_select_rank(a, b, edge, l.first);
     }
     int32_t * list = a.dst + (int64_t) row*a.n_list_len;
     fasa_select_write(b, l.first, l.last, key, taken, list + 1 + above + taken.before);
@@ -309,13 +314,13 @@ static __global__ void __launch_bounds__(N_THREAD, 1) fasa_select_kernel(const _
         return l;
     };
     fasa_row_barrier row_barrier(slot, part, a.n_part);
-    const auto begin = [&]() { // what came before is done
+    const auto wait_for_before = [&]() {
         ggml_cuda_pdl_sync();
         ggml_cuda_pdl_lc(); // FAC may take the place of blocks that are done
-        row_barrier.begin();
+        row_barrier.read_phase();
     };
     if (!IN_SMEM && a.given) {
-        begin();
+        wait_for_before();
     }
 #pragma unroll 1
     for (int row = blockIdx.y; row < a.n_row; row += gridDim.y) {
@@ -324,8 +329,8 @@ static __global__ void __launch_bounds__(N_THREAD, 1) fasa_select_kernel(const _
             fasa_tip_block<K_DOM, QUADS, IN_SMEM> tip(a.tip, l, smem);
 #pragma unroll 1
             for (; tip.g0 < a.n_shared; tip.g0 += TIP_HEADS) {
-                tip.begin();
-                begin();
+                tip.ask_first();
+                wait_for_before();
                 tip.heads(b.piece);
             }
             row_barrier.wait();
@@ -425,7 +430,7 @@ template <typename F> static void fasa_select_run(F kernel, const fasa_select_ar
 
 template <int K_DOM, int QUADS> static void fasa_select_launch(ggml_backend_cuda_context & ctx, fasa_select_args & a, bool keep_scores) {
     static std::atomic<uint32_t> known[2] = {};
-    GGML_ASSERT((fasa_tip_smem<K_DOM>(a.tip.n_dom, a.tip.d) <= offsetof(fasa_select_block, most)));
+    GGML_ASSERT(fasa_tip_smem(a.tip.n_dom, a.tip.d) <= offsetof(fasa_select_block, most));
     fasa_select_plan plan;
     if (!keep_scores && !a.given) {
         const auto kernel = fasa_select_raise_limits(fasa_select_kernel<K_DOM, QUADS, true>, known[0]);
@@ -434,6 +439,8 @@ template <int K_DOM, int QUADS> static void fasa_select_launch(ggml_backend_cuda
             return;
         }
     }
+    ggml_cuda_pool_alloc<uint32_t> key(ctx.pool(), (size_t) a.n_row*a.tip.n_kv);
+    a.key = key.get();
     const auto kernel = fasa_select_raise_limits(fasa_select_kernel<K_DOM, QUADS, false>, known[1]);
     fasa_select_plan_together(kernel, a, plan, false);
     fasa_select_run(kernel, a, plan, ctx.stream());
@@ -457,9 +464,8 @@ void fasa_cuda_select(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const 
     a.dst      = (int32_t *) dst->data;
     a.work     = (fasa_work *) work->data;
     a.n_row    = ggml_nrows(dst);
-    a.n_list   = dst->ne[1];
-    a.n_shared = a.tip.n_head/a.n_list;
-    a.by_n_list = init_fastdiv_values(a.n_list);
+    a.n_shared  = a.tip.n_head/dst->ne[1];
+    a.by_n_list = init_fastdiv_values(dst->ne[1]);
     a.n_forced = forced->ne[0];
     a.n_list_len = dst->ne[0];
     a.given  = p.device & FASA_SCORES_GIVEN;
@@ -468,8 +474,6 @@ void fasa_cuda_select(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const 
     a.cap    = p.cap;
     a.need   = p.mass > 0 ? std::max<uint64_t>(1, fasa_mass_need(p.mass, a.n_shared)) : 0;
     a.bin_base = fasa_bin_base(std::max<uint32_t>(p.mass > 0 ? p.cap : p.budget, a.n_forced), a.n_shared);
-    ggml_cuda_pool_alloc<uint32_t> key(ctx.pool(), (size_t) a.n_row*a.tip.n_kv);
-    a.key = key.get();
     const bool keep_scores = p.device & FASA_SCORES_KEPT;
     switch (fasa_op_get(tip)->k_dom) {
         case FASA_K_DOM_F16: fasa_select_quads<FASA_K_DOM_F16>(ctx, a, keep_scores); break;

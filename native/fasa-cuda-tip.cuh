@@ -2,9 +2,11 @@
 
 // TIP: refreshes K_dom of the stale cells, then estimates the logits of every cell from it, for the kernel in fasa-cuda-select.cu.
 //
-// A warp takes a span of FASA_SPAN cells of one KV head and scores it for four query heads at once, so K_dom is read once for all of
-// them. The warp that refreshes a cell is the one that reads it. (Lists of several tokens share
-// cells; each refreshes them for itself, with the same bytes.)
+// A warp takes a span of FASA_SPAN cells of one KV head and scores it for four query heads at once, so K_dom is read once for all of them. The
+// warp that refreshes a cell is the one that reads it. (Lists of several tokens share cells; each refreshes them for itself, with the same bytes.)
+//
+// What is asked for before the kernel waits for those before it (K_dom, dims, weights, mask, stale ranges) no kernel of the step writes but this one, and
+// what this one refreshes is asked for again.
 
 #include "fasa-cuda-k-dom.cuh"
 #include "fasa-select.h"
@@ -16,7 +18,7 @@ struct fasa_tip_list {
     int     token, head0, n_shared; // n_shared query heads from head0 on
     int     first, last;
     float * x;                      // [n_shared][x_stride] exp(logit)/2^e of every cell from `first` on, -1: hidden
-    int64_t x_stride;
+    int     x_stride;
     float * tip;                    // the rows of the list in the TIP node's memory; their ends take e and sum of every span
 };
 
@@ -52,7 +54,7 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
         const uint2 st = fast_div_modulo(l.token, a.by_n_tps);
         const int   t = st.y;
         s = st.x, h = fastdiv(l.head0, a.by_n_group);
-        row    = (float *) (smem + fasa_tip_query<K_DOM>::bytes(a.n_dom)) + threadIdx.x/32*a.d;
+        row    = (float *) (smem + fasa_tip_query_bytes(a.n_dom)) + threadIdx.x/32*a.d;
         blocks = a.k_dom + s*a.k_dom_nb3 + h*a.k_dom_nb2;
 #pragma unroll
         for (int i = 0; i < QUADS; ++i) {
@@ -68,19 +70,19 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
         return blocks + (uint64_t) ((uint32_t) cell/FASA_TILE)*(uint32_t) a.k_dom_nb1;
     }
 
-    // the tile at `from`; from `to` on the one before, and all cells hidden
+    // the tile at `from`; from `to` on the last one before it, and all cells hidden
     __device__ __forceinline__ void load(tile & x, int from, int to) const {
         const int cell = from + threadIdx.x % 32;
-        const char * tile = block(min(from, to - 1));
+        const char * at = block(min(from, to - 1));
 #pragma unroll
         for (int i = 0; i < QUADS; ++i) {
-            x.raw[i].load(tile, place[i]);
+            x.raw[i].load(at, place[i]);
         }
         x.hide = cell < to ? mask[cell] : HIDDEN;
     }
 
     // the pair's logits, from what was asked for or, for any number of groups, from memory
-    __device__ __forceinline__ void score(const uint4 (&quads)[KEPT], int from, float (&out)[PAIR][4]) const {
+    __device__ __forceinline__ void score(const uint4 (&quads)[KEPT], int from, int to, float (&out)[PAIR][4]) const {
         const int lane = threadIdx.x % 32;
 #pragma unroll
         for (int u = 0; u < PAIR; ++u) {
@@ -90,7 +92,7 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
                 for (int i = 0; i < QUADS; ++i) {
                     ahead[u].raw[i].dot(quads[i], y);
                 }
-            } else if (from + u*FASA_TILE < l.last) {
+            } else if (from + u*FASA_TILE < to) {
                 const int n_group = a.n_dom/FASA_GROUP;
 #pragma unroll 1
                 for (int i = 0; i < (n_group + 3)/4; ++i) {
@@ -126,15 +128,15 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
     // over the lanes of a head
     static __device__ float most_of(float x) {
 #pragma unroll
-        for (int half = 16; half >= 4; half /= 2) {
-            x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, half));
+        for (int by = 16; by >= 4; by /= 2) {
+            x = fmaxf(x, __shfl_xor_sync(0xffffffff, x, by));
         }
         return x;
     }
     static __device__ float sum_of(float x) {
 #pragma unroll
-        for (int half = 16; half >= 4; half /= 2) {
-            x += __shfl_xor_sync(0xffffffff, x, half);
+        for (int by = 16; by >= 4; by /= 2) {
+            x += __shfl_xor_sync(0xffffffff, x, by);
         }
         return x;
     }
@@ -142,30 +144,36 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
     // this thread's values of the tile at `from`, in l.x; -inf where it has none
     __device__ __forceinline__ void get(float (&y)[4], int from, int to) const {
         const int cell = from + first_cell(), head = g0 + first_head();
-        const float * x = l.x + head*(int) l.x_stride + cell - l.first;
+        const float * x = l.x + head*l.x_stride + cell - l.first;
         y[0] = y[1] = y[2] = y[3] = -INFINITY;
-        if (FOURS && head < l.n_shared) {
-            const float4 v = *(const float4 *) x;
-            y[0] = v.x, y[1] = v.y, y[2] = v.z, y[3] = v.w;
-        }
+        if constexpr (FOURS) {
+            if (head < l.n_shared) {
+                const float4 v = *(const float4 *) x;
+                y[0] = v.x, y[1] = v.y, y[2] = v.z, y[3] = v.w;
+            }
+        } else {
 #pragma unroll
-        for (int i = 0; i < 4 && !FOURS; ++i) {
-            if (head < l.n_shared && cell + i < to) {
-                y[i] = x[i];
+            for (int i = 0; i < 4; ++i) {
+                if (head < l.n_shared && cell + i < to) {
+                    y[i] = x[i];
+                }
             }
         }
     }
     __device__ __forceinline__ void put(const float (&y)[4], int from, int to) const {
         const int cell = from + first_cell(), head = g0 + first_head();
-        float * x = l.x + head*(int) l.x_stride + cell - l.first;
-        if (FOURS && head < l.n_shared && from < to) { // all of the tile is read
-            asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" // the compiler would write them one by one
-                :: "r"((uint32_t) __cvta_generic_to_shared(x)), "f"(y[0]), "f"(y[1]), "f"(y[2]), "f"(y[3]) : "memory");
-        }
+        float * x = l.x + head*l.x_stride + cell - l.first;
+        if constexpr (FOURS) {
+            if (head < l.n_shared && from < to) { // all of the tile is read
+                asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" // the compiler would write them one by one
+                    :: "r"((uint32_t) __cvta_generic_to_shared(x)), "f"(y[0]), "f"(y[1]), "f"(y[2]), "f"(y[3]) : "memory");
+            }
+        } else {
 #pragma unroll
-        for (int i = 0; i < 4 && !FOURS; ++i) {
-            if (head < l.n_shared && cell + i < to) {
-                x[i] = y[i];
+            for (int i = 0; i < 4; ++i) {
+                if (head < l.n_shared && cell + i < to) {
+                    x[i] = y[i];
+                }
             }
         }
     }
@@ -180,11 +188,11 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
         }
     }
 
-    // The cells from `base` on are read in a round: by every warp n_tile tiles, a span's or a part of one
+    // The cells from `base` on are read in a round: by every warp n_tile tiles, a span's or some pairs of one
     __device__ int round_tiles(int base) const {
         const int left = (l.last - base + FASA_TILE - 1)/FASA_TILE;
         int n_tile = TILES;
-        while (n_tile > 1 && left <= TIP_WARPS*n_tile/2) {
+        while (n_tile > PAIR && left <= TIP_WARPS*n_tile/2) {
             n_tile /= 2;
         }
         return n_tile;
@@ -200,8 +208,8 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
         }
     }
 
-    // Asks for the first tiles, before the step's queries and newest keys are known
-    __device__ __forceinline__ void begin() {
+    // Asks for the first tiles: the first time before the step's queries and newest keys are known
+    __device__ __forceinline__ void ask_first() {
         base = l.first, n_tile = round_tiles(base);
         ask(start(base, n_tile), end(start(base, n_tile), n_tile));
         stale = make_int2(0, 0);
@@ -254,7 +262,7 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
                 const int  at = from + i*FASA_TILE;
                 const bool on = i + PAIR < n_tile; // else the next round is asked for
                 float pair[PAIR][4];
-                score(quads, at, pair);
+                score(quads, at, to, pair);
                 ask(on ? at + PAIR*FASA_TILE : next, on ? to : next_to);
 #pragma unroll
                 for (int u = 0; u < PAIR; ++u) {
@@ -279,8 +287,8 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
             }
             const int head = g0 + threadIdx.x % 32;
             if (threadIdx.x % 32 < TIP_HEADS && head < l.n_shared && from%FASA_SPAN == 0 && from < l.last) {
-                float * row = l.tip + (int64_t) head*a.n_len + a.n_kv + from/FASA_SPAN;
-                row[0] = e, row[a.n_span] = sum;
+                float * of_span = l.tip + (int64_t) head*a.n_len + a.n_kv + from/FASA_SPAN;
+                of_span[0] = e, of_span[a.n_span] = sum;
             }
             base = base_next, n_tile = n_next;
         }
@@ -302,8 +310,8 @@ template <int K_DOM, int QUADS, bool FOURS> struct fasa_tip_block {
     }
 };
 
-template <int K_DOM> static size_t fasa_tip_smem(int n_dom, int d) {
-    return fasa_tip_query<K_DOM>::bytes(n_dom) + (size_t) TIP_WARPS*d*sizeof(float);
+static size_t fasa_tip_smem(int n_dom, int d) {
+    return fasa_tip_query_bytes(n_dom) + (size_t) TIP_WARPS*d*sizeof(float);
 }
 
 static fasa_tip_args fasa_tip_args_make(const ggml_tensor * tip) {
@@ -326,10 +334,8 @@ static fasa_tip_args fasa_tip_args_make(const ggml_tensor * tip) {
     a.n_span  = fasa_n_span(a.n_kv);
     a.n_len   = tip->ne[0];
     a.n_head  = tip->ne[1];
-    a.n_group = tip->ne[1]/dims->ne[1];
-    a.n_tps   = tip->ne[2];
-    a.by_n_tps   = init_fastdiv_values(a.n_tps);
-    a.by_n_group = init_fastdiv_values(a.n_group);
+    a.by_n_tps   = init_fastdiv_values(tip->ne[2]);
+    a.by_n_group = init_fastdiv_values(tip->ne[1]/dims->ne[1]);
     a.n_dom   = dims->ne[0];
     a.d       = k->ne[0];
     a.n_hadamard = p.n_hadamard;

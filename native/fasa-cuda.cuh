@@ -1,7 +1,8 @@
 #pragma once
 
 // FASA on CUDA. ggml-cuda.cu calls the functions up to fasa_cuda_proc_address; the kernels are in fasa-cuda-select.cu (TIP and
-// SELECT), fasa-cuda-fac.cu and fasa-cuda-fac-mma.cu (FAC) and, for FASA-M, fasa-cuda-fetch.cu and fasa-cuda-host.cu. Definition of every step: fasa_gguf/reference.py.
+// SELECT), fasa-cuda-fac.cu and fasa-cuda-fac-mma.cu (FAC) and, for FASA-M, fasa-cuda-fetch.cu and fasa-cuda-host.cu. Definition of
+// every step: fasa_gguf/reference.py.
 
 #include "fasa-ops.h"
 

@@ -107,6 +107,7 @@ const char * fasa_attn_dense_reason(const llm_graph_context & graph, const ggml_
     if (q->type != GGML_TYPE_F32)              { return "its queries are not f32"; }
     if (q->ne[1] % k->ne[1] != 0)              { return "its query heads are no multiple of its KV heads"; }
     if (kq_mask->type != GGML_TYPE_F16)        { return "its mask is not f16"; }
+    if (kq_mask->op != GGML_OP_NONE)           { return "its mask is computed"; } // TIP reads it before the kernels before it are done
     return "";
 }
 

@@ -10,7 +10,8 @@
 //   q4    half   scale[n_dom/8][FASA_TILE]; uint8 pair [n_dom/8][FASA_TILE][4]   low nibble: dim j, high nibble: dim j + 4
 //
 // A scale covers FASA_GROUP consecutive dominant dimensions of one cell. Four bytes of a cell are one operand of the
-// four-way dot products that CPUs (VNNI) and GPUs (dp4a) have; a nibble n stands for n - 8.
+// four-way dot products that CPUs have (VNNI), and where every other byte is taken, of the f16 pairs of GPUs' tensor cores; a nibble n
+// stands for n - 8.
 
 #include "fasa.h"
 

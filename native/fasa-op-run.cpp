@@ -194,8 +194,9 @@ static int fasa_op_check(const fasa_op_case * c, ggml_type & type_k, ggml_type &
     if (c->row_slots < 0 || c->row_slots % FASA_ROW_WAYS != 0) {
         return fasa_set_error("fasa_op_case: row_slots %d must be a multiple of %d", c->row_slots, FASA_ROW_WAYS);
     }
-    if (c->n_dom % FASA_GROUP != 0 || c->n_head_kv < 1 || c->n_head % c->n_head_kv != 0 || c->n_forced < 1 || c->n_tokens < 1 || c->n_stream < 1) {
-        return fasa_set_error("fasa_op_case: n_dom %d must be a multiple of %d, n_head %d of n_head_kv %d, and n_forced, n_tokens, n_stream at least 1",
+    if (c->n_dom < 1 || c->n_dom % FASA_GROUP != 0 || c->n_head_kv < 1 || c->n_head % c->n_head_kv != 0 || c->n_forced < 1 || c->n_kv < 1 || c->n_tokens < 1 ||
+            c->n_stream < 1) {
+        return fasa_set_error("fasa_op_case: n_dom %d must be a multiple of %d, n_head %d of n_head_kv %d, and n_forced, n_kv, n_tokens, n_stream at least 1",
                 c->n_dom, FASA_GROUP, c->n_head, c->n_head_kv);
     }
     return 0;

@@ -180,7 +180,7 @@ def test_host_memory_bounds_fasa_m(shape_8b):
 
 
 def test_layers_on_a_gpu_that_wait_have_no_dominant_keys(shape_8b):
-    m, s = read_model(shape_8b), Setup(n_ctx=16384)
+    m, s = read_model(shape_8b), Setup(n_ctx=8192)
     p = FasaParams()
     assert memory(m, s, p).k_dom == 0 < memory(m, replace(s, n_ctx=65536), p).k_dom  # below and above min_context_gpu
     assert memory(m, s, p, "m").k_dom == memory(m, s, ON).k_dom > 0                  # dense would be slow in mode m, so nothing waits
@@ -231,7 +231,7 @@ def test_the_command(library, shape_8b, tiny, capsys):
     assert cli.main(["plan", str(tiny), "--json", "-ub", "64"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
-    assert "FASA-C: below min_context_gpu, 24,576 cells" in err
+    assert "FASA-C: below min_context_gpu, 16,384 cells" in err
     assert "planned as if it ranked every attention layer" in err and "give --vram, such as 12G" in err
     assert (found["n_ctx"], found["n_ubatch"], found["device_bytes"]) == (4096, 64, None)
     assert [w["name"] for w in found["ways"]] == ["dense f16", "dense q8_0", "FASA-C", "FASA-M"] and found["ways"][3]["kv_pinned"] == 3 * 2 * 2 * 16 * 2 * 4096
