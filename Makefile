@@ -41,13 +41,13 @@ upstream-tests: build $(MODEL)
 	build/upstream-tests/bin/test-save-load-state -m $(MODEL)
 	mkdir -p build/archs
 	build/upstream-tests/bin/test-llama-archs -s 1 -o build/archs
-	$(PY) -m pytest -q tests/test_archs.py
+	$(PY) -m pytest -q tests/native/test_archs.py
 
 $(MODEL): $(VENV)/.ready
 	$(PY) models/fetch.py $@
 
 demo: build $(MODEL)
-	$(PY) -m fasa_gguf.demo $(MODEL)
+	$(PY) -m fasa_gguf.cli.demo $(MODEL)
 
 # TEST_EXTRAS: packages of the optional extras; without torch and transformers their tests skip, and say so
 test: build stock $(MODEL)

@@ -1,6 +1,6 @@
 """FASA (Frequency-aware Sparse Attention, arXiv 2602.03152) for llama.cpp, from Python.
 
-    from fasa_gguf import Llama            # llama_cpp.Llama with a fasa argument
+    from . import Llama            # llama_cpp.Llama with a fasa argument
     llm = Llama("model.gguf", n_ctx=32768, fasa="auto")
 
 `fasa_gguf.enable()` before `import llama_cpp` does the same for code that is not yours.
@@ -20,7 +20,7 @@ def __getattr__(name: str):
 
         return Llama
     if name == "Profile":
-        from .profile import Profile
+        from .profile.profile import Profile
 
         return Profile
     if name == "enable":

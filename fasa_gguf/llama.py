@@ -8,16 +8,16 @@ import os
 import sys
 from typing import Any
 
-from . import native
+from . import runtime
 from .errors import FasaError
-from .gguf_file import GGUFFile
+from .gguf.cache_types import CACHE_TYPES
+from .gguf.file import GGUFFile
+from .memory.placement import chosen_mode, place_model
+from .memory.plan import Setup
 from .params import FasaParams
-from .placement import chosen_mode, place_model
-from .plan import Setup
-from .profile import Profile
-from .session import CACHE_TYPES
+from .profile.profile import Profile
 
-_llama_cpp = native.load()
+_llama_cpp = runtime.library.load()
 _Base = _llama_cpp.Llama
 
 
@@ -47,16 +47,24 @@ def _place(mode: str, model_path: str, profile: Profile | None, fasa: FasaParams
         return "c"
     try:
         params = fasa if isinstance(fasa, FasaParams) else FasaParams.from_env(profile.params())
-    except FasaError:                                                                   # set_fasa has the word
+    except FasaError:  # set_fasa has the word
         return "c"
     names = {number: name for name, number in CACHE_TYPES.items()}
     n_batch = kwargs.get("n_batch", 512)
-    setup = Setup(n_ctx=kwargs.get("n_ctx", 512), n_batch=n_batch, n_ubatch=min(kwargs.get("n_ubatch", 512), n_batch),
-                  n_gpu_layers=kwargs.get("n_gpu_layers", 0), no_kv_offload=not kwargs.get("offload_kqv", True),
-                  type_k=names.get(kwargs.get("type_k"), "f16"), type_v=names.get(kwargs.get("type_v"), "f16"),
-                  swa_full=kwargs.get("swa_full") is not False)
+    setup = Setup(
+        n_ctx=kwargs.get("n_ctx", 512),
+        n_batch=n_batch,
+        n_ubatch=min(kwargs.get("n_ubatch", 512), n_batch),
+        n_gpu_layers=kwargs.get("n_gpu_layers", 0),
+        no_kv_offload=not kwargs.get("offload_kqv", True),
+        type_k=names.get(kwargs.get("type_k"), "f16"),
+        type_v=names.get(kwargs.get("type_v"), "f16"),
+        swa_full=kwargs.get("swa_full") is not False,
+    )
     one = kwargs.get("split_mode") == _llama_cpp.LLAMA_SPLIT_MODE_NONE
-    found, line = place_model(mode, model_path, profile, setup, [params], only=kwargs.get("main_gpu", 0) if one else None)
+    found, line = place_model(
+        mode, model_path, profile, setup, [params], only=kwargs.get("main_gpu", 0) if one else None
+    )
     if line:
         _say(line)
     return found
@@ -76,10 +84,17 @@ class Llama(_Base):
     _fasa_default: FasaParams | str = "auto"
     _mode_default: str | None = None
     _foreign_callers = False  # after enable(): flash_attn=False is then the caller's default and says nothing
-    _fasa: native.Context | None = None
+    _fasa: runtime.context.Context | None = None
 
-    def __init__(self, model_path: str | os.PathLike, *, fasa: FasaParams | str | None = None,
-                 fasa_profile: Profile | str | os.PathLike | None = None, fasa_mode: str | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model_path: str | os.PathLike,
+        *,
+        fasa: FasaParams | str | None = None,
+        fasa_profile: Profile | str | os.PathLike | None = None,
+        fasa_mode: str | None = None,
+        **kwargs: Any,
+    ) -> None:
         self._stack = contextlib.ExitStack()  # close() needs it when we raise before llama_cpp made its own
         model_path = os.fspath(model_path)
         self._fasa_choice = fasa = self._fasa_default if fasa is None else fasa
@@ -88,7 +103,9 @@ class Llama(_Base):
         self._fasa_mode_choice = fasa_mode
         mode = chosen_mode(self._mode_default if fasa_mode is None else fasa_mode)
         if mode == "m" and fasa == "off":
-            raise FasaError('fasa_mode m with fasa="off": all of K and V would come from host memory for every token; turn FASA on, or use mode c')
+            raise FasaError(
+                'fasa_mode m with fasa="off": all of K and V would come from host memory for every token; turn FASA on, or use mode c'
+            )
         if hasattr(kwargs.get("chat_handler"), "clip_model_path"):
             raise FasaError(_NO_VISION)
         if self._foreign_callers and kwargs.get("flash_attn") is False:
@@ -107,10 +124,10 @@ class Llama(_Base):
                     raise
                 _say(f"{e}; until then decoding is dense")
         self._fasa_mode = _place(mode, model_path, profile, fasa, kwargs)
-        with native.kv_place(self._fasa_mode == "m"):
+        with runtime.context.kv_place(self._fasa_mode == "m"):
             super().__init__(model_path, **kwargs)
-        self._fasa = native.Context(ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value)
-        if self._fasa_mode == "m" and (why := native.not_pinned(self._fasa)):
+        self._fasa = runtime.context.Context(ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value)
+        if self._fasa_mode == "m" and (why := runtime.context.not_pinned(self._fasa)):
             self.close()
             raise FasaError(f"{model_path}: {why}")
         if profile is not None:
@@ -119,12 +136,12 @@ class Llama(_Base):
                 self._fasa_profile = profile
                 self.set_fasa(fasa)
             except FasaError as e:
-                if asked or self._fasa_mode == "m":                                     # dense would take all of K and V over PCIe
+                if asked or self._fasa_mode == "m":  # dense would take all of K and V over PCIe
                     self.close()
                     raise
                 _say(f"{model_path}: {e}; decoding is dense")
 
-    def _live(self) -> native.Context:
+    def _live(self) -> runtime.context.Context:
         if self._fasa is None:
             raise FasaError("this model is closed")
         return self._fasa
@@ -138,11 +155,15 @@ class Llama(_Base):
         else:
             if self._fasa_profile is None:
                 if self.context_params.flash_attn_type != _llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED:
-                    raise FasaError('the model was loaded without flash attention, which FASA needs; load it with flash_attn=True')
+                    raise FasaError(
+                        "the model was loaded without flash attention, which FASA needs; load it with flash_attn=True"
+                    )
                 profile = _find_profile(self.model_path, self._fasa_source)
                 context.set_profile(profile)
                 self._fasa_profile = profile
-            context.set_params(fasa if isinstance(fasa, FasaParams) else FasaParams.from_env(self._fasa_profile.params()))
+            context.set_params(
+                fasa if isinstance(fasa, FasaParams) else FasaParams.from_env(self._fasa_profile.params())
+            )
         self._fasa_choice = fasa
 
     @property
@@ -172,8 +193,12 @@ class Llama(_Base):
         super().close()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "fasa": self._fasa_choice, "fasa_profile": self._fasa_source,
-                "fasa_mode": self._fasa_mode_choice}
+        return {
+            **super().__getstate__(),
+            "fasa": self._fasa_choice,
+            "fasa_profile": self._fasa_source,
+            "fasa_mode": self._fasa_mode_choice,
+        }
 
 
 _NO_VISION = "vision needs libmtmd, which fasa_gguf does not carry; run this model in a process without fasa_gguf"

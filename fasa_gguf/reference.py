@@ -26,8 +26,8 @@ GROUP = 8  # dominant dimensions that share one scale
 def chunk_dims(head_dim: int, n_rot: int, layout: str) -> np.ndarray:
     """The two dimensions of every chunk, int32 [head_dim/2, 2]. Chunk i < n_rot/2 is the RoPE pair of frequency i (0 is the
     fastest): (2i, 2i+1) under "norm", (i, i + n_rot/2) under "neox"; the chunks behind are pairs that do not rotate."""
-    i = np.arange(head_dim // 2)                                                 # [n_chunk]
-    dims = np.stack([2 * i, 2 * i + 1], -1)                                      # [n_chunk, 2]
+    i = np.arange(head_dim // 2)  # [n_chunk]
+    dims = np.stack([2 * i, 2 * i + 1], -1)  # [n_chunk, 2]
     if layout == "neox":
         dims[: n_rot // 2] = np.stack([i, i + n_rot // 2], -1)[: n_rot // 2]
     return dims.astype(np.int32)
@@ -35,16 +35,16 @@ def chunk_dims(head_dim: int, n_rot: int, layout: str) -> np.ndarray:
 
 def dominant_dims(ranking: np.ndarray, chunks: int, dims: np.ndarray) -> np.ndarray:
     """The dimensions of the best chunks, int32 [n_dom], rank order, padded with -1 to whole groups. ranking [n_chunk]."""
-    d = dims[ranking[:chunks].astype(int)].ravel()                               # [2*chunks]
-    return np.append(d, np.full(-len(d) % GROUP, -1)).astype(np.int32)           # [n_dom]
+    d = dims[ranking[:chunks].astype(int)].ravel()  # [2*chunks]
+    return np.append(d, np.full(-len(d) % GROUP, -1)).astype(np.int32)  # [n_dom]
 
 
 def hadamard(x: np.ndarray, block: int) -> np.ndarray:
     """Orthonormal Walsh-Hadamard transform of each block of the last axis; its own inverse. llama.cpp stores quantised K so."""
-    y = x.reshape(*x.shape[:-1], -1, block).astype(np.float32)                   # [..., n_block, block]
+    y = x.reshape(*x.shape[:-1], -1, block).astype(np.float32)  # [..., n_block, block]
     h = 1
     while h < block:
-        y = y.reshape(*x.shape[:-1], -1, block // (2 * h), 2, h)                 # pairs at distance h
+        y = y.reshape(*x.shape[:-1], -1, block // (2 * h), 2, h)  # pairs at distance h
         y = np.stack([y[..., 0, :] + y[..., 1, :], y[..., 0, :] - y[..., 1, :]], -2)
         h *= 2
     return (y.reshape(x.shape) / np.sqrt(np.float32(block))).astype(np.float32)
@@ -53,11 +53,11 @@ def hadamard(x: np.ndarray, block: int) -> np.ndarray:
 def quantize_k_dom(k: np.ndarray, dims: np.ndarray, kind: str) -> np.ndarray:
     """The dominant values as they are read back, f32 [n_kv, n_dom], from keys [n_kv, head_dim]; a padded dimension is 0.
     A group of 8 shares one f16 scale: q8 is absmax/127, q4 the value of largest magnitude over -8 (as ggml's q4_0)."""
-    x = np.where(dims >= 0, k[:, np.maximum(dims, 0)], 0).astype(np.float32)     # [n_kv, n_dom]
+    x = np.where(dims >= 0, k[:, np.maximum(dims, 0)], 0).astype(np.float32)  # [n_kv, n_dom]
     if kind == "f16":
         return x.astype(np.float16).astype(np.float32)
-    g = x.reshape(len(x), -1, GROUP)                                             # [n_kv, n_group, 8]
-    most = np.take_along_axis(g, np.abs(g).argmax(-1)[..., None], -1)            # [n_kv, n_group, 1], signed
+    g = x.reshape(len(x), -1, GROUP)  # [n_kv, n_group, 8]
+    most = np.take_along_axis(g, np.abs(g).argmax(-1)[..., None], -1)  # [n_kv, n_group, 1], signed
     scale = np.abs(most) / np.float32(127) if kind == "q8" else most / np.float32(-8)
     scale = scale.astype(np.float16).astype(np.float32)
     inv = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
@@ -65,7 +65,7 @@ def quantize_k_dom(k: np.ndarray, dims: np.ndarray, kind: str) -> np.ndarray:
         q = np.clip(np.trunc(g * inv + np.copysign(np.float32(0.5), g * inv)), -127, 127)
     else:
         q = np.clip(np.floor(g * inv + np.float32(8.5)), 0, 15) - 8
-    return (q * scale).reshape(x.shape).astype(np.float32)                       # [n_kv, n_dom]
+    return (q * scale).reshape(x.shape).astype(np.float32)  # [n_kv, n_dom]
 
 
 def capped(x: np.ndarray, soft_cap: float) -> np.ndarray:
@@ -77,18 +77,25 @@ def quantize_query(x: np.ndarray, kind: str) -> np.ndarray:
     """The dominant part of the queries f32 [G, n_dom] as TIP uses it: beside q8 and q4 keys in 8 bits, a scale for every 8."""
     if kind == "f16":
         return x
-    g = x.reshape(len(x), -1, GROUP)                                             # [G, n_group, 8]
-    scale = np.abs(g).max(-1, keepdims=True) / np.float32(127)                   # [G, n_group, 1]
+    g = x.reshape(len(x), -1, GROUP)  # [G, n_group, 8]
+    scale = np.abs(g).max(-1, keepdims=True) / np.float32(127)  # [G, n_group, 1]
     inv = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale != 0)
     q = np.clip(np.trunc(g * inv + np.copysign(np.float32(0.5), g)), -127, 127)
-    return (q * scale).reshape(x.shape).astype(np.float32)                       # [G, n_dom]
+    return (q * scale).reshape(x.shape).astype(np.float32)  # [G, n_dom]
 
 
-def estimate(q: np.ndarray, k_dom: np.ndarray, dims: np.ndarray, weight: np.ndarray, scale: float, soft_cap: float = 0,
-             kind: str = "f16") -> np.ndarray:
+def estimate(
+    q: np.ndarray,
+    k_dom: np.ndarray,
+    dims: np.ndarray,
+    weight: np.ndarray,
+    scale: float,
+    soft_cap: float = 0,
+    kind: str = "f16",
+) -> np.ndarray:
     """TIP: estimated logits f32 [G, n_kv] of the query heads q [G, head_dim]; weight [n_dom], k_dom [n_kv, n_dom] of `kind`."""
-    x = np.where(dims >= 0, q[:, np.maximum(dims, 0)], 0) * weight * np.float32(scale)          # [G, n_dom]
-    return capped((quantize_query(x.astype(np.float32), kind) @ k_dom.T).astype(np.float32), soft_cap)   # [G, n_kv]
+    x = np.where(dims >= 0, q[:, np.maximum(dims, 0)], 0) * weight * np.float32(scale)  # [G, n_dom]
+    return capped((quantize_query(x.astype(np.float32), kind) @ k_dom.T).astype(np.float32), soft_cap)  # [G, n_kv]
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -99,70 +106,98 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 def group_score(est: np.ndarray, visible: np.ndarray) -> np.ndarray:
     """The group's shared score f32 [n_kv]: the sum of its query heads' softmaxes. visible: bool [n_kv]."""
-    return softmax(np.where(visible, est, -np.inf)).sum(0).astype(np.float32)    # [n_kv]
+    return softmax(np.where(visible, est, -np.inf)).sum(0).astype(np.float32)  # [n_kv]
 
 
 def forced_cells(positions: np.ndarray, visible: np.ndarray, sink: int, recent: int) -> np.ndarray:
     """bool [n_kv]: the visible cells with the `sink` lowest and the `recent` highest positions, ties to the lower cell.
     positions: int [n_kv] of the sequence; a position is not a cell index."""
-    cells = np.flatnonzero(visible)                                              # [n_visible]
-    order = cells[np.argsort(positions[cells], kind="stable")]                   # [n_visible]
-    newest = cells[np.argsort(-positions[cells], kind="stable")]                 # [n_visible]
-    forced = np.zeros(len(visible), bool)                                        # [n_kv]
+    cells = np.flatnonzero(visible)  # [n_visible]
+    order = cells[np.argsort(positions[cells], kind="stable")]  # [n_visible]
+    newest = cells[np.argsort(-positions[cells], kind="stable")]  # [n_visible]
+    forced = np.zeros(len(visible), bool)  # [n_kv]
     forced[order[:sink]] = forced[newest[:recent]] = True
     return forced
 
 
-def select(score: np.ndarray, visible: np.ndarray, forced: np.ndarray, n_group: int, budget: int, mass: float = 0.0,
-           floor: int = 64, cap: int = 1024) -> np.ndarray:
+def select(
+    score: np.ndarray,
+    visible: np.ndarray,
+    forced: np.ndarray,
+    n_group: int,
+    budget: int,
+    mass: float = 0.0,
+    floor: int = 64,
+    cap: int = 1024,
+) -> np.ndarray:
     """The cells to attend, ascending. Forced cells first, then by score, ties to the lower cell; `budget` of them, or with
     mass > 0 until they hold that share of the estimated attention, between floor and cap. The forced ones are always in.
     Shares are summed as integers of 2^-40, so that every order of summation takes the same count."""
     forced = forced & visible
-    order = np.lexsort((np.arange(len(score)), -score, ~forced, ~visible))[: visible.sum()]     # [n_visible]
+    order = np.lexsort((np.arange(len(score)), -score, ~forced, ~visible))[: visible.sum()]  # [n_visible]
     n = budget
     if mass > 0:
-        share = np.floor(score[order].astype(np.float64) * 2.0**40).astype(np.int64)            # [n_visible]
+        share = np.floor(score[order].astype(np.float64) * 2.0**40).astype(np.int64)  # [n_visible]
         n = int(np.searchsorted(np.cumsum(share), int(np.floor(np.float32(mass) * 2.0**40)) * n_group)) + 1
         n = min(max(n, floor), cap)
     return np.sort(order[: max(n, forced.sum())])
 
 
-def attend(q: np.ndarray, k: np.ndarray, v: np.ndarray, cells: np.ndarray, scale: float, soft_cap: float = 0,
-           sink: np.ndarray | None = None) -> np.ndarray:
+def attend(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    cells: np.ndarray,
+    scale: float,
+    soft_cap: float = 0,
+    sink: np.ndarray | None = None,
+) -> np.ndarray:
     """FAC: attention of q [G, head_dim] over the listed cells of k [n_kv, head_dim] and v [n_kv, d_v]: f32 [G, d_v].
     sink: learned attention sinks [G], logits that take mass and give nothing."""
-    logits = capped(q @ k[cells].T * scale, soft_cap)                            # [G, n]
+    logits = capped(q @ k[cells].T * scale, soft_cap)  # [G, n]
     if sink is not None:
-        logits = np.concatenate([logits, sink[:, None]], -1)                     # [G, n+1]
-    return (softmax(logits)[:, : len(cells)] @ v[cells]).astype(np.float32)      # [G, d_v]
+        logits = np.concatenate([logits, sink[:, None]], -1)  # [G, n+1]
+    return (softmax(logits)[:, : len(cells)] @ v[cells]).astype(np.float32)  # [G, d_v]
 
 
-def decode_step(q: np.ndarray, k: np.ndarray, v: np.ndarray, positions: np.ndarray, visible: np.ndarray, ranking: np.ndarray,
-                dims: np.ndarray, p: FasaParams, scale: float, soft_cap: float = 0, weight: np.ndarray | None = None,
-                sink: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def decode_step(
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    positions: np.ndarray,
+    visible: np.ndarray,
+    ranking: np.ndarray,
+    dims: np.ndarray,
+    p: FasaParams,
+    scale: float,
+    soft_cap: float = 0,
+    weight: np.ndarray | None = None,
+    sink: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
     """One token, one KV head: (output f32 [G, d_v], the cells attended, ascending). q [G, head_dim], k [n_kv, head_dim],
     v [n_kv, d_v], positions and visible [n_kv], ranking [n_chunk], dims [n_chunk, 2]; weight [m] of the m leading chunks,
     the others have 1. With per_head the selection is a query head's own: call it for each, G = 1."""
-    chosen = dominant_dims(ranking, p.chunks, dims)                              # [n_dom]
-    w = np.ones(len(chosen), np.float32)                                         # [n_dom]
+    chosen = dominant_dims(ranking, p.chunks, dims)  # [n_dom]
+    w = np.ones(len(chosen), np.float32)  # [n_dom]
     if weight is not None:
-        known = np.repeat(weight[: p.chunks], 2)                                 # [2*m]
+        known = np.repeat(weight[: p.chunks], 2)  # [2*m]
         w[: len(known)] = known
     est = estimate(q, quantize_k_dom(k, chosen, p.k_dom), chosen, w, scale, soft_cap, p.k_dom)  # [G, n_kv]
-    forced = forced_cells(positions, visible, p.sink, p.recent)                  # [n_kv]
+    forced = forced_cells(positions, visible, p.sink, p.recent)  # [n_kv]
     cells = select(group_score(est, visible), visible, forced, len(q), p.budget, p.mass, p.floor, p.cap)
     return attend(q, k, v, cells, scale, soft_cap, sink), cells
 
 
 # ---- from a profile to a layer's mass ----
 
-MASS_LEAST = 2.0**-20   # 0 would be a fixed budget
+MASS_LEAST = 2.0**-20  # 0 would be a fixed budget
 
 
 def layer_mass(mass: float, miss: float) -> np.float32:
     """The target mass of a layer that may miss `miss` times what others miss (fasa.layer_miss): 1 - (1 - mass)*miss, kept above 0."""
-    return np.float32(min(max(1 - (1 - float(np.float32(mass))) * float(np.float32(miss)), MASS_LEAST), 1.0) if mass > 0 else 0.0)
+    return np.float32(
+        min(max(1 - (1 - float(np.float32(mass))) * float(np.float32(miss)), MASS_LEAST), 1.0) if mass > 0 else 0.0
+    )
 
 
 def mean_budget_mass(tokens: np.ndarray, mass: np.ndarray, n: int) -> np.float32:
@@ -195,40 +230,50 @@ def chunk_scores(q: np.ndarray, k: np.ndarray, dims: np.ndarray, scale: float) -
 def rank_ca(q: np.ndarray, k: np.ndarray, q_pos: np.ndarray, dims: np.ndarray, scale: float, budget: int) -> np.ndarray:
     """As published, by contextual agreement: the share of the head's top `budget` tokens that the chunk's top tokens hit, mean
     over the group's heads and the queries. Best first."""
-    agree = np.zeros(len(dims))                                                  # [n_chunk]
+    agree = np.zeros(len(dims))  # [n_chunk]
     for i, pos in enumerate(q_pos):
-        seen, n = k[: pos + 1], min(budget, pos + 1)                             # [n_visible, head_dim]
-        true = np.argpartition(-(q[:, i] @ seen.T), n - 1, -1)[:, :n]            # [G, n]
-        hit = np.zeros((len(q), pos + 1), bool)                                  # [G, n_visible]
+        seen, n = k[: pos + 1], min(budget, pos + 1)  # [n_visible, head_dim]
+        true = np.argpartition(-(q[:, i] @ seen.T), n - 1, -1)[:, :n]  # [G, n]
+        hit = np.zeros((len(q), pos + 1), bool)  # [G, n_visible]
         np.put_along_axis(hit, true, True, -1)
         for c, part in enumerate(chunk_scores(q[:, i : i + 1], seen, dims, scale)[:, :, 0]):
-            top = np.argpartition(-part, n - 1, -1)[:, :n]                       # [G, n]
+            top = np.argpartition(-part, n - 1, -1)[:, :n]  # [G, n]
             agree[c] += np.take_along_axis(hit, top, -1).mean()
     return np.argsort(-agree, kind="stable")
 
 
-def rank_recall(q: np.ndarray, k: np.ndarray, q_pos: np.ndarray, dims: np.ndarray, scale: float, soft_cap: float, n_rank: int,
-                budget: int, sink: int, recent: int) -> tuple[np.ndarray, np.ndarray]:
+def rank_recall(
+    q: np.ndarray,
+    k: np.ndarray,
+    q_pos: np.ndarray,
+    dims: np.ndarray,
+    scale: float,
+    soft_cap: float,
+    n_rank: int,
+    budget: int,
+    sink: int,
+    recent: int,
+) -> tuple[np.ndarray, np.ndarray]:
     """As a set, by recall: chunks are added one at a time, each time the one that raises most the true attention mass held by
     the top `budget` tokens of the chosen set's shared score, sinks and recent ones forced. Ties: the lower id.
     Returns (order int32 [n_rank], share of the mass kept after each choice f32 [n_rank]). Cell = position."""
     n_kv = len(k)
-    parts = chunk_scores(q, k, dims, scale)                                      # [n_chunk, G, n_query, n_kv]
-    full = capped(np.einsum("gqd,nd->gqn", q, k) * scale, soft_cap)              # [G, n_query, n_kv]
-    cell = np.arange(n_kv)                                                       # [n_kv]
+    parts = chunk_scores(q, k, dims, scale)  # [n_chunk, G, n_query, n_kv]
+    full = capped(np.einsum("gqd,nd->gqn", q, k) * scale, soft_cap)  # [G, n_query, n_kv]
+    cell = np.arange(n_kv)  # [n_kv]
 
     def kept(est: np.ndarray) -> float:
         total = 0.0
         for i, pos in enumerate(q_pos):
-            visible = cell <= pos                                                # [n_kv]
-            mass = group_score(full[:, i], visible)                              # [n_kv]
-            score = group_score(capped(est[:, i], soft_cap), visible)            # [n_kv]
+            visible = cell <= pos  # [n_kv]
+            mass = group_score(full[:, i], visible)  # [n_kv]
+            score = group_score(capped(est[:, i], soft_cap), visible)  # [n_kv]
             total += mass[select(score, visible, forced_cells(cell, visible, sink, recent), len(q), budget)].sum()
         return total / (len(q_pos) * len(q))
 
     order: list[int] = []
     recall: list[float] = []
-    est = np.zeros_like(full)                                                    # [G, n_query, n_kv]
+    est = np.zeros_like(full)  # [G, n_query, n_kv]
     for _ in range(n_rank):
         gains = {c: kept(est + parts[c]) for c in range(len(dims)) if c not in order}
         best = max(gains, key=lambda c: (gains[c], -c))
@@ -238,16 +283,23 @@ def rank_recall(q: np.ndarray, k: np.ndarray, q_pos: np.ndarray, dims: np.ndarra
     return np.array(order, np.int32), np.array(recall, np.float32)
 
 
-def fit_weights(q: np.ndarray, k: np.ndarray, q_pos: np.ndarray, dims: np.ndarray, chosen: np.ndarray, scale: float,
-                soft_cap: float = 0) -> np.ndarray:
+def fit_weights(
+    q: np.ndarray,
+    k: np.ndarray,
+    q_pos: np.ndarray,
+    dims: np.ndarray,
+    chosen: np.ndarray,
+    scale: float,
+    soft_cap: float = 0,
+) -> np.ndarray:
     """A weight per chosen chunk, f32 [len(chosen)], >= 0: weighted least squares of the true logits (before soft-capping) on
     the chunks' logits, each centred per query and head, the weight of a cell being the root of its true attention."""
-    a = np.zeros((len(chosen), len(chosen)))                                     # [m, m]
-    b = np.zeros(len(chosen))                                                    # [m]
+    a = np.zeros((len(chosen), len(chosen)))  # [m, m]
+    b = np.zeros(len(chosen))  # [m]
     for i, pos in enumerate(q_pos):
-        x = chunk_scores(q[:, i : i + 1], k[: pos + 1], dims[chosen], scale)[:, :, 0]     # [m, G, n]
-        y = np.einsum("gd,nd->gn", q[:, i], k[: pos + 1]) * scale                # [G, n]
-        w = np.sqrt(softmax(capped(y, soft_cap)))                                # [G, n]
+        x = chunk_scores(q[:, i : i + 1], k[: pos + 1], dims[chosen], scale)[:, :, 0]  # [m, G, n]
+        y = np.einsum("gd,nd->gn", q[:, i], k[: pos + 1]) * scale  # [G, n]
+        w = np.sqrt(softmax(capped(y, soft_cap)))  # [G, n]
         w /= w.sum(-1, keepdims=True)
         x = x - (x * w).sum(-1, keepdims=True)
         y = y - (y * w).sum(-1, keepdims=True)

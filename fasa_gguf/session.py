@@ -5,15 +5,16 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from typing import Any, Literal, Sequence
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 
-from . import native
+from . import runtime
 from .errors import FasaError
+from .gguf.cache_types import cache_type
 from .params import FasaParams
 
-CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
 _log: list[str] = []
 _log_callback: Any = None
 
@@ -23,6 +24,7 @@ def quiet() -> None:
     global _log_callback
     _log.clear()
     if _log_callback is None:
+
         def keep(level: int, text: bytes, _user: Any) -> None:
             if level in (3, 4):  # warning, error
                 _log.append(text.decode("utf-8", "replace").strip())
@@ -30,16 +32,9 @@ def quiet() -> None:
             elif text.startswith(b"fasa: pinning"):
                 print(text.decode().strip(), file=sys.stderr)
 
-        llama = native.load()
+        llama = runtime.library.load()
         _log_callback = llama.llama_log_callback(keep)
         llama.llama_log_set(_log_callback, None)
-
-
-def cache_type(name: str) -> int:
-    """ggml's number of a cache type. Raises FasaError for an unknown name."""
-    if name not in CACHE_TYPES:
-        raise FasaError(f"cache type {name!r}: expected one of {', '.join(CACHE_TYPES)}")
-    return CACHE_TYPES[name]
 
 
 def last_log() -> str:
@@ -56,11 +51,26 @@ class Session:
     Raises FasaError when the model cannot be loaded or the context not be made.
     """
 
-    def __init__(self, model_path: str | os.PathLike, n_ctx: int = 4096, n_batch: int = 512, n_ubatch: int = 512, n_threads: int = 0,
-                 flash_attn: bool = True, type_k: str = "f16", type_v: str = "f16", n_seq_max: int = 1, kv_unified: bool = False,
-                 n_gpu_layers: int = 0, swa_full: bool = True, no_kv_offload: bool = False,
-                 mode: str = "c", arms: Sequence[FasaParams] = (), profile: Any = None) -> None:
-        self.llama = llama = native.load()
+    def __init__(
+        self,
+        model_path: str | os.PathLike,
+        n_ctx: int = 4096,
+        n_batch: int = 512,
+        n_ubatch: int = 512,
+        n_threads: int = 0,
+        flash_attn: bool = True,
+        type_k: str = "f16",
+        type_v: str = "f16",
+        n_seq_max: int = 1,
+        kv_unified: bool = False,
+        n_gpu_layers: int = 0,
+        swa_full: bool = True,
+        no_kv_offload: bool = False,
+        mode: str = "c",
+        arms: Sequence[FasaParams] = (),
+        profile: Any = None,
+    ) -> None:
+        self.llama = llama = runtime.library.load()
         self.path = str(model_path)
         self._model = self._ctx = None
         quiet()
@@ -75,8 +85,20 @@ class Session:
             raise FasaError(f"{model_path}: llama.cpp cannot load this model: {last_log()}")
         self.n_ctx_train = llama.llama_model_n_ctx_train(self.model)
         self.n_vocab = llama.llama_vocab_n_tokens(self.vocab)
-        self._settings = {"n_ctx": n_ctx, "n_batch": n_batch, "n_ubatch": n_ubatch, "n_threads": n_threads, "flash_attn": flash_attn, "type_k": type_k,
-                          "type_v": type_v, "n_seq_max": n_seq_max, "kv_unified": kv_unified, "swa_full": swa_full, "no_kv_offload": no_kv_offload, "mode": mode}
+        self._settings = {
+            "n_ctx": n_ctx,
+            "n_batch": n_batch,
+            "n_ubatch": n_ubatch,
+            "n_threads": n_threads,
+            "flash_attn": flash_attn,
+            "type_k": type_k,
+            "type_v": type_v,
+            "n_seq_max": n_seq_max,
+            "kv_unified": kv_unified,
+            "swa_full": swa_full,
+            "no_kv_offload": no_kv_offload,
+            "mode": mode,
+        }
         self._n_gpu_layers, self._arms, self._profile = n_gpu_layers, arms, profile
         try:
             self.reopen()
@@ -94,19 +116,24 @@ class Session:
         types = cache_type(p["type_k"]), cache_type(p["type_v"])
         self.free_context()
         params = llama.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = p["n_ctx"], p["n_batch"], min(p["n_ubatch"], p["n_batch"]), p["n_seq_max"]
+        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = (
+            p["n_ctx"],
+            p["n_batch"],
+            min(p["n_ubatch"], p["n_batch"]),
+            p["n_seq_max"],
+        )
         params.n_threads = params.n_threads_batch = p["n_threads"] or os.cpu_count() or 1
         params.flash_attn_type = 1 if p["flash_attn"] else 0
         params.type_k, params.type_v = types
         params.kv_unified, params.swa_full, params.offload_kqv = p["kv_unified"], p["swa_full"], not p["no_kv_offload"]
         self.mode = self._place()
-        with native.kv_place(self.mode == "m"):
+        with runtime.context.kv_place(self.mode == "m"):
             self._ctx = llama.llama_init_from_model(model, params)
             if not self._ctx:
                 raise FasaError(f"{self.path}: llama.cpp cannot make a context of {p['n_ctx']} tokens: {last_log()}")
         self.n_ctx, self.n_batch = llama.llama_n_ctx(self.ctx), p["n_batch"]
-        self._fasa = native.Context(ctypes.cast(self.ctx, ctypes.c_void_p).value)
-        if self.mode == "m" and (why := native.not_pinned(self._fasa)):
+        self._fasa = runtime.context.Context(ctypes.cast(self.ctx, ctypes.c_void_p).value)
+        if self.mode == "m" and (why := runtime.context.not_pinned(self._fasa)):
             self.free_context()
             raise FasaError(f"{self.path}: {why}")
 
@@ -118,19 +145,29 @@ class Session:
 
     def _place(self) -> str:
         """c or m, by the mode that was asked for; auto says what it found when the place is another than before."""
-        from .placement import place_model
-        from .plan import Setup
+        from .memory.placement import place_model
+        from .memory.plan import Setup
 
         if self._settings["mode"] == "c":
             return "c"
-        names = ("n_ctx", "n_seq_max", "n_batch", "n_ubatch", "type_k", "type_v", "kv_unified", "swa_full", "no_kv_offload")
+        names = (
+            "n_ctx",
+            "n_seq_max",
+            "n_batch",
+            "n_ubatch",
+            "type_k",
+            "type_v",
+            "kv_unified",
+            "swa_full",
+            "no_kv_offload",
+        )
         setup = Setup(n_gpu_layers=self._n_gpu_layers, **{name: self._settings[name] for name in names})
         found, line = place_model(self._settings["mode"], self.path, self._profile, setup, self._arms, loaded=True)
         if line and found != getattr(self, "mode", None):
             print(f"fasa_gguf: {line}", file=sys.stderr)
         return found
 
-    def __enter__(self) -> "Session":
+    def __enter__(self) -> Session:
         return self
 
     def __exit__(self, *_: Any) -> None:
@@ -158,7 +195,7 @@ class Session:
         return self._live(self._ctx)
 
     @property
-    def fasa(self) -> native.Context:
+    def fasa(self) -> runtime.context.Context:
         self._live(self._ctx)
         return self._fasa
 
@@ -213,14 +250,20 @@ class Session:
         """float32 [n_vocab] of the i-th item of the last batch that wanted them; a copy."""
         return np.ctypeslib.as_array(self.llama.llama_get_logits_ith(self.ctx, i), (self.n_vocab,)).copy()
 
-    def decode(self, tokens: Sequence[int], pos0: int, seq: int = 0, logits: Literal["last", "all", "none"] = "last") -> np.ndarray | None:
+    def decode(
+        self, tokens: Sequence[int], pos0: int, seq: int = 0, logits: Literal["last", "all", "none"] = "last"
+    ) -> np.ndarray | None:
         """Tokens of one sequence, in batches of n_batch. Returns logits float32 [n_vocab], [n_tokens, n_vocab] or None."""
         rows = []
         for at in range(0, len(tokens), self.n_batch):
             part = tokens[at : at + self.n_batch]
             end = at + len(part) == len(tokens)
-            self.decode_batch([(t, pos0 + at + i, seq, logits == "all" or (logits == "last" and end and i == len(part) - 1))
-                               for i, t in enumerate(part)])
+            self.decode_batch(
+                [
+                    (t, pos0 + at + i, seq, logits == "all" or (logits == "last" and end and i == len(part) - 1))
+                    for i, t in enumerate(part)
+                ]
+            )
             if logits == "all":
                 rows += [self.logits(i) for i in range(len(part))]
             elif logits == "last" and end:

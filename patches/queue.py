@@ -29,7 +29,9 @@ class QueueError(Exception):
 
 
 def upstream() -> dict[str, str]:
-    return dict(re.split(r"\s*=\s*", line, maxsplit=1) for line in (HERE / "UPSTREAM").read_text().splitlines() if "=" in line)
+    return dict(
+        re.split(r"\s*=\s*", line, maxsplit=1) for line in (HERE / "UPSTREAM").read_text().splitlines() if "=" in line
+    )
 
 
 def patches() -> list[Path]:
@@ -53,10 +55,24 @@ def fetch() -> Path:
         cache = path.parent
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=cache) as folder:
-            command = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps", "--no-binary", up["package"],
-                       "-d", folder, f"{up['package']}=={up['version']}"]
+            command = [
+                sys.executable,
+                "-m",
+                "pip",
+                "download",
+                "-q",
+                "--disable-pip-version-check",
+                "--no-deps",
+                "--no-binary",
+                up["package"],
+                "-d",
+                folder,
+                f"{up['package']}=={up['version']}",
+            ]
             if subprocess.run(command).returncode != 0:
-                raise QueueError(f"pip could not download {up['package']} {up['version']}; check the index that pip is configured for, or give -DFASA_LLAMA_SOURCE=DIR")
+                raise QueueError(
+                    f"pip could not download {up['package']} {up['version']}; check the index that pip is configured for, or give -DFASA_LLAMA_SOURCE=DIR"
+                )
             os.replace(Path(folder) / path.name, path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != up["sha256"]:
@@ -71,8 +87,8 @@ def unpack(target: Path) -> None:
     with tarfile.open(fetch()) as tar:
         for m in tar:
             name = m.name.split("/", 1)[-1]
-            if name.startswith(folder + "/") and m.isfile() and not SKIP.match(name[len(folder) + 1:]):
-                out = target / name[len(folder) + 1:]
+            if name.startswith(folder + "/") and m.isfile() and not SKIP.match(name[len(folder) + 1 :]):
+                out = target / name[len(folder) + 1 :]
                 out.parent.mkdir(parents=True, exist_ok=True)
                 with tar.extractfile(m) as f, open(out, "wb") as g:
                     shutil.copyfileobj(f, g)
@@ -89,7 +105,9 @@ def prepare(target: Path, source: Path | None, patched: bool) -> None:
     fresh = target.with_name(target.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     if source:
-        build_folders = lambda folder, names: [n for n in names if n == ".git" or (Path(folder) / n / "CMakeCache.txt").exists()]
+        build_folders = lambda folder, names: [
+            n for n in names if n == ".git" or (Path(folder) / n / "CMakeCache.txt").exists()
+        ]
         shutil.copytree(source, fresh, ignore=build_folders)
     else:
         unpack(fresh)
@@ -115,7 +133,7 @@ def split(patch: Path) -> tuple[str, list[tuple[str, list[str]]]]:
     files = []
     for part in parts:
         name, body = part.split("\n", 1)
-        files.append((name.strip(), [line for line in body[body.index("@@"):].splitlines()]))
+        files.append((name.strip(), [line for line in body[body.index("@@") :].splitlines()]))
     return header, files
 
 
@@ -133,10 +151,12 @@ def apply_hunks(lines: list[str], hunks: list[str], where: str, exact: bool = Tr
             i += 1
         old = [line[1:] for line in body if line[:1] in (" ", "-") or line == ""]
         start = int(m.group(1)) - 1
-        if lines[start:start + len(old)] != old:
-            found = [j for j in range(at, len(lines)) if lines[j:j + len(old)] == old]
+        if lines[start : start + len(old)] != old:
+            found = [j for j in range(at, len(lines)) if lines[j : j + len(old)] == old]
             if exact or len(found) != 1:
-                raise QueueError(f"{where}: the hunk at line {start + 1} does not apply; mend it by hand and run `queue.py refresh`")
+                raise QueueError(
+                    f"{where}: the hunk at line {start + 1} does not apply; mend it by hand and run `queue.py refresh`"
+                )
             start = found[0]
         out += lines[at:start] + [line[1:] for line in body if line[:1] in (" ", "+") or line == ""]
         at = start + len(old)
@@ -186,7 +206,9 @@ def refresh(tree: Path) -> None:
             text = header
             for name, _ in files:
                 old, new = (Path(d, name).read_text().splitlines(keepends=True) for d in (folder, tree))
-                text += f"diff --git a/{name} b/{name}\n" + "".join(difflib.unified_diff(old, new, f"a/{name}", f"b/{name}"))
+                text += f"diff --git a/{name} b/{name}\n" + "".join(
+                    difflib.unified_diff(old, new, f"a/{name}", f"b/{name}")
+                )
             patch.write_text(text)
 
 

@@ -1,21 +1,17 @@
-from pathlib import Path
-
 import pytest
-
-ROOT = Path(__file__).resolve().parent.parent
-SMOLLM2 = ROOT / "models" / "cache" / "SmolLM2-135M-Instruct.Q4_1.gguf"
+from paths import SMOLLM2
 
 
 @pytest.fixture(scope="session")
 def library():
     """The native library; tests that use it skip, saying so, where it was not built."""
-    from fasa_gguf import FasaError, native
+    from fasa_gguf import FasaError, runtime
 
     try:
-        native.version()
+        runtime.library.version()
     except FasaError as e:
         pytest.skip(str(e))
-    return native
+    return runtime
 
 
 @pytest.fixture(scope="session")
@@ -27,8 +23,18 @@ def cuda(library):
 
     z = np.zeros
     try:
-        library.op_run(q=z((1, 1, 1, 8)), k=z((1, 8, 1, 8)), v=z((1, 8, 1, 8)), mask=z((1, 1, 8)), dims=z((1, 8)), weight=z((1, 8)),
-                       forced=z((1, 1, 1)), budget=1, scale=1.0, backend="CUDA0")
+        library.ops.op_run(
+            q=z((1, 1, 1, 8)),
+            k=z((1, 8, 1, 8)),
+            v=z((1, 8, 1, 8)),
+            mask=z((1, 1, 8)),
+            dims=z((1, 8)),
+            weight=z((1, 8)),
+            forced=z((1, 1, 1)),
+            budget=1,
+            scale=1.0,
+            backend="CUDA0",
+        )
     except FasaError as e:
         if "no backend" not in str(e):
             raise
@@ -67,9 +73,9 @@ def tiny(tmp_path_factory):
 @pytest.fixture(scope="session")
 def profile(tiny):
     """A random ranking for the tiny model, for modules without a profile of their own."""
-    from fasa_gguf.embed import model_shape
-    from fasa_gguf.gguf_file import GGUFFile
-    from fasa_gguf.synthetic import synthetic_profile
+    from fasa_gguf.gguf.file import GGUFFile
+    from fasa_gguf.gguf.shape import model_shape
+    from fasa_gguf.speed.random_model import synthetic_profile
 
     return synthetic_profile(*model_shape(GGUFFile(tiny)), seed=2)
 
@@ -77,6 +83,26 @@ def profile(tiny):
 @pytest.fixture(scope="session")
 def text():
     """The start of the corpus that is calibrated on by default, for modules without a text of their own."""
-    from fasa_gguf.calibrate import default_corpus
+    from fasa_gguf.calibrate.gguf import default_corpus
 
     return default_corpus()[1][:30000]
+
+
+@pytest.fixture(scope="session")
+def sliding(tmp_path_factory):
+    """A model of cohere2's shape: three layers of four have a window of 64."""
+    from tiny_archs import write_sliding
+
+    path = tmp_path_factory.mktemp("iswa") / "cohere2.gguf"
+    write_sliding(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def hybrid(tmp_path_factory):
+    """A model of lfm2's shape: two layers of attention, two of short convolutions."""
+    from tiny_archs import write_hybrid
+
+    path = tmp_path_factory.mktemp("hybrid") / "lfm2.gguf"
+    write_hybrid(path)
+    return path

@@ -5,19 +5,20 @@ import subprocess
 import sys
 
 import pytest
+from paths import ROOT
 
-from fasa_gguf import FasaError, FasaParams, embed
-from fasa_gguf.gguf_file import GGUFFile
-from fasa_gguf.synthetic import synthetic_profile
-
-from conftest import ROOT
+from fasa_gguf import FasaError, FasaParams
+from fasa_gguf.gguf import shape
+from fasa_gguf.gguf.file import GGUFFile
+from fasa_gguf.profile import embed
+from fasa_gguf.speed.random_model import synthetic_profile
 
 ON = FasaParams(chunks=4, budget=64, min_context=0)
 
 
 @pytest.fixture(scope="module")
 def profiled(library, tiny, tmp_path_factory):
-    profile = synthetic_profile(*embed.model_shape(GGUFFile(tiny)))
+    profile = synthetic_profile(*shape.model_shape(GGUFFile(tiny)))
     return str(embed.rewrite(tiny, profile, tmp_path_factory.mktemp("llama") / "tiny.gguf"))
 
 
@@ -50,7 +51,7 @@ def test_a_live_model_switches(make, profiled):
     assert llm.fasa == "off" and steps(llm, "b" * 200) == 0
     llm.fasa = ON.replace(budget=99)
     assert llm.fasa.budget == 99 and steps(llm, "c" * 200) > 0
-    with pytest.raises(FasaError, match="fasa='on': expected \"auto\", \"off\" or FasaParams"):
+    with pytest.raises(FasaError, match='fasa=\'on\': expected "auto", "off" or FasaParams'):
         llm.fasa = "on"
     assert llm.fasa.budget == 99
 
@@ -62,7 +63,7 @@ def test_auto_takes_settings_from_the_environment(make, profiled, monkeypatch):
 
 
 def test_a_model_loaded_off_can_be_switched_on(make, profiled, tiny):
-    assert make(profiled, fasa="off").context_params.flash_attn_type == 0      # llama_cpp's own default
+    assert make(profiled, fasa="off").context_params.flash_attn_type == 0  # llama_cpp's own default
     with pytest.raises(FasaError, match="loaded without flash attention"):
         make(profiled, fasa="off").set_fasa("auto")
     llm = make(profiled, fasa="off", flash_attn=True)
@@ -114,27 +115,28 @@ def test_drafts_do_not_change_the_text(make, profiled):
 def test_auto_never_refuses_what_llama_cpp_takes(make, profiled, tiny, tmp_path, capfd):
     from fasa_gguf import Llama
 
-    with pytest.raises(ValueError, match="Model path does not exist"):           # llama_cpp's own
+    with pytest.raises(ValueError, match="Model path does not exist"):  # llama_cpp's own
         Llama(str(tmp_path / "none.gguf"))
     data = bytearray(open(profiled, "rb").read())
-    at = data.index(b"fasa.version") + len("fasa.version") + 4                   # behind the key and its type
+    at = data.index(b"fasa.version") + len("fasa.version") + 4  # behind the key and its type
     data[at] = 99
     bad = tmp_path / "newer.gguf"
     bad.write_bytes(data)
-    assert make(bad).fasa == "off"                                               # a Path, too
+    assert make(bad).fasa == "off"  # a Path, too
     err = capfd.readouterr().err
     assert "newer.gguf: key fasa.version: expected at most 1, found 99" in err and "decoding is dense" in err
     with pytest.raises(FasaError, match="key fasa.version"):
         make(bad, fasa=ON)
     other = synthetic_profile([2] * 2, [8] * 2)
     with pytest.raises(FasaError, match="2 layers"):
-        make(profiled, fasa_profile=other)                                       # a profile that was given must fit
+        make(profiled, fasa_profile=other)  # a profile that was given must fit
     assert make(profiled, vocab_only=True).fasa == "off" and "fasa_gguf" not in capfd.readouterr().err
 
 
 def test_vision_is_refused(library):
-    from fasa_gguf import Llama
     from llama_cpp import llama_chat_format
+
+    from fasa_gguf import Llama
 
     for name in ("Llava15ChatHandler", "MTMDChatHandler", "Qwen25VLChatHandler"):
         with pytest.raises(FasaError, match="vision needs libmtmd"):
@@ -146,13 +148,17 @@ def test_vision_is_refused(library):
 
 def test_enable_serves_code_that_is_not_ours(profiled):
     """llama_cpp.server hands flash_attn=False on when nobody asked for it; enable() must not be dense for that."""
-    code = ("import sys, fasa_gguf\n"
-            "fasa_gguf.enable(fasa_gguf.FasaParams(chunks=4, budget=70, min_context=0))\n"
-            "import llama_cpp\nfrom llama_cpp import Llama\n"
-            "m = Llama(model_path=sys.argv[1], n_ctx=512, flash_attn=False, verbose=False)\n"
-            "m.create_completion('a' * 200, max_tokens=5, temperature=0)\n"
-            "print(m.fasa.budget, m.fasa_stats()['steps_sparse'] > 0, Llama is llama_cpp.llama.Llama is fasa_gguf.Llama)")
+    code = (
+        "import sys, fasa_gguf\n"
+        "fasa_gguf.enable(fasa_gguf.FasaParams(chunks=4, budget=70, min_context=0))\n"
+        "import llama_cpp\nfrom llama_cpp import Llama\n"
+        "m = Llama(model_path=sys.argv[1], n_ctx=512, flash_attn=False, verbose=False)\n"
+        "m.create_completion('a' * 200, max_tokens=5, temperature=0)\n"
+        "print(m.fasa.budget, m.fasa_stats()['steps_sparse'] > 0, Llama is llama_cpp.llama.Llama is fasa_gguf.Llama)"
+    )
     run = subprocess.run([sys.executable, "-c", code, profiled], capture_output=True, text=True, cwd=ROOT)
     assert run.stdout.split() == ["70", "True", "True"], run.stderr
-    run = subprocess.run([sys.executable, "-c", "import fasa_gguf; fasa_gguf.enable('on')"], capture_output=True, text=True, cwd=ROOT)
+    run = subprocess.run(
+        [sys.executable, "-c", "import fasa_gguf; fasa_gguf.enable('on')"], capture_output=True, text=True, cwd=ROOT
+    )
     assert "fasa='on': expected" in run.stderr

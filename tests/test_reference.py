@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from fasa_gguf import FasaParams, reference as R
+from fasa_gguf import FasaParams
+from fasa_gguf import reference as R
 
 
 def test_chunk_dims_pair_as_rope_does():
@@ -47,19 +48,23 @@ def test_select_by_mass_counts_exactly():
     every, none = np.ones(4, bool), np.zeros(4, bool)
     for mass, count in ((0.5, 1), (0.51, 2), (0.75, 2), (0.8, 3), (1.0, 4)):
         assert len(R.select(score, every, none, 1, 99, mass, 1, 99)) == count
-    assert len(R.select(score, every, none, 1, 99, 0.5, 3, 99)) == 3   # floor
-    assert len(R.select(score, every, none, 1, 99, 1.0, 1, 2)) == 2    # cap
+    assert len(R.select(score, every, none, 1, 99, 0.5, 3, 99)) == 3  # floor
+    assert len(R.select(score, every, none, 1, 99, 1.0, 1, 2)) == 2  # cap
 
 
 def test_a_layer_s_mass():
-    assert R.layer_mass(0.9, 1.0) == np.float32(0.9) and np.isclose(R.layer_mass(0.9, 0.5), 0.95) and np.isclose(R.layer_mass(0.9, 2.0), 0.8)
+    assert (
+        R.layer_mass(0.9, 1.0) == np.float32(0.9)
+        and np.isclose(R.layer_mass(0.9, 0.5), 0.95)
+        and np.isclose(R.layer_mass(0.9, 2.0), 0.8)
+    )
     assert R.layer_mass(0.9, 50.0) == R.MASS_LEAST and R.layer_mass(1.0, 50.0) == 1 and R.layer_mass(0.0, 2.0) == 0
 
 
 def test_the_mass_of_a_mean_budget():
     tokens, mass = [100, 400, 800], [0.5, 0.875, 0.9]
     assert [R.mean_budget_mass(tokens, mass, n) for n in (100, 400, 800)] == [np.float32(x) for x in mass]
-    assert np.isclose(R.mean_budget_mass(tokens, mass, 200), 0.75)                                   # half way: sqrt(1/2 * 1/8) is missed
+    assert np.isclose(R.mean_budget_mass(tokens, mass, 200), 0.75)  # half way: sqrt(1/2 * 1/8) is missed
     assert [R.mean_budget_bounds(n) for n in (40, 128, 256, 512)] == [(40, 80), (64, 256), (64, 512), (128, 1024)]
     assert [R.mean_budget_mass(tokens, mass, n) for n in (99, 801)] == [0, 0] and R.mean_budget_mass([], [], 5) == 0
 
@@ -96,12 +101,12 @@ def test_attention_over_all_cells_is_dense():
 
 def test_quantised_values_by_hand():
     x = np.zeros((1, 8), np.float32)
-    x[0, :4] = [12.7, -6.35, 0.05, 0.0]             # q8: the step is 0.1 as f16
+    x[0, :4] = [12.7, -6.35, 0.05, 0.0]  # q8: the step is 0.1 as f16
     step = np.float32(np.float16(0.1))
     assert np.allclose(R.quantize_k_dom(x, np.arange(8), "q8")[0, :4], np.array([127, -64, 1, 0]) * step)
-    x[0, :4] = [-8.0, 3.4, 3.6, 7.9]                # q4: the step is 1, from the value of largest magnitude; 8 is out of reach
+    x[0, :4] = [-8.0, 3.4, 3.6, 7.9]  # q4: the step is 1, from the value of largest magnitude; 8 is out of reach
     assert R.quantize_k_dom(x, np.arange(8), "q4")[0, :4].tolist() == [-8, 3, 4, 7]
-    x[0, :4] = [4.0, -4.0, 0, 0]                    # equal magnitudes: the first gives the sign
+    x[0, :4] = [4.0, -4.0, 0, 0]  # equal magnitudes: the first gives the sign
     assert R.quantize_k_dom(x, np.arange(8), "q4")[0, :2].tolist() == [4.0, -3.5]
 
 
@@ -109,11 +114,13 @@ def test_q4_is_ggmls_arithmetic():
     from gguf import GGMLQuantizationType, quants
 
     x = np.zeros((40, 32), np.float32)
-    x[:, :8] = np.random.default_rng(2).standard_normal((40, 8))     # one group of ours in a block of q4_0
+    x[:, :8] = np.random.default_rng(2).standard_normal((40, 8))  # one group of ours in a block of q4_0
     theirs = quants.dequantize(quants.quantize(x, GGMLQuantizationType.Q4_0), GGMLQuantizationType.Q4_0)[:, :8]
     ours = R.quantize_k_dom(x, np.arange(8), "q4")
     step = np.abs(x).max(-1, keepdims=True) / 8
-    assert (np.abs(ours - theirs) < 1e-6).mean() > 0.99 and (np.abs(ours - theirs) < 1.01 * step).all()  # the rounded f16 step
+    assert (np.abs(ours - theirs) < 1e-6).mean() > 0.99 and (
+        np.abs(ours - theirs) < 1.01 * step
+    ).all()  # the rounded f16 step
 
 
 def brute_step(q, k, v, visible, forced, dims, weight, n, scale, cap):
@@ -137,7 +144,7 @@ def test_decode_step_is_the_brute_force_step():
     d, n = 12, 60
     q, k, v = (rng.standard_normal(s) for s in ((3, d), (n, d), (n, 5)))
     k = k.astype(np.float16).astype(np.float32)
-    positions = rng.permutation(n)                                   # a cell's position is not its index
+    positions = rng.permutation(n)  # a cell's position is not its index
     visible = positions < 50
     forced = visible & ((positions < 2) | (positions >= 47))
     dims = R.chunk_dims(d, 8, "neox")
@@ -152,8 +159,17 @@ def test_decode_step_is_the_brute_force_step():
 def test_decode_step_with_every_cell_is_dense_attention():
     rng = np.random.default_rng(7)
     q, k, v = (rng.standard_normal(s).astype(np.float32) for s in ((2, 16), (40, 16), (40, 8)))
-    out, cells = R.decode_step(q, k, v, np.arange(40), np.ones(40, bool), np.arange(8), R.chunk_dims(16, 16, "norm"),
-                               FasaParams(chunks=2, budget=40), 0.25)
+    out, cells = R.decode_step(
+        q,
+        k,
+        v,
+        np.arange(40),
+        np.ones(40, bool),
+        np.arange(8),
+        R.chunk_dims(16, 16, "norm"),
+        FasaParams(chunks=2, budget=40),
+        0.25,
+    )
     assert cells.tolist() == list(range(40)) and np.allclose(out, R.softmax(q @ k.T * 0.25) @ v, atol=1e-6)
 
 
@@ -175,9 +191,12 @@ def test_weights_of_all_chunks_are_one_and_silent_partners_are_weighed_in():
     dims, pos = R.chunk_dims(8, 8, "norm"), np.arange(196, 200)
     q, k = rng.standard_normal((2, 4, 8)).astype(np.float32), rng.standard_normal((200, 8)).astype(np.float32)
     assert np.allclose(R.fit_weights(q, k, pos, dims, np.arange(4), 0.35), 1, atol=0.02)
-    q[..., dims[1]], k[:, dims[1]] = 2 * q[..., dims[0]], k[:, dims[0]]     # chunk 1 is twice chunk 0, so chunk 0 stands for both
+    q[..., dims[1]], k[:, dims[1]] = (
+        2 * q[..., dims[0]],
+        k[:, dims[0]],
+    )  # chunk 1 is twice chunk 0, so chunk 0 stands for both
     q[..., dims[2]] = -3 * q[..., dims[3]]
-    k[:, dims[2]] = k[:, dims[3]]                                            # chunk 3 stands for -2 of itself: clipped to 0
+    k[:, dims[2]] = k[:, dims[3]]  # chunk 3 stands for -2 of itself: clipped to 0
     w = R.fit_weights(q, k, pos, dims, np.array([0, 3]), 0.35)
     assert np.allclose(w, [3, 0], atol=0.1)
 
@@ -191,4 +210,4 @@ def test_greedy_set_prefers_a_complement_over_a_twin():
     k[60, [6, 7]] = 5.0
     order, kept = R.rank_recall(np.ones((1, 1, 8), np.float32), k, pos, dims, 1.0, 0, 3, 2, 0, 0)
     assert order[:2].tolist() == [0, 3] and kept[0] < kept[1] and kept[1] > 0.99
-    assert order[2] == 1                             # nothing left to gain: the lowest id
+    assert order[2] == 1  # nothing left to gain: the lowest id

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from .. import reference
-from ..profile import Profile
+from ..profile.profile import Profile
 from .decoder import Decoder, Shape
 
 
@@ -29,16 +29,18 @@ def rank_ca(q: torch.Tensor, k: torch.Tensor, start: int, shape: Shape, budget: 
     `budget` cells that the chunk's top cells hit, mean over the queries q [n_head, n_query, d] at positions from start on;
     k [n_head_kv, n, d]. start >= budget - 1."""
     dims = torch.as_tensor(reference.chunk_dims(shape.head_dim, shape.n_rot, shape.layout), device=q.device).long()
-    q, n_kv = q.reshape(shape.n_head_kv, -1, q.shape[-1]), k.shape[1]                        # [n_head_kv, G*n_query, d]
+    q, n_kv = q.reshape(shape.n_head_kv, -1, q.shape[-1]), k.shape[1]  # [n_head_kv, G*n_query, d]
     hidden = torch.arange(n_kv, device=q.device) > torch.arange(start, n_kv, device=q.device)[:, None]
-    hidden = hidden.repeat(shape.group, 1)                                                   # [G*n_query, n]
+    hidden = hidden.repeat(shape.group, 1)  # [G*n_query, n]
 
     def best(d: Any) -> torch.Tensor:
         return (q[..., d] @ k[..., d].transpose(1, 2)).masked_fill(hidden, -torch.inf).topk(budget, -1).indices
 
     hit = torch.zeros(len(k), q.shape[1], n_kv, dtype=torch.bool, device=q.device).scatter_(-1, best(slice(None)), True)
-    agree = torch.stack([hit.gather(-1, best(d)).sum(-1).view(shape.n_head, -1).sum(-1) for d in dims], -1)   # [n_head, n_chunk], hits
-    return np.argsort(-agree.cpu().numpy(), axis=-1, kind="stable").tolist()                 # [n_head, n_chunk]
+    agree = torch.stack(
+        [hit.gather(-1, best(d)).sum(-1).view(shape.n_head, -1).sum(-1) for d in dims], -1
+    )  # [n_head, n_chunk], hits
+    return np.argsort(-agree.cpu().numpy(), axis=-1, kind="stable").tolist()  # [n_head, n_chunk]
 
 
 def rank_channels(q: torch.Tensor, k: torch.Tensor, shape: Shape) -> list[list[int]]:

@@ -6,27 +6,29 @@ from __future__ import annotations
 import math
 import os
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Sequence
+from typing import Any
 
 import torch
 
 from .. import __version__
-from ..calibrate import default_corpus
+from ..calibrate.gguf import default_corpus
 from ..errors import FasaError
-from ..evaluate import Arm, Score, cut_windows, evaluate
-from ..gguf_file import GGUFFile
-from ..journal import Journal, model_print, text_print
+from ..gguf.file import GGUFFile
 from ..params import FasaParams
-from ..profile import Profile
+from ..profile.profile import Profile
+from ..quality.arms import Arm
+from ..quality.journal import Journal, model_print, text_print
+from ..quality.perplexity import Score, cut_windows, evaluate
 from ..session import Session
 from .calibrate import Knowledge, read_text
 from .decoder import Decoder, Prefix
-from .methods import METHODS, Fasa, Method, parse_spec, spec_text
+from .methods import METHODS, Method, parse_spec, spec_text
 
 MAX_SCORE_SHARE = 1 / 8  # of dense's bytes that a tuned method may read to choose
-MASS_STEPS = 8           # halvings of the target mass when it is tuned to a mean budget
+MASS_STEPS = 8  # halvings of the target mass when it is tuned to a mean budget
 Report = Callable[[str, int, int], None]
 
 
@@ -48,9 +50,9 @@ class Setup:
     device: str = "cpu"
     profile: Profile | None = None
     threads: int = 0
-    texts: dict[str, str] = field(default_factory=dict)      # names of the texts, for the report
+    texts: dict[str, str] = field(default_factory=dict)  # names of the texts, for the report
 
-    def check(self) -> "Setup":
+    def check(self) -> Setup:
         """Returns self, or raises FasaError naming the first setting that is out of range."""
         if not 1 <= self.score < self.window:
             raise FasaError(f"--score {self.score}: expected 1 to {self.window - 1} (shorter than the window)")
@@ -60,9 +62,17 @@ class Setup:
 
     def settings(self) -> dict[str, Any]:
         """What every sample depends on."""
-        return {"task": "compare", "model": model_print(self.model), "text": text_print(self.text), "tune": text_print(self.tune),
-                "windows": self.windows, "window": self.window, "score": self.score, "tune_windows": self.tune_windows,
-                "profile": text_print(self.profile.to_json()) if self.profile else None}
+        return {
+            "task": "compare",
+            "model": model_print(self.model),
+            "text": text_print(self.text),
+            "tune": text_print(self.tune),
+            "windows": self.windows,
+            "window": self.window,
+            "score": self.score,
+            "tune_windows": self.tune_windows,
+            "profile": text_print(self.profile.to_json()) if self.profile else None,
+        }
 
 
 @dataclass(frozen=True)
@@ -88,14 +98,20 @@ def find_profile(path: str | os.PathLike | None, model: str | os.PathLike) -> Pr
 
 def read_windows(setup: Setup, journal: Journal) -> dict[str, list[list[int]]]:
     """Windows of window + 1 tokens of each part: text, tune, and the one window of `calibration`."""
-    parts = {"text": (setup.text, setup.windows), "tune": (setup.tune, setup.tune_windows), "calibration": (setup.tune, 1)}
+    parts = {
+        "text": (setup.text, setup.windows),
+        "tune": (setup.tune, setup.tune_windows),
+        "calibration": (setup.tune, 1),
+    }
     if setup.tune is None:
         parts = {"text": parts["text"], "calibration": (default_corpus()[1], 1)}
     missing = [part for part in parts if journal.get(f"tokens {part}") is None]
     if missing:
         with Session(setup.model, n_ctx=256, n_batch=32, n_ubatch=32) as s:
             if setup.window > s.n_ctx_train:
-                raise FasaError(f"--window {setup.window}: {setup.model} was trained on {s.n_ctx_train} tokens of context; use a shorter --window")
+                raise FasaError(
+                    f"--window {setup.window}: {setup.model} was trained on {s.n_ctx_train} tokens of context; use a shorter --window"
+                )
             for part in missing:
                 text, n = parts[part]
                 journal.add(f"tokens {part}", cut_windows(s, text, n, setup.window, setup.score))
@@ -108,7 +124,9 @@ def read_windows(setup: Setup, journal: Journal) -> dict[str, list[list[int]]]:
 class Runner:
     """Runs jobs on windows; what a window's jobs share, the dense prefix and the dense logits, is kept for the last few windows."""
 
-    def __init__(self, decoder: Decoder, windows: dict[str, list[list[int]]], score: int, journal: Journal, keep: int) -> None:
+    def __init__(
+        self, decoder: Decoder, windows: dict[str, list[list[int]]], score: int, journal: Journal, keep: int
+    ) -> None:
         self.decoder, self.windows, self.score, self.journal, self.keep = decoder, windows, score, journal, keep
         self.knowledge: Knowledge | None = None
         self._shared: OrderedDict[tuple[str, int], tuple[Prefix, torch.Tensor, dict[str, int]]] = OrderedDict()
@@ -120,7 +138,9 @@ class Runner:
                 self._shared.popitem(last=False)
             tokens = self.windows[part][i]
             prefix = self.decoder.prefill(tokens[: -1 - self.score])
-            logits, counters = self.decoder.decode(prefix, tokens[-1 - self.score : -1], METHODS["dense"](self.decoder.shape, 0))
+            logits, counters = self.decoder.decode(
+                prefix, tokens[-1 - self.score : -1], METHODS["dense"](self.decoder.shape, 0)
+            )
             self._shared[part, i] = prefix, logits.log_softmax(-1), counters
         return self._shared[part, i]
 
@@ -132,11 +152,16 @@ class Runner:
         prefix, dense, counters = self._window(part, i)
         tokens, logp = self.windows[part][i], dense
         if job.spec != "dense":
-            logits, counters = self.decoder.decode(prefix, tokens[-1 - self.score : -1], job.method(self.decoder, self.knowledge))
+            logits, counters = self.decoder.decode(
+                prefix, tokens[-1 - self.score : -1], job.method(self.decoder, self.knowledge)
+            )
             logp = logits.log_softmax(-1)
         target = torch.as_tensor(tokens[-self.score :], device=logp.device)
-        values = {"nll": -logp.gather(-1, target[:, None])[:, 0], "kl": (dense.exp() * (dense - logp)).sum(-1),
-                  "hit": (dense.argmax(-1) == logp.argmax(-1)).double()}
+        values = {
+            "nll": -logp.gather(-1, target[:, None])[:, 0],
+            "kl": (dense.exp() * (dense - logp)).sum(-1),
+            "hit": (dense.argmax(-1) == logp.argmax(-1)).double(),
+        }
         out = {name: [float(f"{x:.7g}") for x in v.tolist()] for name, v in values.items()} | {"counters": counters}
         self.journal.add(key, out)
         return out
@@ -189,7 +214,10 @@ def tune_jobs(runner: Runner, setup: Setup, report: Report) -> tuple[list[Job], 
         grid = [c for c in kind.candidates(runner.decoder.shape) if not fixed and not set(c) & set(given)] or [{}]
         grids += [(spec, kind, options, b, grid) for b in ([0] if fixed else setup.budgets)]
     n, trials, jobs, done = setup.tune_windows, [], [], 0
-    cost = [n * (MASS_STEPS if kind.tuned and not options.get("mass") else len(grid) if len(grid) > 1 else 0) for _, kind, options, _, grid in grids]
+    cost = [
+        n * (MASS_STEPS if kind.tuned and not options.get("mass") else len(grid) if len(grid) > 1 else 0)
+        for _, kind, options, _, grid in grids
+    ]
 
     def trial(job: Job) -> dict[str, Any]:
         nonlocal done
@@ -199,8 +227,13 @@ def tune_jobs(runner: Runner, setup: Setup, report: Report) -> tuple[list[Job], 
             done += 1
             report("tuning", done, sum(cost))
         c = score.counters
-        entry = {"spec": job.spec, "budget": job.budget, "kl": score.row(score)["kl"], "tokens": c["rows_attended"] / c["lists"],
-                 "score_share": c["bytes_tip"] / c["bytes_dense"]}
+        entry = {
+            "spec": job.spec,
+            "budget": job.budget,
+            "kl": score.row(score)["kl"],
+            "tokens": c["rows_attended"] / c["lists"],
+            "score_share": c["bytes_tip"] / c["bytes_dense"],
+        }
         trials.append(entry)
         return entry
 
@@ -241,8 +274,18 @@ def library_arms(jobs: Sequence[Job], decoder: Decoder, profile: Profile | None)
             continue
         m = job.method(decoder, Knowledge(profile))
         floor, cap = m.bounds()
-        params = FasaParams(chunks=m.chunks(), budget=max(job.budget, 1), mass=m.mass, floor=floor, cap=cap, sink=m.sink, recent=m.recent, min_context=0,
-                            k_dom=m.k_dom, per_head=int(not m.shared))
+        params = FasaParams(
+            chunks=m.chunks(),
+            budget=max(job.budget, 1),
+            mass=m.mass,
+            floor=floor,
+            cap=cap,
+            sink=m.sink,
+            recent=m.recent,
+            min_context=0,
+            k_dom=m.k_dom,
+            per_head=int(not m.shared),
+        )
         out[job] = Arm(f"{job.spec} {job.budget}", params, profile)
     return out
 
@@ -250,9 +293,21 @@ def library_arms(jobs: Sequence[Job], decoder: Decoder, profile: Profile | None)
 def library_rows(setup: Setup, arms: dict[Job, Arm], out: Path, report: Report) -> list[dict[str, Any]]:
     """The rows of evaluate.evaluate on the same windows, dense first; resumable in DIR/library-*.jsonl."""
     name = f"library-{text_print(repr(sorted(a.name for a in arms.values())))}.jsonl"
-    rows = evaluate(setup.model, setup.text, list(arms.values()), setup.windows, setup.window, setup.score, setup.threads,
-                    progress=lambda what, n, total: report("the library", n, total), resume=out / name)
-    return [{**row, "spec": job.spec if job else "dense", "budget": job.budget if job else 0} for row, job in zip(rows, [None, *arms])]
+    rows = evaluate(
+        setup.model,
+        setup.text,
+        list(arms.values()),
+        setup.windows,
+        setup.window,
+        setup.score,
+        setup.threads,
+        progress=lambda what, n, total: report("the library", n, total),
+        resume=out / name,
+    )
+    return [
+        {**row, "spec": job.spec if job else "dense", "budget": job.budget if job else 0}
+        for row, job in zip(rows, [None, *arms])
+    ]
 
 
 # ---- all of it ----
@@ -262,13 +317,21 @@ def job_row(job: Job, score: Score, dense: Score, n_layer: int) -> dict[str, Any
     """The figures of one job; bytes_per_token: read by one layer for one decoded token."""
     c = score.counters
     kind, options = parse_spec(job.spec)
-    return {"method": kind.name, "asked": job.asked or kind.name, "spec": job.spec, "options": options, "budget": job.budget, **score.row(dense),
-            "bytes_per_token": (c["bytes_fac"] + c["bytes_tip"]) / (c["steps_sparse"] * n_layer),
-            "score_share": c["bytes_tip"] / c["bytes_dense"]}
+    return {
+        "method": kind.name,
+        "asked": job.asked or kind.name,
+        "spec": job.spec,
+        "options": options,
+        "budget": job.budget,
+        **score.row(dense),
+        "bytes_per_token": (c["bytes_fac"] + c["bytes_tip"]) / (c["steps_sparse"] * n_layer),
+        "score_share": c["bytes_tip"] / c["bytes_dense"],
+    }
 
 
-def compare(setup: Setup, out: str | os.PathLike, plan_only: bool = False, library: bool = False,
-            report: Report | None = None) -> dict[str, Any] | None:
+def compare(
+    setup: Setup, out: str | os.PathLike, plan_only: bool = False, library: bool = False, report: Report | None = None
+) -> dict[str, Any] | None:
     """Run what is missing and write DIR's results.md, results.json, budget.png and bytes.png. Returns what results.json holds:
     config, rows (dense first), trials of the tuning, library rows. plan_only: cut the windows into DIR/samples.jsonl and stop.
 
@@ -292,7 +355,7 @@ def compare(setup: Setup, out: str | os.PathLike, plan_only: bool = False, libra
         runner.knowledge = learn(runner, setup, report)
         jobs, trials = tune_jobs(runner, setup, report) if setup.tune else (plain_jobs(setup), [])
         for job in jobs:
-            job.method(decoder, runner.knowledge)                                        # refuses before anything runs
+            job.method(decoder, runner.knowledge)  # refuses before anything runs
         every = [Job("dense", 0), *dict.fromkeys(jobs)]
         scores, done = {job: Score(job.spec) for job in every}, 0
         for i in range(setup.windows):
@@ -301,10 +364,26 @@ def compare(setup: Setup, out: str | os.PathLike, plan_only: bool = False, libra
                 done += 1
                 report("comparing", done, len(every) * setup.windows)
     dense = scores[every[0]]
-    config = {**setup.settings(), "methods": list(setup.methods), "budgets": list(setup.budgets), "sink": setup.sink, "recent": setup.recent,
-              "texts": setup.texts, "device": setup.device, "torch": torch.__version__, "fasa_gguf": __version__, "kv_type": "f16",
-              "tuned": bool(setup.tune), "shape": asdict(decoder.shape)}
-    result = {"config": config, "rows": [job_row(j, scores[j], dense, decoder.shape.n_layer) for j in every], "trials": trials, "library": []}
+    config = {
+        **setup.settings(),
+        "methods": list(setup.methods),
+        "budgets": list(setup.budgets),
+        "sink": setup.sink,
+        "recent": setup.recent,
+        "texts": setup.texts,
+        "device": setup.device,
+        "torch": torch.__version__,
+        "fasa_gguf": __version__,
+        "kv_type": "f16",
+        "tuned": bool(setup.tune),
+        "shape": asdict(decoder.shape),
+    }
+    result = {
+        "config": config,
+        "rows": [job_row(j, scores[j], dense, decoder.shape.n_layer) for j in every],
+        "trials": trials,
+        "library": [],
+    }
     if library and (arms := library_arms(every, decoder, setup.profile)):
         result["library"] = library_rows(setup, arms, out, report)
     write_results(result, out)

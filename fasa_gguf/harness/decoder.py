@@ -5,16 +5,17 @@ states and later layers see the sparse outputs, so the batch is what decoding to
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from ..embed import first_shard, read_shape
 from ..errors import FasaError
-from ..gguf_file import F32, STR, U32, GGUFFile
+from ..gguf.file import F32, U32, GGUFFile
+from ..gguf.shape import first_shard, read_shape
 
 KV_TYPES = {"f16": torch.float16, "f32": torch.float32}
 N_LAST = 64  # queries at the end of the prompt that are kept for methods that look at them
@@ -66,23 +67,23 @@ class Tail:
     visible: torch.Tensor  # bool [n_query, n_kv]
 
     @classmethod
-    def make(cls, shape: Shape, start: int, n_query: int, device: Any = "cpu") -> "Tail":
-        position = torch.arange(start, start + n_query, device=device)[:, None]               # [n_query, 1]
+    def make(cls, shape: Shape, start: int, n_query: int, device: Any = "cpu") -> Tail:
+        position = torch.arange(start, start + n_query, device=device)[:, None]  # [n_query, 1]
         return cls(shape, start, torch.arange(start + n_query, device=device) <= position)
 
     def forced(self, sink: int, recent: int) -> torch.Tensor:
         """bool [n_query, n_kv]: the first `sink` and the last `recent` cells that each query sees (reference.forced_cells)."""
         n_query, n_kv = self.visible.shape
-        cell = torch.arange(n_kv, device=self.visible.device)                                 # [n_kv]
+        cell = torch.arange(n_kv, device=self.visible.device)  # [n_kv]
         position = torch.arange(self.start, self.start + n_query, device=cell.device)[:, None]
         return ((cell < sink) | (position - cell < recent)) & self.visible
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
     """Exact attention of q [n_head, n_query, d] over the cells of k, v [n_head_kv, n_kv, d] in mask [n_head, n_query, n_kv]."""
-    grouped = q.reshape(len(k), -1, q.shape[-1])                                              # [n_head_kv, G*n_query, d]
+    grouped = q.reshape(len(k), -1, q.shape[-1])  # [n_head_kv, G*n_query, d]
     logits = (grouped @ k.transpose(1, 2) * scale).reshape(mask.shape)
-    weight = logits.masked_fill_(~mask, -torch.inf).softmax(-1)                               # [n_head, n_query, n_kv]
+    weight = logits.masked_fill_(~mask, -torch.inf).softmax(-1)  # [n_head, n_query, n_kv]
     return (weight.reshape(len(k), -1, k.shape[1]) @ v).reshape(q.shape)
 
 
@@ -99,7 +100,9 @@ class Decoder:
         first_shard(file)
         s = read_shape(file)
         if s.arch != "llama" or f"{s.arch}.expert_count" in file.kv:
-            raise FasaError(f"{path}: architecture {s.arch}{' with experts' * (s.arch == 'llama')}: the harness runs Llama-family models only (llama)")
+            raise FasaError(
+                f"{path}: architecture {s.arch}{' with experts' * (s.arch == 'llama')}: the harness runs Llama-family models only (llama)"
+            )
         if s.rope_scaling not in ("none", "linear"):
             raise FasaError(f"{path}: RoPE scaling {s.rope_scaling}: the harness knows none and linear only")
         if len({(h, kv, d) for h, kv, d in zip(s.n_head, s.n_head_kv, s.head_dim)}) > 1:
@@ -110,7 +113,7 @@ class Decoder:
         self.eps = file.get("llama.attention.layer_norm_rms_epsilon", F32)
         self.weights = self._load(path)
         factor = file.get("llama.rope.scaling.factor", F32, default=1.0) if s.rope_scaling == "linear" else 1.0
-        freq = s.rope_base ** -(torch.arange(0, s.n_rot, 2, dtype=torch.float64) / s.n_rot) / factor      # [n_rot/2]
+        freq = s.rope_base ** -(torch.arange(0, s.n_rot, 2, dtype=torch.float64) / s.n_rot) / factor  # [n_rot/2]
         if "rope_freqs.weight" in self.weights:
             freq = freq / self.weights["rope_freqs.weight"].double().cpu()
         self.freq = freq.to(self.device)
@@ -126,7 +129,9 @@ class Decoder:
             try:
                 out[t.name] = torch.from_numpy(np.array(dequantize(t.data, t.tensor_type), np.float32)).to(self.device)
             except NotImplementedError:
-                raise FasaError(f"{path}: tensor {t.name}: the gguf package does not dequantise {t.tensor_type.name}") from None
+                raise FasaError(
+                    f"{path}: tensor {t.name}: the gguf package does not dequantise {t.tensor_type.name}"
+                ) from None
         return out
 
     # ---- parts of a layer ----
@@ -144,24 +149,30 @@ class Decoder:
 
     def _rope(self, x: torch.Tensor, start: int) -> torch.Tensor:
         """x [heads, n, head_dim] at positions from start on; NORM: pairs (2i, 2i+1)."""
-        angle = torch.arange(start, start + x.shape[1], device=self.device)[:, None] * self.freq  # [n, n_rot/2], float64
+        angle = (
+            torch.arange(start, start + x.shape[1], device=self.device)[:, None] * self.freq
+        )  # [n, n_rot/2], float64
         cos, sin = angle.cos().float(), angle.sin().float()
         n_rot = self.shape.n_rot
         a, b = x[..., 0:n_rot:2], x[..., 1:n_rot:2]
-        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)          # [heads, n, n_rot]
+        turned = torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)  # [heads, n, n_rot]
         return torch.cat([turned, x[..., n_rot:]], -1)
 
     def _qkv(self, il: int, x: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Post-RoPE q [n_head, n, head_dim]; k and v [n_head_kv, n, head_dim], as they are read back from the cache."""
         h = self._norm(x, f"blk.{il}.attn_norm")
-        q, k, v = (self._linear(h, f"blk.{il}.attn_{p}").view(len(x), -1, self.shape.head_dim).transpose(0, 1) for p in "qkv")
+        q, k, v = (
+            self._linear(h, f"blk.{il}.attn_{p}").view(len(x), -1, self.shape.head_dim).transpose(0, 1) for p in "qkv"
+        )
         return self._rope(q, start), self._rope(k, start).to(self.kv_type).float(), v.to(self.kv_type).float()
 
     def _finish(self, il: int, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
         """The rest of a layer behind its attention output o [n_head, n, head_dim]."""
         x = x + self._linear(o.transpose(0, 1).reshape(len(x), -1), f"blk.{il}.attn_output")
         h = self._norm(x, f"blk.{il}.ffn_norm")
-        return x + self._linear(F.silu(self._linear(h, f"blk.{il}.ffn_gate")) * self._linear(h, f"blk.{il}.ffn_up"), f"blk.{il}.ffn_down")
+        return x + self._linear(
+            F.silu(self._linear(h, f"blk.{il}.ffn_gate")) * self._linear(h, f"blk.{il}.ffn_up"), f"blk.{il}.ffn_down"
+        )
 
     def _embed(self, tokens: Any) -> torch.Tensor:
         return self._weight("token_embd.weight")[torch.as_tensor(tokens, device=self.device)]
@@ -176,8 +187,10 @@ class Decoder:
             q, k, v = self._qkv(il, x, 0)
             if observe:
                 observe(il, q, k)
-            every = (t.repeat_interleave(g, 0)[None] for t in (k, v))                         # [1, n_head, n, d]
-            x = self._finish(il, x, F.scaled_dot_product_attention(q[None], *every, is_causal=True, scale=self.shape.scale)[0])
+            every = (t.repeat_interleave(g, 0)[None] for t in (k, v))  # [1, n_head, n, d]
+            x = self._finish(
+                il, x, F.scaled_dot_product_attention(q[None], *every, is_causal=True, scale=self.shape.scale)[0]
+            )
             out.k.append(k)
             out.v.append(v)
             out.q_last.append(q[:, -N_LAST:].clone())
@@ -189,7 +202,7 @@ class Decoder:
         them (native/fasa.h); here `lists` and `rows_attended` count query heads, and bytes_fac a token once for a KV head."""
         s, n_query = self.shape, len(tokens)
         tail = Tail.make(s, prefix.n, n_query, self.device)
-        seen = tail.visible.sum(-1)                                                           # [n_query] tokens that each query sees
+        seen = tail.visible.sum(-1)  # [n_query] tokens that each query sees
         count = dict.fromkeys(("rows_attended", "bytes_fac", "bytes_tip"), 0)
         x = self._embed(tokens)
         for il in range(s.n_layer):
@@ -199,7 +212,7 @@ class Decoder:
             if il < method.dense_layers:
                 mask = tail.visible.expand(s.n_head, -1, -1)
             else:
-                mask = method.select(il, q, k, tail)                                          # bool [n_head, n_query, n_kv]
+                mask = method.select(il, q, k, tail)  # bool [n_head, n_query, n_kv]
                 count["bytes_tip"] += round(s.n_head_kv * sum(method.score_bytes(n) for n in seen.tolist()))
             count["rows_attended"] += int(mask.sum())
             count["bytes_fac"] += int(mask.view(s.n_head_kv, s.group, *mask.shape[1:]).any(1).sum()) * s.row_bytes
@@ -207,6 +220,14 @@ class Decoder:
         head = "output" if "output.weight" in self.weights else "token_embd"
         n_cells = s.n_layer * s.n_head_kv * (prefix.n + n_query)
         return F.linear(self._norm(x, "output_norm"), self._weight(head + ".weight")), {
-            **count, "lists": s.n_layer * s.n_head * n_query, "rows_visible": s.n_layer * s.n_head * int(seen.sum()),
-            "bytes_dense": s.n_layer * s.n_head_kv * int(seen.sum()) * s.row_bytes, "bytes_k_dom": round(n_cells * method.index_bytes()),
-            "bytes_kv": n_cells * s.row_bytes, "steps_sparse": n_query, "steps_dense": 0, "layers_sparse": s.n_layer * n_query, "layers_dense": 0}
+            **count,
+            "lists": s.n_layer * s.n_head * n_query,
+            "rows_visible": s.n_layer * s.n_head * int(seen.sum()),
+            "bytes_dense": s.n_layer * s.n_head_kv * int(seen.sum()) * s.row_bytes,
+            "bytes_k_dom": round(n_cells * method.index_bytes()),
+            "bytes_kv": n_cells * s.row_bytes,
+            "steps_sparse": n_query,
+            "steps_dense": 0,
+            "layers_sparse": s.n_layer * n_query,
+            "layers_dense": 0,
+        }

@@ -18,18 +18,26 @@ from .. import reference
 from ..errors import FasaError
 from .calibrate import Knowledge
 from .decoder import N_LAST, Shape, Tail
-from .selection import group_score, k_dom_bytes, mass_count, quantize_k_dom, quantize_query, take_dims, top
+from .selection import (
+    group_score,
+    k_dom_bytes,
+    mass_count,
+    quantize_k_dom,
+    quantize_query,
+    take_dims,
+    top,
+)
 
 
 class Method:
     """What all have in common. budget: tokens attended per step and head, forced ones included; options: `options` by name."""
 
     name = ""
-    about = ""                                   # what is read, for the report
-    options: dict[str, Any] = {}                 # defaults of this method's own options; their types are the options' types
+    about = ""  # what is read, for the report
+    options: dict[str, Any] = {}  # defaults of this method's own options; their types are the options' types
     common = {"sink": 4, "recent": 32, "dense_layers": 0}
-    budgeted = True                              # the budget decides the count
-    tuned = False                                # an option depends on the budget and comes from tuning
+    budgeted = True  # the budget decides the count
+    tuned = False  # an option depends on the budget and comes from tuning
 
     def __init__(self, shape: Shape, budget: int, knowledge: Knowledge | None = None, **options: Any) -> None:
         self.shape, self.budget, self.knowledge = shape, budget, knowledge or Knowledge()
@@ -40,8 +48,10 @@ class Method:
         for name, value in {**known, **options}.items():
             setattr(self, name, value)
         if self.budgeted and not getattr(self, "mass", 0) and budget < self.sink + self.recent + 1:
-            raise FasaError(f"method {self.name}: budget {budget}: expected at least {self.sink + self.recent + 1}, {self.sink} sinks, "
-                            f"{self.recent} recent tokens and one more")
+            raise FasaError(
+                f"method {self.name}: budget {budget}: expected at least {self.sink + self.recent + 1}, {self.sink} sinks, "
+                f"{self.recent} recent tokens and one more"
+            )
 
     @classmethod
     def defaults(cls) -> dict[str, Any]:
@@ -139,12 +149,12 @@ class Quest(Method):
     def select(self, layer: int, q: torch.Tensor, k: torch.Tensor, tail: Tail) -> torch.Tensor:
         n_kv, n_page = k.shape[1], -(-k.shape[1] // self.page)
         pages = F.pad(k, (0, 0, 0, n_page * self.page - n_kv)).unflatten(1, (n_page, self.page))
-        low, high = pages.amin(2), pages.amax(2)                                             # [n_head_kv, n_page, d]
-        bound = self._logits(q.clamp(min=0), high) + self._logits(q.clamp(max=0), low)       # [n_head, n_query, n_page]
-        end = (torch.arange(n_page, device=k.device) + 1) * self.page                        # [n_page] first cell behind it
-        filling = end > tail.visible.sum(-1, keepdim=True)                                   # [n_query, n_page]
+        low, high = pages.amin(2), pages.amax(2)  # [n_head_kv, n_page, d]
+        bound = self._logits(q.clamp(min=0), high) + self._logits(q.clamp(max=0), low)  # [n_head, n_query, n_page]
+        end = (torch.arange(n_page, device=k.device) + 1) * self.page  # [n_page] first cell behind it
+        filling = end > tail.visible.sum(-1, keepdim=True)  # [n_query, n_page]
         est = (bound * self.shape.scale).repeat_interleave(self.page, -1)[..., :n_kv]
-        filling = filling.repeat_interleave(self.page, -1)[..., :n_kv]                       # [n_query, n_kv]
+        filling = filling.repeat_interleave(self.page, -1)[..., :n_kv]  # [n_query, n_kv]
         if self.shared:
             est = group_score(est, tail.visible & ~filling, self.shape.n_head_kv)
         return self._best(est.masked_fill(filling, torch.finfo(est.dtype).max), tail)
@@ -166,17 +176,22 @@ class DoubleSparsity(Method):
     @classmethod
     def candidates(cls, shape: Shape) -> list[dict[str, Any]]:
         d = shape.head_dim
-        return [{"channels": c, "labels": t, "shared": s} for c, t in ((d // 8, "f16"), (d // 4, "f16"), (d // 4, "q4"), (d // 2, "q4"))
-                for s in (False, True)]
+        return [
+            {"channels": c, "labels": t, "shared": s}
+            for c, t in ((d // 8, "f16"), (d // 4, "f16"), (d // 4, "q4"), (d // 2, "q4"))
+            for s in (False, True)
+        ]
 
     def _channels(self) -> int:
         return self.channels or self.shape.head_dim // 4
 
     def select(self, layer: int, q: torch.Tensor, k: torch.Tensor, tail: Tail) -> torch.Tensor:
         dims = torch.as_tensor(self.knowledge.channels[layer], device=q.device)[:, : self._channels()]
-        dims = F.pad(dims, (0, -dims.shape[1] % 8), value=-1)                                # [n_head_kv, m], whole groups
+        dims = F.pad(dims, (0, -dims.shape[1] % 8), value=-1)  # [n_head_kv, m], whole groups
         labels = quantize_k_dom(take_dims(k, dims), self.labels)
-        return self._by_logits(self._logits(take_dims(q, dims.repeat_interleave(self.shape.group, 0)), labels) * self.shape.scale, tail)
+        return self._by_logits(
+            self._logits(take_dims(q, dims.repeat_interleave(self.shape.group, 0)), labels) * self.shape.scale, tail
+        )
 
     def score_bytes(self, n: int) -> float:
         return self.index_bytes() * n
@@ -200,11 +215,11 @@ class SparQ(Method):
 
     def select(self, layer: int, q: torch.Tensor, k: torch.Tensor, tail: Tail) -> torch.Tensor:
         n_kv_heads, group = self.shape.n_head_kv, self.shape.group
-        size = q.abs().view(n_kv_heads, group, *q.shape[1:])                                 # [n_head_kv, G, n_query, d]
+        size = q.abs().view(n_kv_heads, group, *q.shape[1:])  # [n_head_kv, G, n_query, d]
         size = size.sum(1, keepdim=True).expand_as(size) if self.shared else size
-        at = size.topk(self.r or self.shape.head_dim // 4, -1).indices                       # [n_head_kv, G, n_query, r]
+        at = size.topk(self.r or self.shape.head_dim // 4, -1).indices  # [n_head_kv, G, n_query, r]
         used = torch.zeros_like(size).scatter_(-1, at, 1.0)
-        self.dims_read = float(used.amax(1).sum(-1).mean())                                  # distinct dimensions of a group, mean
+        self.dims_read = float(used.amax(1).sum(-1).mean())  # distinct dimensions of a group, mean
         part = q * used.view(q.shape)
         temperature = (self.shape.head_dim * part.abs().sum(-1, keepdim=True) / q.abs().sum(-1, keepdim=True)).sqrt()
         return self._by_logits(self._logits(part / temperature, k), tail)
@@ -227,27 +242,33 @@ class SnapKV(Method):
 
     @classmethod
     def candidates(cls, shape: Shape) -> list[dict[str, Any]]:
-        return [{"window": w, "kernel": k, "shared": s, "keep_new": new} for w, k in ((32, 5), (32, 13), (64, 7)) for s in (False, True)
-                for new in (False, True)]
+        return [
+            {"window": w, "kernel": k, "shared": s, "keep_new": new}
+            for w, k in ((32, 5), (32, 13), (64, 7))
+            for s in (False, True)
+            for new in (False, True)
+        ]
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         if not 1 <= self.window <= N_LAST or self.kernel % 2 == 0:
-            raise FasaError(f"method snapkv: window {self.window}, kernel {self.kernel}: expected a window up to {N_LAST} and an odd kernel")
+            raise FasaError(
+                f"method snapkv: window {self.window}, kernel {self.kernel}: expected a window up to {N_LAST} and an odd kernel"
+            )
 
     def prepare(self, layer: int, q: torch.Tensor, k: torch.Tensor) -> None:
         w = min(self.window, q.shape[1], k.shape[1] - 1)
         tail = Tail.make(self.shape, k.shape[1] - w, w, k.device)
         weight = (self._logits(q[:, -w:], k) * self.shape.scale).masked_fill(~tail.visible, -torch.inf).softmax(-1)
-        seen = weight[..., :-w].sum(1)                                                       # [n_head, n_prompt - w]
+        seen = weight[..., :-w].sum(1)  # [n_head, n_prompt - w]
         if self.shared:
             seen = seen.view(self.shape.n_head_kv, -1, seen.shape[-1]).sum(1)
         self.score = F.avg_pool1d(seen[:, None], self.kernel, 1, self.kernel // 2)[:, 0]
 
     def select(self, layer: int, q: torch.Tensor, k: torch.Tensor, tail: Tail) -> torch.Tensor:
         newer = torch.arange(self.score.shape[-1], k.shape[1], device=k.device, dtype=torch.float32)
-        newer = newer + 1e3 if self.keep_new else newer * 0 - 1                              # over, or under, every pooled weight
-        score = torch.cat([self.score, newer.expand(len(self.score), -1)], -1)               # [sets, n_kv]
+        newer = newer + 1e3 if self.keep_new else newer * 0 - 1  # over, or under, every pooled weight
+        score = torch.cat([self.score, newer.expand(len(self.score), -1)], -1)  # [sets, n_kv]
         return self._best(score[:, None].expand(-1, len(tail.visible), -1), tail)
 
 
@@ -257,19 +278,36 @@ class Fasa(Method):
 
     name = "fasa"
     about = "K_dom of every token, scales included"
-    options = {"k": 0, "k_dom": "q4", "mass": 0.0, "floor": 0, "cap": 0, "weights": True, "shared": True}  # k 0: 3/8 of the chunks
+    options = {
+        "k": 0,
+        "k_dom": "q4",
+        "mass": 0.0,
+        "floor": 0,
+        "cap": 0,
+        "weights": True,
+        "shared": True,
+    }  # k 0: 3/8 of the chunks
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._setup: dict[int, tuple[torch.Tensor, torch.Tensor] | None] = {}
-        if self.k_dom not in ("f16", "q8", "q4") or not 0 <= self.k <= self.shape.head_dim // 2 or not 0 <= self.mass <= 1:
-            raise FasaError(f"method {self.name}: k_dom {self.k_dom}, k {self.k}, mass {self.mass}: expected f16, q8 or q4, up to "
-                            f"{self.shape.head_dim // 2} chunks, a mass from 0 to 1")
+        if (
+            self.k_dom not in ("f16", "q8", "q4")
+            or not 0 <= self.k <= self.shape.head_dim // 2
+            or not 0 <= self.mass <= 1
+        ):
+            raise FasaError(
+                f"method {self.name}: k_dom {self.k_dom}, k {self.k}, mass {self.mass}: expected f16, q8 or q4, up to "
+                f"{self.shape.head_dim // 2} chunks, a mass from 0 to 1"
+            )
 
     @classmethod
     def candidates(cls, shape: Shape) -> list[dict[str, Any]]:
         n = shape.head_dim // 2
-        return [{"k": k, "k_dom": t} for k, t in ((n // 4, "q4"), (n // 4, "q8"), (3 * n // 8, "q4"), (3 * n // 8, "q8"), (n // 2, "q4"))]
+        return [
+            {"k": k, "k_dom": t}
+            for k, t in ((n // 4, "q4"), (n // 4, "q8"), (3 * n // 8, "q4"), (3 * n // 8, "q8"), (n // 2, "q4"))
+        ]
 
     def bounds(self) -> tuple[int, int]:
         """floor and cap, in tokens."""
@@ -283,12 +321,18 @@ class Fasa(Method):
     def ranking(self, layer: int) -> np.ndarray | None:
         """Chunks, best first, [n_head_kv or n_head, n_chunk]; None: the layer has none and stays dense."""
         if self.knowledge.profile is None:
-            raise FasaError(f"method {self.name} needs a FASA profile; run `fasa-gguf embed-profile MODEL`, or give --profile")
+            raise FasaError(
+                f"method {self.name} needs a FASA profile; run `fasa-gguf embed-profile MODEL`, or give --profile"
+            )
         return self.knowledge.profile.ranking[layer] if self.knowledge.profile.n_chunk[layer] else None
 
     def layer_budget(self, layer: int) -> int:
         shares = self.knowledge.profile.layer_budget if self.knowledge.profile else None
-        return self.budget if shares is None else max(int(self.budget * float(shares[layer]) + 0.5), self.sink + self.recent + 1)
+        return (
+            self.budget
+            if shares is None
+            else max(int(self.budget * float(shares[layer]) + 0.5), self.sink + self.recent + 1)
+        )
 
     def _layer(self, layer: int, device: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Dimensions and weights of the dominant chunks, both [n_head_kv or n_head, n_dom]."""
@@ -311,7 +355,7 @@ class Fasa(Method):
         if (setup := self._layer(layer, q.device)) is None:
             return None
         dims, weight = setup
-        per = self.shape.n_head // len(dims)                                                 # query heads that share a ranking
+        per = self.shape.n_head // len(dims)  # query heads that share a ranking
         k_dom = quantize_k_dom(take_dims(k.repeat_interleave(len(dims) // len(k), 0), dims), self.k_dom)
         q_dom = take_dims(q, dims.repeat_interleave(per, 0)) * weight.repeat_interleave(per, 0)[:, None]
         return self._logits(quantize_query(q_dom * self.shape.scale, self.k_dom), k_dom)
@@ -386,19 +430,34 @@ class Paper(Fasa):
         return self.k or max(1, self.shape.head_dim // 8)
 
     def ranking(self, layer: int) -> np.ndarray:
-        return np.asarray(self.knowledge.ca[layer])                                          # [n_head, n_chunk]
+        return np.asarray(self.knowledge.ca[layer])  # [n_head, n_chunk]
 
     def layer_budget(self, layer: int) -> int:
         return self.budget
 
     def index_bytes(self) -> float:
-        ranks = np.asarray(self.knowledge.ca)[..., : self.chunks()]                          # [n_layer, n_head, k]
+        ranks = np.asarray(self.knowledge.ca)[..., : self.chunks()]  # [n_layer, n_head, k]
         ranks = ranks.reshape(len(ranks) * self.shape.n_head_kv, -1)
         return k_dom_bytes(1, self.k_dom) / 8 * 2 * float(np.mean([len(set(row)) for row in ranks.tolist()]))
 
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (Dense, Window, RandomChunks, Quest, DoubleSparsity, SparQ, SnapKV, Oracle,
-                                                        OracleShared, Fasa, FasaMass, Paper)}
+METHODS: dict[str, type[Method]] = {
+    m.name: m
+    for m in (
+        Dense,
+        Window,
+        RandomChunks,
+        Quest,
+        DoubleSparsity,
+        SparQ,
+        SnapKV,
+        Oracle,
+        OracleShared,
+        Fasa,
+        FasaMass,
+        Paper,
+    )
+}
 
 
 def parse_spec(text: str) -> tuple[type[Method], dict[str, Any]]:
@@ -423,5 +482,9 @@ def parse_spec(text: str) -> tuple[type[Method], dict[str, Any]]:
 def spec_text(method: type[Method], options: dict[str, Any]) -> str:
     """The opposite of parse_spec; options that are the default are left away."""
     known = method.defaults()
-    shown = {k: int(v) if isinstance(v, bool) else f"{v:.5g}" if isinstance(v, float) else v for k, v in options.items() if v != known[k]}
+    shown = {
+        k: int(v) if isinstance(v, bool) else f"{v:.5g}" if isinstance(v, float) else v
+        for k, v in options.items()
+        if v != known[k]
+    }
     return ":".join([method.name, *(f"{k}={v}" for k, v in shown.items())])

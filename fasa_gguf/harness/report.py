@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 from ..errors import FasaError
 from .methods import METHODS
@@ -27,11 +28,37 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     """One line a job, budget by budget."""
     lines = []
     for r in sorted(rows, key=lambda r: (r["method"] != "dense", r["budget"])):
-        lines.append([r["spec"], str(r["budget"] or ""), f"{r['tokens_attended']:.1f}", f"{r['ppl']:.3f}", loss_text(r),
-                      f"{r['kl']:.4f} +-{r['kl_se']:.4f}", f"{r['same_top']:.3f}", f"{r['bytes_per_token'] / 1024:.1f}",
-                      f"{100 * r['kv_read_share']:.1f}%", f"{100 * r['score_share']:.1f}%", f"{100 * r['k_dom_share']:.1f}%"])
-    return markdown_table(["method", "budget", "tokens", "perplexity", "against dense", "KL", "same top", "KiB read", "of dense", "to choose",
-                           "index / KV"], lines)
+        lines.append(
+            [
+                r["spec"],
+                str(r["budget"] or ""),
+                f"{r['tokens_attended']:.1f}",
+                f"{r['ppl']:.3f}",
+                loss_text(r),
+                f"{r['kl']:.4f} +-{r['kl_se']:.4f}",
+                f"{r['same_top']:.3f}",
+                f"{r['bytes_per_token'] / 1024:.1f}",
+                f"{100 * r['kv_read_share']:.1f}%",
+                f"{100 * r['score_share']:.1f}%",
+                f"{100 * r['k_dom_share']:.1f}%",
+            ]
+        )
+    return markdown_table(
+        [
+            "method",
+            "budget",
+            "tokens",
+            "perplexity",
+            "against dense",
+            "KL",
+            "same top",
+            "KiB read",
+            "of dense",
+            "to choose",
+            "index / KV",
+        ],
+        lines,
+    )
 
 
 def agreement(result: dict[str, Any]) -> str:
@@ -41,24 +68,53 @@ def agreement(result: dict[str, Any]) -> str:
     for r in result["library"]:
         h = ours[r["spec"], r["budget"]]
         tokens = "all" if r["tokens_attended"] is None else f"{r['tokens_attended']:.1f}"
-        lines.append([r["spec"], str(r["budget"] or ""), tokens, f"{h['tokens_attended']:.1f}", f"{r['ppl']:.3f}", f"{h['ppl']:.3f}", loss_text(r),
-                      loss_text(h), f"{r['kl']:.4f}", f"{h['kl']:.4f}", f"{100 * r['kv_read_share']:.1f}%", f"{100 * h['kv_read_share']:.1f}%"])
-    return markdown_table(["arm", "budget", *(f"{what}, {where}" for what in ("tokens", "perplexity", "against dense", "KL", "KV read")
-                                              for where in ("library", "harness"))], lines)
+        lines.append(
+            [
+                r["spec"],
+                str(r["budget"] or ""),
+                tokens,
+                f"{h['tokens_attended']:.1f}",
+                f"{r['ppl']:.3f}",
+                f"{h['ppl']:.3f}",
+                loss_text(r),
+                loss_text(h),
+                f"{r['kl']:.4f}",
+                f"{h['kl']:.4f}",
+                f"{100 * r['kv_read_share']:.1f}%",
+                f"{100 * h['kv_read_share']:.1f}%",
+            ]
+        )
+    return markdown_table(
+        [
+            "arm",
+            "budget",
+            *(
+                f"{what}, {where}"
+                for what in ("tokens", "perplexity", "against dense", "KL", "KV read")
+                for where in ("library", "harness")
+            ),
+        ],
+        lines,
+    )
 
 
 def config_lines(c: dict[str, Any]) -> list[str]:
     """What was compared, in sentences."""
     names = c["texts"]
+
     def windows(n: int) -> str:
         return f"{n} window" + "s" * (n > 1)
 
-    tuned = f"tuned on {windows(c['tune_windows'])} of {names.get('tune', 'another text')}" if c["tuned"] else "not tuned"
-    return [f"Model {c['model'].split()[0]}; {windows(c['windows'])} of {c['window']:,} tokens of {names.get('text', 'the text')}, the last "
-            f"{c['score']} of each scored; {tuned}; {c['sink']} sinks and {c['recent']} recent tokens in every budget but the paper's.",
-            "tokens: mean attended per step and query head, everything forced or dense counted. KiB read: by one layer for one decoded "
-            "token, K and V in f16, what is read to choose included; a row that several query heads of a KV head attend is read once.",
-            f"fasa_gguf {c['fasa_gguf']}, torch {c['torch']}, {c['device']}, weights dequantised, fp32, K and V rounded to {c['kv_type']}."]
+    tuned = (
+        f"tuned on {windows(c['tune_windows'])} of {names.get('tune', 'another text')}" if c["tuned"] else "not tuned"
+    )
+    return [
+        f"Model {c['model'].split()[0]}; {windows(c['windows'])} of {c['window']:,} tokens of {names.get('text', 'the text')}, the last "
+        f"{c['score']} of each scored; {tuned}; {c['sink']} sinks and {c['recent']} recent tokens in every budget but the paper's.",
+        "tokens: mean attended per step and query head, everything forced or dense counted. KiB read: by one layer for one decoded "
+        "token, K and V in f16, what is read to choose included; a row that several query heads of a KV head attend is read once.",
+        f"fasa_gguf {c['fasa_gguf']}, torch {c['torch']}, {c['device']}, weights dequantised, fp32, K and V rounded to {c['kv_type']}.",
+    ]
 
 
 def save_curves(rows: Sequence[dict[str, Any]], key: str, unit: float, label: str, path: Path) -> None:
@@ -73,8 +129,14 @@ def save_curves(rows: Sequence[dict[str, Any]], key: str, unit: float, label: st
     for i, name in enumerate(dict.fromkeys(r["asked"] for r in rows if r["method"] != "dense")):
         mine = sorted((r for r in rows if r["asked"] == name), key=lambda r: r[key])
         x, loss = [r[key] / unit for r in mine], [100 * (r["ppl_ratio"] - 1) for r in mine]
-        style = dict(marker="o", ms=4, color=plt.get_cmap("tab20")(i % 20), label=name, ls="--" if mine[0]["method"] in NOT_METHODS else "-",
-                     lw=2.4 if name.startswith("fasa") else 1.2)
+        style = dict(
+            marker="o",
+            ms=4,
+            color=plt.get_cmap("tab20")(i % 20),
+            label=name,
+            ls="--" if mine[0]["method"] in NOT_METHODS else "-",
+            lw=2.4 if name.startswith("fasa") else 1.2,
+        )
         axes[0].plot(x, [r["kl"] for r in mine], **style)
         axes[1].errorbar(x, loss, [100 * r["ppl_ratio_se"] for r in mine], capsize=2, elinewidth=0.8, **style)
     axes[0].set_yscale("log")
@@ -101,9 +163,15 @@ def write_results(result: dict[str, Any], out: str | os.PathLike) -> None:
     """results.json, results.md, budget.png and bytes.png into a folder. Raises FasaError when one cannot be written."""
     out, rows = Path(out), result["rows"]
     used = dict.fromkeys(r["method"] for r in rows)
-    parts = ["# Methods at equal budget", *config_lines(result["config"]), table(rows), "## What each reads to choose",
-             "\n".join(f"- {name}: {METHODS[name].about}" for name in used), "![KL and perplexity against tokens](budget.png)",
-             "![KL and perplexity against bytes](bytes.png)"]
+    parts = [
+        "# Methods at equal budget",
+        *config_lines(result["config"]),
+        table(rows),
+        "## What each reads to choose",
+        "\n".join(f"- {name}: {METHODS[name].about}" for name in used),
+        "![KL and perplexity against tokens](budget.png)",
+        "![KL and perplexity against bytes](bytes.png)",
+    ]
     if result["library"]:
         parts += ["## FASA here and in the shipped library", agreement(result)]
     try:

@@ -12,9 +12,9 @@ def top(score: torch.Tensor, visible: torch.Tensor, forced: torch.Tensor, count:
     score f32 [..., n_query, n_kv] finite; visible, forced [n_query, n_kv]; count: one for all or int64 [..., n_query]."""
     key = score.masked_fill(forced, torch.inf).masked_fill(~visible, -torch.inf)
     n = torch.as_tensor(count, device=score.device).expand(score.shape[:-1])
-    n = torch.minimum(torch.maximum(n, forced.sum(-1)), visible.sum(-1))                     # [..., n_query]
-    best = key.topk(max(1, int(n.max())), -1).values                                         # [..., n_query, most], sorted
-    threshold = best.gather(-1, (n - 1).clamp(min=0)[..., None])                             # [..., n_query, 1]
+    n = torch.minimum(torch.maximum(n, forced.sum(-1)), visible.sum(-1))  # [..., n_query]
+    best = key.topk(max(1, int(n.max())), -1).values  # [..., n_query, most], sorted
+    threshold = best.gather(-1, (n - 1).clamp(min=0)[..., None])  # [..., n_query, 1]
     mask, equal = key > threshold, key == threshold
     room = (n - mask.sum(-1))[..., None]
     return mask | (equal & (equal.cumsum(-1, dtype=torch.int32) <= room))
@@ -25,13 +25,14 @@ def group_score(est: torch.Tensor, visible: torch.Tensor, n_head_kv: int) -> tor
     return est.masked_fill(~visible, -torch.inf).softmax(-1).view(n_head_kv, -1, *visible.shape).sum(1)
 
 
-def mass_count(score: torch.Tensor, visible: torch.Tensor, forced: torch.Tensor, n_group: int, mass: float, floor: int,
-               cap: int) -> torch.Tensor:
+def mass_count(
+    score: torch.Tensor, visible: torch.Tensor, forced: torch.Tensor, n_group: int, mass: float, floor: int, cap: int
+) -> torch.Tensor:
     """How many cells hold `mass` of the estimated attention, int64 [n_set, n_query], between floor and cap (reference.select).
     score [n_set, n_query, n_kv]: sums of n_group softmaxes. Shares are summed as integers of 2^-40."""
-    share = (score.double() * 2.0**40).floor().long()                                        # [n_set, n_query, n_kv]
+    share = (score.double() * 2.0**40).floor().long()  # [n_set, n_query, n_kv]
     need = int(torch.tensor(mass, dtype=torch.float32).double() * 2.0**40) * n_group
-    held = share.masked_fill(~forced, 0).sum(-1, keepdim=True)                               # the forced ones come first
+    held = share.masked_fill(~forced, 0).sum(-1, keepdim=True)  # the forced ones come first
     rest = score.masked_fill(forced | ~visible, -1.0).topk(min(cap, score.shape[-1]), -1)
     sums = held + share.gather(-1, rest.indices).masked_fill(rest.values < 0, 0).cumsum(-1)
     n = forced.sum(-1) + torch.where(held[..., 0] >= need, 0, (sums < need).sum(-1) + 1)
@@ -49,7 +50,7 @@ def quantize_k_dom(x: torch.Tensor, kind: str) -> torch.Tensor:
     if kind == "f16":
         return x.half().float()
     g = x.reshape(*x.shape[:-1], -1, GROUP)
-    most = g.gather(-1, g.abs().argmax(-1, keepdim=True))                                    # signed, [..., n_group, 1]
+    most = g.gather(-1, g.abs().argmax(-1, keepdim=True))  # signed, [..., n_group, 1]
     scale = (most.abs() / 127 if kind == "q8" else most / -8).half().float()
     inv = torch.where(scale != 0, 1 / scale, torch.zeros_like(scale))
     if kind == "q8":
@@ -70,6 +71,6 @@ def quantize_query(x: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def k_dom_bytes(n_dom: int, kind: str) -> float:
-    """Bytes of one token's dominant values (native/fasa-layout.h)."""
+    """Bytes of one token's dominant values (native/core/layout.h)."""
     n = -(-n_dom // GROUP) * GROUP
     return {"f16": 2.0 * n, "q8": 1.25 * n, "q4": 0.75 * n}[kind]

@@ -1,0 +1,355 @@
+"""Which layers may miss more of the attention than others, and the masses of mean budgets: measured through evaluate.py.
+
+A layer's loss is the KL to dense of the model's output while that layer alone is sparse, at some target masses; what rounding alone
+makes (everything attended, by the sparse path) is taken away. Over the missed share m = 1 - mass both curves are close to powers,
+
+    KL_l(m) = a_l * m^b        tokens_l(m) = c_l * m^-d        one b and one d for all layers
+
+and losses add up while they are small. The least sum of KL at a given sum of tokens then has m_l proportional to
+(c_l/a_l)^(1/(b + d)), whatever the sum: so one factor a layer (`fasa.layer_miss`) serves every mass. The factors are kept when the
+whole model is better with them than without, at equal mean tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import FasaError
+from ..params import FasaParams
+from ..profile.profile import Profile
+from ..quality.arms import Arm
+from ..quality.perplexity import evaluate
+from ..reference import mean_budget_bounds
+from ..report.columns import columns
+
+NEAR, TRIES = 0.02, 4  # a mean budget is met within 2%, or as well as 4 runs can
+MOST = 8.0  # a factor is between 1/MOST and MOST
+LEAST_LOSS = 0.1  # of the median: a layer whose loss drowns in noise counts as this harmless
+CALIBRATED = ("chunks", "sink", "recent", "k_dom", "per_head")  # settings that the table depends on
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What is measured; a mass is a share of the estimated attention."""
+
+    masses: Sequence[float] = (0.5, 0.75, 0.9)  # of a layer that is sparse alone; empty: only the mean budgets
+    budgets: Sequence[int] = (128, 256, 512, 1024)  # mean budgets whose masses are looked for, in tokens
+    group: int = 1  # neighbouring layers that share a factor: fewer runs, less noise
+
+
+@dataclass
+class Fit:
+    """What fit_layers found; n groups of layers."""
+
+    factor: np.ndarray  # float64 [n], geometric mean 1
+    loss: np.ndarray  # float64 [n], a_l: KL when everything is missed
+    tokens: np.ndarray  # float64 [n], c_l
+    b: float
+    d: float
+
+
+def smooth_noise(noise: np.ndarray) -> np.ndarray:
+    """KL by rounding alone [n], as a straight line over the depth: a late layer's rounding meets fewer layers behind it."""
+    x = np.arange(len(noise))
+    line = np.polyval(np.polyfit(x, noise, 1), x) if len(noise) > 2 else np.full(len(noise), noise.mean())
+    return np.maximum(line, 0)
+
+
+def fit_layers(masses: Sequence[float], tokens: np.ndarray, kl: np.ndarray, se: np.ndarray) -> Fit:
+    """Factors from curves: tokens, kl (noise taken away) and its standard error, each [n, n_mass]."""
+    x = np.log(1 - np.asarray(masses, float))  # [n_mass] log of what is missed
+    w = 1 / np.maximum(se, 1e-9) ** 2  # [n, n_mass]
+
+    def losses(b: float) -> np.ndarray:  # [n] weighted least squares of a_l * m^b
+        return (w * kl * np.exp(b * x)).sum(-1) / (w * np.exp(2 * b * x)).sum(-1)
+
+    def error(b: float) -> float:
+        return float((w * (kl - losses(b)[:, None] * np.exp(b * x)) ** 2).sum())
+
+    b = min(np.arange(0.5, 3.01, 0.05), key=error) if len(masses) > 1 else 1.5
+    y = np.log(tokens)
+    centred = x - x.mean()
+    d = -float((centred * (y - y.mean(-1, keepdims=True))).sum() / max(len(y) * (centred**2).sum(), 1e-12))
+    d = max(d, 0.05)
+    c = np.exp((y + d * x).mean(-1))  # [n]
+    a = losses(b)
+    middle = float(np.median(a[a > 0])) if (a > 0).any() else 1.0
+    a = np.maximum(a, LEAST_LOSS * middle)
+    factor = np.log(c / a) / (b + d)
+    for _ in range(20):  # clipping moves the mean
+        factor = np.clip(factor - factor.mean(), -math.log(MOST), math.log(MOST))
+    return Fit(np.exp(factor), a, c, float(b), d)
+
+
+def sparse_alone(profile: Profile, layers: Sequence[int]) -> Profile:
+    """The profile with these layers ranked only: the others are dense."""
+    keep = set(layers)
+
+    def part(arrays: list[np.ndarray] | None) -> list[np.ndarray] | None:
+        return arrays and [x if il in keep else x[:0, :0] for il, x in enumerate(arrays)]
+
+    return replace(
+        profile,
+        n_chunk=[n if il in keep else 0 for il, n in enumerate(profile.n_chunk)],
+        ranking=part(profile.ranking),
+        weight=part(profile.weight),
+        recall=part(profile.recall),
+        layer_miss=None,
+        mean_budget={},
+    )
+
+
+def make_groups(profile: Profile, group: int) -> list[list[int]]:
+    """Ranked layers, `group` neighbours together."""
+    ranked = [il for il, n in enumerate(profile.n_chunk) if n]
+    return [ranked[i : i + group] for i in range(0, len(ranked), group)]
+
+
+def layer_arms(
+    profile: Profile, groups: Sequence[Sequence[int]], masses: Sequence[float], base: FasaParams, window: int
+) -> list[Arm]:
+    """For every group alone: everything attended, then each mass."""
+    out = []
+    for layers in groups:
+        alone, name = (
+            sparse_alone(profile, layers),
+            f"layer {layers[0]}" + (f"-{layers[-1]}" if len(layers) > 1 else ""),
+        )
+        out.append(Arm(f"{name} all", base.replace(budget=window, mass=0.0, mean_budget=0), alone))
+        out += [Arm(f"{name} mass={m:g}", base.replace(mass=m, mean_budget=0), alone) for m in masses]
+    return out
+
+
+def next_mass(seen: Sequence[tuple[float, float]], n: int) -> float:
+    """Where to look for the mass that takes n tokens, from (mass, tokens) seen so far: along the power through the two that are
+    nearest; with one, or two that say nothing, along tokens = (1 - mass)^-0.8. Four digits."""
+    points = sorted(((math.log(t / n), math.log(1 - m)) for m, t in seen), key=lambda p: abs(p[0]))
+    slope = -1 / 0.8
+    if len(points) > 1 and (dx := points[1][0] - points[0][0]) and (points[1][1] - points[0][1]) / dx < -0.2:
+        slope = (points[1][1] - points[0][1]) / dx
+    return min(max(float(f"{1 - math.exp(points[0][1] - slope * points[0][0]):.4f}"), 0.1), 0.9999)
+
+
+def find_masses(
+    budgets: Sequence[int], rows_at: Callable[[dict[int, float]], list[dict[str, Any]]]
+) -> dict[int, dict[str, Any]]:
+    """For every mean budget the row whose mean tokens are nearest; rows_at({budget: mass}) runs one for each. A budget that no mass
+    reaches within a tenth (the context is too short) is left away."""
+    seen: dict[int, list[tuple[float, dict[str, Any]]]] = {n: [] for n in sorted(budgets)}
+    ask = dict.fromkeys(seen, 0.9)
+    for _ in range(TRIES):
+        for (n, m), row in zip(ask.items(), rows_at(ask)):
+            seen[n].append((m, row))
+        ask = {}
+        for n, rows in seen.items():
+            m = next_mass([(m, r["tokens_attended"]) for m, r in rows], n)
+            if min(abs(r["tokens_attended"] / n - 1) for _, r in rows) > NEAR and m not in {m for m, _ in rows}:
+                ask[n] = m
+        if not ask:
+            break
+    best = {n: min((r for _, r in rows), key=lambda r: abs(r["tokens_attended"] / n - 1)) for n, rows in seen.items()}
+    return {n: r for n, r in best.items() if abs(r["tokens_attended"] / n - 1) <= 0.1}
+
+
+def mean_budget_table(found: dict[int, dict[str, Any]]) -> dict[int, float]:
+    """Mean tokens -> mass, both ascending, moved the last few percent along tokens = (1 - mass)^-0.8."""
+    out: dict[int, float] = {}
+    for n, r in found.items():
+        mass = float(f"{1 - (1 - r['fasa']['mass']) * (r['tokens_attended'] / n) ** (1 / 0.8):.5f}")
+        if max(out.values(), default=0.0) < mass < 1:
+            out[n] = mass
+    return out
+
+
+def gain(plain: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> float:
+    """How much less KL `other` has than `plain` at equal mean tokens, a share of plain's: mean over the tokens that both reach; 0 where
+    they have none in common."""
+
+    def curve(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+        pairs = sorted((math.log(r["tokens_attended"]), math.log(max(r["kl"], 1e-9))) for r in rows)
+        return np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])
+
+    (x, y), (u, v) = curve(plain), curve(other)
+    if not len(u) or max(x[0], u[0]) > min(x[-1], u[-1]):
+        return 0.0
+    at = np.linspace(max(x[0], u[0]), min(x[-1], u[-1]), 50)
+    return float(1 - np.exp((np.interp(at, u, v) - np.interp(at, x, y)).mean()))
+
+
+def _checked(plan: LayerPlan, profile: Profile, window: int, base: FasaParams) -> None:
+    if any(not 0 < m < 1 for m in plan.masses) or len(set(plan.masses)) < len(plan.masses):
+        raise FasaError(
+            f"--masses {','.join(f'{m:g}' for m in plan.masses)}: expected different numbers between 0 and 1"
+        )
+    if (
+        not plan.budgets
+        or min(plan.budgets) <= base.sink + base.recent
+        or max(plan.budgets) >= window
+        or len(set(plan.budgets)) < len(plan.budgets)
+    ):
+        raise FasaError(
+            f"--budgets {','.join(map(str, plan.budgets))}: expected different numbers from {base.sink + base.recent + 1}, above sink and recent, "
+            f"to {window - 1}, below --window"
+        )
+    default = profile.defaults.get("mean_budget", 0)
+    if default and not min(plan.budgets) <= default <= max(plan.budgets):
+        raise FasaError(
+            f"--budgets {','.join(map(str, plan.budgets))}: expected numbers that reach {default}, the profile's default mean_budget"
+        )
+    if plan.group < 1:
+        raise FasaError(f"--group {plan.group}: expected at least 1")
+    if base.min_context > window:
+        raise FasaError(
+            f"--window {window}: min_context is {base.min_context}, so nothing would be sparse; use a longer --window or a smaller --fasa-min-context"
+        )
+
+
+def calibrate_layers(
+    model: str | os.PathLike,
+    text: str,
+    out: str | os.PathLike,
+    plan: LayerPlan | None = None,
+    base: FasaParams | None = None,
+    profile: Profile | None = None,
+    windows: int = 3,
+    window: int = 4096,
+    score: int = 128,
+    progress: Callable[[str, int, int], None] | None = None,
+    resume: str | os.PathLike | None = None,
+    **machine: Any,
+) -> tuple[Profile, dict[str, Any]]:
+    """Write the profile with `layer_miss`, when it pays, and the table `mean_budget` to `out`. Returns it, and the figures as JSON has
+    them: layers (a row each), table (rows of evaluate at the mean budgets, without and, if measured, with the factors), b, d, gain, kept.
+
+    machine: n_threads, n_gpu_layers, type_k, type_v, mode. Finished runs are kept in OUT.partial.jsonl, or in `resume`, which stays; the same
+    call goes on there. Raises FasaError as evaluate does.
+    """
+    plan = plan or LayerPlan()
+    profile = profile or Profile.load(model)
+    base = base or profile.params()
+    _checked(plan, profile, window, base)
+    out = Path(out)
+    if not out.resolve().parent.is_dir():
+        raise FasaError(f"{out}: the folder does not exist; make it, or give another -o")
+    kept = Path(resume) if resume else Path(f"{out}.partial.jsonl")
+    plain = replace(profile, layer_miss=None, mean_budget={})
+
+    def run(arms: list[Arm], what: str) -> list[dict[str, Any]]:
+        told = progress and (lambda _, n, total: progress(what, n, total))
+        return evaluate(
+            model, text, arms, windows, window, score, profile=plain, progress=told, resume=kept, **machine
+        )[1:]
+
+    def whole(own: Profile, name: str) -> dict[int, dict[str, Any]]:
+        def rows_at(masses: dict[int, float]) -> list[dict[str, Any]]:
+            bounds = {n: dict(zip(("floor", "cap"), mean_budget_bounds(n))) for n in masses}
+            return run(
+                [
+                    Arm(f"{name} mean {n} mass={m:g}", base.replace(mass=m, mean_budget=0, **bounds[n]), own)
+                    for n, m in masses.items()
+                ],
+                name,
+            )
+
+        return find_masses(plan.budgets, rows_at)
+
+    found = whole(plain, "all alike")
+    if not found:
+        raise FasaError(
+            f"--budgets {','.join(map(str, plan.budgets))}: no mass takes as many tokens of a window of {window}; use other --budgets or a longer --window"
+        )
+    result: dict[str, Any] = {"layers": [], "table": list(found.values()), "kept": False}
+    if plan.masses:
+        groups = make_groups(plain, plan.group)
+        n = 1 + len(plan.masses)
+        rows = run(layer_arms(plain, groups, plan.masses, base, window), "layer by layer")
+        each = [rows[i * n : (i + 1) * n] for i in range(len(groups))]
+        noise = smooth_noise(np.array([r[0]["kl"] for r in each]))
+        tokens, kl, se = (
+            np.array([[r[key] for r in rs[1:]] for rs in each]) for key in ("tokens_attended", "kl", "kl_se")
+        )
+        fit = fit_layers(plan.masses, tokens, kl - noise[:, None], se)
+        factors = np.ones(len(plain.n_chunk), np.float32)
+        for layers, f in zip(groups, fit.factor):
+            factors[layers] = float(f"{f:.3g}")
+        layered = replace(plain, layer_miss=factors)
+        other = whole(layered, "by layer")
+        better = gain(result["table"], list(other.values()))
+        result |= {
+            "b": fit.b,
+            "d": fit.d,
+            "gain": better,
+            "kept": better > 0,
+            "layers": [
+                {
+                    "layers": g,
+                    "factor": float(f),
+                    "noise": float(z),
+                    "tokens": t.tolist(),
+                    "kl": (k - z).tolist(),
+                    "kl_se": e.tolist(),
+                }
+                for g, f, z, t, k, e in zip(groups, fit.factor, noise, tokens, kl, se)
+            ],
+        }
+        if better > 0:
+            plain, found = layered, other
+        result["table"] += other.values()
+    done = replace(
+        plain,
+        mean_budget=mean_budget_table(found),
+        defaults={
+            **profile.defaults,
+            **{k: getattr(base, k) for k in CALIBRATED if getattr(base, k) != getattr(profile.params(), k)},
+        },
+    )
+    done.save(out)
+    if not resume:
+        kept.unlink(missing_ok=True)
+    return done, result
+
+
+def table(result: dict[str, Any]) -> str:
+    """For people: a line a layer, then the whole model without and with the factors, then what follows."""
+    lines = []
+    if result["layers"]:
+        n = len(result["layers"][0]["kl"])
+        cells = [["layer", "factor", "rounding", *[""] * n]]
+        for r in result["layers"]:
+            cells.append(
+                [
+                    "-".join(map(str, dict.fromkeys((r["layers"][0], r["layers"][-1])))),
+                    f"{r['factor']:.2f}",
+                    f"{r['noise']:.5f}",
+                    *(f"{t:.0f}: {k:.5f} +-{e:.5f}" for t, k, e in zip(r["tokens"], r["kl"], r["kl_se"])),
+                ]
+            )
+        lines += [
+            "one layer sparse: the factor of what it may miss; KL by rounding alone; tokens: KL beyond it",
+            *columns(cells),
+            "",
+        ]
+    cells = [["whole model", "tokens", "ppl ratio", "KL"]]
+    cells += [
+        [
+            r["arm"],
+            f"{r['tokens_attended']:.0f}",
+            f"{100 * (r['ppl_ratio'] - 1):+.2f} +-{100 * r['ppl_ratio_se']:.2f}%",
+            f"{r['kl']:.4f} +-{r['kl_se']:.4f}",
+        ]
+        for r in result["table"]
+    ]
+    lines += columns(cells)
+    if "gain" in result:
+        lines.append(
+            f"at equal mean tokens the factors change KL by {-100 * result['gain']:+.1f}%: "
+            + ("they are kept" if result["kept"] else "they are left away")
+        )
+    return "\n".join(lines)

@@ -1,0 +1,150 @@
+"""From queries and keys to a ranking: what a calibration keeps of a layer, and how that layer's chunks are ranked.
+
+Whoever shows the queries and keys, llama.cpp (calibrate.py) or transformers (hf.py), the figures made from them are these.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .. import reference, runtime
+
+ROWS = 1024  # tokens whose pair lengths are taken at once
+
+
+@dataclass(frozen=True)
+class CalibrationParams:
+    """What a calibration reads and how it ranks; units are tokens unless said otherwise."""
+
+    method: str = "recall"  # recall, energy or ca
+    context: int = 4096  # length of a window; shorter when the model's context is
+    windows: int = 1  # windows read; energy and ca average over them, recall and the weights come from the first
+    queries: int = 96  # last queries of a window that recall, ca and the weights see
+    budget: int = 256  # tokens whose attention mass the ranking maximises
+    sink: int = 4
+    recent: int = 32
+    rank_share: float = 0.5  # share of the chunks that are chosen greedily; the rest follows by energy
+    weight_share: float = 0.375  # share of the chunks that get a weight
+    chunks: int = (
+        0  # dominant chunks that decoding will use: as many are chosen as a set and weighted; 0: by the shares
+    )
+    memory: int = 512 << 20  # bytes that one pass over a GGUF may keep
+
+    def counts(self, n_chunk: int) -> tuple[int, int]:
+        """(chunks chosen greedily, chunks that get a weight) of a head's n_chunk."""
+        n = min(self.chunks, n_chunk)
+        return max(1, n, int(n_chunk * self.rank_share)), n or max(1, int(n_chunk * self.weight_share))
+
+    def budget_in(self, n_keys: int) -> int:
+        """Tokens that the ranking keeps of n_keys; at most half of them, or there is nothing to choose."""
+        return max(min(self.budget, n_keys // 2), 1)
+
+
+class LayerSample:
+    """What is kept of one layer, whatever the length of the text: sums over all windows, and the first window's end.
+
+    For every window: `add` its tokens in order, `end` it with all its keys, then `fold`. n_head_kv heads; dims int32
+    [n_chunk, 2]; context: tokens of a window.
+    """
+
+    def __init__(self, n_head_kv: int, dims: np.ndarray, context: int, params: CalibrationParams) -> None:
+        self.dims, self.context, self.params = dims, context, params
+        self.q_sum = np.zeros(
+            (n_head_kv, len(dims))
+        )  # float64 [n_head_kv, n_chunk] sum of the query pairs' lengths, mean of the group
+        self.k_sum = np.zeros((n_head_kv, len(dims)))  # float64 [n_head_kv, n_chunk]
+        self.ca = np.zeros(
+            (n_head_kv, len(dims))
+        )  # float64 [n_head_kv, n_chunk] sum of the places by contextual agreement
+        self.n = self.n_windows = 0  # tokens and windows seen
+        self.scale, self.soft_cap = 1.0, 0.0  # of the logits
+        self.window = 0  # last tokens that a query attends; 0: all
+        self.q: np.ndarray | None = None  # float32 [n_query, n_head, head_dim], the first window's last queries
+        self.k: np.ndarray | None = None  # float16 [context, n_head_kv, head_dim], the first window's keys
+        self._tail: list[np.ndarray] = []  # queries at the end of the window at hand
+        self._keys: np.ndarray | None = None  # keys of the window at hand
+
+    def add(self, q: np.ndarray, k: np.ndarray, at: int) -> None:
+        """Tokens from position `at` of a window on: q float32 [n, n_head, head_dim], k [n, n_head_kv, head_dim]."""
+        for i in range(0, len(q), ROWS):
+            pair = np.hypot(*np.moveaxis(q[i : i + ROWS][:, :, self.dims], -1, 0))  # [n, n_head, n_chunk]
+            self.q_sum += pair.sum(0, dtype=np.float64).reshape(len(self.q_sum), -1, len(self.dims)).mean(1)
+            pair = np.hypot(
+                *np.moveaxis(k[i : i + ROWS].astype(np.float32)[:, :, self.dims], -1, 0)
+            )  # [n, n_head_kv, n_chunk]
+            self.k_sum += pair.sum(0, dtype=np.float64)
+        self.n += len(q)
+        first = self.context - self.params.queries
+        if at + len(q) > first:
+            self._tail.append(q[max(0, first - at) :].copy())
+
+    def end(self, k: np.ndarray) -> None:
+        """The window is complete: k [context, n_head_kv, head_dim] are its keys. Cheap, for a callback; `fold` does the work."""
+        if self.k is None or self.params.method == "ca":
+            self._keys = k.astype(np.float16)  # as the KV cache has them
+
+    def fold(self) -> None:
+        """Take the window's end into the sample: the first is kept, a later one leaves its agreement only."""
+        if self._keys is not None:
+            q, k = np.concatenate(self._tail), self._keys
+            if self.q is None:
+                self.q, self.k = q, k
+            if self.params.method == "ca":
+                for h in range(len(self.ca)):
+                    heads, keys, pos = self.case(h, q, k)
+                    order = reference.rank_ca(heads, keys, pos, self.dims, self.scale, self.params.budget_in(len(keys)))
+                    self.ca[h] += np.argsort(order)
+            self.n_windows += 1
+        self._tail, self._keys = [], None
+
+    def case(
+        self, h: int, q: np.ndarray | None = None, k: np.ndarray | None = None
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(queries float32 [G, n_query, head_dim], keys float32 [n, head_dim], cell of each query [n_query]) of KV head h.
+
+        Under a sliding window the keys are those that any of the queries attends; the first of them is cell 0.
+        """
+        q, k = self.q if q is None else q, self.k if k is None else k
+        group = q.shape[1] // len(self.q_sum)
+        first = max(self.context - len(q) - self.window + 1, 0) if self.window else 0
+        heads = np.ascontiguousarray(q[:, h * group : (h + 1) * group].transpose(1, 0, 2))  # [G, n_query, head_dim]
+        return heads, k[first:, h].astype(np.float32), np.arange(self.context - len(q), self.context) - first
+
+
+def rank_layer(s: LayerSample, n_threads: int) -> dict[str, Any]:
+    """Ranking [n_head_kv][n_chunk], weight [n_head_kv][m] and recall [n_head_kv][n_rank] of one layer, as plain lists."""
+    p, n_chunk = s.params, len(s.dims)
+    n_rank, n_weight = p.counts(n_chunk)
+    out: dict[str, Any] = {"ranking": [], "weight": [], "recall": []}
+    for h in range(len(s.q_sum)):
+        energy = reference.rank_energy(s.q_sum[h] / s.n, s.k_sum[h] / s.n)
+        heads, keys, pos = s.case(h)
+        order, recall = energy, []
+        if p.method == "ca":
+            order = np.argsort(s.ca[h] / s.n_windows, kind="stable")
+        elif p.method == "recall":
+            best, kept = runtime.ops.rank_recall(
+                heads,
+                keys,
+                pos,
+                s.dims,
+                n_rank,
+                p.budget_in(len(keys)),
+                p.sink,
+                p.recent,
+                s.scale,
+                s.soft_cap,
+                n_threads=n_threads,
+            )
+            order = np.concatenate([best, [c for c in energy if c not in set(best.tolist())]])
+            recall = kept.tolist()
+        weight = reference.fit_weights(
+            heads[:, ::4], keys, pos[::4], s.dims, np.asarray(order[:n_weight], int), s.scale, s.soft_cap
+        )
+        out["ranking"].append([int(c) for c in order])
+        out["weight"].append([float(w) for w in weight])
+        out["recall"].append(recall)
+    return out

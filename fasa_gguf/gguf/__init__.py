@@ -1,0 +1,1 @@
+"""GGUF files: headers, model shapes, cache types."""

@@ -1,0 +1,331 @@
+"""A strict, bounded reader of GGUF headers: every count is checked against the file before it is used.
+
+Only the header is read. The raw bytes of each key-value pair stay at hand, so that a rewrite copies what it does not change.
+Format: the pinned llama.cpp's gguf-py/gguf/constants.py and ggml/src/gguf.cpp.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import stat
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import FasaError
+
+U8, I8, U16, I16, U32, I32, F32, BOOL, STR, ARR, U64, I64, F64 = range(13)
+TYPE_NAMES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "array", "u64", "i64", "f64")
+SCALARS = {U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", F32: "f", BOOL: "?", U64: "Q", I64: "q", F64: "d"}
+SIZES = {t: struct.calcsize("<" + c) for t, c in SCALARS.items()}
+
+# (values per block, bytes per block) of the tensor types; ggml's numbering
+TENSOR_TYPES = {
+    0: (1, 4),
+    1: (1, 2),
+    2: (32, 18),
+    3: (32, 20),
+    6: (32, 22),
+    7: (32, 24),
+    8: (32, 34),
+    9: (32, 36),
+    10: (256, 84),
+    11: (256, 110),
+    12: (256, 144),
+    13: (256, 176),
+    14: (256, 210),
+    15: (256, 292),
+    16: (256, 66),
+    17: (256, 74),
+    18: (256, 98),
+    19: (256, 50),
+    20: (32, 18),
+    21: (256, 110),
+    22: (256, 82),
+    23: (256, 136),
+    24: (1, 1),
+    25: (1, 2),
+    26: (1, 4),
+    27: (1, 8),
+    28: (1, 8),
+    29: (256, 56),
+    30: (1, 2),
+    34: (256, 54),
+    35: (256, 66),
+    39: (32, 17),
+    40: (64, 36),
+    41: (128, 18),
+    42: (64, 18),
+}
+
+MAX_KEYS = 1 << 16
+MAX_TENSORS = 1 << 17
+MAX_NAME = 1 << 16  # bytes of a key or a tensor name
+MAX_STRING = 1 << 26  # bytes; a chat template is far below
+MAX_ARRAY = 1 << 24  # elements; the largest vocabularies have 2^18
+MAX_HEADER = 1 << 28  # bytes of all keys and tensor infos together; a tokenizer has 2^23
+MAX_ALIGNMENT = 1 << 20
+NEXT = "download or convert the model again"
+
+
+def printable(name: str, most: int = 80) -> str:
+    """A name from a file, safe in a message: one line, no control characters, not too long."""
+    text = "".join(c if c.isprintable() else "?" for c in name[:most])
+    return text if len(name) <= most else text + "..."
+
+
+@dataclass
+class KeyValue:
+    """One metadata entry; `value` of an array is decoded on first use."""
+
+    key: str
+    type: int
+    item_type: int  # of an array, else the type itself
+    raw: bytes  # the whole entry as it stands in the file
+    _value_at: int  # offset of the value in raw
+
+    @property
+    def value(self) -> Any:
+        at = self._value_at
+        if self.type == STR:
+            return self.raw[at + 8 :].decode("utf-8", "replace")
+        if self.type != ARR:
+            return struct.unpack_from("<" + SCALARS[self.type], self.raw, at)[0]
+        n = struct.unpack_from("<Q", self.raw, at + 4)[0]
+        at += 12
+        if self.item_type != STR:
+            return list(struct.unpack_from(f"<{n}{SCALARS[self.item_type]}", self.raw, at))
+        out = []
+        for _ in range(n):
+            size = struct.unpack_from("<Q", self.raw, at)[0]
+            out.append(self.raw[at + 8 : at + 8 + size].decode("utf-8", "replace"))
+            at += 8 + size
+        return out
+
+    @property
+    def count(self) -> int:
+        """Elements of an array, without decoding it; 1 for anything else."""
+        return struct.unpack_from("<Q", self.raw, self._value_at + 4)[0] if self.type == ARR else 1
+
+    @property
+    def type_name(self) -> str:
+        return f"array of {TYPE_NAMES[self.item_type]}" if self.type == ARR else TYPE_NAMES[self.type]
+
+
+@dataclass
+class TensorInfo:
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    offset: int  # from the start of the data section
+    n_bytes: int
+
+
+class _Reader:
+    """Reads forward through a header. Nothing is read, copied or multiplied before its length is known to be in the file."""
+
+    def __init__(self, data: mmap.mmap | bytes, where: str) -> None:
+        self.data, self.where, self.at, self.end = data, where, 0, len(data)
+
+    def fail(self, what: str) -> FasaError:
+        return FasaError(f"{self.where}: not a usable GGUF file: {what}; {NEXT}")
+
+    def need(self, n: int, what: str) -> None:
+        if n > self.end - self.at:
+            raise self.fail(f"{what} at byte {self.at} needs {n} bytes and the file has {self.end - self.at} left")
+        if self.at + n > MAX_HEADER:
+            raise self.fail(f"{what} takes the header past {MAX_HEADER} bytes")
+
+    def number(self, code: str, what: str) -> Any:
+        size = struct.calcsize("<" + code)
+        self.need(size, what)
+        value = struct.unpack_from("<" + code, self.data, self.at)[0]
+        self.at += size
+        return value
+
+    def string(self, what: str, most: int = MAX_STRING) -> bytes:
+        n = self.number("Q", f"the length of {what}")
+        if n > most:
+            raise self.fail(f"{what} claims {n} bytes, expected at most {most}")
+        self.need(n, what)
+        value = self.data[self.at : self.at + n]
+        self.at += n
+        return value
+
+    def name(self, what: str) -> str:
+        name = self.string(what, MAX_NAME).decode("utf-8", "replace")
+        if not name:
+            raise self.fail(f"{what} is empty")
+        return name
+
+    def skip_value(self, kind: int, key: str) -> int:
+        """Step over a value; returns the element type."""
+        if kind in SIZES:
+            self.need(SIZES[kind], key)
+            self.at += SIZES[kind]
+        elif kind == STR:
+            self.string(key)
+        elif kind == ARR:
+            return self.skip_array(key)
+        else:
+            raise self.fail(f"{key} has the unknown type {kind}")
+        return kind
+
+    def skip_array(self, key: str) -> int:
+        item = self.number("I", key)
+        n = self.number("Q", key)
+        if n > MAX_ARRAY:
+            raise self.fail(f"{key} claims {n} elements, expected at most {MAX_ARRAY}")
+        if item in SIZES:
+            self.need(n * SIZES[item], key)
+            self.at += n * SIZES[item]
+        elif item == STR:
+            self.need(n * 8, key)
+            unpack, data, at = struct.Struct("<Q").unpack_from, self.data, self.at
+            last = min(self.end, MAX_HEADER) - 8
+            place = "file" if self.end <= MAX_HEADER else "header"
+            for i in range(n):
+                if at > last:
+                    raise self.fail(f"string {i} of {n} of {key} runs past the end of the {place}")
+                at += 8 + unpack(data, at)[0]
+            if at > last + 8:
+                raise self.fail(f"the last string of {key} runs past the end of the {place}")
+            self.at = at
+        else:
+            raise self.fail(f"{key} is an array of the unknown type {item}")
+        return item
+
+
+class GGUFFile:
+    """The header of a GGUF file.
+
+    kv: dict of KeyValue by name, in file order; tensors: list of TensorInfo; data_offset, alignment, size in bytes;
+    info_raw: the tensor infos as they stand. Raises FasaError when the file is not GGUF, is cut short, or lies about counts.
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        try:
+            if not stat.S_ISREG(os.stat(self.path).st_mode):  # opening a pipe would wait for a writer
+                raise FasaError(
+                    f"{self.path}: not a GGUF file: expected a regular file; give the path of a model in GGUF format"
+                )
+            with open(self.path, "rb") as f:
+                self.size = os.fstat(f.fileno()).st_size
+                if self.size < 24:
+                    raise FasaError(
+                        f"{self.path}: not a GGUF file: it has {self.size} bytes, expected at least 24; give a model in GGUF format"
+                    )
+                with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                    self._parse(_Reader(data, str(self.path)))
+        except OSError as e:
+            raise FasaError(f"{self.path}: cannot be read: {e.strerror or e}; check the path") from None
+
+    def _parse(self, r: _Reader) -> None:
+        magic = r.data[:4]
+        if magic != b"GGUF":
+            raise FasaError(
+                f"{self.path}: not a GGUF file: expected it to begin with b'GGUF', found {magic!r}; convert the model to GGUF first"
+            )
+        r.at = 4
+        self.version = r.number("I", "the version")
+        if self.version & 0xFFFF == 0 and self.version != 0:
+            raise FasaError(
+                f"{self.path}: a big-endian GGUF file, expected little-endian; convert it with gguf_convert_endian.py of llama.cpp"
+            )
+        if self.version not in (2, 3):
+            raise r.fail(f"it has version {self.version}, expected 2 or 3")
+        n_tensors = r.number("Q", "the tensor count")
+        n_kv = r.number("Q", "the key count")
+        # a key takes at least 14 bytes, a tensor info 25
+        if n_kv > min(MAX_KEYS, self.size // 14) or n_tensors > min(MAX_TENSORS, self.size // 25):
+            raise r.fail(f"it claims {n_kv} keys and {n_tensors} tensors in {self.size} bytes")
+        self.kv: dict[str, KeyValue] = {}
+        for i in range(n_kv):
+            start = r.at
+            key = r.name(f"the name of key {i}")
+            shown = f"key {printable(key)}"
+            kind = r.number("I", shown)
+            value_at = r.at - start
+            item = r.skip_value(kind, shown)
+            if key in self.kv:
+                raise r.fail(f"{shown} appears twice")
+            self.kv[key] = KeyValue(key, kind, item, bytes(r.data[start : r.at]), value_at)
+        self.alignment = self.get("general.alignment", U32, default=32)
+        if not 1 <= self.alignment <= MAX_ALIGNMENT or self.alignment & (self.alignment - 1):
+            raise r.fail(f"key general.alignment is {self.alignment}, expected a power of two up to {MAX_ALIGNMENT}")
+        start = r.at
+        self.tensors = [self._tensor(r, i) for i in range(n_tensors)]
+        self.info_raw = bytes(r.data[start : r.at])
+        self.data_offset = r.at + -r.at % self.alignment
+        at, names = 0, set()  # at: where the next tensor must begin
+        for t in self.tensors:
+            shown = f"tensor {printable(t.name)}"
+            if t.name in names:
+                raise r.fail(f"{shown} appears twice")
+            names.add(t.name)
+            if t.offset != at:
+                raise r.fail(f"{shown} begins at byte {t.offset} of the tensor data, expected {at}")
+            if self.data_offset + at + t.n_bytes > self.size:
+                raise r.fail(
+                    f"{shown} needs bytes up to {self.data_offset + at + t.n_bytes} and the file has {self.size}: it is cut short"
+                )
+            at += t.n_bytes + -t.n_bytes % self.alignment
+
+    @staticmethod
+    def _tensor(r: _Reader, i: int) -> TensorInfo:
+        name = r.name(f"the name of tensor {i}")
+        shown = f"tensor {printable(name)}"
+        n_dims = r.number("I", shown)
+        if n_dims > 4:
+            raise r.fail(f"{shown} has {n_dims} dimensions, expected at most 4")
+        shape = tuple(r.number("Q", shown) for _ in range(n_dims))
+        kind = r.number("I", shown)
+        offset = r.number("Q", shown)
+        if kind not in TENSOR_TYPES:
+            raise r.fail(f"{shown} has the unknown type {kind}")
+        n = math.prod(shape)
+        if max(shape, default=1) >= 1 << 48 or n >= 1 << 48:
+            raise r.fail(f"{shown} claims the shape {list(shape)}")
+        per, size = TENSOR_TYPES[kind]
+        if (shape[0] if shape else 1) % per:
+            raise r.fail(
+                f"{shown} has rows of {shape[0] if shape else 1} values, no multiple of its type's block of {per}"
+            )
+        return TensorInfo(name, shape, kind, offset, n // per * size)
+
+    def get(self, key: str, *types: int, default: Any = None) -> Any:
+        """The value of `key`; FasaError when it has another type, `default` when it is missing (FasaError if that is ...)."""
+        entry = self.kv.get(key)
+        expected = " or ".join(TYPE_NAMES[t] for t in types)
+        if entry is None:
+            if default is ...:
+                raise FasaError(f"{self.path}: key {key}: expected {expected}, found nothing; {NEXT}")
+            return default
+        if entry.type not in types:
+            raise FasaError(f"{self.path}: key {key}: expected {expected}, found {entry.type_name}; {NEXT}")
+        return entry.value
+
+    @property
+    def arch(self) -> str:
+        name = self.get("general.architecture", STR, default=...)
+        if not 0 < len(name) <= 64 or not name.isprintable():
+            raise FasaError(
+                f"{self.path}: key general.architecture: expected a short name, found {len(name)} characters; {NEXT}"
+            )
+        return name
+
+
+def pack_kv(key: str, kind: int, value: Any, item: int | None = None) -> bytes:
+    """One metadata entry as bytes; `item` is the element type of an array (numbers only)."""
+    name = key.encode()
+    head = struct.pack("<Q", len(name)) + name + struct.pack("<I", kind)
+    if kind == STR:
+        text = value.encode()
+        return head + struct.pack("<Q", len(text)) + text
+    if kind == ARR:
+        return head + struct.pack(f"<IQ{len(value)}{SCALARS[item]}", item, len(value), *value)
+    return head + struct.pack("<" + SCALARS[kind], value)

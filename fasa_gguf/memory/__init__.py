@@ -1,0 +1,1 @@
+"""What a context takes, and where K and V lie."""

@@ -1,0 +1,5 @@
+"""Profiles: which frequency chunks are dominant."""
+
+from .profile import Profile
+
+__all__ = ["Profile"]

@@ -1,0 +1,1 @@
+"""How close FASA stays to dense."""

@@ -1,0 +1,388 @@
+"""RULER's synthetic tasks (arXiv 2404.06654): its prompts, record format and string-match metric, made anew and seeded.
+
+A record is one JSON line: task, index, input, answer_prefix (goes behind the chat template), outputs (the references) and
+length, in tokens: the prompt as the model gets it plus the tokens that it may write. Every sample is fitted from below to the
+length asked for, by bisecting the size of its haystack. What differs from RULER's scripts: words are nonsense made here (six
+letters, consonant and vowel in turn, so none is part of another), not English ones; an essay haystack is the text given,
+from a place drawn for every sample; needles lie at depths of the 40-step grid in every haystack; freq_words counts its answer
+in the length; common_words falls back to RULER's form for short prompts where its long form does not fit. So scores compare
+arms and settings with each other, not with a published table.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import re
+import string
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import FasaError
+
+Parts = tuple[str, str, list[str]]  # input, answer prefix, references
+Build = Callable[[int], Parts]  # from the size of the haystack
+Count = Callable[[str, str], int]  # tokens of (input, answer prefix) as the model gets them
+
+NEEDLE = "One of the special magic {kind} for {key} is: {value}."
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+DEPTHS = [round(100 * i / 39) / 100 for i in range(40)]
+ZETA_2 = math.pi**2 / 6  # frequent words follow a zeta distribution with exponent 2
+
+NIAH = (
+    "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about the {kind} "
+    "afterwards.\n{context}\nWhat are all the special magic {kind} for {query} mentioned in the provided text?",
+    " The special magic {kind} for {query} mentioned in the provided text are",
+)
+VT = (
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: Find all variables "
+    "that are assigned the value {query} in the text above.",
+    " Answer: According to the chain(s) of variable assignment in the text above, {n} variables are assgined the value {query}, "
+    "they are: ",
+)
+CWE = (
+    "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most often.\n"
+    "{context}\nQuestion: What are the 10 most common words in the above list?",
+    " Answer: The top 10 words that appear most often in the list are:",
+)
+FWE = (
+    "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared coded words. "
+    "{context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently appeared "
+    "words in the above coded text?",
+    " Answer: According to the coded text above, the three most frequently appeared words are:",
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task as RULER's synthetic.yaml sets it. n_predict: tokens that the answer may take."""
+
+    kind: str
+    n_predict: int
+    haystack: str = ""  # noise, essay or needle
+    key: str = "words"
+    value: str = "numbers"
+    n_key: int = 1
+    n_value: int = 1
+    n_query: int = 1
+
+
+TASKS = {
+    "niah_single_1": Task("niah", 128, "noise"),
+    "niah_single_2": Task("niah", 128, "essay"),
+    "niah_single_3": Task("niah", 128, "essay", value="uuids"),
+    "niah_multikey_1": Task("niah", 128, "essay", n_key=4),
+    "niah_multikey_2": Task("niah", 128, "needle"),
+    "niah_multikey_3": Task("niah", 128, "needle", key="uuids", value="uuids"),
+    "niah_multivalue": Task("niah", 128, "essay", n_value=4),
+    "niah_multiquery": Task("niah", 128, "essay", n_query=4),
+    "vt": Task("vt", 30, "noise"),
+    "cwe": Task("cwe", 120),
+    "fwe": Task("fwe", 50),
+}
+
+
+# ---- metric ----
+
+
+def string_match_all(prediction: str, references: Sequence[str]) -> float:
+    """The share, 0 to 1, of the references that occur in the prediction, whatever their case (RULER's metric of all tasks here)."""
+    return sum(r.lower() in prediction.lower() for r in references) / len(references)
+
+
+def string_match_part(prediction: str, references: Sequence[str]) -> float:
+    """1 when any reference occurs in the prediction (RULER's metric of its question answering tasks), else 0."""
+    return float(any(r.lower() in prediction.lower() for r in references))
+
+
+def score(task: str, prediction: str, references: Sequence[str]) -> float:
+    """The task's metric, 0 to 1; tasks named qa* take any reference, the others want all."""
+    return (string_match_part if task.startswith("qa") else string_match_all)(prediction, references)
+
+
+# ---- words and values ----
+
+
+def _distinct(draw: Callable[[], str]) -> Iterator[str]:
+    seen: set[str] = set()
+    while True:
+        word = draw()
+        if word not in seen:
+            seen.add(word)
+            yield word
+
+
+def _nonsense(rng: random.Random) -> str:
+    return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))
+
+
+def _drawer(kind: str, rng: random.Random) -> Iterator[str]:
+    """Endless distinct values: numbers of 7 digits, words (two, hyphened) or uuids."""
+    return _distinct(
+        {
+            "numbers": lambda: str(rng.randint(10**6, 10**7 - 1)),
+            "words": lambda: f"{_nonsense(rng)}-{_nonsense(rng)}",
+            "uuids": lambda: str(uuid.UUID(int=rng.getrandbits(128), version=4)),
+        }[kind]
+    )
+
+
+class _Endless:
+    """A list that draws what is asked of it, always in the same order."""
+
+    def __init__(self, source: Iterable[str]) -> None:
+        self.source, self.items = iter(source), []
+
+    def first(self, n: int) -> list[str]:
+        while len(self.items) < n:
+            self.items.append(next(self.source))
+        return self.items[:n]
+
+
+# ---- tasks ----
+
+
+def _insert(sentences: Sequence[str], needles: Sequence[str], depths: Sequence[float]) -> list[str]:
+    """The needles, in order, at ascending depths (0: before the first sentence, 1: behind the last)."""
+    out: list[str] = []
+    at = 0
+    for needle, depth in zip(needles, depths):
+        end = round(depth * len(sentences))
+        out += [*sentences[at:end], needle]
+        at = end
+    return out + list(sentences[at:])
+
+
+def _haystack(
+    task: Task, rng: random.Random, words: Sequence[str] | None, taken: Sequence[str]
+) -> tuple[Callable[[int], list[str]], str]:
+    """(sentences by size, what joins them). An essay without a text is noise."""
+    if task.haystack == "needle":
+        keys, values = _drawer(task.key, rng), _drawer(task.value, rng)
+        pairs = ((k, v) for k, v in zip(keys, values) if k not in taken and v not in taken)
+        fillers = _Endless(NEEDLE.format(kind=task.value, key=k, value=v) for k, v in pairs)
+        return fillers.first, "\n"
+    if task.haystack == "essay" and words:
+        start = rng.randrange(len(words))
+        start = next(
+            (i + 1 for i in range(start, len(words) - 1) if words[i][-1] in ".!?"), 0
+        )  # where a sentence begins
+
+        def essay(size: int) -> list[str]:  # size words; the text begins anew where it ends
+            reps = -(-(start + size) // len(words))
+            return re.split(r"(?<=[.!?]) ", " ".join((list(words) * reps)[start : start + size]))
+
+        return essay, " "
+    return lambda size: [NOISE] * size, "\n"
+
+
+def _niah(task: Task, rng: random.Random, words: Sequence[str] | None, depths: Sequence[float] | None) -> Build:
+    n_key = max(task.n_key, task.n_query)
+    text = " ".join(words or ())
+    fresh = (v for v in _drawer(task.value, rng) if v not in text)
+    names = (k for k in _drawer(task.key, rng) if k not in text)
+    keys = [next(names) for _ in range(n_key)]
+    values = [[next(fresh) for _ in range(task.n_value)] for _ in keys]
+    needles = [NEEDLE.format(kind=task.value, key=k, value=v) for k, vs in zip(keys, values) for v in vs]
+    rng.shuffle(needles)
+    places = sorted(depths) if depths else sorted(rng.sample(DEPTHS, len(needles)))
+    asked = rng.sample(range(n_key), task.n_query)
+    queries = [keys[i] for i in asked]
+    query = ", ".join(queries[:-1]) + ", and " + queries[-1] if len(queries) > 1 else queries[0]
+    template, kind = NIAH, task.value
+    if task.n_query * task.n_value == 1:  # RULER's way to the singular
+        template = tuple(t.replace("Some", "A").replace("are all", "is").replace("are", "is") for t in NIAH)
+        kind = kind[:-1]
+    sentences, glue = _haystack(task, rng, words, keys + sum(values, []))
+
+    def build(size: int) -> Parts:
+        names = dict(kind=kind, context=glue.join(_insert(sentences(size), needles, places)), query=query)
+        return template[0].format(**names), template[1].format(**names), [v for i in asked for v in values[i]]
+
+    return build
+
+
+def _chain(rng: random.Random, letters: int, n_hops: int = 4) -> Build:
+    """One chain of assignments in noise; a variable has that many letters."""
+    names = _distinct(lambda: "".join(rng.choices(string.ascii_uppercase, k=letters)))
+    chain = [next(names) for _ in range(n_hops + 1)]
+    value = str(rng.randint(10000, 99999))
+    lines = [f"VAR {chain[0]} = {value}"] + [f"VAR {b} = VAR {a} " for a, b in zip(chain, chain[1:])]
+    depths = sorted(rng.random() for _ in lines)
+
+    def build(size: int) -> Parts:
+        context = " ".join(_insert([NOISE + "\n"] * size, lines, depths)).replace(". \n", ".\n")
+        return VT[0].format(context=context, query=value), VT[1].format(n=len(chain), query=value), chain
+
+    return build
+
+
+def _vt(rng: random.Random, count: Count, length: int) -> Build:
+    """The chain behind an answered example of at most 500 tokens (a third of a short prompt), as RULER has it."""
+    shot = _chain(rng, 3)
+    text, prefix, chain = shot(_fit(shot, count, min(500, length // 3), "vt (its example)"))
+    example = f"{text}{prefix} {' '.join(chain)}\n\n\n\n"
+    main = _chain(rng, 5)
+
+    def build(size: int) -> Parts:
+        text, prefix, outputs = main(size)
+        return example + text, prefix, outputs
+
+    return build
+
+
+def _numbered(words: Sequence[str]) -> str:
+    return " ".join(f"{i + 1}. {word}" for i, word in enumerate(words))
+
+
+def _cwe(rng: random.Random, form: str) -> Build:
+    """Ten common words among others, behind an answered example. form: repeats of a common and of another word, 30/3 or 6/1."""
+    pool = _Endless(_distinct(lambda: _nonsense(rng)))
+    common, often, seed = pool.first(10), [int(x) for x in form.split("/")], rng.getrandbits(64)
+    n_other, repeats = (30, (10, 3)) if form == "30/3" else (10, (3, 1))
+    words = pool.first(20 + n_other)[10:]
+    listed = words[:10] * repeats[0] + words[10:] * repeats[1]
+    random.Random(seed).shuffle(listed)
+    example = CWE[0].format(context=_numbered(listed)) + CWE[1] + " " + _numbered(words[:10]) + "\n"
+
+    def build(size: int) -> Parts:  # size: other words
+        listed = common * often[0] + pool.first(20 + n_other + size)[20 + n_other :] * often[1]
+        random.Random(seed).shuffle(listed)
+        return example + CWE[0].format(context=_numbered(listed)), CWE[1], common
+
+    return build
+
+
+def _fwe(rng: random.Random, length: int) -> Build:
+    """Coded words by a zeta distribution, the most frequent one shown as dots; the next three are asked for."""
+    draw = _distinct(lambda: "".join(rng.choices(string.ascii_lowercase, k=6)))
+    vocab = ["..."] + [next(draw) for _ in range(max(length // 50, 8) - 1)]
+    seed = rng.getrandbits(64)
+
+    def build(size: int) -> Parts:  # size: words before rounding down
+        listed = [w for i, w in enumerate(vocab) for _ in range(int(size / (i + 1) ** 2 / ZETA_2))]
+        random.Random(seed).shuffle(listed)
+        return FWE[0].format(context=" ".join(listed)), FWE[1], vocab[1:4]
+
+    return build
+
+
+# ---- samples ----
+
+
+def _fit(build: Build, count: Count, room: int, name: str, least: int = 1) -> int:
+    """The largest size whose prompt has at most `room` tokens, found by doubling and bisecting."""
+
+    def tokens(size: int) -> int:
+        return count(*build(size)[:2])
+
+    if (smallest := tokens(least)) > room:
+        raise FasaError(
+            f"task {name}: the smallest prompt has {smallest} tokens and there is room for {room}; use larger --lengths"
+        )
+    low, high = least, 2 * least
+    while tokens(high) <= room:
+        low, high = high, 2 * high
+    while high - low > 1:
+        mid = (low + high) // 2
+        low, high = (mid, high) if tokens(mid) <= room else (low, mid)
+    return low
+
+
+def make_record(
+    name: str,
+    index: int,
+    length: int,
+    count: Count,
+    seed: int = 42,
+    words: Sequence[str] | None = None,
+    depth: float | None = None,
+    n_predict: int = 0,
+) -> dict[str, Any]:
+    """Sample `index` of a task, at most `length` tokens with its answer.
+
+    count: tokens of a prompt; words: the essay haystack, None is noise; depth: where every needle goes, 0 to 1, None draws
+    it; n_predict: tokens for the answer, 0 is the task's own. The same arguments give the same record. Raises FasaError for an
+    unknown task and for a length that the task does not fit in.
+    """
+    task = check_task(name)
+    n_predict = n_predict or task.n_predict
+    room, key = length - n_predict, f"{seed}/{name}/{length}/{index}" + ("" if depth is None else f"/{depth:g}")
+    extra: dict[str, Any] = {} if depth is None else {"depth": depth}
+    if task.kind == "niah":
+        extra["haystack"] = "noise" if task.haystack == "essay" and not words else task.haystack
+        build = _niah(
+            task,
+            random.Random(key),
+            words,
+            None if depth is None else [depth] * (max(task.n_key, task.n_query) * task.n_value),
+        )
+    elif task.kind == "vt":
+        build = _vt(random.Random(key), count, room)
+    elif task.kind == "fwe":
+        build = _fwe(random.Random(key), length)
+    else:
+        form = "30/3" if length >= 4096 else "6/1"
+        build = _cwe(random.Random(key), form)
+        if form == "30/3" and count(*build(1)[:2]) > room:
+            form, build = "6/1", _cwe(random.Random(key), "6/1")
+        extra["form"] = form
+    text, prefix, outputs = build(_fit(build, count, room, name, 40 if task.kind == "fwe" else 1))
+    return {
+        "task": name,
+        "index": index,
+        "input": text,
+        "answer_prefix": prefix,
+        "outputs": outputs,
+        "length": count(text, prefix) + n_predict,
+        **extra,
+    }
+
+
+def check_task(name: str) -> Task:
+    """The task of this name, or FasaError."""
+    if name not in TASKS:
+        raise FasaError(f"task {name!r}: expected one of {', '.join(TASKS)}")
+    return TASKS[name]
+
+
+def essay_words(text: str) -> list[str]:
+    """A haystack from a text: its words, white space folded."""
+    words = text.split()
+    if len(words) < 50:
+        raise FasaError(f"the haystack's text has {len(words)} words; use one of at least 50")
+    return words
+
+
+def write_records(path: str | os.PathLike, records: Iterable[dict[str, Any]]) -> None:
+    """One JSON line each."""
+    with open(path, "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(r) + "\n" for r in records)
+
+
+def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
+    """Records that RULER's scripts or this module wrote; a missing task name is the file's. Raises FasaError naming the line."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise FasaError(f"{path}: cannot be read as text: {e}") from None
+    out = []
+    for i, line in enumerate(lines):
+        try:
+            r = json.loads(line)
+            good = isinstance(r["input"], str) and r["outputs"] and all(isinstance(o, str) and o for o in r["outputs"])
+        except (ValueError, KeyError, TypeError):
+            good = False
+        if not good:
+            raise FasaError(
+                f"{path}: line {i + 1}: expected a JSON object with input (text) and outputs (a list of texts)"
+            )
+        out.append({"task": Path(path).stem, "index": i, "answer_prefix": "", **r})
+    if not out:
+        raise FasaError(f"{path}: no records in it")
+    return out

@@ -1,0 +1,206 @@
+"""FASA's side of a llama_context: profile, settings, counters, observer."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from ..errors import FasaError
+from ..params import K_DOM_TYPES, FasaParams
+from .library import _api, _array, _check, _struct, last_error
+
+
+@contextlib.contextmanager
+def kv_place(host: bool) -> Iterator[None]:
+    """Where K and V of a context that this thread makes inside lie: with `host` in pinned host memory (FASA-M), else on their device.
+
+    Raises FasaError in place of an exception raised inside when the library says why the memory could not be had.
+    """
+    if not host:
+        yield
+        return
+    _, lib = _api()
+    _check(lib.fasa_set_kv_place(lib.FASA_KV_HOST))  # which clears the last error
+    try:
+        yield
+    except Exception as e:
+        if last_error():
+            raise FasaError(last_error()) from e
+        raise
+    finally:
+        lib.fasa_set_kv_place(lib.FASA_KV_DEVICE)
+
+
+@dataclass
+class Observation:
+    """Post-RoPE q and k of one layer of one ubatch (struct fasa_observation)."""
+
+    il: int
+    q: np.ndarray  # float32 [n_tokens, n_head, head_dim], a copy
+    k: np.ndarray  # float16 or float32 [n_kv, n_head_kv, head_dim], valid during the call only
+    scale: float
+    soft_cap: float
+
+
+def not_pinned(context: Context) -> str:
+    """Why a context of mode m has nothing in pinned host memory; "" when it has."""
+    if context.counters()["bytes_kv_host"]:
+        return ""
+    return (
+        "fasa_mode m: this context has no K and V in pinned host memory; it needs flash attention, keys per head, a GPU of compute capability 7.5 "
+        "or later and layers split by layer; use mode c"
+    )
+
+
+class Context:
+    """FASA's side of a llama_context: profile, settings, counters, observer. `ctx_ptr` is its address."""
+
+    def __init__(self, ctx_ptr: int) -> None:
+        self._ffi, self._lib = _api()
+        self._ctx = self._ffi.cast("struct llama_context *", ctx_ptr)
+        self._observer = None
+        self._observer_error: BaseException | None = None
+
+    def set_profile(self, profile: Any) -> None:
+        """Attach a Profile; raises FasaError naming both shapes when it does not fit the model."""
+        n_layer = len(profile.n_chunk)
+        ranked = [il for il in range(n_layer) if profile.n_chunk[il]]
+        flat = np.concatenate([np.asarray(profile.ranking[il]).ravel() for il in ranked]) if ranked else np.zeros(0)
+        heads, _a = _array("uint32_t", profile.n_head_kv, np.uint32)
+        chunks, _b = _array("uint32_t", profile.n_chunk, np.uint32)
+        ranking, _c = _array("uint16_t", flat, np.uint16)
+        p = _struct("fasa_profile", n_layer=n_layer, n_head_kv=heads, n_chunk=chunks, ranking=ranking)
+        if profile.weight is not None and profile.weight_k:
+            p.weight_k = profile.weight_k
+            p.weight, _d = _array(
+                "float", np.concatenate([np.asarray(profile.weight[il]).ravel() for il in ranked]), np.float32
+            )
+        if profile.layer_budget is not None:
+            p.layer_budget, _e = _array("float", profile.layer_budget, np.float32)
+        if profile.layer_miss is not None:
+            p.layer_miss, _f = _array("float", profile.layer_miss, np.float32)
+        if profile.mean_budget:
+            p.n_mean_budget = len(profile.mean_budget)
+            p.mean_budget, _g = _array("uint32_t", list(profile.mean_budget), np.uint32)
+            p.mean_budget_mass, _h = _array("float", list(profile.mean_budget.values()), np.float32)
+        _check(self._lib.fasa_set_profile(self._ctx, p))
+
+    def set_params(self, params: FasaParams | None) -> None:
+        """Turn FASA on with these settings, or off with None; the context stays live."""
+        p = self._ffi.new("fasa_params *", self._lib.fasa_params_default())
+        p.enabled = params is not None
+        if params is not None:
+            for f in fields(params.check()):
+                value = getattr(params, f.name)
+                setattr(p, f.name, K_DOM_TYPES.index(value) if f.name == "k_dom" else value)
+        _check(self._lib.fasa_set_params(self._ctx, p))
+
+    def params(self) -> FasaParams | None:
+        """The settings in force; None when FASA is off."""
+        p = _struct("fasa_params")
+        _check(self._lib.fasa_get_params(self._ctx, p))
+        return self._from_struct(p) if p.enabled else None
+
+    def layer_params(self, il: int) -> FasaParams | None:
+        """The settings in force in one layer, with the budget and the mass that it really has; None when FASA is off."""
+        p = _struct("fasa_params")
+        _check(self._lib.fasa_get_layer_params(self._ctx, il, p))
+        return self._from_struct(p) if p.enabled else None
+
+    @staticmethod
+    def _from_struct(p: Any) -> FasaParams:
+        values = {f.name: getattr(p, f.name) for f in fields(FasaParams)}
+        return FasaParams(**{**values, "k_dom": K_DOM_TYPES[p.k_dom], "mass": float(p.mass)})
+
+    def counters(self) -> dict[str, int]:
+        """struct fasa_counters by name."""
+        c = _struct("fasa_counters")
+        _check(self._lib.fasa_get_counters(self._ctx, c))
+        return {name: getattr(c, name) for name, _ in self._ffi.typeof("fasa_counters").fields if name != "size"}
+
+    def reset_counters(self) -> None:
+        """All counters but the memory sizes go to zero."""
+        _check(self._lib.fasa_reset_counters(self._ctx))
+
+    def invalidate(self) -> None:
+        """Mark all dominant keys stale: the next sparse step derives them anew from the stored K."""
+        _check(self._lib.fasa_invalidate(self._ctx))
+
+    def fill_random(self, n_cells: int, seed: int = 0) -> None:
+        """Give every sequence `n_cells` cells of random K and V instead of what it has (fasa_fill_random)."""
+        _check(self._lib.fasa_fill_random(self._ctx, n_cells, seed))
+
+    def host_rates(self, n_cells: int, n_rows: int, between: int) -> tuple[float, float, float]:
+        """(copy, gather, fetch): bytes per second that the device takes from K and V in pinned host memory (FASA-M).
+
+        copy: in one piece. gather: the rows of n_rows random cells of the first n_cells, K and V of every KV head, layer by layer, each behind
+        `between` bytes of device memory (a layer's weights), by a kernel that does nothing else. fetch: the same by the one that fetches rows
+        for attention. Raises FasaError.
+        """
+        rates = _struct("fasa_rates")
+        _check(self._lib.fasa_host_rates(self._ctx, n_cells, n_rows, between, rates))
+        return rates.copy, rates.gather, rates.fetch
+
+    def layer_reasons(self) -> list[str | None]:
+        """Per layer, why it stays dense in a sparse step; None where it runs sparse."""
+        out = []
+        for il in range(self.model_info()["n_layer"]):
+            reason = self._lib.fasa_layer_reason(self._ctx, il)
+            out.append(self._ffi.string(reason).decode() if reason != self._ffi.NULL else None)
+        return out
+
+    def step_reason(self) -> str:
+        """Why the last decode step was dense as a whole; "" when it was sparse."""
+        return self._ffi.string(self._lib.fasa_step_reason(self._ctx)).decode()
+
+    def model_info(self) -> dict[str, Any]:
+        """n_layer, rope_layout (0 NORM, 1 NEOX, -1 none), rope_base, rope_scale, is_mla."""
+        i = _struct("fasa_model_info")
+        _check(self._lib.fasa_get_model_info(self._ctx, i))
+        return {name: getattr(i, name) for name, _ in self._ffi.typeof("fasa_model_info").fields if name != "size"}
+
+    def layer_shape(self, il: int) -> tuple[int, int, int, int]:
+        """(n_head, n_head_kv, head_dim, n_rot) of one layer; n_head_kv is 0 where there is no attention."""
+        out = self._ffi.new("int32_t[4]")
+        _check(self._lib.fasa_get_layer_shape(self._ctx, il, out))
+        return tuple(out)  # type: ignore[return-value]
+
+    def observe(self, fn: Callable[[Observation], None] | None) -> None:
+        """Call fn for every attention layer of every ubatch, from a compute thread; None takes it away.
+
+        An exception in fn does not stop the decode: it is kept, and `raise_observed` raises it.
+        """
+        if fn is None:
+            _check(self._lib.fasa_set_observer(self._ctx, self._ffi.NULL, self._ffi.NULL))
+            self._observer = None
+            return
+
+        def call(seen: Any, _user: Any) -> None:
+            try:
+                nq = seen.n_tokens * seen.n_head * seen.n_embd_head
+                q = (
+                    np.frombuffer(self._ffi.buffer(seen.q, nq * 4), np.float32)
+                    .reshape(seen.n_tokens, seen.n_head, -1)
+                    .copy()
+                )
+                dtype = np.dtype(np.float16 if seen.k_is_f16 else np.float32)
+                nk = seen.n_kv * seen.n_head_kv * seen.n_embd_head
+                k = np.frombuffer(self._ffi.buffer(seen.k, nk * dtype.itemsize), dtype).reshape(
+                    seen.n_kv, seen.n_head_kv, -1
+                )
+                fn(Observation(seen.il, q, k, seen.scale, seen.soft_cap))
+            except BaseException as e:  # must not cross the C frame; raise_observed raises it
+                self._observer_error = self._observer_error or e
+
+        self._observer = self._ffi.callback("fasa_observer", call)
+        _check(self._lib.fasa_set_observer(self._ctx, self._observer, self._ffi.NULL))
+
+    def raise_observed(self) -> None:
+        """Raise the first exception that an observer left, if any."""
+        error, self._observer_error = self._observer_error, None
+        if error is not None:
+            raise error

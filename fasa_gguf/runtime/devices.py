@@ -1,0 +1,70 @@
+"""The devices that ggml found, their memory and their speed."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from .library import _api, _check, _library
+
+
+@dataclass
+class Device:
+    """A device of ggml: its name ("CPU", "CUDA0"), what it is, and whether it is a GPU."""
+
+    name: str
+    description: str
+    is_gpu: bool
+
+
+def devices() -> list[Device]:
+    """What ggml's backends found on this machine, in their order."""
+    _api()
+    ffi, lib = _ggml()
+    found = [lib.ggml_backend_dev_get(i) for i in range(lib.ggml_backend_dev_count())]
+    text = lambda p: ffi.string(p).decode("utf-8", "replace")
+    return [
+        Device(
+            text(lib.ggml_backend_dev_name(d)),
+            text(lib.ggml_backend_dev_description(d)),
+            lib.ggml_backend_dev_type(d) in (1, 2),
+        )
+        for d in found
+    ]
+
+
+@functools.cache
+def _ggml() -> tuple[Any, Any]:
+    """(ffi, lib): some of ggml-backend.h, which llama_cpp's ctypes API lacks."""
+    import cffi
+
+    ffi = cffi.FFI()
+    ffi.cdef(
+        "size_t ggml_backend_dev_count(void); void * ggml_backend_dev_get(size_t); const char * ggml_backend_dev_name(void *);"
+        "const char * ggml_backend_dev_description(void *); int ggml_backend_dev_type(void *);"
+    )
+    return ffi, ffi.dlopen(str(_library("ggml")))
+
+
+@functools.cache
+def copy_rate(device: str, n_bytes: int, n_threads: int = 0) -> float:
+    """Bytes read plus bytes written per second when `device` copies n_bytes within its memory; measured once per process."""
+    ffi, lib = _api()
+    rate = ffi.new("double *")
+    _check(lib.fasa_copy_rate(device.encode(), n_threads or os.cpu_count() or 1, n_bytes, rate))
+    return rate[0]
+
+
+def device_memory(device: str) -> tuple[int, int]:
+    """(free, total) bytes of a device ("CUDA0"), by the driver's count. Raises FasaError."""
+    ffi, lib = _api()
+    free, total = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+    _check(lib.fasa_device_memory(device.encode(), free, total))
+    return free[0], total[0]
+
+
+def cuda_devices() -> list[str]:
+    """Names of the CUDA devices of this machine; none with a build that has no CUDA."""
+    return [d.name for d in devices() if d.is_gpu and d.name.startswith("CUDA")]

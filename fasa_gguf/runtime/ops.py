@@ -1,0 +1,192 @@
+"""The ops of one layer on host arrays: for calibration, tests and timing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import FasaError
+from ..params import K_DOM_TYPES
+from .library import _api, _array, _check, _struct
+
+
+def rank_recall(
+    q: np.ndarray,
+    k: np.ndarray,
+    q_pos: Sequence[int],
+    chunk_dims: np.ndarray,
+    n_rank: int,
+    budget: int,
+    sink: int,
+    recent: int,
+    scale: float,
+    soft_cap: float = 0.0,
+    candidate: np.ndarray | None = None,
+    n_threads: int | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Greedy set ranking of one KV head's chunks (reference.rank_recall, in C++).
+
+    q float32 [n_group, n_query, head_dim], k float32 [n_kv, head_dim], chunk_dims int32 [n_chunk, 2].
+    Returns (order int32 [n_rank], share of the attention mass kept float32 [n_rank]).
+    """
+    pq, q = _array("float", q, np.float32)
+    pk, k = _array("float", k, np.float32)
+    pp, pos = _array("int32_t", q_pos, np.int32)
+    pd, dims = _array("int32_t", chunk_dims, np.int32)
+    po, order = _array("int32_t", np.zeros(n_rank), np.int32)
+    pr, recall = _array("float", np.zeros(n_rank), np.float32)
+    c = _struct(
+        "fasa_rank_case",
+        n_group=q.shape[0],
+        n_query=q.shape[1],
+        n_kv=k.shape[0],
+        n_embd_head=k.shape[1],
+        n_chunk=dims.shape[0],
+        n_rank=n_rank,
+        budget=budget,
+        sink=sink,
+        recent=recent,
+        n_threads=n_threads or os.cpu_count() or 1,
+        scale=scale,
+        soft_cap=soft_cap,
+        q=pq,
+        k=pk,
+        q_pos=pp,
+        chunk_dims=pd,
+        out_order=po,
+        out_recall=pr,
+    )
+    if candidate is not None:
+        c.candidate, _keep = _array("uint8_t", candidate, np.uint8)
+    _check(_api()[1].fasa_rank_recall(c))
+    return order, recall
+
+
+def _op_case(
+    keep: list[Any],
+    *,
+    q: np.ndarray,
+    k: np.ndarray,
+    v: np.ndarray,
+    dims: np.ndarray,
+    weight: np.ndarray,
+    forced: np.ndarray,
+    budget: int,
+    scale: float,
+    n_kv: int,
+    mask: np.ndarray | None = None,
+    mass: float = 0.0,
+    floor: int = 64,
+    cap: int = 1024,
+    soft_cap: float = 0.0,
+    k_dom: str = "q4",
+    type_k: str = "f16",
+    type_v: str = "f16",
+    n_hadamard: int = 0,
+    sinks: np.ndarray | None = None,
+    per_head: bool = False,
+    backend: str = "CPU",
+    tip_backend: str | None = None,
+    n_threads: int = 2,
+    kv_place: int = 0,
+    row_slots: int = 0,
+) -> Any:
+    """struct fasa_op_case; what it points to goes into `keep`."""
+    ffi, _ = _api()
+    n_stream, n_tokens, n_head, d_k = q.shape
+
+    def array(ctype: str, values: Any, dtype: Any) -> Any:
+        pointer, owner = _array(ctype, values, dtype)
+        keep.append(owner)
+        return pointer
+
+    def text(value: str) -> Any:
+        keep.append(ffi.new("char[]", value.encode()))
+        return keep[-1]
+
+    c = _struct(
+        "fasa_op_case",
+        backend=text(backend),
+        tip_backend=text(tip_backend or backend),
+        n_threads=n_threads,
+        n_head=n_head,
+        n_head_kv=v.shape[-2],
+        n_embd_head_k=d_k,
+        n_embd_head_v=v.shape[-1],
+        n_kv=n_kv,
+        n_tokens=n_tokens,
+        n_stream=n_stream,
+        n_hadamard=n_hadamard,
+        type_k=text(type_k),
+        type_v=text(type_v),
+        k_dom=K_DOM_TYPES.index(k_dom),
+        n_dom=dims.shape[-1],
+        dims=array("int32_t", dims, np.int32),
+        weight=array("float", weight, np.float32),
+        scale=scale,
+        soft_cap=soft_cap,
+        budget=budget,
+        mass=mass,
+        floor=floor,
+        cap=cap,
+        per_head=per_head,
+        kv_place=kv_place,
+        row_slots=row_slots,
+        n_forced=forced.shape[-1],
+        forced=array("int32_t", forced, np.int32),
+        q=array("float", q, np.float32),
+        k=array("float", k, np.float32),
+        v=array("float", v, np.float32),
+    )
+    if mask is not None:
+        c.mask = array("float", mask, np.float32)
+    if sinks is not None:
+        c.sinks = array("float", sinks, np.float32)
+    return c
+
+
+def op_run(*, q: np.ndarray, v: np.ndarray, forced: np.ndarray, **case: Any) -> dict[str, np.ndarray]:
+    """The ops of one layer on host arrays, shapes as in struct fasa_op_case; returns est, count, list and out.
+    tip_backend: TIP runs there, and `backend` selects from its scores and attends. Raises FasaError."""
+    n_stream, n_tokens, n_head, _ = q.shape
+    _, n_kv, n_head_kv, d_v = v.shape
+    n_list = n_head if case.get("per_head") else n_head_kv
+    longest = min(n_kv, max(case.get("cap", 1024) if case.get("mass", 0) > 0 else case["budget"], forced.shape[-1]))
+    out = {
+        "est": np.full((n_stream, n_tokens, n_head, n_kv), np.nan, np.float32),
+        "count": np.full((n_stream, n_tokens, n_list), -1, np.int32),
+        "list": np.full((n_stream, n_tokens, n_list, longest), -1, np.int32),
+        "out": np.full((n_stream, n_tokens, n_head, d_v), np.nan, np.float32),
+    }
+    keep: list[Any] = []
+    c = _op_case(keep, q=q, v=v, forced=forced, n_kv=n_kv, **case)
+    for field, name, ctype in (
+        ("out_est", "est", "float"),
+        ("out_count", "count", "int32_t"),
+        ("out_list", "list", "int32_t"),
+        ("out", "out", "float"),
+    ):
+        pointer, _ = _array(ctype, out[name], out[name].dtype)
+        setattr(c, field, pointer)
+    _check(_api()[1].fasa_op_run(c))
+    return out
+
+
+TIME_CELLS = 16384  # FASA_TIME_CELLS of measure/op-run.cpp
+
+
+def op_time(*, n_layer: int = 4, n_rep: int = 20, **case: Any) -> dict[str, float]:
+    """Seconds a layer of dense flash attention ("dense"), of TIP and SELECT ("select"), and of all of FASA ("fasa"), the fastest of n_rep
+    runs over n_layer caches. k and v float32 [1, 16384, n_head_kv, head_dim] are repeated over n_kv cells. Raises FasaError."""
+    for name in ("k", "v"):
+        if case[name].shape[:2] != (1, TIME_CELLS):
+            raise FasaError(
+                f"op_time: expected {name} of shape [1, {TIME_CELLS}, n_head_kv, head_dim], found {list(case[name].shape)}"
+            )
+    keep: list[Any] = []
+    times = _struct("fasa_op_times")
+    _check(_api()[1].fasa_op_time(_op_case(keep, **case), n_layer, n_rep, times))
+    return {name: getattr(times, name) for name, _ in _api()[0].typeof("fasa_op_times").fields if name != "size"}

@@ -1,0 +1,1 @@
+"""How fast FASA and dense decode."""

@@ -1,0 +1,79 @@
+#include "cuda/fasa-hooks.cuh"
+
+#include "common.cuh"
+
+#include <cstdio>
+#include <cstring>
+
+bool fasa_cuda_has_kernels(int device) {
+    const int cc = ggml_cuda_info().devices[device].cc;
+    return GGML_CUDA_CC_IS_NVIDIA(cc) && cc >= GGML_CUDA_CC_TURING;
+}
+
+static const char * fasa_cuda_reason(int device, const fasa_layer_shape & s) {
+    if (!fasa_cuda_has_kernels(device)) {
+        return "its GPU has no FASA kernels: they need an NVIDIA GPU of compute capability 7.5 or later";
+    }
+    for (const ggml_type type : { s.type_k, s.type_v }) {
+        if (type != GGML_TYPE_F32 && type != GGML_TYPE_F16 && type != GGML_TYPE_BF16 && type != GGML_TYPE_Q8_0 &&
+            type != GGML_TYPE_Q4_0) {
+            return "the CUDA kernels read caches in f32, f16, bf16, q8_0 and q4_0, and this one has another type";
+        }
+    }
+    if (s.n_embd_head_k != s.n_embd_head_v || s.n_embd_head_k % 8 != 0 || s.n_embd_head_k > 256) {
+        return "the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256";
+    }
+    if (s.n_group > 128) {
+        return "more than 128 query heads share a KV head";
+    }
+    return "";
+}
+
+// type: fasa_dense_reason_t
+static const char * fasa_cuda_dense_reason(ggml_backend_dev_t dev, const fasa_layer_shape * shape) {
+    int device = -1;
+    if (sscanf(ggml_backend_dev_name(dev), GGML_CUDA_NAME "%d", &device) != 1) {
+        return "its device is not one of CUDA's";
+    }
+    return fasa_cuda_reason(device, *shape);
+}
+
+void * fasa_cuda_proc_address(const char * name) {
+    if (strcmp(name, "fasa_dense_reason") == 0) {
+        return (void *) fasa_cuda_dense_reason;
+    }
+    if (strcmp(name, "fasa_host_buft") == 0) {
+        return (void *) fasa_cuda_host_buft;
+    }
+    if (strcmp(name, "fasa_host_rates") == 0) {
+        return (void *) fasa_cuda_host_rates;
+    }
+    return nullptr;
+}
+
+bool fasa_cuda_supported(int device, const ggml_tensor * op) {
+    const fasa_op_params * p = fasa_op_get(op);
+    if (p == nullptr || p->kind == FASA_OP_OBSERVE || !p->device) {
+        return false;
+    }
+    if (p->kind == FASA_OP_STAGE || p->kind == FASA_OP_AHEAD) {
+        return true;
+    }
+    const bool fac         = p->kind == FASA_OP_FAC;
+    const ggml_tensor *tip = p->kind == FASA_OP_SELECT ? op->src[0] : op, *k = fac ? op->src[2] : tip->src[1],
+                      *v     = fac ? op->src[3] : k;
+    const fasa_layer_shape s = { k->type, v->type, k->ne[0], v->ne[0], int32_t(tip->ne[1] / k->ne[1]) };
+    return fasa_cuda_reason(device, s)[0] == 0;
+}
+
+bool fasa_cuda_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
+    const fasa_op_params * p = fasa_op_get(dst);
+    switch (p ? p->kind : 0) {
+        case FASA_OP_TIP: return true; // SELECT does it
+        case FASA_OP_SELECT: fasa_cuda_select(ctx, dst, *p); return true;
+        case FASA_OP_FAC: fasa_cuda_fac(ctx, dst, *p); return true;
+        case FASA_OP_STAGE: fasa_cuda_stage(ctx, dst); return true;
+        case FASA_OP_AHEAD: fasa_cuda_ahead(ctx, dst); return true;
+        default: return false;
+    }
+}

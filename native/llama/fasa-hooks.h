@@ -1,0 +1,13 @@
+#pragma once
+
+// The hooks that the patches call, and nothing else. What they do is in llama/cache.cpp and llama/graph.cpp.
+
+#include "llama/cache.h"
+
+struct llm_graph_context;
+
+// Attention of one layer with FASA: [d_v*n_head, n_tokens], already expanded into the graph; nullptr: the caller does
+// it dense. q [d, n_head, n_tokens] post-RoPE; k, v: the views of the cache that build_attn_mha takes.
+ggml_tensor * fasa_build_attn(const llm_graph_context & graph, const llama_kv_cache_context * mctx, ggml_tensor * q,
+    ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * kq_mask, ggml_tensor * sinks,
+    ggml_tensor * v_mla, float kq_scale, int il);

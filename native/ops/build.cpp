@@ -1,0 +1,139 @@
+// Builds the nodes of ops/ops.h.
+
+#include "core/select.h"
+#include "ops/ops.h"
+
+#include "ggml-cpu.h"
+
+#include <cstring>
+#include <initializer_list>
+#include <vector>
+
+ggml_custom_op_t fasa_cpu_op_get(void) {
+    static const ggml_custom_op_t fun = [] {
+        ggml_backend_reg_t reg = ggml_backend_reg_by_name("CPU");
+        return reg ? (ggml_custom_op_t) ggml_backend_reg_get_proc_address(reg, "fasa_cpu_op") : nullptr;
+    }();
+    return fun;
+}
+
+static fasa_op_params fasa_op_make(fasa_op_kind kind, void * userdata, int device = 0) {
+    fasa_op_params p = {};
+    p.fun            = fasa_cpu_op_get();
+    p.n_tasks        = GGML_N_TASKS_MAX;
+    p.userdata       = userdata;
+    p.magic          = FASA_OP_MAGIC;
+    p.kind           = kind;
+    p.device         = device;
+    return p;
+}
+
+static void fasa_op_set(ggml_tensor * t, const fasa_op_params & p, const char * name) {
+    memcpy(t->op_params, &p, sizeof(p));
+    ggml_set_name(t, name);
+}
+
+// a node of a layer
+static ggml_tensor * fasa_layer_node(ggml_context * ctx, ggml_type type, const int64_t (&ne)[4],
+    std::initializer_list<ggml_tensor *> src, const fasa_op_params & p, const char * name) {
+    std::vector<ggml_tensor *> args(src);
+    ggml_tensor * t = ggml_custom_4d(
+        ctx, type, ne[0], ne[1], ne[2], ne[3], args.data(), args.size(), p.fun, GGML_N_TASKS_MAX, p.userdata);
+    fasa_op_set(t, p, name);
+    return t;
+}
+
+static fasa_op_params fasa_layer_params(
+    fasa_op_kind kind, const fasa_layer_const * layer, int32_t scores, float scale, float soft_cap) {
+    fasa_op_params p =
+        fasa_op_make(kind, const_cast<fasa_layer_const *>(layer), layer->work ? FASA_ON_DEVICE | scores : 0);
+    p.serial   = layer->serial;
+    p.scale    = scale;
+    p.soft_cap = soft_cap;
+    return p;
+}
+
+ggml_tensor * fasa_build_select(ggml_context * ctx, const fasa_select_op & op) {
+    const int64_t n_kv     = op.k->ne[2];
+    const int64_t n_stream = op.k->ne[3];
+    const int64_t n_head   = op.q->ne[1];
+    const int64_t n_tps    = op.q->ne[2] / n_stream;
+
+    fasa_op_params p  = fasa_layer_params(FASA_OP_TIP, op.layer, op.scores, op.scale, op.soft_cap);
+    p.k_dom           = op.k_dom_type;
+    p.n_hadamard      = op.n_hadamard;
+    ggml_tensor * tip = fasa_layer_node(ctx, GGML_TYPE_F32, { fasa_tip_length(n_kv), n_head, n_tps, n_stream },
+        { op.k_dom, op.k, op.ranges, op.q, op.dims, op.weight, op.mask }, p, "fasa_tip");
+
+    const int64_t length = fasa_list_length(op.params, op.forced->ne[0], n_kv);
+    const int64_t n_list = op.params.per_head ? n_head : op.k->ne[1];
+
+    p                                           = fasa_layer_params(FASA_OP_SELECT, op.layer, op.scores, 0.0f, 0.0f);
+    p.budget                                    = op.params.budget;
+    p.mass                                      = op.params.mass;
+    p.floor                                     = op.params.floor;
+    p.cap                                       = op.params.cap;
+    // on a device SELECT runs TIP too: without ranges among its sources their memory could become its dst in the last
+    // layer
+    std::initializer_list<ggml_tensor *> on_cpu = { tip, op.forced }, on_device = { tip, op.forced, op.ranges };
+    return fasa_layer_node(ctx, GGML_TYPE_I32, { 1 + length, n_list, n_tps, n_stream },
+        op.layer->work ? on_device : on_cpu, p, "fasa_select");
+}
+
+ggml_tensor * fasa_build_fac(ggml_context * ctx, const fasa_fac_op & op) {
+    fasa_op_params p    = fasa_layer_params(FASA_OP_FAC, op.layer, 0, op.scale, op.soft_cap);
+    p.stream0           = op.stream0;
+    const int64_t ne[4] = { op.v->ne[0], op.q->ne[1], op.list->ne[2], op.list->ne[3] };
+    if (op.layer->rows) {
+        return fasa_layer_node(
+            ctx, GGML_TYPE_F32, ne, { op.list, op.q, op.k, op.v, op.mask, op.sinks, op.ranges }, p, "fasa_fac");
+    }
+    if (op.sinks) {
+        return fasa_layer_node(ctx, GGML_TYPE_F32, ne, { op.list, op.q, op.k, op.v, op.mask, op.sinks }, p, "fasa_fac");
+    }
+    return fasa_layer_node(ctx, GGML_TYPE_F32, ne, { op.list, op.q, op.k, op.v, op.mask }, p, "fasa_fac");
+}
+
+ggml_tensor * fasa_place_in(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * room, size_t offset) {
+    ggml_tensor * t = ggml_new_tensor(ctx, rows->type, GGML_MAX_DIMS, rows->ne);
+    GGML_ASSERT(offset + ggml_nbytes(t) <= ggml_nbytes(room));
+    t->buffer = room->buffer;
+    t->data   = (char *) room->data + offset;
+    return t;
+}
+
+ggml_tensor * fasa_build_stage(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * place, ggml_tensor * fresh,
+    ggml_tensor * work, const uint64_t * ubatch) {
+    ggml_tensor * src[] = { rows, fresh, work };
+    ggml_tensor * t     = ggml_custom_4d(ctx, rows->type, rows->ne[0], rows->ne[1], rows->ne[2], rows->ne[3], src,
+        work ? 3 : 2, fasa_cpu_op_get(), 1, nullptr);
+    t->buffer           = place->buffer;
+    t->data             = place->data;
+    fasa_op_set(t, fasa_op_make(FASA_OP_STAGE, const_cast<uint64_t *>(ubatch), FASA_ON_DEVICE), "fasa_stage");
+    return t;
+}
+
+ggml_tensor * fasa_build_ahead(ggml_context * ctx, ggml_tensor * behind, ggml_tensor * k, ggml_tensor * v,
+    ggml_tensor * k_place, ggml_tensor * v_place, const uint64_t * ubatch) {
+    ggml_tensor * src[] = { behind, k, v, k_place, v_place };
+    ggml_tensor * t     = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, src, 5, fasa_cpu_op_get(), 1, nullptr);
+    t->buffer = k_place->buffer; // it is not written, but the allocator never takes back what nobody reads, and could
+                                 // not put large tensors there
+    t->data   = k_place->data;
+    fasa_op_set(t, fasa_op_make(FASA_OP_AHEAD, const_cast<uint64_t *>(ubatch), FASA_ON_DEVICE), "fasa_ahead");
+    return t;
+}
+
+ggml_tensor * fasa_build_observe(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, int32_t il, float scale,
+    float soft_cap, fasa_observer_slot * slot) {
+    ggml_tensor * src[] = { q, k };
+    ggml_tensor * t     = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, src, 2, fasa_cpu_op_get(), 1, slot);
+
+    fasa_op_params p = fasa_op_make(FASA_OP_OBSERVE, slot);
+    p.n_tasks        = 1;
+    p.scale          = scale;
+    p.soft_cap       = soft_cap;
+    p.k_dom          = il;
+    fasa_op_set(t, p, "fasa_observe");
+    return t;
+}

@@ -1,0 +1,42 @@
+"""Profiles for the tiny model."""
+
+import numpy as np
+from tiny_gguf import N_HEAD_KV, N_LAYER, WIDTH
+
+from fasa_gguf.speed.random_model import synthetic_profile
+
+
+def full_profile():
+    """Every key that a profile can have, for the tiny model."""
+    p = synthetic_profile([N_HEAD_KV] * N_LAYER, [WIDTH // 2] * N_LAYER, seed=1)
+    p.weight_k, p.weight = 2, [np.full((N_HEAD_KV, 2), 0.5 + il, np.float32) for il in range(N_LAYER)]
+    p.recall_k, p.recall_budget, p.recall = 1, 64, [np.full((N_HEAD_KV, 1), 0.75, np.float32)] * N_LAYER
+    p.layer_budget = np.array([0.5, 1.5, 1], np.float32)
+    p.layer_miss, p.mean_budget = np.array([0.25, 2, 1], np.float32), {100: 0.5, 256: 0.875}
+    p.rope = {"layout": "norm", "dims": WIDTH, "base": 10000.0, "scale": 1.0}
+    p.defaults = {
+        "chunks": 3,
+        "budget": 256,
+        "mass": 0.5,
+        "floor": 8,
+        "cap": 99,
+        "sink": 2,
+        "recent": 9,
+        "min_context": 7,
+        "min_context_gpu": 8,
+        "max_tokens": 4,
+        "k_dom": "q8",
+        "per_head": 1,
+        "mean_budget": 0,
+        "row_cache": 64,
+    }
+    p.calibration = {
+        "tool": "t",
+        "corpus": "c",
+        "corpus_sha256": "ab",
+        "tokens": 10,
+        "context": 5,
+        "source": "gguf",
+        "weights_sha256": "cd",
+    }
+    return p

@@ -1,0 +1,44 @@
+"""Every architecture of the pinned source, as random tiny models that its own test-llama-archs writes (`make upstream-tests`):
+with all chunks ranked and a budget beyond the context, the sparse path agrees with dense, or is dense with its reason."""
+
+import numpy as np
+import pytest
+from paths import ROOT
+
+from fasa_gguf import FasaError, FasaParams
+from fasa_gguf.speed.random_model import synthetic_profile
+
+MODELS = sorted((ROOT / "build" / "archs").glob("*.gguf"))
+ALL = FasaParams(chunks=4096, budget=10**6, min_context=0, max_tokens=10**6, k_dom="f16")
+NMSE = 1e-4  # test-llama-archs' own bound between two backends
+
+
+@pytest.mark.skipif(not MODELS, reason="no models in build/archs; run `make upstream-tests`")
+@pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
+def test_architecture(library, path):
+    from fasa_gguf.session import Session
+
+    try:
+        s = Session(path, n_ctx=256, n_threads=2)
+    except FasaError as e:
+        pytest.skip(str(e))
+    with s:
+        if s.llama.llama_model_has_encoder(s.model) or not s.memory:
+            pytest.skip("not a decoder")
+        tokens = np.random.default_rng(1).integers(0, s.n_vocab, 48).tolist()
+        dense = s.decode(tokens, 0, logits="all")
+        shapes = [s.fasa.layer_shape(il) for il in range(s.fasa.model_info()["n_layer"])]
+        profile = synthetic_profile([h[1] for h in shapes], [h[2] // 2 if h[1] else 0 for h in shapes])
+        try:
+            s.fasa.set_profile(profile)
+            s.fasa.set_params(ALL)
+        except FasaError as e:
+            assert "FASA" in str(e)
+            pytest.skip(f"dense: {e}")
+        s.clear()
+        sparse = s.decode(tokens, 0, logits="all")
+        reasons, counters = s.fasa.layer_reasons(), s.fasa.counters()
+        assert counters["layers_sparse"] > 0 or all(reasons), "dense without a reason"
+        if not counters["layers_sparse"]:
+            pytest.skip(f"dense: {reasons[0]}")
+        assert ((sparse - dense) ** 2).mean() / (dense**2).mean() < NMSE

@@ -1,0 +1,247 @@
+"""The CPU ops against reference.py: logits, lists index for index, outputs. Tolerances: f32 sums reordered, 2e-5 relative."""
+
+import numpy as np
+import pytest
+
+from fasa_gguf import reference as R
+
+
+def run(
+    library,
+    *,
+    n_kv=333,
+    n_head=6,
+    n_head_kv=2,
+    d=64,
+    d_v=64,
+    n_tokens=2,
+    n_stream=1,
+    n_dom=24,
+    k_dom="q4",
+    type_k="f16",
+    budget=40,
+    n_hadamard=0,
+    soft_cap=0.0,
+    mass=0.0,
+    floor=10,
+    cap=100,
+    hidden=30,
+    sinks=False,
+    equal=False,
+    per_head=False,
+    distinct=0,
+    n_threads=2,
+    seed=0,
+):
+    rng = np.random.default_rng(seed)
+    q = rng.standard_normal((n_stream, n_tokens, n_head, d)).astype(np.float32) * 2
+    k = rng.standard_normal((n_stream, n_kv, n_head_kv, d)).astype(np.float32)
+    v = rng.standard_normal((n_stream, n_kv, n_head_kv, d_v)).astype(np.float32)
+    if equal:
+        k[:] = k[:, :1]
+    if distinct:  # so many different keys: the others tie with one of them
+        k[:] = k[:, rng.integers(0, distinct, n_kv)]
+    k, v = (x.astype(np.float16).astype(np.float32) for x in (k, v))
+    mask = np.zeros((n_stream, n_tokens, n_kv), np.float32)
+    mask[rng.random(mask.shape) < 0.1] = -np.inf
+    mask[:, :, n_kv - hidden :] = -np.inf
+    dims = np.stack([rng.permutation(d)[:n_dom] for _ in range(n_head_kv)]).astype(np.int32)
+    dims[0, -3:] = -1
+    weight = rng.random((n_head_kv, n_dom)).astype(np.float32) + 0.5
+    forced = rng.integers(-1, n_kv, (n_stream, n_tokens, 9)).astype(np.int32)
+    learned = rng.standard_normal(n_head).astype(np.float32) if sinks else None
+    scale = d**-0.5
+    got = library.ops.op_run(
+        q=q,
+        k=k,
+        v=v,
+        mask=mask,
+        dims=dims,
+        weight=weight,
+        forced=forced,
+        budget=budget,
+        scale=scale,
+        mass=mass,
+        floor=floor,
+        cap=cap,
+        per_head=per_head,
+        soft_cap=soft_cap,
+        k_dom=k_dom,
+        type_k=type_k,
+        n_hadamard=n_hadamard,
+        sinks=learned,
+        n_threads=n_threads,
+    )
+    g = n_head // n_head_kv
+    for s in range(n_stream):
+        for h in range(n_head_kv):
+            plain = R.hadamard(k[s, :, h], n_hadamard) if n_hadamard else k[s, :, h]
+            keys = R.quantize_k_dom(plain, dims[h], k_dom)
+            for t in range(n_tokens):
+                heads = slice(h * g, h * g + g)
+                visible = np.isfinite(mask[s, t])
+                qt = q[s, t, heads]
+                est = R.estimate(
+                    R.hadamard(qt, n_hadamard) if n_hadamard else qt, keys, dims[h], weight[h], scale, soft_cap, k_dom
+                )
+                mine = got["est"][s, t, heads]
+                assert (np.isfinite(mine) == visible).all()
+                if type_k == "f16":
+                    # a value on a rounding boundary of K_dom may fall to the other side: few (one cell in a short row), by one step
+                    bad = np.abs(mine - est)[:, visible] > 2e-5 * max(1, np.abs(est).max())
+                    assert bad.sum() <= max(len(bad), 0.002 * bad.size)
+                f = np.zeros(n_kv, bool)
+                f[forced[s, t][forced[s, t] >= 0]] = True
+                shared = 1 if per_head else g  # query heads of a list
+                for i in range(g // shared):
+                    part = slice(i * shared, (i + 1) * shared)  # of the group
+                    of = slice(h * g + i * shared, h * g + (i + 1) * shared)  # of all heads
+                    cells = R.select(R.group_score(mine[part], visible), visible, f, shared, budget, mass, floor, cap)
+                    count = got["count"][s, t, h * g // shared + i]
+                    listed = got["list"][s, t, h * g // shared + i, :count]
+                    assert abs(count - len(cells)) <= (1 if mass else 0)
+                    assert (np.diff(listed) > 0).all()
+                    # softmax differs in the last bit, so only near-equal scores may swap at the edge
+                    assert len(set(listed) ^ set(cells)) <= (2 if not distinct else abs(count - len(cells)))
+                    out = R.attend(
+                        qt[part],
+                        k[s, :, h],
+                        v[s, :, h],
+                        listed,
+                        scale,
+                        soft_cap,
+                        None if learned is None else learned[of],
+                    )
+                    assert np.allclose(got["out"][s, t, of], out, atol=1e-4 if type_k == "f16" else 0.05)
+    return got
+
+
+@pytest.mark.parametrize("k_dom", ["f16", "q8", "q4"])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (8, 1), (10, 2)])
+def test_shapes_and_types(library, k_dom, heads):
+    run(library, k_dom=k_dom, n_head=heads[0], n_head_kv=heads[1])
+
+
+@pytest.mark.parametrize("d", [16, 64, 80, 128, 256])
+def test_head_dims(library, d):
+    run(library, d=d, d_v=d, n_dom=8 if d == 16 else 24)
+
+
+def test_a_list_for_every_query_head(library):
+    got = run(library, per_head=True)
+    assert (got["list"][0, 0, 0] != got["list"][0, 0, 1]).any()
+    run(library, per_head=True, mass=0.7, n_stream=2, n_tokens=3, n_head=9, n_head_kv=3)
+
+
+def test_streams_and_tokens(library):
+    run(library, n_stream=3, n_tokens=4)
+
+
+def test_soft_cap_and_learned_sinks(library):
+    run(library, soft_cap=3.0, sinks=True)
+
+
+def test_quantised_cache_under_rotation(library):
+    run(library, type_k="q8_0", n_hadamard=64)
+    run(library, n_hadamard=64)
+
+
+def test_target_mass(library):
+    run(library, mass=0.7)
+
+
+def test_budget_beyond_the_cells_attends_all(library):
+    got = run(library, budget=10**6)
+    assert (got["count"] == np.array(got["count"])).all() and got["count"].max() > 200
+
+
+def test_equal_scores_go_to_the_lowest_cells(library):
+    got = run(library, equal=True, hidden=0)
+    assert got["count"].min() == 40
+
+
+@pytest.mark.parametrize("mass", [0.0, 0.6])
+def test_ties_at_the_threshold_go_to_the_lower_cells(library, mass):
+    run(library, n_kv=1500, distinct=7, hidden=0, mass=mass, cap=1000)
+    run(library, n_kv=700, distinct=3, budget=300, mass=mass, n_head=9, n_head_kv=3)
+
+
+@pytest.mark.parametrize("mass", [0.0, 0.7])
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_the_number_of_threads_changes_nothing(library, mass, tokens):
+    one, *others = [
+        run(library, n_kv=2007, n_head=9, n_head_kv=3, n_tokens=tokens, mass=mass, budget=200, n_threads=n)
+        for n in (1, 2, 3, 5)
+    ]
+    for other in others:
+        for name in one:
+            assert (one[name] == other[name]).all(), name
+
+
+def test_one_visible_cell(library):
+    got = run(library, n_kv=64, hidden=63)
+    assert set(got["count"].ravel()) <= {0, 1}
+
+
+@pytest.mark.parametrize("n_kv", [1, 31, 32, 33, 256])
+def test_odd_numbers_of_cells(library, n_kv):
+    run(library, n_kv=n_kv, hidden=0)
+
+
+def test_native_ranking_is_the_reference(library):
+    rng = np.random.default_rng(5)
+    for soft_cap in (0.0, 5.0):
+        q = rng.standard_normal((2, 5, 16)).astype(np.float32) * 2
+        k = rng.standard_normal((90, 16)).astype(np.float32) * 2
+        dims, pos = R.chunk_dims(16, 16, "norm"), np.arange(85, 90)
+        order, kept = R.rank_recall(q, k, pos, dims, 0.25, soft_cap, 6, 12, 2, 3)
+        mine, mine_kept = library.ops.rank_recall(q, k, pos, dims, 6, 12, 2, 3, 0.25, soft_cap)
+        assert mine.tolist() == order.tolist() and np.allclose(mine_kept, kept, atol=1e-5)
+
+
+def test_bad_cases_are_refused(library):
+    from fasa_gguf import FasaError
+
+    with pytest.raises(FasaError, match="no backend NONE"):
+        z = np.zeros
+        library.ops.op_run(
+            q=z((1, 1, 1, 8)),
+            k=z((1, 8, 1, 8)),
+            v=z((1, 8, 1, 8)),
+            mask=z((1, 1, 8)),
+            dims=z((1, 8)),
+            weight=z((1, 8)),
+            forced=z((1, 1, 1)),
+            budget=1,
+            scale=1.0,
+            backend="NONE",
+        )
+    with pytest.raises(FasaError, match="outside of the 3 cells"):
+        library.ops.rank_recall(np.zeros((1, 1, 4)), np.zeros((3, 4)), [3], np.array([[0, 1], [2, 3]]), 1, 1, 0, 0, 1.0)
+
+
+def test_times_of_a_layer(library):
+    from fasa_gguf import FasaError
+
+    rng = np.random.default_rng(0)
+    rows = lambda n: rng.standard_normal((1, n, 1, 16)).astype(np.float32)
+    case = dict(
+        q=rows(1),
+        k=rows(16384),
+        v=rows(16384),
+        dims=np.arange(8)[None],
+        weight=np.ones((1, 8)),
+        forced=np.full((1, 1, 4), -1),
+        budget=64,
+        scale=0.25,
+        n_kv=2000,
+        n_threads=1,
+    )
+    assert min(library.ops.op_time(n_layer=2, n_rep=1, **case).values()) > 0
+    for message, wrong in [
+        (r"op_time: expected k of shape \[1, 16384, n_head_kv, head_dim\], found \[1, 100, 1, 16\]", dict(k=rows(100))),
+        ("n_layer .1 to 100. or n_rep .from 1. is out of range", dict(n_rep=0)),
+        ("there is no backend NONE", dict(backend="NONE")),
+    ]:
+        with pytest.raises(FasaError, match=message):
+            library.ops.op_time(**{**case, **wrong})

@@ -1,0 +1,92 @@
+import importlib.util
+
+import pytest
+from paths import ROOT
+
+spec = importlib.util.spec_from_file_location("queue_tool", ROOT / "patches" / "queue.py")
+Q = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(Q)
+
+TEXT = ["a", "b", "c", "d", "e"]
+HUNK = ["@@ -2,3 +2,4 @@", " b", "-c", "+C", "+x", " d"]
+
+
+def test_hunks_apply_exactly_and_never_with_fuzz():
+    assert Q.apply_hunks(TEXT, HUNK, "f") == ["a", "b", "C", "x", "d", "e"]
+    with pytest.raises(Q.QueueError, match="f: the hunk at line 2 does not apply"):
+        Q.apply_hunks(["0"] + TEXT, HUNK, "f")  # moved by a line
+    with pytest.raises(Q.QueueError, match="does not apply"):
+        Q.apply_hunks(["a", "b", "c", "D", "e"], HUNK, "f")  # other context
+    assert Q.apply_hunks(["0"] + TEXT, HUNK, "f", exact=False)[1:] == ["a", "b", "C", "x", "d", "e"]
+
+
+def queue(monkeypatch, folder, patch, series="p.patch\n"):
+    (folder / "series").write_text(series)
+    (folder / "p.patch").write_text(patch)
+    monkeypatch.setattr(Q, "HERE", folder)
+
+
+GOOD = "Subject: s\n\nWhy: w\nDrop when: d\n\ndiff --git a/f b/f\n--- a/f\n+++ b/f\n@@ -1 +1,2 @@\n a\n+b\n"
+
+
+def test_headers_series_and_size(monkeypatch, tmp_path):
+    queue(monkeypatch, tmp_path, GOOD)
+    assert Q.check_headers() == 1
+    queue(monkeypatch, tmp_path, GOOD.replace("Why:", "Because:"))
+    with pytest.raises(Q.QueueError, match="p.patch: the header has no line 'Why: '"):
+        Q.check_headers()
+    queue(monkeypatch, tmp_path, GOOD, series="")
+    with pytest.raises(Q.QueueError, match="series and folder differ: p.patch"):
+        Q.check_headers()
+    queue(monkeypatch, tmp_path, GOOD + "+b\n" * 200)
+    with pytest.raises(Q.QueueError, match="add 201 lines, more than 100"):
+        Q.check_headers()
+
+
+def test_another_source_is_refused(monkeypatch, tmp_path):
+    (tmp_path / "UPSTREAM").write_text("package = pkg\nversion = 1\nsha256 = 00\nfolder = v\n")
+    monkeypatch.setattr(Q, "HERE", tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "fasa_gguf").mkdir()
+    (tmp_path / "fasa_gguf" / "pkg-1.tar.gz").write_bytes(b"other")
+    with pytest.raises(Q.QueueError, match="pkg-1.tar.gz: expected sha256 00, found"):
+        Q.fetch()
+
+
+def test_the_series_applies_to_the_pinned_source_and_refresh_keeps_it(tmp_path):
+    try:
+        Q.fetch()
+    except Q.QueueError as e:
+        pytest.skip(str(e))
+    assert "all apply" in Q.check()
+    Q.unpack(tmp_path / "a")
+    Q.apply(tmp_path / "a")
+    before = {p: p.read_text() for p in Q.patches()}
+    try:
+        Q.refresh(tmp_path / "a")
+        Q.unpack(tmp_path / "b")
+        Q.apply(tmp_path / "b")
+        assert all(
+            (tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes()
+            for p in Q.patches()
+            for n, _ in Q.split(p)[1]
+        )
+    finally:
+        for p, text in before.items():
+            p.write_text(text)
+
+
+def test_a_local_tree_is_copied_whole_without_its_builds(monkeypatch, tmp_path):
+    queue(monkeypatch, tmp_path, GOOD)
+    (tmp_path / "UPSTREAM").write_text("package = pkg\nversion = 1\nsha256 = 00\nfolder = v\n")
+    source, target = tmp_path / "source", tmp_path / "target"
+    for name in ("f", "cmake/build-info.cmake", "build-gpu/CMakeCache.txt", ".git/HEAD"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("a\n")
+    Q.prepare(target, source, True)
+    assert sorted(str(p.relative_to(target)) for p in target.rglob("*") if p.is_file()) == [
+        ".fasa-prepared",
+        "cmake/build-info.cmake",
+        "f",
+    ]
+    assert (target / "f").read_text() == "a\nb\n" and (source / "f").read_text() == "a\n"
