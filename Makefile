@@ -14,6 +14,9 @@ help:
 	@echo 'make stock  the unpatched library with the same flags, into build/stock-lib'
 	@echo 'make upstream-tests  the own tests of the pinned llama.cpp, against the patched library'
 	@echo 'make check  does the patch queue apply'
+	@echo 'make lint   ruff, mypy and clang-format; `make format` writes what they want'
+	@echo 'make tables writes the C side of settings, counters and reasons anew, from the Python tables'
+	@echo 'make compare OTHER=DIR  does this checkout compute what another one does, bit for bit'
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -57,4 +60,29 @@ test: build stock $(MODEL)
 check: $(VENV)/.ready
 	$(PY) patches/queue.py check
 
-.PHONY: help build stock upstream-tests demo test check
+# pinned: another version formats otherwise
+$(VENV)/.lint: $(VENV)/.ready
+	$(PIP) ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+	@touch $@
+
+NATIVE := $(shell find native -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+PYTHONS := fasa_gguf tests patches models native
+
+lint: $(VENV)/.lint
+	$(VENV)/bin/ruff check $(PYTHONS)
+	$(VENV)/bin/ruff format --check $(PYTHONS)
+	$(VENV)/bin/mypy
+	$(VENV)/bin/clang-format --dry-run --Werror $(NATIVE)
+
+format: $(VENV)/.lint
+	$(VENV)/bin/ruff check --fix $(PYTHONS)
+	$(VENV)/bin/ruff format $(PYTHONS)
+	$(VENV)/bin/clang-format -i $(NATIVE)
+
+tables: $(VENV)/.ready
+	$(PY) native/generate.py
+
+compare: $(VENV)/.ready
+	$(PY) tests/helpers/compare_checkouts.py $(OTHER)
+
+.PHONY: help build stock upstream-tests demo test check lint format tables compare
