@@ -1,4 +1,4 @@
-"""What a llama.cpp context is made of: one object for Session, the memory plan, the quality tasks and the benchmarks."""
+"""The settings of a llama.cpp context: one object for Session, the memory plan, quality and speed."""
 
 from __future__ import annotations
 
@@ -22,6 +22,11 @@ def parse_mode(text: Any, where: str = "fasa_mode") -> str:
     return mode
 
 
+def thread_count(n_threads: int = 0) -> int:
+    """The number of threads that are really used. 0: one for each CPU of the machine."""
+    return n_threads or os.cpu_count() or 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class ContextSettings:
     """The settings of one context. Raises FasaError for an unknown cache type or mode.
@@ -29,7 +34,7 @@ class ContextSettings:
     n_ctx: tokens over all sequences, 0 for what the model was trained on.
     n_batch, n_ubatch: tokens per llama_decode, and per graph; a ubatch is never larger than a batch.
     n_seq_max: sequences. kv_unified: they share one buffer, instead of n_ctx / n_seq_max cells each.
-    n_threads: 0 for all CPUs. n_gpu_layers: the last ones of the model, -1 for all.
+    n_threads: 0 for all CPUs. n_gpu_layers: the last layers of the model, -1 for all.
     type_k, type_v: names in gguf.cache_types.CACHE_TYPES. swa_full: layers with a sliding window keep all cells.
     no_kv_offload: K and V stay in host memory and the CPU attends.
     mode: where K and V of the GPU's layers lie: device (FASA-C), host (FASA-M: pinned host memory), or auto.
@@ -50,13 +55,14 @@ class ContextSettings:
     mode: str = "device"
 
     def __post_init__(self) -> None:
-        cache_type(self.type_k), cache_type(self.type_v)
+        cache_type(self.type_k)
+        cache_type(self.type_v)
         object.__setattr__(self, "mode", parse_mode(self.mode, "mode"))
 
     @property
     def threads(self) -> int:
         """The number of threads that are really used."""
-        return self.n_threads or os.cpu_count() or 1
+        return thread_count(self.n_threads)
 
     def replace(self, **changes: Any) -> ContextSettings:
         """A copy with some settings changed. Raises FasaError as the constructor does."""
