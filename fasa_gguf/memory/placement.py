@@ -49,13 +49,17 @@ def why_not_host(cuda: Sequence[str], n_gpu_layers: int, no_kv_offload: bool) ->
     return ""
 
 
+def gib(n: int) -> str:
+    return f"{n / GIB:.2f}"
+
+
 def _need(x: Memory, loaded: bool, n_devices: int) -> int:
     """Bytes on the devices; each has a scratch of its own."""
     return (x.context if loaded else x.device) + (n_devices - 1) * x.scratch + n_devices * CUDA_KERNELS
 
 
 def pick(device: Memory, host: Memory, free: int, loaded: bool = False, n_devices: int = 1) -> str:
-    """device when that fits `free` bytes of the GPUs (all together), else host. loaded: the weights are there already."""
+    """device when that fits `free` bytes of the GPUs (all together), else host. loaded: the weights are there."""
     return "device" if _need(device, loaded, n_devices) <= free else "host"
 
 
@@ -73,7 +77,7 @@ def sentence(
     device, host: what the two modes take. free, host_free: bytes free on the GPUs and of host memory, None: not known.
     """
     x = host if mode == "host" else device
-    need, gib = _need(x, loaded, n_devices), lambda n: f"{n / GIB:.2f}"
+    need = _need(x, loaded, n_devices)
     parts = [
         (0 if loaded else x.weights, "weights"),
         (x.kv, "K and V"),

@@ -1,6 +1,6 @@
-"""What a context takes, from a model's metadata alone: bytes on the device and in host memory, and the context that fits.
+"""What a context takes, and the context that fits, from a model's metadata alone.
 
-Sizes of weights, of K and V and of the dominant keys are exact (src/llama-kv-cache.cpp, native/core/layout.h). The
+Bytes on the device and in host memory. Sizes of weights, of K and V and of the dominant keys are exact (src/llama-kv-cache.cpp, native/core/layout.h). The
 scratch, llama.cpp's compute buffer, is the largest of the three moments in a ubatch of t tokens that can be the peak
 (src/llama-graph.cpp; f32 activations):
 
@@ -36,7 +36,7 @@ MOST_CELLS = 1 << 26  # beyond any context
 
 
 def row_bytes(type_name: str, n_values: int) -> int:
-    """Bytes of n_values of a cache type. Raises FasaError for an unknown type, and for values that do not fill blocks."""
+    """Bytes of n_values of a cache type. Raises FasaError for an unknown type, or when they do not fill whole blocks."""
     per, size = TENSOR_TYPES[cache_type(type_name)]
     if n_values % per:
         raise FasaError(f"cache type {type_name}: expected rows of a multiple of {per} values, found {n_values}")
@@ -63,6 +63,10 @@ def pool_bytes(n_act: int, n_tokens: int) -> int:
     weights, in f16 with the product's result. 16 MiB more: partial results of matrix products and attention.
     """
     return 4 * n_act * n_tokens + 16 * MIB
+
+
+def _padded(n_cells: int) -> int:
+    return -(-n_cells // PAD) * PAD
 
 
 @dataclass(frozen=True)
@@ -96,12 +100,11 @@ class ContextShape:
 
         From llama-context.cpp and llama-kv-cache-iswa.cpp.
         """
-        up = lambda n: -(-n // PAD) * PAD
-        size = up(up(self.n_ctx) // self.n_stream)
+        size = _padded(_padded(self.n_ctx) // self.n_stream)
         if not window or self.settings.swa_full:
             return size
         sequences = self.settings.n_seq_max if self.settings.kv_unified else 1
-        return up(min(size, window * sequences + self.n_ubatch))
+        return _padded(min(size, window * sequences + self.n_ubatch))
 
     def kv_bytes(self, layer: Layer) -> int:
         """K and V of a layer."""

@@ -13,9 +13,12 @@ from .model import Model
 from .plan import ContextShape, Way
 
 
+def mib(n: float) -> str:
+    return f"{n / MIB:,.0f}"
+
+
 def format_plan(model: Model, settings: ContextSettings, found: Sequence[Way], available: Available) -> str:
     """Markdown, in MiB, one column for each way. Lines that are 0 for all ways are omitted."""
-    mib = lambda n: f"{n / MIB:,.0f}"
     figures = {
         "weights": [x.memory.weights for x in found],
         "K and V": [x.memory.kv for x in found],
@@ -54,7 +57,7 @@ def _markdown(lines: Sequence[Sequence[str]]) -> str:
 def plan_as_dict(
     model: Model, settings: ContextSettings, params: FasaParams, found: Sequence[Way], available: Available
 ) -> dict[str, Any]:
-    """For JSON, in bytes and tokens. device_bytes, host_bytes: what is available; cuda_bytes: what CUDA takes beside it."""
+    """For JSON, in bytes and tokens. device_bytes, host_bytes: what is available; cuda_bytes: what CUDA takes."""
     decides = {k: v for k, v in asdict(settings).items() if k not in ("n_threads", "flash_attn", "mode")}
     return {
         "model": model.name,
