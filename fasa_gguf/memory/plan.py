@@ -1,6 +1,6 @@
 """What a context takes, and the context that fits, from a model's metadata alone.
 
-Bytes on the device and in host memory. Sizes of weights, of K and V and of the dominant keys are exact (src/llama-kv-cache.cpp, native/core/layout.h). The
+Bytes of weights, of K and V and of the dominant keys are exact (src/llama-kv-cache.cpp, native/core/layout.h). The
 scratch, llama.cpp's compute buffer, is the largest of the three moments in a ubatch of t tokens that can be the peak
 (src/llama-graph.cpp; f32 activations):
 
@@ -36,7 +36,7 @@ MOST_CELLS = 1 << 26  # beyond any context
 
 
 def row_bytes(type_name: str, n_values: int) -> int:
-    """Bytes of n_values of a cache type. Raises FasaError for an unknown type, or when they do not fill whole blocks."""
+    """Bytes of n_values of a cache type. Raises FasaError for an unknown type, and unless they fill blocks."""
     per, size = TENSOR_TYPES[cache_type(type_name)]
     if n_values % per:
         raise FasaError(f"cache type {type_name}: expected rows of a multiple of {per} values, found {n_values}")
