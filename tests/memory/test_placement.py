@@ -78,9 +78,9 @@ def test_the_mode_that_was_asked_for(monkeypatch):
     monkeypatch.setenv("FASA_MODE", "m")
     assert chosen_mode(None) == "host" and chosen_mode("device") == "device"
     monkeypatch.setenv("FASA_MODE", "M")
-    with pytest.raises(FasaError, match="environment: FASA_MODE: expected one of auto, device, host, found 'M'"):
+    with pytest.raises(FasaError, match=r"environment: FASA_MODE: expected one of auto, device, host .*found 'M'"):
         chosen_mode(None)
-    with pytest.raises(FasaError, match="fasa_mode: expected one of auto, device, host, found 1"):
+    with pytest.raises(FasaError, match=r"fasa_mode: expected one of auto, device, host .*found 1"):
         chosen_mode(1)
 
 

@@ -189,9 +189,14 @@ def test_scratch_is_llama_cpps_own(library, request, which):
         assert dense.scratch == compute_bytes(ContextShape(m, s), m.layers) + pool
 
 
-def test_the_pool_is_what_the_library_checks_before_a_ubatch():
-    """fasa_pool_bytes: 4 bytes for each value of a token that goes into a matrix product, and 16 MiB."""
+def test_the_pool_is_what_the_library_checks_before_a_ubatch(library):
+    """4 bytes for each value of a token that goes into a matrix product, and 16 MiB."""
     assert pool_bytes(14336, 512) == 4 * 14336 * 512 + 16 * MIB
+    if not hasattr(runtime.library, "api"):
+        pytest.skip("this library has no fasa_pool_bytes")
+    _, lib = runtime.library.api()
+    for n_act, n_tokens in ((14336, 512), (1, 1), (1 << 20, 1 << 16)):
+        assert lib.fasa_pool_bytes(n_act, n_tokens) == pool_bytes(n_act, n_tokens)
 
 
 def test_what_staging_and_quantised_caches_add(shape_8b):
