@@ -12,13 +12,14 @@ from . import runtime
 from .errors import FasaError
 from .gguf.cache_types import CACHE_TYPES
 from .gguf.file import GGUFFile
-from .memory.placement import chosen_mode, place_model
-from .memory.plan import Setup
+from .memory.model import read_model
+from .memory.placement import choose_mode, chosen_mode
 from .params import FasaParams
 from .profile.profile import Profile
+from .runtime.settings import ContextSettings
 
 _llama_cpp = runtime.library.load()
-_Base = _llama_cpp.Llama
+_Base: Any = _llama_cpp.Llama
 
 
 def _say(text: str) -> None:
@@ -30,40 +31,60 @@ def _check_choice(fasa: Any) -> None:
         raise FasaError(f'fasa={fasa!r}: expected "auto", "off" or FasaParams(...)')
 
 
-def _find_profile(model_path: str, source: Profile | str | os.PathLike | None) -> Profile:
+def _find_profile(model: GGUFFile | str | os.PathLike, source: Profile | str | os.PathLike | None) -> Profile:
     """The given one, or the model's own. Raises FasaError when there is none, or it is not usable."""
     if source is not None:
         return source if isinstance(source, Profile) else Profile.load(source)
-    profile = Profile.from_gguf(GGUFFile(model_path))
+    gguf = model if isinstance(model, GGUFFile) else GGUFFile(model)
+    profile = Profile.from_gguf(gguf)
     if profile is None:
-        raise FasaError(f"no FASA profile in {model_path}; run `fasa-gguf embed-profile {model_path}`")
+        raise FasaError(f"no FASA profile in {gguf.path}; run `fasa-gguf embed-profile {gguf.path}`")
     return profile
 
 
-def _place(mode: str, model_path: str, profile: Profile | None, fasa: FasaParams | str, kwargs: dict[str, Any]) -> str:
-    """c or m for a context of llama_cpp.Llama's arguments; says on stderr what auto found. Without a profile FASA is off, and it is c.
-    Raises FasaError when m was asked for and cannot be."""
+def context_settings(kwargs: dict[str, Any], mode: str) -> ContextSettings:
+    """The context that llama_cpp.Llama makes of these keyword arguments (its defaults, where one is missing).
+
+    An unknown cache type counts as f16: llama_cpp itself refuses it.
+    """
+    types: dict[Any, str] = {number: name for name, number in CACHE_TYPES.items()}
+    return ContextSettings(
+        n_ctx=kwargs.get("n_ctx", 512),
+        n_batch=kwargs.get("n_batch", 512),
+        n_ubatch=kwargs.get("n_ubatch", 512),
+        n_threads=kwargs.get("n_threads") or 0,
+        n_gpu_layers=kwargs.get("n_gpu_layers", 0),
+        type_k=types.get(kwargs.get("type_k"), "f16"),
+        type_v=types.get(kwargs.get("type_v"), "f16"),
+        swa_full=kwargs.get("swa_full") is not False,
+        no_kv_offload=not kwargs.get("offload_kqv", True),
+        mode=mode,
+    )
+
+
+def _choose_mode(
+    mode: str,
+    model: GGUFFile | str | os.PathLike,
+    profile: Profile | None,
+    fasa: FasaParams | str,
+    kwargs: dict[str, Any],
+) -> str:
+    """device or host for a context of llama_cpp.Llama's arguments; says on stderr what auto found.
+
+    Without a profile FASA is off, and the mode is device. Raises FasaError when host was asked for and cannot be.
+    """
     if profile is None:
-        return "c"
+        return "device"
     try:
         params = fasa if isinstance(fasa, FasaParams) else FasaParams.from_env(profile.params())
-    except FasaError:  # set_fasa has the word
-        return "c"
-    names = {number: name for name, number in CACHE_TYPES.items()}
-    n_batch = kwargs.get("n_batch", 512)
-    setup = Setup(
-        n_ctx=kwargs.get("n_ctx", 512),
-        n_batch=n_batch,
-        n_ubatch=min(kwargs.get("n_ubatch", 512), n_batch),
-        n_gpu_layers=kwargs.get("n_gpu_layers", 0),
-        no_kv_offload=not kwargs.get("offload_kqv", True),
-        type_k=names.get(kwargs.get("type_k"), "f16"),
-        type_v=names.get(kwargs.get("type_v"), "f16"),
-        swa_full=kwargs.get("swa_full") is not False,
-    )
+    except FasaError:  # set_fasa reports it
+        return "device"
     one = kwargs.get("split_mode") == _llama_cpp.LLAMA_SPLIT_MODE_NONE
-    found, line = place_model(
-        mode, model_path, profile, setup, [params], only=kwargs.get("main_gpu", 0) if one else None
+    found, line = choose_mode(
+        context_settings(kwargs, mode),
+        lambda: read_model(model, profile),
+        [params],
+        only=kwargs.get("main_gpu", 0) if one else None,
     )
     if line:
         _say(line)
@@ -73,18 +94,23 @@ def _place(mode: str, model_path: str, profile: Profile | None, fasa: FasaParams
 class Llama(_Base):
     """llama_cpp.Llama with FASA.
 
-    fasa: "auto" (the profile in the model, if there is one), "off", or FasaParams (a profile is then needed); None is what
-    enable() was given, "auto" without it. fasa_profile: a Profile or the path of one, instead of the model's own. Flash
-    attention is turned on with FASA. fasa_mode: where K and V lie, "c" (on the device), "m" (in pinned host memory, for a context
-    that the device has no room for) or "auto" (m when c does not fit, and a line on stderr that says so); None is what enable() was
-    given, FASA_MODE or "auto". Raises FasaError when FasaParams, a profile or mode m are given and FASA cannot run; with "auto"
-    alone it says why on stderr, and is dense. Everything else is llama_cpp.Llama's.
+    fasa: "auto" (the profile in the model, if there is one), "off", or FasaParams, which need a profile. None: what
+    enable() was given, or "auto".
+    fasa_profile: a Profile or the path of one, instead of the model's own.
+    fasa_mode: where K and V lie. "device": on the GPU (FASA-C). "host": in pinned host memory (FASA-M), for a context
+    that the GPU has no room for. "auto": host when device does not fit, with a line on stderr that says so. None: what
+    enable() was given, or FASA_MODE, or "auto". "c" and "m" are short for device and host.
+
+    FASA turns flash attention on. All other arguments and methods are llama_cpp.Llama's. Raises FasaError when
+    FasaParams, a profile or mode host are given and FASA cannot run. With "auto" alone it says on stderr why it cannot,
+    and decoding is dense.
     """
 
     _fasa_default: FasaParams | str = "auto"
     _mode_default: str | None = None
     _foreign_callers = False  # after enable(): flash_attn=False is then the caller's default and says nothing
     _fasa: runtime.context.Context | None = None
+    _fasa_profile: Profile | None = None
 
     def __init__(
         self,
@@ -98,48 +124,67 @@ class Llama(_Base):
         self._stack = contextlib.ExitStack()  # close() needs it when we raise before llama_cpp made its own
         model_path = os.fspath(model_path)
         self._fasa_choice = fasa = self._fasa_default if fasa is None else fasa
-        self._fasa_source, self._fasa_profile = fasa_profile, None
+        self._fasa_source = fasa_profile
         _check_choice(fasa)
-        self._fasa_mode_choice = fasa_mode
+        self._fasa_mode_choice = None if fasa_mode is None else chosen_mode(fasa_mode)
         mode = chosen_mode(self._mode_default if fasa_mode is None else fasa_mode)
-        if mode == "m" and fasa == "off":
+        if mode == "host" and fasa == "off":
             raise FasaError(
-                'fasa_mode m with fasa="off": all of K and V would come from host memory for every token; turn FASA on, or use mode c'
+                'fasa_mode host with fasa="off": all of K and V would come from host memory for every token; '
+                "turn FASA on, or use mode device"
             )
         if hasattr(kwargs.get("chat_handler"), "clip_model_path"):
             raise FasaError(_NO_VISION)
         if self._foreign_callers and kwargs.get("flash_attn") is False:
             del kwargs["flash_attn"]
-        asked = isinstance(fasa, FasaParams) or mode == "m" or (fasa == "auto" and fasa_profile is not None)
-        profile = None
-        if fasa != "off" and os.path.exists(model_path) and not kwargs.get("vocab_only"):  # else llama_cpp has the word
-            try:
-                profile = _find_profile(model_path, fasa_profile)
-                if kwargs.get("flash_attn") is False:
-                    profile = None
-                    raise FasaError("flash_attn=False: FASA needs flash attention; leave the argument away")
-                kwargs["flash_attn"] = True
-            except FasaError as e:
-                if asked:
-                    raise
-                _say(f"{e}; until then decoding is dense")
-        self._fasa_mode = _place(mode, model_path, profile, fasa, kwargs)
-        with runtime.context.kv_place(self._fasa_mode == "m"):
+        asked = isinstance(fasa, FasaParams) or mode == "host" or (fasa == "auto" and fasa_profile is not None)
+        model, profile = self._open_profile(model_path, asked, kwargs)
+        self._fasa_mode = _choose_mode(mode, model, profile, fasa, kwargs)
+        with runtime.context.kv_mode(self._fasa_mode):
             super().__init__(model_path, **kwargs)
-        self._fasa = runtime.context.Context(ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value)
-        if self._fasa_mode == "m" and (why := runtime.context.not_pinned(self._fasa)):
+        self._fasa = runtime.context.Context(ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value or 0)
+        if self._fasa_mode == "host" and (why := runtime.context.not_pinned(self._fasa)):
             self.close()
             raise FasaError(f"{model_path}: {why}")
         if profile is not None:
-            try:
-                self._fasa.set_profile(profile)
-                self._fasa_profile = profile
-                self.set_fasa(fasa)
-            except FasaError as e:
-                if asked or self._fasa_mode == "m":  # dense would take all of K and V over PCIe
-                    self.close()
-                    raise
-                _say(f"{model_path}: {e}; decoding is dense")
+            self._start_fasa(profile, asked or self._fasa_mode == "host")  # dense would take all of K and V over PCIe
+
+    def _open_profile(
+        self, model_path: str, asked: bool, kwargs: dict[str, Any]
+    ) -> tuple[GGUFFile | str, Profile | None]:
+        """(the model, parsed where that was needed; the profile, None where FASA stays off). Turns flash attention on.
+
+        asked: raise FasaError when FASA cannot run, rather than say so on stderr.
+        """
+        model: GGUFFile | str = model_path
+        if self._fasa_choice == "off" or kwargs.get("vocab_only") or not os.path.exists(model_path):
+            return model, None  # llama_cpp reports a missing file
+        try:
+            if self._fasa_source is None:
+                model = GGUFFile(model_path)
+            profile = _find_profile(model, self._fasa_source)
+            if kwargs.get("flash_attn") is False:
+                raise FasaError("flash_attn=False: FASA needs flash attention; omit the argument")
+        except FasaError as e:
+            if asked:
+                raise
+            _say(f"{e}; until then decoding is dense")
+            return model, None
+        kwargs["flash_attn"] = True
+        return model, profile
+
+    def _start_fasa(self, profile: Profile, must: bool) -> None:
+        """Attach the profile and turn FASA on. must: close and raise FasaError when it cannot run; else say so."""
+        assert self._fasa is not None
+        try:
+            self._fasa.set_profile(profile)
+            self._fasa_profile = profile
+            self.set_fasa(self._fasa_choice)
+        except FasaError as e:
+            if must:
+                self.close()
+                raise
+            _say(f"{self.model_path}: {e}; decoding is dense")
 
     def _live(self) -> runtime.context.Context:
         if self._fasa is None:
@@ -147,7 +192,10 @@ class Llama(_Base):
         return self._fasa
 
     def set_fasa(self, fasa: FasaParams | str) -> None:
-        """Switch between any two calls: "auto" (the profile's defaults and FASA_* variables), "off" or FasaParams."""
+        """Switch between any two calls: "auto" (the profile's defaults and FASA_* variables), "off" or FasaParams.
+
+        Raises FasaError when FASA cannot run.
+        """
         _check_choice(fasa)
         context = self._live()
         if fasa == "off":
@@ -168,7 +216,7 @@ class Llama(_Base):
 
     @property
     def fasa(self) -> FasaParams | str:
-        """The settings in force, or "off"; to be assigned like set_fasa."""
+        """The settings in force, or "off"; assigning is set_fasa."""
         return self._live().params() or "off"
 
     @fasa.setter
@@ -177,18 +225,23 @@ class Llama(_Base):
 
     @property
     def fasa_mode(self) -> str:
-        """Where K and V of this context lie: "c", on the layers' devices, or "m", in pinned host memory."""
+        """Where K and V lie: "device", on the layers' devices, or "host", in pinned host memory."""
         return self._fasa_mode
 
     def fasa_stats(self) -> dict[str, Any]:
-        """Counters since the model was loaded or reset_fasa_stats, and the reasons for what was dense."""
+        """Counters since the model was loaded or reset_fasa_stats, and the reasons for what was dense.
+
+        Raises FasaError when the model is closed.
+        """
         context = self._live()
         return {**context.counters(), "step_reason": context.step_reason(), "layer_reasons": context.layer_reasons()}
 
     def reset_fasa_stats(self) -> None:
+        """Set the counters to zero, except the memory sizes."""
         self._live().reset_counters()
 
     def close(self) -> None:
+        """Free the model and its context."""
         self._fasa = None  # its context is freed next
         super().close()
 
@@ -208,7 +261,7 @@ def _refuse_vision(self: Any, *_args: Any, **_kwargs: Any) -> None:
     raise FasaError(_NO_VISION)
 
 
-# llama_cpp's own error would be that a library named mtmd is missing; another build's libmtmd would bring its own libllama
+# llama_cpp's own error would be that a library named mtmd is missing; another build's libmtmd brings its own libllama
 for _name in ("Llava15ChatHandler", "MTMDChatHandler"):
     getattr(_llama_cpp.llama_chat_format, _name).__init__ = _refuse_vision
 
@@ -216,13 +269,12 @@ for _name in ("Llava15ChatHandler", "MTMDChatHandler"):
 def enable(params: FasaParams | str = "auto", mode: str | None = None) -> None:
     """Make llama_cpp.Llama itself decode with FASA, for code that is not ours (llama_cpp.server too).
 
-    params is what fasa= would be, mode what fasa_mode= would be. flash_attn=False counts as not given, since such code passes
-    llama_cpp's default on. Call it before llama_cpp is imported; after that it raises FasaError.
+    params, mode: as fasa= and fasa_mode= of Llama. flash_attn=False counts as not given, since such code passes on
+    llama_cpp's default. Call it before llama_cpp is imported; after that it raises FasaError.
     """
     import llama_cpp.llama
 
     _check_choice(params)
-    if mode is not None:
-        chosen_mode(mode)
+    mode = None if mode is None else chosen_mode(mode)
     Llama._fasa_default, Llama._mode_default, Llama._foreign_callers = params, mode, True
-    llama_cpp.Llama = llama_cpp.llama.Llama = Llama
+    llama_cpp.Llama = llama_cpp.llama.Llama = Llama  # type: ignore[misc]

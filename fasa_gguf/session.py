@@ -1,8 +1,12 @@
-"""A thin layer over llama_cpp's ctypes API: a model and a context, tokens in, logits out. Used by calibrate, eval and bench."""
+"""A thin layer over llama_cpp's ctypes API: a model and a context, tokens in, logits out.
+
+Calibration, quality and speed run on it.
+"""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -13,14 +17,21 @@ import numpy as np
 from . import runtime
 from .errors import FasaError
 from .gguf.cache_types import cache_type
+from .memory.model import Model, read_model
+from .memory.placement import choose_mode
 from .params import FasaParams
+from .profile.profile import Profile
+from .runtime.settings import ContextSettings
 
 _log: list[str] = []
 _log_callback: Any = None
 
 
 def quiet() -> None:
-    """Keep llama.cpp's log out of the terminal, but for how far the pinning of a large cache is; its last errors go into our exceptions."""
+    """Keep llama.cpp's log out of the terminal, except for the progress of pinning a large cache.
+
+    The last warnings and errors are kept for our exceptions.
+    """
     global _log_callback
     _log.clear()
     if _log_callback is None:
@@ -38,134 +49,115 @@ def quiet() -> None:
 
 
 def last_log() -> str:
-    """The last complaint, one line: FASA's, where there is one, since llama.cpp adds what follows from it."""
+    """The last complaint, one line: FASA's if there is one, since llama.cpp's own follow from it."""
     ours = [line.removeprefix("fasa: ") for line in _log if line.startswith("fasa: ")]
     return (ours or _log or ["no reason given"])[-1]
 
 
 class Session:
-    """One model, one context. Close it, or use it in a `with`.
+    """One model and one context. Close it, or use it in a `with`.
 
-    n_ctx, n_batch, n_ubatch in tokens, n_ctx over all sequences; type_k, type_v: names in CACHE_TYPES; no_kv_offload: the cache
-    stays in host memory. mode: c, m or auto (placement.py), which plans for the settings `arms` and says on stderr what it found.
-    Raises FasaError when the model cannot be loaded or the context not be made.
+    settings: what the context is made of; keyword arguments change single fields of it (or of the defaults), as in
+    `Session(path, n_ctx=6144, n_seq_max=12)`. arms: the FASA settings that will run; mode auto plans for the largest of
+    them and says on stderr what it found. profile: what auto plans with, None: the model's own.
+
+    Attributes: settings, the ContextSettings in force; mode, device or host; n_ctx, tokens over all sequences, and
+    n_batch; n_vocab, n_ctx_train. Raises FasaError when the model cannot be loaded or the context cannot be made.
     """
+
+    settings: ContextSettings
+    mode: str
+    n_ctx: int
+    n_batch: int
+    n_vocab: int
+    n_ctx_train: int
 
     def __init__(
         self,
         model_path: str | os.PathLike,
-        n_ctx: int = 4096,
-        n_batch: int = 512,
-        n_ubatch: int = 512,
-        n_threads: int = 0,
-        flash_attn: bool = True,
-        type_k: str = "f16",
-        type_v: str = "f16",
-        n_seq_max: int = 1,
-        kv_unified: bool = False,
-        n_gpu_layers: int = 0,
-        swa_full: bool = True,
-        no_kv_offload: bool = False,
-        mode: str = "c",
+        settings: ContextSettings | None = None,
+        *,
         arms: Sequence[FasaParams] = (),
-        profile: Any = None,
+        profile: Profile | None = None,
+        **changes: Any,
     ) -> None:
         self.llama = llama = runtime.library.load()
         self.path = str(model_path)
-        self._model = self._ctx = None
+        self.settings = (settings or ContextSettings()).replace(**changes)
+        self.mode = ""
+        self._arms, self._profile = arms, profile
+        self._model: Any = None
+        self._ctx: Any = None
         quiet()
-        cache_type(type_k), cache_type(type_v)
         if not os.path.exists(model_path):
             raise FasaError(f"{model_path}: no such file")
         llama.llama_backend_init()
         params = llama.llama_model_default_params()
-        params.n_gpu_layers = n_gpu_layers
+        params.n_gpu_layers = self.settings.n_gpu_layers
         self._model = llama.llama_model_load_from_file(os.fsencode(model_path), params)
         if not self._model:
             raise FasaError(f"{model_path}: llama.cpp cannot load this model: {last_log()}")
         self.n_ctx_train = llama.llama_model_n_ctx_train(self.model)
         self.n_vocab = llama.llama_vocab_n_tokens(self.vocab)
-        self._settings = {
-            "n_ctx": n_ctx,
-            "n_batch": n_batch,
-            "n_ubatch": n_ubatch,
-            "n_threads": n_threads,
-            "flash_attn": flash_attn,
-            "type_k": type_k,
-            "type_v": type_v,
-            "n_seq_max": n_seq_max,
-            "kv_unified": kv_unified,
-            "swa_full": swa_full,
-            "no_kv_offload": no_kv_offload,
-            "mode": mode,
-        }
-        self._n_gpu_layers, self._arms, self._profile = n_gpu_layers, arms, profile
         try:
             self.reopen()
         except FasaError:
             self.close()
             raise
 
-    def reopen(self, **changes: Any) -> None:
-        """Free the context and make another one with some of the constructor's settings changed; the model stays loaded.
+    def reopen(self, settings: ContextSettings | None = None, **changes: Any) -> None:
+        """Free the context and make another one, with other settings or with some of them changed.
 
-        After a FasaError the session has no context, and may be reopened with other settings.
+        The model stays loaded, so n_gpu_layers cannot change. Raises FasaError; if the context cannot be made, the
+        session has none, and may be reopened with other settings.
         """
-        self._settings |= changes
-        llama, model, p = self.llama, self.model, self._settings
-        types = cache_type(p["type_k"]), cache_type(p["type_v"])
+        new = (settings or self.settings).replace(**changes)
+        if new.n_gpu_layers != self.settings.n_gpu_layers:
+            raise FasaError(
+                f"{self.path}: the model is loaded with n_gpu_layers {self.settings.n_gpu_layers}, "
+                f"found {new.n_gpu_layers}; open another session"
+            )
+        self.settings = new
+        model = self.model
         self.free_context()
-        params = llama.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch, params.n_seq_max = (
-            p["n_ctx"],
-            p["n_batch"],
-            min(p["n_ubatch"], p["n_batch"]),
-            p["n_seq_max"],
-        )
-        params.n_threads = params.n_threads_batch = p["n_threads"] or os.cpu_count() or 1
-        params.flash_attn_type = 1 if p["flash_attn"] else 0
-        params.type_k, params.type_v = types
-        params.kv_unified, params.swa_full, params.offload_kqv = p["kv_unified"], p["swa_full"], not p["no_kv_offload"]
-        self.mode = self._place()
-        with runtime.context.kv_place(self.mode == "m"):
-            self._ctx = llama.llama_init_from_model(model, params)
+        self.mode = self._choose_mode()
+        with runtime.context.kv_mode(self.mode):
+            self._ctx = self.llama.llama_init_from_model(model, self._context_params())
             if not self._ctx:
-                raise FasaError(f"{self.path}: llama.cpp cannot make a context of {p['n_ctx']} tokens: {last_log()}")
-        self.n_ctx, self.n_batch = llama.llama_n_ctx(self.ctx), p["n_batch"]
-        self._fasa = runtime.context.Context(ctypes.cast(self.ctx, ctypes.c_void_p).value)
-        if self.mode == "m" and (why := runtime.context.not_pinned(self._fasa)):
+                raise FasaError(f"{self.path}: llama.cpp cannot make a context of {new.n_ctx} tokens: {last_log()}")
+        self.n_ctx, self.n_batch = self.llama.llama_n_ctx(self.ctx), new.n_batch
+        self._fasa = runtime.context.Context(ctypes.cast(self.ctx, ctypes.c_void_p).value or 0)
+        if self.mode == "host" and (why := runtime.context.not_pinned(self._fasa)):
             self.free_context()
             raise FasaError(f"{self.path}: {why}")
+
+    def _context_params(self) -> Any:
+        """llama_context_params of the settings."""
+        s, params = self.settings, self.llama.llama_context_default_params()
+        params.n_ctx, params.n_seq_max = s.n_ctx, s.n_seq_max
+        params.n_batch, params.n_ubatch = s.n_batch, min(s.n_ubatch, s.n_batch)
+        params.n_threads = params.n_threads_batch = s.threads
+        params.flash_attn_type = 1 if s.flash_attn else 0
+        params.type_k, params.type_v = cache_type(s.type_k), cache_type(s.type_v)
+        params.kv_unified, params.swa_full, params.offload_kqv = s.kv_unified, s.swa_full, not s.no_kv_offload
+        return params
+
+    def _choose_mode(self) -> str:
+        """device or host. What auto found goes to stderr when it is another mode than before."""
+        found, line = choose_mode(self.settings, lambda: self._plan_model, self._arms, loaded=True)
+        if line and found != self.mode:
+            print(f"fasa_gguf: {line}", file=sys.stderr)
+        return found
+
+    @functools.cached_property
+    def _plan_model(self) -> Model:
+        return read_model(self.path, self._profile)
 
     def free_context(self) -> None:
         """Free the context; the model stays loaded, and `reopen` makes another one."""
         if self._ctx:
             self.llama.llama_free(self._ctx)
         self._ctx = None
-
-    def _place(self) -> str:
-        """c or m, by the mode that was asked for; auto says what it found when the place is another than before."""
-        from .memory.placement import place_model
-        from .memory.plan import Setup
-
-        if self._settings["mode"] == "c":
-            return "c"
-        names = (
-            "n_ctx",
-            "n_seq_max",
-            "n_batch",
-            "n_ubatch",
-            "type_k",
-            "type_v",
-            "kv_unified",
-            "swa_full",
-            "no_kv_offload",
-        )
-        setup = Setup(n_gpu_layers=self._n_gpu_layers, **{name: self._settings[name] for name in names})
-        found, line = place_model(self._settings["mode"], self.path, self._profile, setup, self._arms, loaded=True)
-        if line and found != getattr(self, "mode", None):
-            print(f"fasa_gguf: {line}", file=sys.stderr)
-        return found
 
     def __enter__(self) -> Session:
         return self
@@ -174,6 +166,7 @@ class Session:
         self.close()
 
     def close(self) -> None:
+        """Free the context and the model. A closed session raises FasaError when it is used; closing twice is fine."""
         self.free_context()
         if self._model:
             self.llama.llama_model_free(self._model)
@@ -188,26 +181,35 @@ class Session:
 
     @property
     def model(self) -> Any:
+        """llama_cpp's pointer to the model. Raises FasaError when the session is closed, as the next four do."""
         return self._live(self._model)
 
     @property
     def ctx(self) -> Any:
+        """llama_cpp's pointer to the context."""
         return self._live(self._ctx)
 
     @property
     def fasa(self) -> runtime.context.Context:
+        """FASA's side of the context: profile, settings, counters, observer."""
         self._live(self._ctx)
         return self._fasa
 
     @property
     def vocab(self) -> Any:
+        """llama_cpp's pointer to the vocabulary."""
         return self.llama.llama_model_get_vocab(self.model)
 
     @property
     def memory(self) -> Any:
+        """llama_cpp's pointer to the KV cache."""
         return self.llama.llama_get_memory(self.ctx)
 
     def tokenize(self, text: str, bos: bool = True, special: bool = True) -> list[int]:
+        """The tokens of a text. bos: with the model's first token; special: names of special tokens become tokens.
+
+        Raises FasaError for a model without a vocabulary.
+        """
         data = text.encode()
         room = len(data) + 8
         for _ in range(2):  # a negative count says how much room is needed
@@ -221,6 +223,7 @@ class Session:
         return list(out[:n])
 
     def detokenize(self, tokens: Sequence[int]) -> str:
+        """The text of tokens; special tokens by name, bytes that are no UTF-8 replaced."""
         out = b""
         buffer = ctypes.create_string_buffer(256)
         for t in tokens:
@@ -229,7 +232,10 @@ class Session:
         return out.decode("utf-8", "replace")
 
     def decode_batch(self, items: Sequence[tuple[int, int, int, bool]]) -> None:
-        """One llama_decode of (token, position, sequence, wants logits) items, at most n_batch. Raises FasaError."""
+        """One llama_decode of (token, position, sequence, wants logits) items, at most n_batch.
+
+        Raises FasaError when the context is full or llama.cpp fails, and what an observer raised.
+        """
         _log.clear()
         batch = self.llama.llama_batch_init(len(items), 0, 1)
         try:
@@ -247,14 +253,17 @@ class Session:
         self.fasa.raise_observed()
 
     def logits(self, i: int) -> np.ndarray:
-        """float32 [n_vocab] of the i-th item of the last batch that wanted them; a copy."""
+        """float32 [n_vocab] of the i-th item of the last batch, which must have wanted them; a copy."""
         return np.ctypeslib.as_array(self.llama.llama_get_logits_ith(self.ctx, i), (self.n_vocab,)).copy()
 
     def decode(
         self, tokens: Sequence[int], pos0: int, seq: int = 0, logits: Literal["last", "all", "none"] = "last"
     ) -> np.ndarray | None:
-        """Tokens of one sequence, in batches of n_batch. Returns logits float32 [n_vocab], [n_tokens, n_vocab] or None."""
-        rows = []
+        """Tokens of one sequence from position pos0 on, in batches of n_batch.
+
+        Returns logits float32: [n_vocab] of the last token, [n_tokens, n_vocab] of all, or None. Raises FasaError.
+        """
+        every = []
         for at in range(0, len(tokens), self.n_batch):
             part = tokens[at : at + self.n_batch]
             end = at + len(part) == len(tokens)
@@ -265,18 +274,21 @@ class Session:
                 ]
             )
             if logits == "all":
-                rows += [self.logits(i) for i in range(len(part))]
+                every += [self.logits(i) for i in range(len(part))]
             elif logits == "last" and end:
                 return self.logits(len(part) - 1)
-        return np.stack(rows) if logits == "all" else None
+        return np.stack(every) if logits == "all" else None
 
     def remove(self, seq: int, p0: int, p1: int = -1) -> None:
-        """Forget positions [p0, p1) of a sequence; -1: to the end."""
+        """Forget positions [p0, p1) of a sequence; p1 -1: to the end.
+
+        Raises FasaError for a model whose memory is recurrent.
+        """
         if not self.llama.llama_memory_seq_rm(self.memory, seq, p0, p1):
             raise FasaError(f"{self.path}: this model's memory cannot forget single positions")
 
     def copy(self, source: int, target: int) -> None:
-        """Sequence `target` becomes what `source` is."""
+        """Make sequence `target` a copy of `source`."""
         self.llama.llama_memory_seq_cp(self.memory, source, target, -1, -1)
 
     def synchronize(self) -> None:
@@ -284,16 +296,18 @@ class Session:
         self.llama.llama_synchronize(self.ctx)
 
     def clear(self) -> None:
+        """Forget all sequences."""
         self.llama.llama_memory_clear(self.memory, True)
 
     def state(self, seq: int = 0) -> bytes:
-        """The state of one sequence."""
+        """The state of one sequence, for set_state."""
         n = self.llama.llama_state_seq_get_size(self.ctx, seq)
         buffer = (ctypes.c_uint8 * n)()
         n = self.llama.llama_state_seq_get_data(self.ctx, buffer, n, seq)
         return ctypes.string_at(buffer, n)
 
     def set_state(self, data: bytes | bytearray | np.ndarray, seq: int = 0) -> None:
+        """Replace one sequence by a state that `state` gave. Raises FasaError when llama.cpp does not take it."""
         a = np.frombuffer(data, np.uint8)
         pointer = ctypes.cast(a.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
         if self.llama.llama_state_seq_set_data(self.ctx, pointer, len(a), seq) == 0:

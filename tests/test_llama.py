@@ -3,14 +3,16 @@
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from paths import ROOT
 
-from fasa_gguf import FasaError, FasaParams
+from fasa_gguf import FasaError, FasaParams, runtime
 from fasa_gguf.gguf import shape
 from fasa_gguf.gguf.file import GGUFFile
 from fasa_gguf.profile import embed
+from fasa_gguf.runtime.settings import ContextSettings
 from fasa_gguf.speed.random_model import synthetic_profile
 
 ON = FasaParams(chunks=4, budget=64, min_context=0)
@@ -69,7 +71,7 @@ def test_a_model_loaded_off_can_be_switched_on(make, profiled, tiny):
     llm = make(profiled, fasa="off", flash_attn=True)
     llm.set_fasa(ON)
     assert steps(llm, "a" * 200) > 0
-    with pytest.raises(FasaError, match="no FASA profile in .*tiny.gguf; run"):
+    with pytest.raises(FasaError, match=r"no FASA profile in .*tiny\.gguf; run"):
         make(str(tiny), fasa="off", flash_attn=True).set_fasa(ON)
 
 
@@ -88,8 +90,28 @@ def test_a_closed_session_says_so(library, profiled):
     s.close()
     s.close()
     for use in (lambda: s.decode([1], 0), lambda: s.tokenize("a"), s.clear, s.state, lambda: s.fasa):
-        with pytest.raises(FasaError, match="tiny.gguf: this session is closed"):
+        with pytest.raises(FasaError, match=r"tiny\.gguf: this session is closed"):
             use()
+
+
+def test_the_context_of_llama_cpps_arguments(library):
+    from fasa_gguf.llama import context_settings
+
+    assert context_settings({}, "auto") == ContextSettings(n_ctx=512, mode="auto")  # llama_cpp.Llama's own defaults
+    kwargs = {"n_ctx": 0, "n_batch": 64, "n_threads": None, "n_gpu_layers": -1, "type_k": 8, "type_v": 99}
+    found = context_settings({**kwargs, "offload_kqv": False, "swa_full": False, "rope_freq_base": 1.0}, "host")
+    assert found == ContextSettings(
+        n_ctx=0, n_batch=64, n_gpu_layers=-1, type_k="q8_0", no_kv_offload=True, swa_full=False, mode="host"
+    )
+
+
+def test_a_model_is_parsed_once(make, profiled, monkeypatch):
+    opened = []
+    monkeypatch.setattr(runtime.devices, "cuda_devices", lambda: ["CUDA0"])
+    monkeypatch.setattr(runtime.devices, "device_memory", lambda name: (80 << 30, 80 << 30))
+    parse = GGUFFile._parse
+    monkeypatch.setattr(GGUFFile, "_parse", lambda self, reader: (opened.append(self.path.name), parse(self, reader)))
+    assert make(profiled, n_gpu_layers=-1).fasa_mode == "device" and opened == ["tiny.gguf"]
 
 
 def test_a_pickle_keeps_the_settings(make, profiled):
@@ -117,7 +139,7 @@ def test_auto_never_refuses_what_llama_cpp_takes(make, profiled, tiny, tmp_path,
 
     with pytest.raises(ValueError, match="Model path does not exist"):  # llama_cpp's own
         Llama(str(tmp_path / "none.gguf"))
-    data = bytearray(open(profiled, "rb").read())
+    data = bytearray(Path(profiled).read_bytes())
     at = data.index(b"fasa.version") + len("fasa.version") + 4  # behind the key and its type
     data[at] = 99
     bad = tmp_path / "newer.gguf"
@@ -125,7 +147,7 @@ def test_auto_never_refuses_what_llama_cpp_takes(make, profiled, tiny, tmp_path,
     assert make(bad).fasa == "off"  # a Path, too
     err = capfd.readouterr().err
     assert "newer.gguf: key fasa.version: expected at most 1, found 99" in err and "decoding is dense" in err
-    with pytest.raises(FasaError, match="key fasa.version"):
+    with pytest.raises(FasaError, match=r"key fasa\.version"):
         make(bad, fasa=ON)
     other = synthetic_profile([2] * 2, [8] * 2)
     with pytest.raises(FasaError, match="2 layers"):

@@ -1,149 +1,140 @@
-"""Where the K and V of a context lie: on the device (FASA-C), or in pinned host memory (FASA-M). Asked for, or found by the plan."""
+"""Where the K and V of a context lie: mode device (FASA-C, on the GPU) or host (FASA-M, in pinned host memory).
+
+The user asks for one of them, or for auto, which plans with what is free.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from .. import runtime
 from ..errors import FasaError
-from ..params import MODES, FasaParams
-from ..profile.profile import Profile
-from .plan import CUDA_KERNELS, GIB, Memory, Model, Setup, memory, read_model
+from ..params import FasaParams
+from ..runtime.settings import ContextSettings, parse_mode
+from .host import CUDA_KERNELS, GIB, host_memory
+from .model import Model
+from .plan import Memory, estimate
+
+NAMES = {"device": "mode device (FASA-C)", "host": "mode host (FASA-M)"}
 
 
 def chosen_mode(given: str | None) -> str:
-    """`given`, or FASA_MODE of the environment, or auto. Raises FasaError for anything but auto, c and m."""
-    mode, where = (
-        (given, "fasa_mode") if given is not None else (os.environ.get("FASA_MODE") or "auto", "environment: FASA_MODE")
-    )
-    if mode not in MODES:
-        raise FasaError(f"{where}: expected one of {', '.join(MODES)}, found {mode!r}")
-    return mode
+    """auto, device or host: `given`, or FASA_MODE of the environment, or auto. Raises FasaError for anything else."""
+    if given is not None:
+        return parse_mode(given, "fasa_mode")
+    return parse_mode(os.environ.get("FASA_MODE") or "auto", "environment: FASA_MODE")
 
 
-def why_not_m(cuda: Sequence[str], n_gpu_layers: int, no_kv_offload: bool) -> str:
-    """Why a context cannot keep K and V in pinned host memory, with the way out; "" when it can. cuda: names of the CUDA devices."""
+def why_not_host(cuda: Sequence[str], n_gpu_layers: int, no_kv_offload: bool) -> str:
+    """Why a context cannot keep K and V in pinned host memory, with the way out; "" when it can.
+
+    cuda: names of the CUDA devices.
+    """
     if not cuda:
         return (
-            "fasa_mode m keeps K and V in host memory that a CUDA device reads, and there is no CUDA device, or no CUDA in this build; "
-            "use mode c, or a build with CMAKE_ARGS=-DGGML_CUDA=ON"
+            "fasa_mode host keeps K and V in host memory that a CUDA device reads, and there is no CUDA device, or no "
+            "CUDA in this build; use mode device, or a build with CMAKE_ARGS=-DGGML_CUDA=ON"
         )
     if n_gpu_layers == 0:
         return (
-            "fasa_mode m: no layer is on the GPU, which m is for; give n_gpu_layers (-ngl), -1 for all, or use mode c"
+            "fasa_mode host needs layers on the GPU, and there is none; "
+            "give n_gpu_layers (-ngl), -1 for all, or use mode device"
         )
     if no_kv_offload:
-        return "fasa_mode m: offload_kqv=False (-nkvo) keeps attention on the CPU, away from the GPU that m is for; leave it away, or use mode c"
+        return (
+            "fasa_mode host needs attention on the GPU, and offload_kqv=False (-nkvo) keeps it on the CPU; "
+            "omit it, or use mode device"
+        )
     return ""
 
 
-def decide(c: Memory, m: Memory, free: int, loaded: bool = False, n_devices: int = 1) -> str:
-    """c when FASA-C fits `free` bytes of the devices (all together), else m. loaded: the weights are on them already."""
-    return "c" if _need(c, loaded, n_devices) <= free else "m"
+def gib(n: int) -> str:
+    return f"{n / GIB:.2f}"
 
 
-def _need(x: Memory, loaded: bool, n_devices: int = 1) -> int:
+def _need(x: Memory, loaded: bool, n_devices: int) -> int:
     """Bytes on the devices; each has a scratch of its own."""
     return (x.context if loaded else x.device) + (n_devices - 1) * x.scratch + n_devices * CUDA_KERNELS
 
 
+def pick(device: Memory, host: Memory, free: int, loaded: bool = False, n_devices: int = 1) -> str:
+    """device when that fits `free` bytes of the GPUs (all together), else host. loaded: the weights are there."""
+    return "device" if _need(device, loaded, n_devices) <= free else "host"
+
+
 def sentence(
-    mode: str, c: Memory, m: Memory, free: int, loaded: bool = False, n_devices: int = 1, host: int | None = None
+    mode: str,
+    device: Memory,
+    host: Memory,
+    free: int,
+    loaded: bool = False,
+    n_devices: int = 1,
+    host_free: int | None = None,
 ) -> str:
-    """One line for the user: what was picked, and what it takes. host: bytes of host memory that there are."""
-    x = m if mode == "m" else c
-    gib = lambda n: f"{n / GIB:.2f}"
+    """One line for the user: the mode that auto picked, why, and what it takes.
+
+    device, host: what the two modes take. free, host_free: bytes free on the GPUs and of host memory, None: not known.
+    """
+    x = host if mode == "host" else device
+    need = _need(x, loaded, n_devices)
     parts = [
-        (x.weights, "weights"),
+        (0 if loaded else x.weights, "weights"),
         (x.kv, "K and V"),
         (x.k_dom, "dominant keys"),
         (x.row_cache, "row cache"),
         (x.scratch, "scratch"),
     ]
-    what = ", ".join(f"{gib(n)} {name}" for n, name in parts[loaded:] if n)
-    line = f"mode {mode}: {gib(_need(x, loaded, n_devices))} of {gib(free)} GiB free on the GPU ({what})"
-    if mode == "m":
-        line += f", {gib(m.kv_pinned)} GiB of host memory pinned; mode c needs {gib(_need(c, loaded, n_devices))} GiB"
-        if _need(m, loaded, n_devices) > free or (host is not None and m.host > host):
-            short = (
-                "the GPU"
-                if _need(m, loaded, n_devices) > free
-                else f"host memory, of which {gib(host or 0)} GiB are free"
-            )
-            line += f"; this may not fit {short}: `fasa-gguf plan` says which context does"
-    return line
+    what = ", ".join(f"{gib(n)} {name}" for n, name in parts if n)
+    takes = f"it takes {gib(need)} of {gib(free)} GiB free there ({what})"
+    if mode == "device":
+        return f"{NAMES[mode]}: K and V lie on the GPU; {takes}"
+    line = (
+        f"{NAMES[mode]}: K and V, {gib(host.kv_pinned)} GiB, lie in pinned host memory, because mode device needs "
+        f"{gib(_need(device, loaded, n_devices))} GiB on the GPU; {takes}"
+    )
+    short = ""
+    if need > free:
+        short = "the GPU"
+    elif host_free is not None and host.host > host_free:
+        short = f"host memory, of which {gib(host_free)} GiB are free"
+    return line + (f"; this may not fit {short}: `fasa-gguf plan` says which context does" if short else "")
 
 
-def place(
-    mode: str,
-    model: Model | None,
-    setup: Setup,
+def choose_mode(
+    settings: ContextSettings,
+    model: Callable[[], Model],
     arms: Sequence[FasaParams],
     loaded: bool = False,
     only: int | None = None,
 ) -> tuple[str, str]:
-    """(c or m, a line that says what auto found, or ""). arms: the settings that the context is for; auto plans for the largest of them.
+    """(device or host, a line that says what auto found, or "").
 
-    model None: what auto would plan with is not known, and it is c. loaded: the weights are on the device already. only: the number of
-    the one CUDA device that is used; None: all are.
-    Raises FasaError when m was asked for and cannot be.
+    settings.mode: what was asked for. arms: the FASA settings that the context is for; auto plans for the largest of
+    them, and is device without any. model: called only when auto has something to decide; where it raises FasaError,
+    auto is device and the line says why. loaded: the weights are on the device already. only: the number of the one
+    CUDA device that is used, None: all are.
+    Raises FasaError when host was asked for and cannot be.
     """
-    if mode == "c":
-        return "c", ""
+    if settings.mode == "device":
+        return "device", ""
     cuda = runtime.devices.cuda_devices()
-    why = why_not_m(cuda, setup.n_gpu_layers, setup.no_kv_offload)
-    if mode == "m":
+    why = why_not_host(cuda, settings.n_gpu_layers, settings.no_kv_offload)
+    if settings.mode == "host":
         if why:
             raise FasaError(why)
-        return "m", ""
-    if why or model is None or not arms:
-        return "c", ""
-    both = [max((memory(model, setup, p, way) for p in arms), key=lambda x: x.device) for way in ("c", "m")]
-    cuda = cuda if only is None else cuda[only : only + 1] or cuda
-    free = sum(runtime.devices.device_memory(name)[0] for name in cuda)
-    found = decide(*both, free, loaded, len(cuda))
-    return found, sentence(found, *both, free, loaded, len(cuda), host_memory())
-
-
-def place_model(
-    mode: str,
-    path: str | os.PathLike,
-    profile: Profile | None,
-    setup: Setup,
-    arms: Sequence[FasaParams],
-    loaded: bool = False,
-    only: int | None = None,
-) -> tuple[str, str]:
-    """As `place`, for the model of a file, which is read only when auto has something to decide. Where it has no plan, auto is c and says why."""
-    if mode != "auto" or not arms or why_not_m(runtime.devices.cuda_devices(), setup.n_gpu_layers, setup.no_kv_offload):
-        return place(mode, None, setup, arms)
+        return "host", ""
+    if why or not arms:
+        return "device", ""
     try:
-        return place(mode, read_model(path, profile), setup, arms, loaded, only)
-    except FasaError as e:
-        return "c", f"mode c, without a plan: {e}"
-
-
-def host_memory() -> int | None:
-    """Bytes of host memory that are free for a process, under the limits of its control groups; None where that is not known."""
-    free = []
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free.append(int(line.split()[1]) * 1024)
-        top = Path("/sys/fs/cgroup")
-        own = next(
-            (line[4:] for line in Path("/proc/self/cgroup").read_text().splitlines() if line.startswith("0::/")), ""
+        m = model()
+        device, host = (
+            max((estimate(m, settings.replace(mode=mode), p) for p in arms), key=lambda x: x.device)
+            for mode in ("device", "host")
         )
-        for group in (top / own, *(top / own).parents):  # as far as there are limits to read
-            limit = group / "memory.max"
-            if limit.exists() and (most := limit.read_text().strip()) != "max":
-                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-                held = int((group / "memory.current").read_text()) - int(
-                    stat.get("inactive_file", 0)
-                )  # files that may be dropped are no load
-                free.append(max(int(most) - max(held, 0), 0))
-    except (OSError, ValueError, IndexError):
-        pass
-    return min(free) if free else None
+        cuda = cuda if only is None else cuda[only : only + 1] or cuda
+        free = sum(runtime.devices.device_memory(name)[0] for name in cuda)
+    except FasaError as e:
+        return "device", f"mode device, without a plan: {e}"
+    found = pick(device, host, free, loaded, len(cuda))
+    return found, sentence(found, device, host, free, loaded, len(cuda), host_memory())

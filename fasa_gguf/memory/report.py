@@ -7,55 +7,67 @@ from dataclasses import asdict
 from typing import Any
 
 from ..params import FasaParams
-from .plan import MIB, Model, Setup, Way
+from ..runtime.settings import ContextSettings
+from .host import MIB, Available
+from .model import Model
+from .plan import ContextShape, Way
 
 
-def table(m: Model, s: Setup, found: Sequence[Way], device: int | None, host: int | None, cuda: int) -> str:
-    """Markdown, in MiB; rows that are 0 for all are left away. device, host: bytes that there are for it; cuda: the driver's own."""
-    mib = lambda n: f"{n / MIB:,.0f}"
-    rows = {
+def mib(n: float) -> str:
+    return f"{n / MIB:,.0f}"
+
+
+def format_plan(model: Model, settings: ContextSettings, found: Sequence[Way], available: Available) -> str:
+    """Markdown, in MiB, one column for each way. Lines that are 0 for all ways are omitted."""
+    figures = {
         "weights": [x.memory.weights for x in found],
         "K and V": [x.memory.kv for x in found],
         "dominant keys": [x.memory.k_dom for x in found],
         "row cache": [x.memory.row_cache for x in found],
         "scratch": [x.memory.scratch for x in found],
-        "CUDA itself": [cuda] * len(found),
-        "**GPU memory**": [x.memory.device + cuda for x in found],
+        "CUDA itself": [available.cuda] * len(found),
+        "**GPU memory**": [x.memory.device + available.cuda for x in found],
         "host memory, pinned": [x.memory.kv_pinned for x in found],
         "host memory, of layers on the CPU": [x.memory.kv_ram + x.memory.k_dom_ram for x in found],
     }
-    cells = {name: [mib(n) for n in values] for name, values in rows.items() if any(values)}
-    if device is not None:
-        fits = lambda x: x.memory.device <= device and (host is None or x.memory.host <= host)
-        cells[f"fits {mib(device + cuda)} MiB" + (f", host {mib(host)}" if host is not None else "")] = [
-            "yes" if fits(x) else "no" for x in found
-        ]
+    cells = {name: [mib(n) for n in values] for name, values in figures.items() if any(values)}
+    if available.device is not None:
+        room = f"fits {mib(available.device + available.cuda)} MiB"
+        room += f", host {mib(available.host)}" if available.host is not None else ""
+        cells[room] = ["yes" if x.memory.fits(available) else "no" for x in found]
         cells["largest context, tokens"] = [
             f"{x.largest:,}" + (" (host memory)" if x.bound == "host" else "") for x in found
         ]
-    head = f"MiB at {s.tokens(m):,} tokens"
-    lines = [[head, *(x.name for x in found)], *([name, *values] for name, values in cells.items())]
-    width = [max(map(len, column)) for column in zip(*lines)]
-    show = lambda line: (
-        "| " + " | ".join(x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(line, width))) + " |"
-    )
+    head = f"MiB at {ContextShape(model, settings).n_ctx:,} tokens"
+    return _markdown([[head, *(x.name for x in found)], *([name, *values] for name, values in cells.items())])
+
+
+def _markdown(lines: Sequence[Sequence[str]]) -> str:
+    """The first column to the left, the others to the right."""
+    width = [max(map(len, column)) for column in zip(*lines, strict=True)]
+
+    def show(line: Sequence[str]) -> str:
+        padded = [x.rjust(w) if i else x.ljust(w) for i, (x, w) in enumerate(zip(line, width, strict=True))]
+        return "| " + " | ".join(padded) + " |"
+
     rule = "| " + " | ".join("-" * (w - 1) + ":" if i else "-" * w for i, w in enumerate(width)) + " |"
     return "\n".join([show(lines[0]), rule, *map(show, lines[1:])])
 
 
-def as_dict(
-    m: Model, s: Setup, params: FasaParams, found: Sequence[Way], device: int | None, host: int | None, cuda: int
+def plan_as_dict(
+    model: Model, settings: ContextSettings, params: FasaParams, found: Sequence[Way], available: Available
 ) -> dict[str, Any]:
-    """Bytes and tokens; device_bytes and host_bytes: what there is for the plan, cuda_bytes: the driver's own beside it."""
+    """For JSON, in bytes and tokens. device_bytes, host_bytes: what is available; cuda_bytes: what CUDA takes."""
+    decides = {k: v for k, v in asdict(settings).items() if k not in ("n_threads", "flash_attn", "mode")}
     return {
-        "model": m.name,
-        "n_ctx_train": m.n_ctx_train,
-        **asdict(s),
-        "n_ctx": s.tokens(m),
+        "model": model.name,
+        "n_ctx_train": model.n_ctx_train,
+        **decides,
+        "n_ctx": ContextShape(model, settings).n_ctx,
         "fasa": asdict(params),
-        "device_bytes": device,
-        "host_bytes": host,
-        "cuda_bytes": cuda,
+        "device_bytes": available.device,
+        "host_bytes": available.host,
+        "cuda_bytes": available.cuda,
         "ways": [
             {
                 "name": x.name,

@@ -15,12 +15,12 @@ from .library import _api, _array, _check, _struct, last_error
 
 
 @contextlib.contextmanager
-def kv_place(host: bool) -> Iterator[None]:
-    """Where K and V of a context that this thread makes inside lie: with `host` in pinned host memory (FASA-M), else on their device.
+def kv_mode(mode: str) -> Iterator[None]:
+    """The mode, device or host, of a context that this thread makes inside.
 
     Raises FasaError in place of an exception raised inside when the library says why the memory could not be had.
     """
-    if not host:
+    if mode != "host":
         yield
         return
     _, lib = _api()

@@ -20,7 +20,7 @@ from .. import runtime
 from ..errors import FasaError
 from ..gguf.cache_types import cache_type
 from ..gguf.file import U16, U32, GGUFFile
-from ..memory.placement import why_not_m
+from ..memory.placement import why_not_host
 from ..params import FasaParams
 from ..profile.profile import Profile
 from ..session import Session
@@ -75,7 +75,7 @@ class Plan:
                     "or a smaller --fasa-min-context"
                 )
         why = (
-            why_not_m(runtime.devices.cuda_devices(), min(self.n_gpu_layers, key=bool), False)
+            why_not_host(runtime.devices.cuda_devices(), min(self.n_gpu_layers, key=bool), False)
             if "m" in self.modes
             else ""
         )

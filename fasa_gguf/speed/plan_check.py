@@ -8,24 +8,25 @@ from typing import Any
 
 from .. import runtime
 from ..errors import FasaError
-from ..memory.plan import MIB, Model, Setup, memory
+from ..memory.host import MIB
+from ..memory.model import Model
+from ..memory.plan import ContextShape, Memory, estimate
 from ..params import FasaParams
 from ..profile.profile import Profile
+from ..runtime.settings import ContextSettings
 from ..session import Session
-
-# ---- planned against measured ----
 
 
 def _used(devices: Sequence[str]) -> int:
     return sum(total - free for free, total in map(runtime.devices.device_memory, devices))
 
 
-def _work(s: Session, setup: Setup, profile: Profile, params: FasaParams) -> None:
+def _work(s: Session, profile: Profile, params: FasaParams) -> None:
     """Fill the context, prefill a ubatch behind that, and decode: whatever is allocated late is there then."""
     s.fasa.set_profile(profile)
     s.fasa.set_params(params)
-    per_sequence = s.n_ctx // setup.streams()
-    batch = min(setup.n_ubatch, per_sequence // 2)
+    per_sequence = s.n_ctx // (1 if s.settings.kv_unified else s.settings.n_seq_max)
+    batch = min(s.settings.n_ubatch, per_sequence // 2)
     depth = max(per_sequence - batch - 8, 0)
     s.fasa.fill_random(depth)
     s.decode([1 + i % 7 for i in range(batch)], depth, logits="last")
@@ -34,70 +35,79 @@ def _work(s: Session, setup: Setup, profile: Profile, params: FasaParams) -> Non
     s.synchronize()
 
 
-def check(
-    path: str | os.PathLike, m: Model, setup: Setup, params: FasaParams, profile: Profile, modes: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Load the model and make a context in each of `modes`; one row each: planned and measured bytes by the driver's count.
+def _compare(planned: Memory, counters: dict[str, int], loaded: int, opened: int, worked: int) -> dict[str, Any]:
+    """Planned bytes beside FASA's counters and the driver's.
 
-    weights is measured after a small context has run, so kernels that CUDA loads when they first run are in it; what is measured there above
-    the plan is theirs. context is everything of the context after its first decode steps. FASA runs from the first cell on in it.
-    Raises FasaError when there is no CUDA device, or a context cannot be made. Other processes must leave the device's memory alone.
+    loaded, opened, worked: what the model takes, and what the context takes when it is made and after its first steps.
+    """
+    return {
+        "weights_planned": planned.weights,
+        "weights_measured": loaded,
+        "context_planned": planned.context,
+        "context_measured": worked,
+        "opened_measured": opened,
+        "kv_planned": planned.kv + planned.kv_pinned + planned.kv_ram,
+        "kv_counted": counters["bytes_kv"],
+        "k_dom_planned": planned.k_dom + planned.k_dom_ram,
+        "k_dom_counted": counters["bytes_k_dom"],
+        "pinned_planned": planned.kv_pinned,
+        "pinned_counted": counters["bytes_kv_host"],
+        "scratch_planned": planned.scratch,
+        "row_cache_planned": planned.row_cache,
+        "row_cache_counted": counters["bytes_row_cache"],
+        "device_planned": planned.device,
+        "device_measured": loaded + worked,
+        "error": planned.device / (loaded + worked) - 1,
+    }
+
+
+def check(
+    path: str | os.PathLike,
+    model: Model,
+    settings: ContextSettings,
+    params: FasaParams,
+    profile: Profile,
+    modes: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Load the model and make a context in each of `modes`: planned and measured bytes by the driver's count, by mode.
+
+    weights is measured after a small context has run, so it includes the kernels that CUDA loads when they first run:
+    they are what is measured there above the plan. context is everything of the context after its first decode steps.
+    FASA runs from the first cell on in it.
+    Raises FasaError when there is no CUDA device, or a context cannot be made. Other processes must not take or free
+    memory of the device meanwhile.
     """
     devices = runtime.devices.cuda_devices()
     if not devices:
         raise FasaError("--check compares the plan with a CUDA device, and there is none, or no CUDA in this build")
-    if setup.n_gpu_layers == 0:
+    if settings.n_gpu_layers == 0:
         raise FasaError("--check compares what lies on the GPU; give -ngl, -1 for all layers")
     params = params.replace(min_context=0)
-    start, rows = _used(devices), []
-    small = {"n_ctx": 512, "n_batch": 64, "n_ubatch": 64, "n_seq_max": 1}
-    made = {
-        name: getattr(setup, name)
-        for name in ("n_seq_max", "n_batch", "n_ubatch", "type_k", "type_v", "kv_unified", "swa_full", "no_kv_offload")
-    }
-    with Session(path, n_gpu_layers=setup.n_gpu_layers, **{**made, **small}) as s:
+    settings = settings.replace(n_ctx=ContextShape(model, settings).n_ctx)
+    small = settings.replace(n_ctx=512, n_batch=64, n_ubatch=64, n_seq_max=1, mode="device")
+    start, results = _used(devices), []
+    with Session(path, small) as s:
         for mode in modes:
-            s.reopen(**small, mode=mode)
-            _work(s, Setup(n_ctx=512, n_ubatch=64), profile, params)
+            s.reopen(small, mode=mode)
+            _work(s, profile, params)
         s.free_context()
         loaded = _used(devices)
         for mode in modes:
-            s.reopen(**made, n_ctx=setup.tokens(m), mode=mode)
+            s.reopen(settings, mode=mode)
             opened = _used(devices)
-            _work(s, setup, profile, params)
-            counters, planned = s.fasa.counters(), memory(m, setup, params, mode)
-            rows.append(
-                {
-                    "mode": mode,
-                    "n_ctx": s.n_ctx,
-                    "weights_planned": planned.weights,
-                    "weights_measured": loaded - start,
-                    "context_planned": planned.context,
-                    "context_measured": _used(devices) - loaded,
-                    "opened_measured": opened - loaded,
-                    "kv_planned": planned.kv + planned.kv_pinned + planned.kv_ram,
-                    "kv_counted": counters["bytes_kv"],
-                    "k_dom_planned": planned.k_dom + planned.k_dom_ram,
-                    "k_dom_counted": counters["bytes_k_dom"],
-                    "pinned_planned": planned.kv_pinned,
-                    "pinned_counted": counters["bytes_kv_host"],
-                    "scratch_planned": planned.scratch,
-                    "row_cache_planned": planned.row_cache,
-                    "row_cache_counted": counters["bytes_row_cache"],
-                    "device_planned": planned.device,
-                    "device_measured": _used(devices) - start,
-                    "cuda_before": start,
-                }
-            )
-            rows[-1]["error"] = rows[-1]["device_planned"] / rows[-1]["device_measured"] - 1
+            _work(s, profile, params)
+            worked = _used(devices)
+            planned = estimate(model, s.settings, params)
+            found = _compare(planned, s.fasa.counters(), loaded - start, opened - loaded, worked - loaded)
+            results.append({"mode": s.mode, "n_ctx": s.n_ctx, **found, "cuda_before": start})
             s.free_context()
-    return rows
+    return results
 
 
-def check_table(rows: Sequence[dict[str, Any]]) -> str:
-    """One line a figure: planned, measured or counted, and how far they are apart."""
+def format_check(results: Sequence[dict[str, Any]]) -> str:
+    """Markdown, one line for each figure: planned, measured or counted, and how far they are apart."""
     lines = ["| mode | MiB | planned | measured | planned/measured - 1 |", "| - | - | -: | -: | -: |"]
-    for r in rows:
+    for r in results:
         for name, against in (
             ("weights", "measured"),
             ("context", "measured"),

@@ -1,10 +1,9 @@
-"""The plan: bytes of K, V and K_dom against what the library counts, scratch against llama.cpp's own dry run, contexts that fit."""
+"""The plan: K, V and K_dom against what the library counts, scratch against llama.cpp's dry run, contexts that fit."""
 
 import contextlib
 import json
 import os
 import re
-from dataclasses import replace
 
 import gguf
 import numpy as np
@@ -16,21 +15,20 @@ from fasa_gguf.cli import main as cli
 from fasa_gguf.gguf.file import STR, GGUFFile, TensorInfo, pack_kv
 from fasa_gguf.gguf.shape import model_shape
 from fasa_gguf.memory import plan
-from fasa_gguf.memory.plan import (
-    GIB,
-    MIB,
-    Setup,
-    largest_context,
-    memory,
-    read_model,
-    size,
-    ways,
-)
+from fasa_gguf.memory.host import GIB, MIB, Available, parse_size
+from fasa_gguf.memory.model import device_bytes, read_model
+from fasa_gguf.memory.plan import ContextShape, compute_bytes, estimate, largest_context, pool_bytes, ways
+from fasa_gguf.runtime.settings import ContextSettings
 from fasa_gguf.session import Session
 from fasa_gguf.speed import plan_check
 from fasa_gguf.speed import random_model as synthetic
 
 ON = FasaParams(min_context=0)
+
+
+def gpu_settings(**changes):
+    """All layers on the GPU, and the batch of `fasa-gguf plan`; n_ctx 0: what the model was trained on."""
+    return ContextSettings(**{"n_ctx": 0, "n_batch": 2048, "n_gpu_layers": -1, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -53,78 +51,80 @@ def shape_8b(tmp_path_factory):
 # ---- exact ----
 
 
-def counted(path, profile, params, setup):
+def counted(path, profile, params, settings):
     """(planned, counted) bytes of K and V, and of the dominant keys, on the CPU."""
-    setup = replace(setup, n_gpu_layers=0)
-    names = ("n_ctx", "n_seq_max", "n_batch", "n_ubatch", "type_k", "type_v", "kv_unified", "swa_full")
-    with Session(path, n_threads=1, **{name: getattr(setup, name) for name in names}) as s:
+    settings = settings.replace(n_gpu_layers=0, n_threads=1)
+    with Session(path, settings) as s:
         s.fasa.set_profile(profile)
         s.fasa.set_params(params)
         c = s.fasa.counters()
-    x = memory(read_model(path, profile), setup, params)
+    x = estimate(read_model(path, profile), settings, params)
     assert x.device == x.kv_pinned == 0
     return (x.kv_ram, x.k_dom_ram), (c["bytes_kv"], c["bytes_k_dom"])
 
 
 @pytest.mark.parametrize(
-    "setup",
+    "settings",
     [
-        Setup(n_ctx=1000),
-        Setup(n_ctx=3 * 400, n_seq_max=3),
-        Setup(n_ctx=700, n_seq_max=4, kv_unified=True),
-        Setup(n_ctx=100, type_k="f32", type_v="q8_0"),
-        Setup(n_ctx=256, type_k="bf16", type_v="q4_0"),
-        Setup(),
+        gpu_settings(n_ctx=1000),
+        gpu_settings(n_ctx=3 * 400, n_seq_max=3),
+        gpu_settings(n_ctx=700, n_seq_max=4, kv_unified=True),
+        gpu_settings(n_ctx=100, type_k="f32", type_v="q8_0"),
+        gpu_settings(n_ctx=256, type_k="bf16", type_v="q4_0"),
+        gpu_settings(),
     ],
 )
 @pytest.mark.parametrize(
     "params", [ON, ON.replace(k_dom="q8", chunks=3), ON.replace(k_dom="f16", chunks=8), ON.replace(chunks=99)]
 )
-def test_a_small_model(library, tmp_path_factory, profile, tiny, setup, params):
-    if setup.type_v[0] == "q":  # blocks of 32 need a wider head
+def test_a_small_model(library, tmp_path_factory, profile, tiny, settings, params):
+    if settings.type_v[0] == "q":  # blocks of 32 need a wider head
         tiny = tmp_path_factory.mktemp("wide") / "wide.gguf"
         write_tiny(tiny, head_dim=32)
         profile = synthetic.synthetic_profile(*model_shape(GGUFFile(tiny)))
-    planned, found = counted(tiny, profile, params, setup)
+    planned, found = counted(tiny, profile, params, settings)
     assert planned == found and min(found) > 0
 
 
 @pytest.mark.parametrize(
-    "setup",
+    "settings",
     [
-        Setup(n_ctx=1500),
-        Setup(n_ctx=1500, swa_full=False, n_ubatch=32),
-        Setup(n_ctx=3000, swa_full=False, n_seq_max=2),
-        Setup(n_ctx=3000, swa_full=False, n_seq_max=3, kv_unified=True, n_batch=100),
+        gpu_settings(n_ctx=1500),
+        gpu_settings(n_ctx=1500, swa_full=False, n_ubatch=32),
+        gpu_settings(n_ctx=3000, swa_full=False, n_seq_max=2),
+        gpu_settings(n_ctx=3000, swa_full=False, n_seq_max=3, kv_unified=True, n_batch=100),
     ],
 )
-def test_a_model_with_windows_has_two_caches(library, sliding, setup):  # noqa: F811
-    planned, found = counted(sliding, synthetic.synthetic_profile([2] * 4, [8] * 4), ON, setup)
+def test_a_model_with_windows_has_two_caches(library, sliding, settings):
+    planned, found = counted(sliding, synthetic.synthetic_profile([2] * 4, [8] * 4), ON, settings)
     assert planned == found
 
 
-def test_layers_without_a_cache_or_a_ranking(library, hybrid):  # noqa: F811
+def test_layers_without_a_cache_or_a_ranking(library, hybrid):
     for chunks in ([0, 8, 0, 8], [0, 8, 0, 0]):
-        planned, found = counted(hybrid, synthetic.synthetic_profile([0, 2, 0, 2], chunks), ON, Setup(n_ctx=512))
+        planned, found = counted(hybrid, synthetic.synthetic_profile([0, 2, 0, 2], chunks), ON, gpu_settings(n_ctx=512))
         assert planned == found and found[0] == 2 * 2 * 2 * 16 * 2 * 512
 
 
 def test_smollm2(library, smollm2):
     profile = synthetic.synthetic_profile(*model_shape(GGUFFile(smollm2)))
-    for setup in (Setup(n_ctx=2000), Setup(n_ctx=2000, n_seq_max=2, type_k="q8_0", type_v="q8_0")):
-        planned, found = counted(smollm2, profile, ON, setup)
+    for settings in (gpu_settings(n_ctx=2000), gpu_settings(n_ctx=2000, n_seq_max=2, type_k="q8_0", type_v="q8_0")):
+        planned, found = counted(smollm2, profile, ON, settings)
         assert planned == found
 
 
 def test_weights_by_layer(tiny):
     m = read_model(tiny)
-    on_device = lambda ngl: memory(m, Setup(n_ctx=256, n_gpu_layers=ngl)).weights
+
+    def on_device(ngl):
+        return estimate(m, gpu_settings(n_ctx=256, n_gpu_layers=ngl)).weights
+
     total = sum(t.n_bytes + -t.n_bytes % 128 for t in GGUFFile(tiny).tensors if t.name != "token_embd.weight")
     assert on_device(-1) == on_device(4) == on_device(99) == total and on_device(0) == 0
     assert (
         on_device(1) == m.output_bytes and on_device(2) == m.output_bytes + m.layers[2].n_bytes
     )  # the last layers first
-    half = memory(m, Setup(n_ctx=256, n_gpu_layers=2), ON)
+    half = estimate(m, gpu_settings(n_ctx=256, n_gpu_layers=2), ON)
     assert half.kv_ram == 2 * half.kv and half.k_dom_ram == 2 * half.k_dom > 0
 
 
@@ -132,16 +132,18 @@ def test_a_tied_embedding_is_on_the_device_too(smollm2, tiny):
     assert read_model(tiny).output_bytes == 259 * 64 * 4 + 64 * 4  # the output matrix and its norm
     of = {t.name: t for t in GGUFFile(smollm2).tensors}
     assert "output.weight" not in of
-    assert read_model(smollm2).output_bytes == plan._device_bytes(of["token_embd.weight"]) + plan._device_bytes(
+    assert read_model(smollm2).output_bytes == device_bytes(of["token_embd.weight"]) + device_bytes(
         of["output_norm.weight"]
     )
 
 
 def test_quantised_rows_end_in_a_block_of_512_values():
-    tensor = lambda kind, columns, n_bytes: TensorInfo("x", (columns, 4), kind, 0, n_bytes)
-    assert plan._device_bytes(tensor(2, 512, 1152)) == 1152
-    assert plan._device_bytes(tensor(2, 64, 144)) == 512 >= 144 + 14 * 18 > 384  # 14 blocks more, at 128 bytes
-    assert plan._device_bytes(tensor(0, 3, 48)) == 128
+    def tensor(kind, columns, n_bytes):
+        return TensorInfo("x", (columns, 4), kind, 0, n_bytes)
+
+    assert device_bytes(tensor(2, 512, 1152)) == 1152
+    assert device_bytes(tensor(2, 64, 144)) == 512 >= 144 + 14 * 18 > 384  # 14 blocks more, at 128 bytes
+    assert device_bytes(tensor(0, 3, 48)) == 128
 
 
 # ---- the scratch ----
@@ -180,74 +182,94 @@ def dry_run(path, contexts, n_seq=1, swa_full=True):
 def test_scratch_is_llama_cpps_own(library, request, which):
     path = request.getfixturevalue(which)
     m, contexts = read_model(path), [(c, t) for c in (4096, 131072, 1 << 20) for t in (128, 512, 2048)]
-    for (n_ctx, t), found in zip(contexts, dry_run(path, contexts)):
-        s = Setup(n_ctx=n_ctx, n_ubatch=t)
-        pool = t * max(m.n_ff, m.n_embd) * 36 // 32 + plan.POOL_BYTES  # which is ggml-cuda's, beside the buffer
-        assert (plan._scratch_bytes(m, s, m.layers, False) - pool) / MIB == pytest.approx(found, rel=0.01, abs=0.3)
+    for (n_ctx, t), found in zip(contexts, dry_run(path, contexts), strict=True):
+        s = gpu_settings(n_ctx=n_ctx, n_ubatch=t)
+        assert compute_bytes(ContextShape(m, s), m.layers) / MIB == pytest.approx(found, rel=0.01, abs=0.3)
+        dense, pool = estimate(m, s), pool_bytes(max(m.n_ff, m.n_embd), t)  # which is ggml-cuda's, beside the buffer
+        assert dense.scratch == compute_bytes(ContextShape(m, s), m.layers) + pool
+
+
+def test_the_pool_is_what_the_library_checks_before_a_ubatch(library):
+    """4 bytes for each value of a token that goes into a matrix product, and 16 MiB."""
+    assert pool_bytes(14336, 512) == 4 * 14336 * 512 + 16 * MIB
+    if not hasattr(runtime.library, "api"):
+        pytest.skip("this library has no fasa_pool_bytes")
+    _, lib = runtime.library.api()
+    for n_act, n_tokens in ((14336, 512), (1, 1), (1 << 20, 1 << 16)):
+        assert lib.fasa_pool_bytes(n_act, n_tokens) == pool_bytes(n_act, n_tokens)
 
 
 def test_what_staging_and_quantised_caches_add(shape_8b):
-    m, s = read_model(shape_8b), Setup(n_ctx=1 << 20)
-    layer = lambda kind: (
-        2 * 1024 * plan.row_bytes(kind, 1) * (1 << 20) if kind == "f16" else 2 * 1024 // 32 * 34 * (1 << 20)
-    )
-    scratch = lambda mode, **kw: memory(m, replace(s, **kw), ON, mode).scratch
+    m, s = read_model(shape_8b), gpu_settings(n_ctx=1 << 20)
+    f16, q8_0 = (2 * plan.row_bytes(kind, 1024) * (1 << 20) for kind in ("f16", "q8_0"))  # of one layer
+
+    def scratch(mode, **kw):
+        return estimate(m, s.replace(mode=mode, **kw), ON).scratch
+
     q8 = {"type_k": "q8_0", "type_v": "q8_0"}
-    flat = scratch("m") - scratch("c")
-    assert 0.97 * layer("f16") < flat < 1.01 * layer("f16")  # the feed-forward's own peak is a little above attention's
-    assert scratch("m", **q8) - scratch("c", **q8) == pytest.approx(layer("q8_0"), rel=0.01)
-    assert scratch("c", **q8) - scratch("c") == pytest.approx(layer("f16"), rel=0.03)
+    flat = scratch("host") - scratch("device")
+    assert 0.97 * f16 < flat < 1.01 * f16  # the feed-forward's own peak is a little above attention's
+    assert scratch("host", **q8) - scratch("device", **q8) == pytest.approx(q8_0, rel=0.01)
+    assert scratch("device", **q8) - scratch("device") == pytest.approx(f16, rel=0.03)
 
 
 # ---- what fits ----
 
 
-@pytest.mark.parametrize("mode", ["c", "m"])
+@pytest.mark.parametrize("mode", ["device", "host"])
 def test_the_largest_context_fits_and_the_next_does_not(shape_8b, mode):
-    m, s = read_model(shape_8b), Setup(n_seq_max=2)
-    n = largest_context(m, s, ON, mode, 12 * GIB)
-    need = lambda n: memory(m, replace(s, n_ctx=n), ON, mode).device
+    m, s = read_model(shape_8b), gpu_settings(n_seq_max=2, mode=mode)
+    n = largest_context(m, s, ON, Available(12 * GIB))
+
+    def need(n):
+        return estimate(m, s.replace(n_ctx=n), ON).device
+
     assert n % 512 == 0 and need(n) <= 12 * GIB < need(n + 512)
-    assert largest_context(m, s, ON, mode, GIB) == 0
+    assert largest_context(m, s, ON, Available(GIB)) == 0
 
 
 def test_host_memory_bounds_fasa_m(shape_8b):
     m = read_model(shape_8b)
-    found = {w.name: w for w in ways(m, Setup(n_ctx=32768), ON, 12 * GIB, 8 * GIB)}
+    found = {w.name: w for w in ways(m, gpu_settings(n_ctx=32768), ON, Available(12 * GIB, 8 * GIB))}
     assert list(found) == ["dense f16", "dense q8_0", "FASA-C", "FASA-M"]
     assert (found["FASA-M"].largest, found["FASA-M"].bound) == (65536, "host") and found["FASA-C"].bound == "device"
     assert found["dense q8_0"].largest > found["dense f16"].largest > found["FASA-C"].largest
     assert found["FASA-M"].memory.kv_pinned == found["FASA-C"].memory.kv == 4 * GIB and found["FASA-M"].memory.kv == 0
-    assert ways(m, Setup(n_ctx=32768), ON)[0].largest is None
+    assert ways(m, gpu_settings(n_ctx=32768), ON)[0].largest is None
 
 
 def test_layers_on_a_gpu_that_wait_have_no_dominant_keys(shape_8b):
-    m, s = read_model(shape_8b), Setup(n_ctx=8192)
-    p = FasaParams()
-    assert memory(m, s, p).k_dom == 0 < memory(m, replace(s, n_ctx=65536), p).k_dom  # below and above min_context_gpu
-    assert memory(m, s, p, "m").k_dom == memory(m, s, ON).k_dom > 0  # dense would be slow in mode m, so nothing waits
+    m, s, p = read_model(shape_8b), gpu_settings(n_ctx=8192), FasaParams()
+    host = s.replace(mode="host")
+    assert (
+        estimate(m, s, p).k_dom == 0 < estimate(m, s.replace(n_ctx=65536), p).k_dom
+    )  # below and above min_context_gpu
+    assert (
+        estimate(m, host, p).k_dom == estimate(m, s, ON).k_dom > 0
+    )  # dense would be slow in mode host, so nothing waits
 
 
 def test_the_share_that_the_method_promises(shape_8b):
-    m, s = read_model(shape_8b), Setup(n_ctx=32768)
-    dense = memory(m, s).kv
-    assert (
-        memory(m, s, ON, "m").k_dom <= dense / 10
-        and memory(m, s, ON.replace(k_dom="f16", chunks=16), "m").k_dom <= 0.13 * dense
-    )
+    m, s = read_model(shape_8b), gpu_settings(n_ctx=32768)
+    dense, host = estimate(m, s).kv, s.replace(mode="host")
+    assert estimate(m, host, ON).k_dom <= dense / 10
+    assert estimate(m, host, ON.replace(k_dom="f16", chunks=16)).k_dom <= 0.13 * dense
 
 
 def test_the_row_cache(shape_8b):
-    m, s = read_model(shape_8b), Setup(n_ctx=32768)
-    cache = lambda mib, **kw: memory(m, replace(s, **kw), ON.replace(row_cache=mib), "m").row_cache
+    m, s = read_model(shape_8b), gpu_settings(n_ctx=32768)
+
+    def cache(mib, **kw):
+        return estimate(m, s.replace(mode="host", **kw), ON.replace(row_cache=mib)).row_cache
+
     assert cache(0) == 0 and 0.98 * 256 * MIB < cache(256) <= 256 * MIB and cache(256, no_kv_offload=True) == 0
     assert cache(1 << 20) == 32 * 8 * 32768 * (512 + 8)  # no more slots than cells
     assert cache(-1) == 32 * 8 * 2 * ON.budget * (512 + 8)
-    assert memory(m, s, ON.replace(row_cache=256), "c").row_cache == 0
+    assert estimate(m, s, ON.replace(row_cache=256)).row_cache == 0
 
 
 def test_amounts_of_memory():
-    assert [size(x) for x in ("12G", "900M", "0.5 GiB", "1t", "64kb")] == [
+    assert [parse_size(x) for x in ("12G", "900M", "0.5 GiB", "1t", "64kb")] == [
         12 * GIB,
         900 * MIB,
         GIB // 2,
@@ -256,7 +278,7 @@ def test_amounts_of_memory():
     ]
     for bad in ("12", "G", "-1G", "many", "infG", "nanG"):
         with pytest.raises(FasaError, match="expected an amount of memory such as 12G or 900M"):
-            size(bad)
+            parse_size(bad)
 
 
 def test_models_that_have_no_plan(tmp_path):
@@ -312,7 +334,7 @@ def test_the_command(library, shape_8b, tiny, capsys):
 
 def test_the_table_of_planned_against_measured():
     row = {
-        "mode": "m",
+        "mode": "host",
         "weights_planned": 90 * MIB,
         "weights_measured": 100 * MIB,
         "context_planned": 10 * MIB,
@@ -330,28 +352,39 @@ def test_the_table_of_planned_against_measured():
         "scratch_planned": MIB,
         "cuda_before": 500 * MIB,
     }
-    text = plan_check.check_table([row])
+    text = plan_check.format_check([row])
     assert (
-        "| m | weights | 90.0 | 100.0 | -10.0% |" in text
+        "| host | weights | 90.0 | 100.0 | -10.0% |" in text
         and "row_cache" not in text
-        and "| m | used before the model | | 500.0 | |" in text
+        and "| host | used before the model | | 500.0 | |" in text
     )
 
 
 def test_check_runs_both_modes(library, tiny, profile, monkeypatch):
-    """As if there was a GPU whose memory in use grows by 1 MiB with every look: weights are two looks apart from the start, and so on."""
+    """As if there was a GPU whose memory in use grows by 1 MiB with every look.
+
+    Weights are two looks apart from the start, and so on.
+    """
     looks = iter(range(1, 100))
     monkeypatch.setattr(runtime.devices, "cuda_devices", lambda: ["CUDA0"])
     monkeypatch.setattr(runtime.devices, "device_memory", lambda name: (GIB - next(looks) * MIB, GIB))
-    monkeypatch.setattr(runtime.context, "kv_place", lambda host: contextlib.nullcontext())
+    monkeypatch.setattr(runtime.context, "kv_mode", lambda mode: contextlib.nullcontext())
     monkeypatch.setattr(runtime.context, "not_pinned", lambda context: "")
-    setup = Setup(n_ctx=1024, n_ubatch=64, n_batch=64)
-    c, m = plan_check.check(tiny, read_model(tiny, profile), setup, FasaParams(budget=64), profile, ("c", "m"))
-    assert (c["mode"], m["mode"], c["n_ctx"], c["cuda_before"], c["weights_measured"]) == ("c", "m", 1024, MIB, MIB)
+    settings = gpu_settings(n_ctx=1024, n_ubatch=64, n_batch=64)
+    c, m = plan_check.check(
+        tiny, read_model(tiny, profile), settings, FasaParams(budget=64), profile, ("device", "host")
+    )
+    assert (c["mode"], m["mode"], c["n_ctx"], c["cuda_before"], c["weights_measured"]) == (
+        "device",
+        "host",
+        1024,
+        MIB,
+        MIB,
+    )
     assert c["kv_planned"] == c["kv_counted"] == m["pinned_planned"] and c["k_dom_planned"] == c["k_dom_counted"] > 0
     assert (
         c["opened_measured"] < c["context_measured"] < m["context_measured"]
         and c["error"] == c["device_planned"] / c["device_measured"] - 1
     )
     with pytest.raises(FasaError, match="give -ngl, -1 for all layers"):
-        plan_check.check(tiny, read_model(tiny, profile), replace(setup, n_gpu_layers=0), ON, profile, ("c",))
+        plan_check.check(tiny, read_model(tiny, profile), settings.replace(n_gpu_layers=0), ON, profile, ("device",))

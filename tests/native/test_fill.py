@@ -23,14 +23,14 @@ def rows_of(s, n_cells, n_layer, bytes_per_value, seq=0):
         at += 12  # type, bytes of a row
         out.append(np.frombuffer(raw, np.uint8, n_cells * size, at).reshape(n_cells, size))
         at += n_cells * size
-    assert at + 4 * (s._settings["n_seq_max"] - 1 - seq) == len(
+    assert at + 4 * (s.settings.n_seq_max - 1 - seq) == len(
         raw
     )  # the streams behind it have no cells of this sequence
     return np.stack(out)
 
 
 def pos_max(s):
-    return [s.llama.llama_memory_seq_pos_max(s.memory, seq) for seq in range(s._settings["n_seq_max"])]
+    return [s.llama.llama_memory_seq_pos_max(s.memory, seq) for seq in range(s.settings.n_seq_max)]
 
 
 def test_rows_are_normal_and_none_is_like_another(library, tiny):

@@ -151,7 +151,7 @@ def test_an_arm_in_pinned_memory(library, tiny, profile, monkeypatch):  # noqa: 
         sample = generate(self, p, depth, n)
         return replace(sample, counters=sample.counters | (COUNTERS if made[-1] == "m" else {}))
 
-    monkeypatch.setattr(b, "why_not_m", lambda *a: "")
+    monkeypatch.setattr(b, "why_not_host", lambda *a: "")
     monkeypatch.setattr(b, "vram", lambda: used[0])
     monkeypatch.setattr(runtime.devices, "cuda_devices", lambda: ["CUDA0"])
     monkeypatch.setattr(

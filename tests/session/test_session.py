@@ -1,0 +1,60 @@
+"""Session: settings in force, reopening, what it refuses. What it computes is in tests/native and tests/calibrate."""
+
+import numpy as np
+import pytest
+
+from fasa_gguf import FasaError
+from fasa_gguf.runtime.settings import ContextSettings
+from fasa_gguf.session import Session
+
+
+def test_keywords_are_short_for_settings(library, tiny):
+    settings = ContextSettings(n_ctx=512, n_threads=1, n_batch=32)
+    with Session(tiny, settings, n_ctx=1024) as a, Session(tiny, n_ctx=1024, n_threads=1, n_batch=32) as b:
+        assert a.settings == b.settings == settings.replace(n_ctx=1024)
+        assert (a.n_ctx, a.n_batch, a.mode) == (b.n_ctx, b.n_batch, b.mode) == (1024, 32, "device")
+        assert np.array_equal(a.decode([1, 2, 3], 0), b.decode([1, 2, 3], 0))
+
+
+def test_reopening_takes_settings_or_changes(library, tiny):
+    settings = ContextSettings(n_ctx=512, n_threads=1)
+    with Session(tiny, settings) as s:
+        s.reopen(n_ctx=256, n_seq_max=2)
+        assert s.settings == settings.replace(n_ctx=256, n_seq_max=2) and s.n_ctx == 512  # each is padded to 256 cells
+        s.reopen(settings, type_k="f32")
+        assert s.settings == settings.replace(type_k="f32")
+        with pytest.raises(FasaError, match="cache type 'x'"):  # before the context is freed
+            s.reopen(type_v="x")
+        assert s.settings == settings.replace(type_k="f32") and s.decode([1], 0) is not None
+        with pytest.raises(FasaError, match=r"tiny\.gguf: the model is loaded with n_gpu_layers 0, found 1"):
+            s.reopen(n_gpu_layers=1)
+        assert s.decode([1], 1) is not None
+
+
+def test_what_cannot_be_opened(library, tiny, tmp_path):
+    with pytest.raises(FasaError, match=r"none\.gguf: no such file"):
+        Session(tmp_path / "none.gguf")
+    (tmp_path / "bad.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(FasaError, match=r"bad\.gguf: llama\.cpp cannot load this model: "):
+        Session(tmp_path / "bad.gguf")
+    with pytest.raises(TypeError, match="n_context"):
+        Session(tiny, n_context=512)
+
+
+def test_logits_of_all_tokens(library, tiny):
+    tokens = [1, 5, 9, 13, 17]
+    with Session(tiny, n_ctx=256, n_batch=2, n_threads=1) as s:
+        every = s.decode(tokens, 0, logits="all")
+        assert every.shape == (5, s.n_vocab) and every.dtype == np.float32
+        s.clear()
+        assert s.decode(tokens[:4], 0, logits="none") is None
+        assert np.allclose(s.decode(tokens[4:], 4), every[4], atol=1e-4)
+
+
+def test_a_state_goes_to_another_sequence(library, tiny):
+    with Session(tiny, n_ctx=512, n_seq_max=2, n_threads=1) as s:
+        s.decode([1, 2, 3], 0)
+        s.set_state(s.state(0), 1)
+        assert np.allclose(s.decode([4], 3), s.decode([4], 3, seq=1), atol=1e-4)
+        with pytest.raises(FasaError, match=r"llama\.cpp does not take this state"):
+            s.set_state(b"nothing", 1)
