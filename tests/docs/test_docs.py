@@ -12,7 +12,7 @@ from fasa_gguf import FasaParams
 from fasa_gguf.cli.main import parser
 from fasa_gguf.profile.profile import KEYS
 
-PAGES = sorted(p for p in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), ROOT / "patches" / "README.md"])
+PAGES = sorted(p for p in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("[mp]*/README.md")])
 SHOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "guide").rglob("*.md"))]
 SHOWN += sorted((ROOT / "docs" / "reference").rglob("*.md"))
 OUTSIDE_THE_LAB = [p for p in PAGES if "lab" not in p.parts and p.name != "CHANGELOG.md"]
@@ -174,6 +174,16 @@ def test_the_counters_table_is_the_counters():
     counters = pytest.importorskip("fasa_gguf.counters")
     shown = [row[:2] for row in table("reference/counters.md", "## Counters")]
     assert shown == [[c.name, c.unit] for c in counters.COUNTERS]
+
+
+def test_the_reasons_are_in_the_docs():
+    reasons = pytest.importorskip("fasa_gguf.reasons")
+    page = "reference/counters.md"
+    shown = [row[0] for row in table(page, "## Why a step is dense")]
+    shown += [row[0] for row in table(page, "## Why a layer is dense in a sparse step")]
+    texts = [reason.text for reason in reasons.Reason if reason.text]
+    assert [t for t in texts if not any(t.startswith(x) for x in shown)] == []
+    assert [x for x in shown if not any(t.startswith(x) for t in texts)] == []
 
 
 def test_the_bench_columns_are_in_the_docs():
