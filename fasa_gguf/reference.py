@@ -11,7 +11,7 @@ cached tokens almost as the whole head does. One decode step of one KV head with
 `decode_step` is the four in a row.
 
 Source: FASA, arXiv 2602.03152, sections 3 and 4; what differs from it (one selection per KV head, forced tokens, the ranking
-of chunks as a set) is explained in docs/method.md.
+of chunks as a set) is explained in docs/reference/method.md.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The patch queue: fetch the pinned llama.cpp, check, apply and refresh the patches. Standard library only.
 
-usage: queue.py check | prepare DIR [--source TREE] [--unpatched] | apply DIR [--force] | refresh DIR
+usage: queue.py check | prepare DIR [--source TREE] [--unpatched] | apply DIR [--force] | refresh DIR | pin VERSION
 """
 
 from __future__ import annotations
@@ -20,6 +20,13 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 MAX_ADDED = 100  # lines that all patches together may add
+# where the version stands, and how
+PINNED = (
+    ("patches/UPSTREAM", "version = {}"),
+    ("pyproject.toml", "llama-cpp-python=={}"),
+    ("Makefile", "llama-cpp-python=={}"),
+    ("fasa_gguf/runtime/library.py", '"{}"'),
+)
 # what a build of the libraries does not need
 SKIP = re.compile(r"^(docs|models|media|app|tools/ui|benches|\.git|\.github|\.devops|ci)(/|$)")
 
@@ -41,39 +48,36 @@ def patches() -> list[Path]:
 # ---- the source ----
 
 
-def cached() -> Path:
-    """Where the sdist lies once it was fetched."""
-    up = upstream()
+def cached(version: str = "") -> Path:
+    """Where the sdist of that version (of the pinned one) lies once it was fetched."""
+    version = version or upstream()["version"]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fasa_gguf"
-    return cache / f"{up['package'].replace('-', '_')}-{up['version']}.tar.gz"
+    return cache / f"{upstream()['package'].replace('-', '_')}-{version}.tar.gz"
+
+
+def download(version: str) -> Path:
+    """The sdist of that version, from the configured package index, in the user's cache; its hash is not checked."""
+    package, cache = upstream()["package"], cached(version).parent
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        pip = [sys.executable, "-m", "pip", "download", "-q", "--disable-pip-version-check", "--no-deps"]
+        command = [*pip, "--no-binary", package, "-d", folder, f"{package}=={version}"]
+        if subprocess.run(command).returncode != 0:
+            raise QueueError(
+                f"pip could not download {package} {version}; "
+                "check the index that pip is configured for, or give -DFASA_LLAMA_SOURCE=DIR"
+            )
+        path = cached(version)
+        os.replace(Path(folder) / path.name, path)
+    return path
 
 
 def fetch() -> Path:
-    """The sdist that UPSTREAM names, from the configured package index, hash checked, kept in the user's cache."""
-    up, path = upstream(), cached()
+    """The sdist that UPSTREAM names, hash checked."""
+    up = upstream()
+    path = cached(up["version"])
     if not path.exists():
-        cache = path.parent
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            command = [
-                sys.executable,
-                "-m",
-                "pip",
-                "download",
-                "-q",
-                "--disable-pip-version-check",
-                "--no-deps",
-                "--no-binary",
-                up["package"],
-                "-d",
-                folder,
-                f"{up['package']}=={up['version']}",
-            ]
-            if subprocess.run(command).returncode != 0:
-                raise QueueError(
-                    f"pip could not download {up['package']} {up['version']}; check the index that pip is configured for, or give -DFASA_LLAMA_SOURCE=DIR"
-                )
-            os.replace(Path(folder) / path.name, path)
+        download(up["version"])
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if found != up["sha256"]:
         path.unlink()
@@ -105,9 +109,10 @@ def prepare(target: Path, source: Path | None, patched: bool) -> None:
     fresh = target.with_name(target.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     if source:
-        build_folders = lambda folder, names: [
-            n for n in names if n == ".git" or (Path(folder) / n / "CMakeCache.txt").exists()
-        ]
+
+        def build_folders(folder: str, names: list[str]) -> list[str]:
+            return [n for n in names if n == ".git" or (Path(folder) / n / "CMakeCache.txt").exists()]
+
         shutil.copytree(source, fresh, ignore=build_folders)
     else:
         unpack(fresh)
@@ -133,7 +138,7 @@ def split(patch: Path) -> tuple[str, list[tuple[str, list[str]]]]:
     files = []
     for part in parts:
         name, body = part.split("\n", 1)
-        files.append((name.strip(), [line for line in body[body.index("@@") :].splitlines()]))
+        files.append((name.strip(), body[body.index("@@") :].splitlines()))
     return header, files
 
 
@@ -197,8 +202,29 @@ def check() -> str:
     return f"{len(patches())} patches, {added} added lines, all apply"
 
 
+def write_pin(root: Path, version: str, sha256: str) -> None:
+    """The new version in every file that has it, and the hash in UPSTREAM."""
+    old = upstream()
+    changes = [("patches/UPSTREAM", old["sha256"], sha256)]
+    changes += [(name, form.format(old["version"]), form.format(version)) for name, form in PINNED]
+    for name, before, _ in changes:
+        if before not in (root / name).read_text():
+            raise QueueError(f"{name}: expected {before!r}, which is not there; nothing was changed")
+    for name, before, after in changes:
+        path = root / name
+        path.write_text(path.read_text().replace(before, after))
+
+
+def pin(version: str) -> str:
+    """Pin another version, then check that the patches apply to it."""
+    sha256 = hashlib.sha256(download(version).read_bytes()).hexdigest()
+    write_pin(HERE.parent, version, sha256)
+    print(f"pinned {upstream()['package']} {version}; now `make test upstream-tests`", file=sys.stderr)
+    return check()
+
+
 def refresh(tree: Path) -> None:
-    """Write every patch anew from `tree`: the difference of its files to the pinned source. A file belongs to one patch."""
+    """Write every patch anew: the difference of `tree`'s files to the pinned source. A file belongs to one patch."""
     with tempfile.TemporaryDirectory() as folder:
         unpack(Path(folder))
         for patch in patches():
@@ -224,6 +250,7 @@ def main() -> int:
     p.add_argument("dir", type=Path)
     p.add_argument("--force", action="store_true", help="accept hunks that moved to another line")
     sub.add_parser("refresh").add_argument("dir", type=Path)
+    sub.add_parser("pin").add_argument("version")
     a = ap.parse_args()
     try:
         if a.command == "check":
@@ -232,6 +259,8 @@ def main() -> int:
             prepare(a.dir, a.source, not a.unpatched)
         elif a.command == "apply":
             apply(a.dir, exact=not a.force)
+        elif a.command == "pin":
+            print(pin(a.version))
         else:
             refresh(a.dir)
     except (QueueError, OSError) as e:

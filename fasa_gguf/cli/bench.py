@@ -126,7 +126,7 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
     p: Any = command(
         "bench",
         cmd_bench,
-        "Tokens per second of dense and FASA, taking turns in one process; columns: docs/benchmarks.md.",
+        "Tokens per second of dense and FASA, taking turns in one process; columns: docs/reference/bench.md.",
         "model.gguf -d 0,4096,8192 -ctk f16,q8_0",
     )
     _model(p)

@@ -1,6 +1,6 @@
 """Speed: dense and FASA taking turns in one process, one context, one library. What to measure, and the measurement.
 
-The rows have llama-bench's names; bench_report.py prints and draws them, docs/benchmarks.md explains every column.
+The rows have llama-bench's names; bench_report.py prints and draws them, docs/reference/bench.md explains every column.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ inline float fasa_mean_budget_mass(const uint32_t * tokens, const float * mass, 
 }
 
 // fewest and most tokens of a step under a mean budget; tokens beyond the forced ones pay where the forced ones hold
-// the mass, and the last ones of a step that needs many do not (docs/measurements.md)
+// the mass, and the last ones of a step that needs many do not (docs/lab/settings.md)
 inline uint32_t fasa_mean_budget_floor(uint32_t n) {
     return std::max(std::min(n, 64u), n / 4);
 }

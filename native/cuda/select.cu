@@ -428,7 +428,7 @@ static bool fasa_select_begins_early(const void * kernel) {
 #endif
 }
 
-// No clusters here: a CUDA graph that was captured with them is not safe to update in place (docs/gpu.md)
+// No clusters here: a CUDA graph that was captured with them is not safe to update in place (docs/lab/gpu.md)
 template <typename F>
 static void fasa_select_run(F kernel, const fasa_select_args & a, const fasa_select_plan & plan, cudaStream_t stream) {
     cudaLaunchAttribute attrs[2] = {};

@@ -178,36 +178,6 @@ def test_llama_cpp_imported_first(library, tmp_path):
 # ---- the command line ----
 
 
-def test_every_command_has_help_an_example_and_a_place_in_the_docs(capsys):
-    docs = (ROOT / "README.md").read_text() + "".join(p.read_text() for p in (ROOT / "docs").glob("*.md"))
-    for name in (
-        "calibrate",
-        "embed-profile",
-        "inspect",
-        "run",
-        "eval",
-        "compare",
-        "sweep",
-        "calibrate-layers",
-        "bench",
-        "plan",
-    ):
-        with pytest.raises(SystemExit) as e:
-            cli.main([name, "--help"])
-        assert e.value.code == 0 and f"example: fasa-gguf {name}" in capsys.readouterr().out
-        assert f"fasa-gguf {name}" in docs
-    for f in FasaParams.__dataclass_fields__:
-        assert f"`{f}`" in docs, f"setting {f} has no place in the docs"
-
-
-def test_the_docs_list_every_key():
-    from fasa_gguf.profile.profile import KEYS
-
-    text = (ROOT / "docs" / "profile.md").read_text()
-    for name, kind, _ in KEYS:
-        assert f"| `{name}` | {kind} |" in text
-
-
 def test_errors_are_one_line_and_exit_1(tmp_path, capsys):
     assert cli.main(["inspect", str(tmp_path / "none.gguf")]) == 1
     err = capsys.readouterr().err

@@ -14,10 +14,10 @@ HUNK = ["@@ -2,3 +2,4 @@", " b", "-c", "+C", "+x", " d"]
 def test_hunks_apply_exactly_and_never_with_fuzz():
     assert Q.apply_hunks(TEXT, HUNK, "f") == ["a", "b", "C", "x", "d", "e"]
     with pytest.raises(Q.QueueError, match="f: the hunk at line 2 does not apply"):
-        Q.apply_hunks(["0"] + TEXT, HUNK, "f")  # moved by a line
+        Q.apply_hunks(["0", *TEXT], HUNK, "f")  # moved by a line
     with pytest.raises(Q.QueueError, match="does not apply"):
         Q.apply_hunks(["a", "b", "c", "D", "e"], HUNK, "f")  # other context
-    assert Q.apply_hunks(["0"] + TEXT, HUNK, "f", exact=False)[1:] == ["a", "b", "C", "x", "d", "e"]
+    assert Q.apply_hunks(["0", *TEXT], HUNK, "f", exact=False)[1:] == ["a", "b", "C", "x", "d", "e"]
 
 
 def queue(monkeypatch, folder, patch, series="p.patch\n"):
@@ -33,10 +33,10 @@ def test_headers_series_and_size(monkeypatch, tmp_path):
     queue(monkeypatch, tmp_path, GOOD)
     assert Q.check_headers() == 1
     queue(monkeypatch, tmp_path, GOOD.replace("Why:", "Because:"))
-    with pytest.raises(Q.QueueError, match="p.patch: the header has no line 'Why: '"):
+    with pytest.raises(Q.QueueError, match=r"p.patch: the header has no line 'Why: '"):
         Q.check_headers()
     queue(monkeypatch, tmp_path, GOOD, series="")
-    with pytest.raises(Q.QueueError, match="series and folder differ: p.patch"):
+    with pytest.raises(Q.QueueError, match=r"series and folder differ: p.patch"):
         Q.check_headers()
     queue(monkeypatch, tmp_path, GOOD + "+b\n" * 200)
     with pytest.raises(Q.QueueError, match="add 201 lines, more than 100"):
@@ -49,7 +49,7 @@ def test_another_source_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     (tmp_path / "fasa_gguf").mkdir()
     (tmp_path / "fasa_gguf" / "pkg-1.tar.gz").write_bytes(b"other")
-    with pytest.raises(Q.QueueError, match="pkg-1.tar.gz: expected sha256 00, found"):
+    with pytest.raises(Q.QueueError, match=r"pkg-1.tar.gz: expected sha256 00, found"):
         Q.fetch()
 
 
@@ -90,3 +90,21 @@ def test_a_local_tree_is_copied_whole_without_its_builds(monkeypatch, tmp_path):
         "f",
     ]
     assert (target / "f").read_text() == "a\nb\n" and (source / "f").read_text() == "a\n"
+
+
+def test_a_pin_changes_every_file_that_has_it_or_none(monkeypatch, tmp_path):
+    """On a copy: UPSTREAM, pyproject.toml, Makefile and the library's version."""
+    for name, _ in Q.PINNED:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    old = Q.upstream()
+    monkeypatch.setattr(Q, "HERE", tmp_path / "patches")
+    Q.write_pin(tmp_path, "9.9.9", "ab" * 32)
+    assert Q.upstream() == {**old, "version": "9.9.9", "sha256": "ab" * 32}
+    for name, form in Q.PINNED:
+        text = (tmp_path / name).read_text()
+        assert form.format("9.9.9") in text and form.format(old["version"]) not in text
+    (tmp_path / "Makefile").write_text("nothing here\n")
+    with pytest.raises(Q.QueueError, match=r"Makefile: expected 'llama-cpp-python==9.9.9', which is not there"):
+        Q.write_pin(tmp_path, "9.9.10", "cd" * 32)
+    assert Q.upstream()["version"] == "9.9.9"

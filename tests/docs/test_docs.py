@@ -1,0 +1,222 @@
+"""The documentation against the code: commands, snippets, links, tables, words, widths."""
+
+import argparse
+import dataclasses
+import re
+import shlex
+
+import pytest
+from paths import ROOT
+
+from fasa_gguf import FasaParams
+from fasa_gguf.cli.main import parser
+from fasa_gguf.profile.profile import KEYS
+
+PAGES = sorted(p for p in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("[mp]*/README.md")])
+SHOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "guide").rglob("*.md"))]
+SHOWN += sorted((ROOT / "docs" / "reference").rglob("*.md"))
+OUTSIDE_THE_LAB = [p for p in PAGES if "lab" not in p.parts and p.name != "CHANGELOG.md"]
+# history, and phrases that stumble
+WORDS = (
+    r"an? (earlier|older) version|was tried|were tried|used to be|no longer does|left away|leaves? (it|them) away"
+    r"|has the word|who thinks in|takes it away|switch(es)? them on|refused by name|goes before the"
+    r"|a measurement (of|from) yesterday|tried and left out"
+)
+
+
+def ids(page):
+    return str(page.relative_to(ROOT))
+
+
+def blocks(page):
+    """[(python or "", lines)] of the fenced and the indented code of a page."""
+    out, fence, language = [], None, ""
+    for line in page.read_text().split("\n"):
+        if line.startswith("```"):
+            if fence is None:
+                fence, language = [], line[3:].strip()
+            else:
+                out.append((language, fence))
+                fence = None
+        elif fence is not None:
+            fence.append(line)
+        elif line.startswith("    "):
+            if not out or out[-1][0] != "indented":
+                out.append(("indented", []))
+            out[-1][1].append(line[4:])
+        elif out and out[-1][0] == "indented":
+            out.append(("", []))
+    return out
+
+
+def commands(page):
+    """Every `fasa-gguf ...` of a page: in code blocks, continued where a line is indented, and between backticks."""
+    found = []
+    for language, lines in blocks(page):
+        if language == "python":
+            continue
+        for line in lines:
+            if line.startswith("    ") and found and language == "indented":
+                found[-1] += " " + line.split("  #")[0].strip()
+            elif line.strip().startswith("fasa-gguf"):
+                found.append(re.split(r"\s+#", line.strip())[0])
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    found += [" ".join(x.split()) for x in re.findall(r"`(fasa-gguf [^`]*)`", prose)]
+    return [c for c in found if "..." not in c.replace('"..."', "") and "COMMAND" not in c]
+
+
+def subparsers():
+    """The parser of every command by name."""
+    action = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return action.choices
+
+
+@pytest.mark.parametrize("page", SHOWN, ids=ids)
+def test_every_command_shown_parses(page, capsys):
+    for command in commands(page):
+        words = shlex.split(command)[1:]
+        if len(words) == 1 and words != ["--version"]:  # only named, as in "`fasa-gguf eval`"
+            assert words[0] in subparsers(), command
+            continue
+        try:
+            parser().parse_args(words)
+        except SystemExit as e:
+            assert not e.code, f"{ids(page)}: {command}: {capsys.readouterr().err}"
+
+
+def test_commands_are_found_where_pages_show_them():
+    """So that the test above does not pass because it saw nothing."""
+    assert len(commands(ROOT / "README.md")) >= 5
+    assert len({shlex.split(c)[1] for p in SHOWN for c in commands(p) if len(c.split()) > 1} - {"--version"}) >= 10
+
+
+@pytest.mark.parametrize("page", OUTSIDE_THE_LAB, ids=ids)
+def test_python_snippets_compile(page):
+    for language, lines in blocks(page):
+        if language == "python":
+            compile("\n".join(lines), ids(page), "exec")
+
+
+def anchors(page):
+    """The anchors that GitHub makes of a page's headings."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(), re.M)
+    plain = [re.sub(r"[^\w\- ]", "", re.sub(r"`|\*", "", t).lower()) for t in titles]
+    return {t.strip().replace(" ", "-") for t in plain}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_links_resolve(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if re.match(r"https?:", target):
+            continue
+        path, _, anchor = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), f"{ids(page)}: {target}"
+        if anchor:
+            assert anchor in anchors(there), f"{ids(page)}: {target}: has {sorted(anchors(there))}"
+
+
+def test_no_page_is_lost():
+    """Every page is reached by links from README."""
+    seen, todo = set(), [ROOT / "README.md"]
+    while todo:
+        page = todo.pop()
+        if page in seen:
+            continue
+        seen.add(page)
+        links = re.findall(r"\]\(([^)\s#]+)", page.read_text())
+        todo += [(page.parent / x).resolve() for x in links if x.endswith(".md") and "://" not in x]
+    assert set(PAGES) <= seen, sorted(map(ids, set(PAGES) - seen))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_lines_are_at_most_120_wide(page):
+    wide = [n for n, line in enumerate(page.read_text().split("\n"), 1) if len(line) > 120]
+    assert not wide, f"{ids(page)}: lines {wide}"
+
+
+@pytest.mark.parametrize("page", OUTSIDE_THE_LAB, ids=ids)
+def test_history_is_in_the_lab(page):
+    text = " ".join(page.read_text().split())
+    found = [m.group() for m in re.finditer(WORDS, text, re.I)]
+    assert not found, f"{ids(page)}: {found}"
+
+
+# ---- tables ----
+
+
+def table(page, title):
+    """The cells of the first table below a heading, without its head."""
+    text = "\n" + (ROOT / "docs" / page).read_text()
+    lines = text[text.index(f"\n{title}\n") :].split("\n")
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip().strip("`") for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+    return rows
+
+
+def test_the_settings_table_is_the_settings():
+    shown = [row[:3] for row in table("reference/settings.md", "# Settings")]
+    assert shown == [
+        [f.name, f"{f.default:g}" if isinstance(f.default, float) else str(f.default), f.metadata["unit"]]
+        for f in dataclasses.fields(FasaParams)
+    ]
+
+
+def test_the_key_table_is_the_profiles_keys():
+    assert [row[:2] for row in table("reference/profile.md", "## Keys")] == [[name, kind] for name, kind, _ in KEYS]
+
+
+def test_the_counters_table_is_the_counters():
+    counters = pytest.importorskip("fasa_gguf.counters")
+    shown = [row[:2] for row in table("reference/counters.md", "## Counters")]
+    assert shown == [[c.name, c.unit] for c in counters.COUNTERS]
+
+
+def test_the_reasons_are_in_the_docs():
+    reasons = pytest.importorskip("fasa_gguf.reasons")
+    page = "reference/counters.md"
+    shown = [row[0] for row in table(page, "## Why a step is dense")]
+    shown += [row[0] for row in table(page, "## Why a layer is dense in a sparse step")]
+    texts = [reason.text for reason in reasons.Reason if reason.text]
+    assert [t for t in texts if not any(t.startswith(x) for x in shown)] == []
+    assert [x for x in shown if not any(t.startswith(x) for t in texts)] == []
+
+
+def test_the_bench_columns_are_in_the_docs():
+    from fasa_gguf.speed.report import COLUMNS
+
+    shown = {name for row in table("reference/bench.md", "## Columns") for name in row[0].split(", ")}
+    assert set(COLUMNS) <= shown, sorted(set(COLUMNS) - shown)
+
+
+def sections():
+    """commands.md by heading; "" is what comes before the first."""
+    first, *rest = re.split(r"^## ", (ROOT / "docs" / "reference" / "commands.md").read_text(), flags=re.M)
+    return {"": first, **{part.split("\n", 1)[0].strip(): part for part in rest}}
+
+
+def test_every_command_has_its_section():
+    assert set(subparsers()) == set(sections()) - {""}
+
+
+@pytest.mark.parametrize("name", list(subparsers()))
+def test_every_flag_is_in_the_reference(name):
+    shared, own = sections()[""], sections()[name]
+    text = shared + own + (sections()["calibrate"] if name == "embed-profile" else "")
+    for action in subparsers()[name]._actions:
+        if action.help == argparse.SUPPRESS or isinstance(action, argparse._HelpAction):
+            continue
+        for flag in action.option_strings:
+            if not flag.startswith("--fasa-"):
+                assert re.search(rf"`{re.escape(flag)}[` ]", text), f"{name}: {flag}"
+
+
+@pytest.mark.parametrize("name", list(subparsers()))
+def test_every_command_has_help_and_an_example(name, capsys):
+    with pytest.raises(SystemExit) as e:
+        parser().parse_args([name, "--help"])
+    assert e.value.code == 0 and f"example: fasa-gguf {name}" in capsys.readouterr().out
