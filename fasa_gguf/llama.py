@@ -124,7 +124,7 @@ class Llama(_Base):
                     raise
                 _say(f"{e}; until then decoding is dense")
         self._fasa_mode = _place(mode, model_path, profile, fasa, kwargs)
-        with runtime.context.kv_place(self._fasa_mode == "m"):
+        with runtime.context.kv_mode("host" if self._fasa_mode == "m" else "device"):
             super().__init__(model_path, **kwargs)
         self._fasa = runtime.context.Context(ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value)
         if self._fasa_mode == "m" and (why := runtime.context.not_pinned(self._fasa)):
@@ -183,7 +183,7 @@ class Llama(_Base):
     def fasa_stats(self) -> dict[str, Any]:
         """Counters since the model was loaded or reset_fasa_stats, and the reasons for what was dense."""
         context = self._live()
-        return {**context.counters(), "step_reason": context.step_reason(), "layer_reasons": context.layer_reasons()}
+        return {**context.counters(), "step_reason": context.step_reason(), "step_reason_code": context.step_reason_code(), "layer_reasons": context.layer_reasons()}
 
     def reset_fasa_stats(self) -> None:
         self._live().reset_counters()

@@ -21,11 +21,12 @@ MODE_ALIASES = {"c": "device", "m": "host"}  # the paper's letters
 INT_MAX = 2**31 - 1
 
 
-def parse_mode(text: str) -> str:
-    """One of MODES, also by the paper's letter. Raises FasaError."""
-    mode = MODE_ALIASES.get(text, text)
+def parse_mode(text: Any, where: str = "fasa_mode") -> str:
+    """auto, device or host; c and m are short for device and host. Raises FasaError, which names `where`."""
+    mode = MODE_ALIASES.get(text, text) if isinstance(text, str) else text
     if mode not in MODES:
-        raise FasaError(f"expected one of {', '.join(MODES)} (or {', '.join(MODE_ALIASES)}), found {text!r}")
+        short = ", ".join(MODE_ALIASES)
+        raise FasaError(f"{where}: expected one of {', '.join(MODES)} (or {short}), found {text!r}")
     return mode
 
 

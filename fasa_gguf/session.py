@@ -127,7 +127,7 @@ class Session:
         params.type_k, params.type_v = types
         params.kv_unified, params.swa_full, params.offload_kqv = p["kv_unified"], p["swa_full"], not p["no_kv_offload"]
         self.mode = self._place()
-        with runtime.context.kv_place(self.mode == "m"):
+        with runtime.context.kv_mode("host" if self.mode == "m" else "device"):
             self._ctx = llama.llama_init_from_model(model, params)
             if not self._ctx:
                 raise FasaError(f"{self.path}: llama.cpp cannot make a context of {p['n_ctx']} tokens: {last_log()}")

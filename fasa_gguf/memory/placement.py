@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import runtime
 from ..errors import FasaError
-from ..params import MODES, FasaParams
+from ..params import MODE_ALIASES, MODES, FasaParams
 from ..profile.profile import Profile
 from .plan import CUDA_KERNELS, GIB, Memory, Model, Setup, memory, read_model
 
@@ -18,7 +18,7 @@ def chosen_mode(given: str | None) -> str:
     mode, where = (
         (given, "fasa_mode") if given is not None else (os.environ.get("FASA_MODE") or "auto", "environment: FASA_MODE")
     )
-    if mode not in MODES:
+    if mode not in (*MODES, *MODE_ALIASES):
         raise FasaError(f"{where}: expected one of {', '.join(MODES)}, found {mode!r}")
     return mode
 

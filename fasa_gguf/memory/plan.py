@@ -24,7 +24,7 @@ from ..errors import FasaError
 from ..gguf.cache_types import cache_type
 from ..gguf.file import ARR, TENSOR_TYPES, U32, GGUFFile
 from ..gguf.shape import read_shape, shards, sliding_windows
-from ..params import FasaParams
+from ..params import FasaParams, default_chunks
 from ..profile.profile import Profile
 
 MIB, GIB = 1 << 20, 1 << 30
@@ -191,7 +191,7 @@ def row_bytes(type_name: str, n_values: int) -> int:
 def n_dom(params: FasaParams, m: Model, layer: Layer) -> int:
     """Dominant dimensions per KV head (fasa_n_dom): two a chunk, in whole groups."""
     most = max((x.n_chunk for x in m.layers), default=0)
-    chunks = min(params.chunks or max(4, 3 * most // 8 // 4 * 4), layer.n_chunk)
+    chunks = min(params.chunks or default_chunks(most), layer.n_chunk)
     return -(-2 * chunks // GROUP) * GROUP
 
 

@@ -38,14 +38,14 @@ def gpu(library, monkeypatch):
     import contextlib
 
     @contextlib.contextmanager
-    def kv_place(host):
-        Gpu.places.append("m" if host else "c")
+    def kv_mode(mode):
+        Gpu.places.append("m" if mode == "host" else "c")
         yield
 
     Gpu.places = []
     monkeypatch.setattr(runtime.devices, "cuda_devices", lambda: ["CUDA0"])
     monkeypatch.setattr(runtime.devices, "device_memory", lambda name: (Gpu.free, 80 * GIB))
-    monkeypatch.setattr(runtime.context, "kv_place", kv_place)
+    monkeypatch.setattr(runtime.context, "kv_mode", kv_mode)
     monkeypatch.setattr(runtime.context, "not_pinned", lambda context: "")
     return Gpu
 
@@ -159,15 +159,15 @@ def test_host_memory():
 
 
 class Lib:
-    """The two calls of the library that kv_place makes."""
+    """The two calls of the library that kv_mode makes."""
 
-    FASA_KV_DEVICE, FASA_KV_HOST = 0, 1
+    FASA_MODE_DEVICE, FASA_MODE_HOST = 0, 1
 
     def __init__(self):
         self.places, self.error = [], "an old error"
 
-    def fasa_set_kv_place(self, place):
-        self.places.append(place)
+    def fasa_set_mode(self, mode):
+        self.places.append(mode)
         self.error = ""
         return 0
 
@@ -175,24 +175,24 @@ class Lib:
 @pytest.fixture
 def lib(monkeypatch):
     lib = Lib()
-    monkeypatch.setattr(runtime.context, "_api", lambda: (None, lib))
+    monkeypatch.setattr(runtime.context, "api", lambda: (None, lib))
     monkeypatch.setattr(runtime.context, "last_error", lambda: lib.error)
     return lib
 
 
 def test_the_place_is_set_for_one_context(lib):
-    with runtime.context.kv_place(True):
+    with runtime.context.kv_mode("host"):
         assert lib.places == [1]
     assert lib.places == [1, 0]
-    with runtime.context.kv_place(False):
+    with runtime.context.kv_mode("device"):
         pass
     assert lib.places == [1, 0]
 
 
 def test_a_failure_resets_the_place_and_says_why(lib):
-    with pytest.raises(ValueError, match="Failed to create"), runtime.context.kv_place(True):
+    with pytest.raises(ValueError, match="Failed to create"), runtime.context.kv_mode("host"):
         raise ValueError("Failed to create")  # the library has nothing to say about it
-    with pytest.raises(FasaError, match="cannot pin 4 GiB"), runtime.context.kv_place(True):
+    with pytest.raises(FasaError, match="cannot pin 4 GiB"), runtime.context.kv_mode("host"):
         lib.error = "cannot pin 4 GiB"
         raise ValueError("Failed to create")
     assert lib.places == [1, 0, 1, 0]

@@ -343,7 +343,7 @@ def test_check_runs_both_modes(library, tiny, profile, monkeypatch):
     looks = iter(range(1, 100))
     monkeypatch.setattr(runtime.devices, "cuda_devices", lambda: ["CUDA0"])
     monkeypatch.setattr(runtime.devices, "device_memory", lambda name: (GIB - next(looks) * MIB, GIB))
-    monkeypatch.setattr(runtime.context, "kv_place", lambda host: contextlib.nullcontext())
+    monkeypatch.setattr(runtime.context, "kv_mode", lambda mode: contextlib.nullcontext())
     monkeypatch.setattr(runtime.context, "not_pinned", lambda context: "")
     setup = Setup(n_ctx=1024, n_ubatch=64, n_batch=64)
     c, m = plan_check.check(tiny, read_model(tiny, profile), setup, FasaParams(budget=64), profile, ("c", "m"))
