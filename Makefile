@@ -5,6 +5,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install -q --disable-pip-version-check
 CMAKE  := $(VENV)/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DPython3_EXECUTABLE=$(CURDIR)/$(PY)
+PIN    := $(shell sed -n 's/^version = //p' patches/UPSTREAM)
 MODEL  := models/cache/SmolLM2-135M-Instruct.Q4_1.gguf
 
 help:
@@ -14,11 +15,12 @@ help:
 	@echo 'make stock  the unpatched library with the same flags, into build/stock-lib'
 	@echo 'make upstream-tests  the own tests of the pinned llama.cpp, against the patched library'
 	@echo 'make check  does the patch queue apply'
+	@echo 'make tables write what follows from the tables of settings, counters and reasons'
 
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) cmake ninja
-	$(PIP) llama-cpp-python==0.3.36 --config-settings=cmake.args=-DLLAMA_BUILD=OFF
+	$(PIP) llama-cpp-python==$(PIN) --config-settings=cmake.args=-DLLAMA_BUILD=OFF
 	$(PIP) 'cffi>=1.16' 'matplotlib>=3.7' 'numpy>=1.24' 'tqdm>=4.60' 'pytest>=7.4' 'gguf>=0.10'
 	@touch $@
 
@@ -57,4 +59,7 @@ test: build stock $(MODEL)
 check: $(VENV)/.ready
 	$(PY) patches/queue.py check
 
-.PHONY: help build stock upstream-tests demo test check
+tables:
+	$(PYTHON) native/generate.py
+
+.PHONY: tables help build stock upstream-tests demo test check

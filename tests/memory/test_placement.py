@@ -74,9 +74,9 @@ def test_the_mode_that_was_asked_for(monkeypatch):
     monkeypatch.setenv("FASA_MODE", "m")
     assert chosen_mode(None) == "m" and chosen_mode("c") == "c"
     monkeypatch.setenv("FASA_MODE", "M")
-    with pytest.raises(FasaError, match="environment: FASA_MODE: expected one of auto, c, m, found 'M'"):
+    with pytest.raises(FasaError, match="environment: FASA_MODE: expected one of auto, device, host, found 'M'"):
         chosen_mode(None)
-    with pytest.raises(FasaError, match="fasa_mode: expected one of auto, c, m, found 1"):
+    with pytest.raises(FasaError, match="fasa_mode: expected one of auto, device, host, found 1"):
         chosen_mode(1)
 
 
