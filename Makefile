@@ -5,6 +5,7 @@ VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install -q --disable-pip-version-check
 CMAKE  := $(VENV)/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DPython3_EXECUTABLE=$(CURDIR)/$(PY)
+PIN    := $(shell sed -n 's/^version = //p' patches/UPSTREAM)
 MODEL  := models/cache/SmolLM2-135M-Instruct.Q4_1.gguf
 
 help:
@@ -21,7 +22,7 @@ help:
 $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) cmake ninja
-	$(PIP) llama-cpp-python==0.3.36 --config-settings=cmake.args=-DLLAMA_BUILD=OFF
+	$(PIP) llama-cpp-python==$(PIN) --config-settings=cmake.args=-DLLAMA_BUILD=OFF
 	$(PIP) 'cffi>=1.16' 'matplotlib>=3.7' 'numpy>=1.24' 'tqdm>=4.60' 'pytest>=7.4' 'gguf>=0.10'
 	@touch $@
 

@@ -32,10 +32,10 @@ enum fasa_k_dom_type {
 };
 
 // where the K and V of a context's layers on GPUs lie
-enum fasa_kv_place {
-    FASA_KV_DEVICE = 0, // FASA-C: on the layer's device, as in the stock library
-    FASA_KV_HOST = 1, // FASA-M: in pinned host memory that the device reads and writes in place; the dominant keys stay
-                      // on the device
+enum fasa_mode {
+    FASA_MODE_DEVICE = 0, // FASA-C: on the layer's device, as in the stock library
+    FASA_MODE_HOST   = 1, // FASA-M: in pinned host memory that the device reads and writes in place; the dominant keys
+                          // stay on the device
 };
 
 // The ranking of the frequency chunks. All arrays are copied by fasa_set_profile.
@@ -48,7 +48,6 @@ typedef struct fasa_profile {
     const uint16_t * ranking;       // [sum over layers of n_head_kv*n_chunk] chunk ids, best first
     uint32_t weight_k;              // number of leading chunks that have a weight, 0: none
     const float * weight;           // [sum over ranked layers of n_head_kv*weight_k] or NULL
-    const float * layer_budget;     // [n_layer] share of a fixed budget, mean 1; or NULL
     const float * layer_miss;       // [n_layer] > 0: with a target mass a layer's is 1 - (1 - mass)*layer_miss; or NULL
     uint32_t n_mean_budget;         // entries of the table of mean budgets, 0: none
     const uint32_t * mean_budget;   // [n_mean_budget] mean number of tokens, ascending
@@ -56,62 +55,177 @@ typedef struct fasa_profile {
 } fasa_profile;
 
 // How to decode. The defaults are in fasa_params_default; units are tokens (= KV cells) unless said otherwise.
+// begin settings: written by native/generate.py
 typedef struct fasa_params {
     uint64_t size;
-    int32_t enabled;      // 0: the stock library's graphs, bit for bit
-    uint32_t chunks;      // frequency chunks used to score, per KV head
-    uint32_t budget;      // tokens attended per step and KV head; forced tokens count in it
-    float mass;           // > 0: take tokens until this share of the estimated attention mass is held (0 < mass <= 1)
-    uint32_t floor;       // fewest tokens taken when mass > 0
-    uint32_t cap;         // most tokens taken when mass > 0
-    uint32_t sink;        // first tokens of the sequence that are always attended
-    uint32_t recent;      // last tokens of the sequence that are always attended
-    uint32_t min_context; // a step whose cache view holds fewer cells than this stays dense
-    uint32_t min_context_gpu; // the same for a layer on a GPU; without effect when min_context is 0
-    uint32_t max_tokens;      // a ubatch with more tokens per stream than this is prefill and stays dense
-    int32_t k_dom;            // enum fasa_k_dom_type
-    int32_t per_head; // 1: every query head selects for itself, as published; 0: the heads of a KV head select together
-    uint32_t mean_budget; // > 0: tokens attended in the mean: mass by the profile's table, floor a quarter (at least
-                          // 64), cap twice; mass must be 0
-    int32_t row_cache;    // FASA_KV_HOST: MiB of device memory, over all layers, that keep recently attended rows; 0:
-                          // none, -1: twice what a step attends
+    // 0: the stock library's graphs, bit for bit
+    int32_t enabled;
+    // frequency chunks per KV head, from 0: dominant chunks that score the tokens; 0: 3/8 of the head's
+    uint32_t chunks;
+    // tokens per step and KV head, from 1: tokens attended; sinks and recent tokens count in it
+    uint32_t budget;
+    // share, 0 to 1: take tokens until this share of the estimated attention is held; 0: fixed budget
+    float mass;
+    // tokens, from 0: fewest tokens attended when mass > 0
+    uint32_t floor;
+    // tokens, from 0: most tokens attended when mass > 0
+    uint32_t cap;
+    // tokens, from 0 to 65536: first tokens of a sequence, always attended
+    uint32_t sink;
+    // tokens, from 0 to 65536: last tokens of a sequence, always attended
+    uint32_t recent;
+    // cells, from 0: a step that sees fewer cached cells than this is dense
+    uint32_t min_context;
+    // cells, from 0: the same for a layer on a GPU; without effect when min_context is 0
+    uint32_t min_context_gpu;
+    // tokens per sequence, from 1: a batch with more tokens than this is prefill, and dense
+    uint32_t max_tokens;
+    // enum fasa_k_dom_type: how the dominant keys are stored
+    int32_t k_dom;
+    // 0 or 1: 1: every query head selects for itself, as published; 0: those of a KV head together
+    uint32_t per_head;
+    // tokens in the mean, from 0: > 0: tokens attended in the mean; mass is then looked up in the profile, floor is a
+    // quarter of it (at least 64), cap twice
+    uint32_t mean_budget;
+    // MiB, from -1: FASA-M: device memory, over all layers, that keeps recently attended rows; 0: none, -1: twice what
+    // a step attends
+    int32_t row_cache;
 } fasa_params;
+// end settings
 
 // What happened since the context was made or fasa_reset_counters.
+// begin counters: written by native/generate.py
 typedef struct fasa_counters {
     uint64_t size;
-    uint64_t steps_sparse;  // decode steps (ubatches) in which at least one layer ran sparse
-    uint64_t steps_dense;   // decode steps in which every layer was dense
-    uint64_t steps_prefill; // ubatches that count as prefill (always dense)
-    uint64_t layers_sparse; // layer executions with FASA, counted by the op that does the work
-    uint64_t layers_dense;  // layer executions without FASA in sparse steps
-    uint64_t rows_attended; // sum over all selections of the tokens attended
-    uint64_t rows_visible;  // the same sum of the tokens that dense attention would have attended
-    uint64_t lists;     // number of selections made (sparse layers x KV heads, or query heads with per_head, x tokens)
-    uint64_t bytes_tip; // bytes of dominant keys read
-    uint64_t bytes_fac; // bytes of K and V rows read by sparse layers
-    uint64_t bytes_dense;     // bytes of K and V rows that dense attention would have read in their place
-    uint64_t cells_refreshed; // cells whose dominant keys were derived from the stored K
-    uint64_t rebuilds;        // steps that derived more cells than they had written
-    uint64_t bytes_k_dom;     // memory of the dominant keys now
-    uint64_t bytes_kv;        // memory of the K and V cache now
-    uint64_t bytes_kv_host;   // of which in pinned host memory (FASA_KV_HOST)
-    uint64_t bytes_row_cache; // device memory that keeps recently attended rows
-    uint64_t rows_fetched;    // rows (K and V of a token and KV head) that sparse layers read from pinned host memory
-    uint64_t rows_reused;     // rows that they found in the row cache instead
-    uint64_t bytes_fetched;   // bytes of rows_fetched
-    uint64_t bytes_staged; // bytes of K and V that dense layers copied from pinned host memory to their device, while
-                           // FASA was on
+    // ubatches: decode steps in which at least one layer ran sparse
+    uint64_t steps_sparse;
+    // ubatches: decode steps in which every layer was dense
+    uint64_t steps_dense;
+    // ubatches: ubatches that count as prefill, always dense
+    uint64_t steps_prefill;
+    // layers x steps: layers that ran with FASA
+    uint64_t layers_sparse;
+    // layers x steps: layers that ran without FASA in sparse steps
+    uint64_t layers_dense;
+    // tokens x lists: tokens that the lists hold
+    uint64_t tokens_attended;
+    // tokens x lists: tokens that dense attention would have attended instead
+    uint64_t tokens_visible;
+    // lists: lists selected: layers that select x KV heads (query heads with per_head) x tokens of the step
+    uint64_t lists;
+    // bytes: dominant keys read
+    uint64_t bytes_tip;
+    // bytes: K and V rows read by sparse layers
+    uint64_t bytes_fac;
+    // bytes: K and V rows that dense attention would have read in their place
+    uint64_t bytes_dense;
+    // cells: cells whose dominant keys were derived from the stored K
+    uint64_t cells_refreshed;
+    // ubatches: steps that derived more cells than they had written
+    uint64_t rebuilds;
+    // bytes: the dominant keys
+    uint64_t bytes_k_dom;
+    // bytes: the K and V cache
+    uint64_t bytes_kv;
+    // bytes: the part of bytes_kv in pinned host memory (FASA-M)
+    uint64_t bytes_kv_host;
+    // bytes: device memory that keeps recently attended rows
+    uint64_t bytes_row_cache;
+    // rows: rows (K and V of a cell and KV head) that sparse layers read from pinned host memory
+    uint64_t rows_fetched;
+    // rows: rows that they found in the row cache instead
+    uint64_t rows_reused;
+    // bytes: the bytes of rows_fetched
+    uint64_t bytes_fetched;
+    // bytes: K and V that dense layers copied from pinned host memory to their device while FASA was on
+    uint64_t bytes_staged;
 } fasa_counters;
+// end counters
 
-FASA_API const char * fasa_version(void); // "0.1.0"
-FASA_API const char * fasa_error(void);   // the last error of this thread, one sentence; "" if none
+// Why a step or a layer is dense.
+// begin reasons: written by native/generate.py
+enum fasa_reason {
+    // it is sparse
+    FASA_REASON_NONE               = 0,
+    // FASA is off
+    FASA_REASON_OFF                = 1,
+    // the context is shorter than min_context_gpu
+    FASA_REASON_MIN_CONTEXT_GPU    = 2,
+    // no attention layer has asked FASA yet
+    FASA_REASON_NOT_STARTED        = 3,
+    // prefill
+    FASA_REASON_PREFILL            = 4,
+    // the context is shorter than min_context
+    FASA_REASON_MIN_CONTEXT        = 5,
+    // no layer can run sparse
+    FASA_REASON_NO_LAYER           = 6,
+    // this context has no KV cache that FASA knows
+    FASA_REASON_UNKNOWN_CONTEXT    = 7,
+    // no such layer
+    FASA_REASON_NO_SUCH_LAYER      = 8,
+    // it has no KV cache that FASA knows
+    FASA_REASON_NO_CACHE           = 9,
+    // no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its attention by another
+    // path
+    FASA_REASON_NOT_BUILT          = 10,
+    // the profile has no ranking for it
+    FASA_REASON_NOT_RANKED         = 11,
+    // the layer whose list it borrows is dense
+    FASA_REASON_LENDER_DENSE       = 12,
+    // its cache is shared with another context
+    FASA_REASON_SHARED_CACHE       = 13,
+    // multi-head latent attention has no keys per head
+    FASA_REASON_LATENT             = 14,
+    // its head dimension is odd
+    FASA_REASON_ODD_HEAD           = 15,
+    // its cache type cannot be read back
+    FASA_REASON_CACHE_TYPE         = 16,
+    // its cache is on a device that FASA has no kernels for
+    FASA_REASON_NO_KERNELS         = 17,
+    // the CPU backend has no FASA ops
+    FASA_REASON_NO_CPU_OPS         = 18,
+    // flash attention is off
+    FASA_REASON_NO_FLASH_ATTENTION = 19,
+    // training
+    FASA_REASON_TRAINING           = 20,
+    // its attention is not causal
+    FASA_REASON_NOT_CAUSAL         = 21,
+    // its attention has a bias
+    FASA_REASON_BIAS               = 22,
+    // ALiBi moves the scores
+    FASA_REASON_ALIBI              = 23,
+    // its queries are not f32
+    FASA_REASON_QUERY_TYPE         = 24,
+    // its query heads are no multiple of its KV heads
+    FASA_REASON_QUERY_HEADS        = 25,
+    // its mask is not f16
+    FASA_REASON_MASK_TYPE          = 26,
+    // its mask is computed
+    FASA_REASON_MASK_COMPUTED      = 27,
+    // its device is not one of CUDA's
+    FASA_REASON_CUDA_DEVICE        = 28,
+    // its GPU has no FASA kernels: they need an NVIDIA GPU of compute capability 7.5 or later
+    FASA_REASON_CUDA_CAPABILITY    = 29,
+    // the CUDA kernels read caches in f32, f16, bf16, q8_0 and q4_0, and this one has another type
+    FASA_REASON_CUDA_CACHE_TYPE    = 30,
+    // the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256
+    FASA_REASON_CUDA_HEAD_DIM      = 31,
+    // more than 128 query heads share a KV head
+    FASA_REASON_CUDA_GROUP         = 32,
+};
+// end reasons
+
+FASA_API const char * fasa_version(void);          // "0.1.0"
+FASA_API const char * fasa_upstream_version(void); // the llama-cpp-python whose llama.cpp this is: "0.3.36"
+FASA_API const char * fasa_error(void);            // the last error of this thread, one sentence; "" if none
 FASA_API fasa_params fasa_params_default(void);
+// The chunks that the setting 0 stands for in a head that has n_chunk: 3/8 of them, in whole groups of 4.
+FASA_API uint32_t fasa_default_chunks(uint32_t n_chunk);
 
-// Where the caches of contexts that this thread makes from now on lie: enum fasa_kv_place. Layers on the CPU, and on
+// Where the caches of contexts that this thread makes from now on lie: enum fasa_mode. Layers on the CPU, and on
 // devices that FASA has no kernels for, are not affected. A cache that cannot be pinned fails the making of the
 // context; fasa_error() says why. Clears fasa_error().
-FASA_API int fasa_set_kv_place(int32_t place);
+FASA_API int fasa_set_mode(int32_t mode);
 
 // Attach a profile to a context. Fails when a shape does not fit the model (both shapes are named).
 FASA_API int fasa_set_profile(struct llama_context * ctx, const fasa_profile * profile);
@@ -124,6 +238,11 @@ FASA_API int fasa_get_params(const struct llama_context * ctx, fasa_params * par
 FASA_API int fasa_get_layer_params(
     const struct llama_context * ctx, int32_t il, fasa_params * params); // size set by the caller
 
+// Layer il attends from now on to the cells that layer `lender`, one before it, selects; with -1 to those that it
+// selects itself. Stays so until the next call for this layer. Fails when FASA is off, when the lender does not select,
+// and when the two differ in heads, cache or device. Where the lender is dense, the borrower is dense too.
+FASA_API int fasa_borrow_list(struct llama_context * ctx, int32_t il, int32_t lender);
+
 // Mark every dominant key stale, so that the next sparse step derives all of them again from the stored K.
 FASA_API int fasa_invalidate(struct llama_context * ctx);
 
@@ -134,8 +253,11 @@ FASA_API int fasa_reset_counters(struct llama_context * ctx);
 // layer". A layer on a GPU has a reason while the context is shorter than min_context_gpu too. Known once a graph was
 // built with FASA on, which the first decode does.
 FASA_API const char * fasa_layer_reason(const struct llama_context * ctx, int32_t il);
+FASA_API int32_t fasa_layer_reason_code(const struct llama_context * ctx, int32_t il); // enum fasa_reason
 // Why the last decode step as a whole was dense: "" when it was sparse.
 FASA_API const char * fasa_step_reason(const struct llama_context * ctx);
+FASA_API int32_t fasa_step_reason_code(const struct llama_context * ctx); // enum fasa_reason
+FASA_API const char * fasa_reason_text(int32_t reason);                   // NULL: no reason has this number
 
 // What attention sees in one layer of one ubatch, for calibration. Pointers are valid during the call only.
 // q is post-RoPE; k is the cache of the ubatch's stream, this ubatch's rows included: for a single sequence decoded
@@ -154,7 +276,7 @@ typedef struct fasa_observation {
     float soft_cap; // 0: none
 } fasa_observation;
 typedef void (*fasa_observer)(const fasa_observation * seen, void * user);
-// Called from a compute thread for every attention layer of every ubatch; NULL takes it away.
+// Called from a compute thread for every attention layer of every ubatch; NULL removes it.
 FASA_API int fasa_set_observer(struct llama_context * ctx, fasa_observer observer, void * user);
 
 // The RoPE pairing of a context's model: dims of chunk i are (2i, 2i+1) when layout is 0 (NORM), (i, i + n_rot/2) when
@@ -189,6 +311,9 @@ typedef struct fasa_rates {
 } fasa_rates;
 FASA_API int fasa_host_rates(
     struct llama_context * ctx, uint32_t n_cells, uint32_t n_rows, uint64_t between, fasa_rates * rates);
+// Bytes that a device needs for a ubatch of n_tokens beside the compute buffer, estimated; n_act: the widest
+// activation, the largest of n_embd and n_ff.
+FASA_API uint64_t fasa_pool_bytes(uint32_t n_act, uint32_t n_tokens);
 // Device memory in bytes, by the driver's count.
 FASA_API int fasa_device_memory(const char * backend, uint64_t * free, uint64_t * total);
 
@@ -219,8 +344,8 @@ typedef struct fasa_op_case {
     float mass;
     uint32_t floor;
     uint32_t cap;
-    int32_t kv_place;  // enum fasa_kv_place of k and v
-    int32_t row_slots; // FASA_KV_HOST: slots of a row cache, a multiple of 8; the ops then run twice, the second time
+    int32_t mode;      // enum fasa_mode of k and v
+    int32_t row_slots; // FASA_MODE_HOST: slots of a row cache, a multiple of 8; the ops then run twice, the second time
                        // with no cell stale
     int32_t per_head;  // n_list below: n_head when 1, n_head_kv when 0
     int32_t n_forced;  // forced cells per token

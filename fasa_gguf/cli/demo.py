@@ -64,7 +64,7 @@ def main(path: str) -> int:
                 seconds[arm] += time.perf_counter() - start
     s = llm.fasa_stats()
     speed = {arm: TURNS * TOKENS / seconds[arm] for arm in ARMS}
-    attended = {"dense": f"{s['rows_visible'] / s['lists']:.0f}", "FASA": f"{s['rows_attended'] / s['lists']:.0f}"}
+    attended = {"dense": f"{s['tokens_visible'] / s['lists']:.0f}", "FASA": f"{s['tokens_attended'] / s['lists']:.0f}"}
     megabytes = {
         "dense": s["bytes_dense"] / s["steps_sparse"] / 1e6,
         "FASA": (s["bytes_fac"] + s["bytes_tip"]) / s["steps_sparse"] / 1e6,

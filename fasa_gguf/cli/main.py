@@ -16,8 +16,9 @@ from typing import Any
 
 from .. import __version__
 from ..errors import FasaError
-from ..params import MODES, FasaParams, not_used
+from ..params import MODE_ALIASES, MODES, FasaParams
 from ..profile.profile import PRESETS, Profile
+from ..reasons import not_used
 
 
 def _bar() -> Callable[[str, int, int], None]:
@@ -101,7 +102,7 @@ def _fasa_flags(p: argparse.ArgumentParser, more: str = "", mode: bool = True) -
     if mode:
         group.add_argument(
             "--fasa-mode",
-            choices=MODES,
+            choices=(*MODES, *MODE_ALIASES),
             default=None,
             help="where K and V lie: c on the device, m in pinned host memory, auto: m when c does not fit the GPU [FASA_MODE, or auto]",
         )
@@ -261,7 +262,7 @@ def cmd_run(a: argparse.Namespace) -> None:
     s = llm.fasa_stats()
     print(_figures(s, len(tokens), first - start, n, end - first), file=sys.stderr)
     if asked and not s["steps_sparse"]:
-        raise FasaError(not_used(_why_dense(s, n)))
+        raise FasaError(not_used(s["step_reason_code"], _why_dense(s, n)))
 
 
 def _ends(llm: Any, token: int) -> bool:
@@ -291,8 +292,8 @@ def _figures(s: dict[str, Any], n_prompt: int, prompt_s: float, n: int, decode_s
             f"{100 * s['rows_reused'] / max(s['rows_reused'] + s['rows_fetched'], 1):.0f}% of the rows reused"
         )
     return (
-        f"{line}; FASA in {s['steps_sparse']} steps, {s['steps_dense']} dense; {s['rows_attended'] / s['lists']:.0f} of "
-        f"{s['rows_visible'] / s['lists']:.0f} tokens attended, {100 * share:.1f}% of the KV bytes read"
+        f"{line}; FASA in {s['steps_sparse']} steps, {s['steps_dense']} dense; {s['tokens_attended'] / s['lists']:.0f} of "
+        f"{s['tokens_visible'] / s['lists']:.0f} tokens attended, {100 * share:.1f}% of the KV bytes read"
     )
 
 

@@ -26,7 +26,8 @@ def cmd_plan(a: argparse.Namespace) -> None:
     from ..memory.model import read_model
     from ..memory.plan import ways
     from ..memory.report import format_plan, plan_as_dict
-    from ..runtime.settings import ContextSettings, parse_mode
+    from ..params import parse_mode
+    from ..runtime.settings import ContextSettings
     from ..speed.plan_check import check, format_check
     from ..speed.random_model import synthetic_profile
     from .bench import _shape

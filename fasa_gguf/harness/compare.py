@@ -231,7 +231,7 @@ def tune_jobs(runner: Runner, setup: Setup, report: Report) -> tuple[list[Job], 
             "spec": job.spec,
             "budget": job.budget,
             "kl": score.row(score)["kl"],
-            "tokens": c["rows_attended"] / c["lists"],
+            "tokens": c["tokens_attended"] / c["lists"],
             "score_share": c["bytes_tip"] / c["bytes_dense"],
         }
         trials.append(entry)

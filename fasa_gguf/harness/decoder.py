@@ -199,11 +199,11 @@ class Decoder:
     @torch.no_grad()
     def decode(self, prefix: Prefix, tokens: Any, method: Any) -> tuple[torch.Tensor, dict[str, int]]:
         """Logits f32 [n_query, n_vocab] of the tail's tokens under a method (methods.Method), and counters as the library names
-        them (native/fasa.h); here `lists` and `rows_attended` count query heads, and bytes_fac a token once for a KV head."""
+        them (native/fasa.h); here `lists` and `tokens_attended` count query heads, and bytes_fac a token once for a KV head."""
         s, n_query = self.shape, len(tokens)
         tail = Tail.make(s, prefix.n, n_query, self.device)
         seen = tail.visible.sum(-1)  # [n_query] tokens that each query sees
-        count = dict.fromkeys(("rows_attended", "bytes_fac", "bytes_tip"), 0)
+        count = dict.fromkeys(("tokens_attended", "bytes_fac", "bytes_tip"), 0)
         x = self._embed(tokens)
         for il in range(s.n_layer):
             q, k, v = self._qkv(il, x, prefix.n)
@@ -214,7 +214,7 @@ class Decoder:
             else:
                 mask = method.select(il, q, k, tail)  # bool [n_head, n_query, n_kv]
                 count["bytes_tip"] += round(s.n_head_kv * sum(method.score_bytes(n) for n in seen.tolist()))
-            count["rows_attended"] += int(mask.sum())
+            count["tokens_attended"] += int(mask.sum())
             count["bytes_fac"] += int(mask.view(s.n_head_kv, s.group, *mask.shape[1:]).any(1).sum()) * s.row_bytes
             x = self._finish(il, x, attend(q, k, v, mask, s.scale))
         head = "output" if "output.weight" in self.weights else "token_embd"
@@ -222,7 +222,7 @@ class Decoder:
         return F.linear(self._norm(x, "output_norm"), self._weight(head + ".weight")), {
             **count,
             "lists": s.n_layer * s.n_head * n_query,
-            "rows_visible": s.n_layer * s.n_head * int(seen.sum()),
+            "tokens_visible": s.n_layer * s.n_head * int(seen.sum()),
             "bytes_dense": s.n_layer * s.n_head_kv * int(seen.sum()) * s.row_bytes,
             "bytes_k_dom": round(n_cells * method.index_bytes()),
             "bytes_kv": n_cells * s.row_bytes,

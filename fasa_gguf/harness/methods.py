@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from .. import reference
 from ..errors import FasaError
+from ..params import default_chunks
 from .calibrate import Knowledge
 from .decoder import N_LAST, Shape, Tail
 from .selection import (
@@ -316,7 +317,8 @@ class Fasa(Method):
         return self.floor or max(self.budget // 4, 1), self.cap or 4 * self.budget
 
     def chunks(self) -> int:
-        return self.k or max(1, 3 * (self.shape.head_dim // 2) // 8)
+        n = self.shape.head_dim // 2
+        return self.k or min(default_chunks(n), n)
 
     def ranking(self, layer: int) -> np.ndarray | None:
         """Chunks, best first, [n_head_kv or n_head, n_chunk]; None: the layer has none and stays dense."""

@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from .. import runtime
 from ..errors import FasaError
 from ..params import FasaParams
-from ..runtime.settings import ContextSettings, parse_mode
+from ..params import parse_mode
+from ..runtime.settings import ContextSettings
 from .host import CUDA_KERNELS, GIB, host_memory
 from .model import Model
 from .plan import Memory, estimate

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from ..errors import FasaError
 from ..gguf.cache_types import cache_type
 from ..gguf.file import TENSOR_TYPES
-from ..params import FasaParams
+from ..params import FasaParams, default_chunks
 from ..runtime.settings import ContextSettings
 from .host import MIB, Available
 from .model import Layer, Model
@@ -46,7 +46,7 @@ def row_bytes(type_name: str, n_values: int) -> int:
 def n_dom(params: FasaParams, model: Model, layer: Layer) -> int:
     """Dominant dimensions per KV head (fasa_n_dom): two for each chunk, in whole groups."""
     most = max((x.n_chunk for x in model.layers), default=0)
-    chunks = min(params.chunks or max(4, 3 * most // 8 // 4 * 4), layer.n_chunk)
+    chunks = min(params.chunks or default_chunks(most), layer.n_chunk)
     return -(-2 * chunks // GROUP) * GROUP
 
 

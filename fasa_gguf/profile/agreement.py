@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import FasaError
+from ..params import default_chunks
 from .profile import Profile
 
 
@@ -72,7 +73,7 @@ def compare_profiles(a: Profile, b: Profile, k: int = 0) -> Agreement:
     out = Agreement(both, [], [], [], [il for il, (x, y) in enumerate(zip(a.n_chunk, b.n_chunk)) if bool(x) != bool(y)])
     for il in both:
         n = a.n_chunk[il]
-        top = min(k or max(3 * n // 8, 1), n)
+        top = min(k or default_chunks(n), n)
         place = [
             np.argsort(p.ranking[il].astype(int), axis=-1) for p in (a, b)
         ]  # [n_head_kv, n_chunk] the place of each chunk

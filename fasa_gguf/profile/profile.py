@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import FasaError
 from ..gguf.file import ARR, F32, STR, TYPE_NAMES, U8, U16, U32, GGUFFile, printable
-from ..params import FasaParams
+from ..params import FasaParams, default_chunks
 
 VERSION = 1
 METHODS = ("recall", "energy", "ca", "synthetic")
@@ -471,7 +471,7 @@ def _span(values: Sequence[int]) -> str:
 
 def inspect_table(profile: Profile, chunks: int = 0) -> str:
     """A table for people: one line a layer with the leading chunks of its first KV head and the attention they keep."""
-    k = chunks or profile.recall_k or profile.weight_k or max(3 * max(profile.n_chunk) // 8, 1)
+    k = chunks or profile.recall_k or profile.weight_k or default_chunks(max(profile.n_chunk))
     c = profile.calibration
     lines = [
         f"method {profile.ranking_method}, {len(profile.n_chunk)} layers, {_span(profile.n_head_kv)} KV heads, "

@@ -15,7 +15,7 @@ import numpy as np
 
 from .. import runtime
 from ..errors import FasaError
-from ..params import not_used
+from ..reasons import not_used
 from ..profile.profile import Profile
 from ..report.columns import columns
 from ..session import Session
@@ -92,7 +92,7 @@ def _arm_piece(w: _Writer, switch: ArmSwitch, arm: Arm, prompt: Sequence[int], d
     w.skip(min(equal + 1, n))  # what it need not write again
     counters = s.fasa.counters()
     if arm.params is not None and not counters["steps_sparse"]:
-        raise FasaError(f"arm {arm.name}: {not_used(s.fasa.step_reason())}")
+        raise FasaError(f"arm {arm.name}: {not_used(s.fasa.step_reason_code())}")
     return {"forced": forced, "tokens": tokens, "counters": counters}
 
 
@@ -112,7 +112,7 @@ def _figures(arm: str, pieces: Sequence[dict[str, Any]], dense: Sequence[Sequenc
         ],
         "distinct_4": [distinct_share(t) for t in texts],
         "longest_repeat": [longest_repeat(t) for t in texts],
-        "tokens_attended": c["rows_attended"] / c["lists"] if c["lists"] else None,
+        "tokens_attended": c["tokens_attended"] / c["lists"] if c["lists"] else None,
         **{k: c[k] for k in COUNTERS[:4]},
     }
 

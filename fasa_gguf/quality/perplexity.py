@@ -20,7 +20,7 @@ import numpy as np
 
 from .. import runtime
 from ..errors import FasaError
-from ..params import not_used
+from ..reasons import not_used
 from ..profile.profile import Profile
 from ..report.columns import columns
 from ..session import Session
@@ -85,7 +85,7 @@ class Score:
             "dp_rms_se": 0.5 / rms * se(dp**2) if rms > 0 else 0.0,
             "same_top": float(hit.mean()),
             "same_top_se": se(hit),
-            "tokens_attended": c["rows_attended"] / c["lists"] if sparse else None,
+            "tokens_attended": c["tokens_attended"] / c["lists"] if sparse else None,
             "kv_read_share": (c["bytes_fac"] + c["bytes_tip"]) / c["bytes_dense"] if sparse else 1.0,
             "kv_bytes_per_token": (c["bytes_fac"] + c["bytes_tip"]) / max(c.get("steps_sparse", 0), 1)
             if sparse
@@ -175,7 +175,7 @@ def _score_window(
             nll, kl, hit = (np.concatenate(x) for x in zip(*each))
             counters = s.fasa.counters()
             if arm.params is not None and counters["steps_sparse"] == 0:
-                raise FasaError(f"arm {arm.name}: {not_used(s.fasa.step_reason())}")
+                raise FasaError(f"arm {arm.name}: {not_used(s.fasa.step_reason_code())}")
             if batch > 1 and arm.params is not None:
                 counters = one_by_one(counters, len(tail))
         yield {"nll": nll.tolist(), "kl": kl.tolist(), "hit": hit.tolist(), "counters": counters}

@@ -22,7 +22,7 @@ import numpy as np
 
 from .. import runtime
 from ..errors import FasaError
-from ..params import not_used
+from ..reasons import not_used
 from ..profile.profile import Profile
 from ..report.columns import columns
 from ..session import Session
@@ -36,7 +36,7 @@ COUNTERS = (
     "steps_dense",
     "layers_sparse",
     "layers_dense",
-    "rows_attended",
+    "tokens_attended",
     "lists",
     "bytes_fac",
     "bytes_tip",
@@ -173,7 +173,7 @@ def _run_sample(
         switch.use(arm)
         out = greedy(s, prompt[-1], len(prompt) - 1, n_predict, lambda out: mark(out) == 1)
         counters = s.fasa.counters()
-        reason = s.fasa.step_reason()
+        reason = s.fasa.step_reason_code()
         least = arm.params.least_above(len(prompt), reason) if arm.params else 0
         if arm.params is not None and not counters["steps_sparse"] and not least:
             raise FasaError(f"arm {arm.name}: {not_used(reason)}")
@@ -347,7 +347,7 @@ def _arm_figures(samples: Sequence[dict[str, Any]], i: int) -> dict[str, Any]:
         "gained": gained,
         "sign_p": sign_test(lost, gained),
         **{k: c[k] for k in COUNTERS[:4]},
-        "tokens_attended": c["rows_attended"] / c["lists"] if c["lists"] else None,
+        "tokens_attended": c["tokens_attended"] / c["lists"] if c["lists"] else None,
         "kv_read_share": (c["bytes_fac"] + c["bytes_tip"]) / c["bytes_dense"] if c["lists"] else 1.0,
     }
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from ..counters import COUNTERS
 from ..errors import FasaError
-from ..params import K_DOM_TYPES, FasaParams
-from .library import _api, _array, _check, _struct, last_error
+from ..params import SETTINGS, FasaParams
+from ..reasons import Reason
+from .library import api, array, check, last_error, struct
 
 
 @contextlib.contextmanager
@@ -23,8 +25,8 @@ def kv_mode(mode: str) -> Iterator[None]:
     if mode != "host":
         yield
         return
-    _, lib = _api()
-    _check(lib.fasa_set_kv_place(lib.FASA_KV_HOST))  # which clears the last error
+    _, lib = api()
+    check(lib.fasa_set_mode(lib.FASA_MODE_HOST))  # which clears the last error
     try:
         yield
     except Exception as e:
@@ -32,7 +34,7 @@ def kv_mode(mode: str) -> Iterator[None]:
             raise FasaError(last_error()) from e
         raise
     finally:
-        lib.fasa_set_kv_place(lib.FASA_KV_DEVICE)
+        lib.fasa_set_mode(lib.FASA_MODE_DEVICE)
 
 
 @dataclass
@@ -47,12 +49,12 @@ class Observation:
 
 
 def not_pinned(context: Context) -> str:
-    """Why a context of mode m has nothing in pinned host memory; "" when it has."""
+    """Why a context of mode host has nothing in pinned host memory; "" when it has."""
     if context.counters()["bytes_kv_host"]:
         return ""
     return (
-        "fasa_mode m: this context has no K and V in pinned host memory; it needs flash attention, keys per head, a GPU of compute capability 7.5 "
-        "or later and layers split by layer; use mode c"
+        "fasa_mode host: this context has no K and V in pinned host memory; it needs flash attention, keys per head, a "
+        "GPU of compute capability 7.5 or later and layers split by layer; use mode device"
     )
 
 
@@ -60,7 +62,7 @@ class Context:
     """FASA's side of a llama_context: profile, settings, counters, observer. `ctx_ptr` is its address."""
 
     def __init__(self, ctx_ptr: int) -> None:
-        self._ffi, self._lib = _api()
+        self._ffi, self._lib = api()
         self._ctx = self._ffi.cast("struct llama_context *", ctx_ptr)
         self._observer = None
         self._observer_error: BaseException | None = None
@@ -70,112 +72,126 @@ class Context:
         n_layer = len(profile.n_chunk)
         ranked = [il for il in range(n_layer) if profile.n_chunk[il]]
         flat = np.concatenate([np.asarray(profile.ranking[il]).ravel() for il in ranked]) if ranked else np.zeros(0)
-        heads, _a = _array("uint32_t", profile.n_head_kv, np.uint32)
-        chunks, _b = _array("uint32_t", profile.n_chunk, np.uint32)
-        ranking, _c = _array("uint16_t", flat, np.uint16)
-        p = _struct("fasa_profile", n_layer=n_layer, n_head_kv=heads, n_chunk=chunks, ranking=ranking)
+        heads, _a = array("uint32_t", profile.n_head_kv, np.uint32)
+        chunks, _b = array("uint32_t", profile.n_chunk, np.uint32)
+        ranking, _c = array("uint16_t", flat, np.uint16)
+        p = struct("fasa_profile", n_layer=n_layer, n_head_kv=heads, n_chunk=chunks, ranking=ranking)
         if profile.weight is not None and profile.weight_k:
             p.weight_k = profile.weight_k
-            p.weight, _d = _array(
+            p.weight, _d = array(
                 "float", np.concatenate([np.asarray(profile.weight[il]).ravel() for il in ranked]), np.float32
             )
-        if profile.layer_budget is not None:
-            p.layer_budget, _e = _array("float", profile.layer_budget, np.float32)
         if profile.layer_miss is not None:
-            p.layer_miss, _f = _array("float", profile.layer_miss, np.float32)
+            p.layer_miss, _f = array("float", profile.layer_miss, np.float32)
         if profile.mean_budget:
             p.n_mean_budget = len(profile.mean_budget)
-            p.mean_budget, _g = _array("uint32_t", list(profile.mean_budget), np.uint32)
-            p.mean_budget_mass, _h = _array("float", list(profile.mean_budget.values()), np.float32)
-        _check(self._lib.fasa_set_profile(self._ctx, p))
+            p.mean_budget, _g = array("uint32_t", list(profile.mean_budget), np.uint32)
+            p.mean_budget_mass, _h = array("float", list(profile.mean_budget.values()), np.float32)
+        check(self._lib.fasa_set_profile(self._ctx, p))
 
     def set_params(self, params: FasaParams | None) -> None:
         """Turn FASA on with these settings, or off with None; the context stays live."""
         p = self._ffi.new("fasa_params *", self._lib.fasa_params_default())
         p.enabled = params is not None
         if params is not None:
-            for f in fields(params.check()):
-                value = getattr(params, f.name)
-                setattr(p, f.name, K_DOM_TYPES.index(value) if f.name == "k_dom" else value)
-        _check(self._lib.fasa_set_params(self._ctx, p))
+            params.check()
+            for row in SETTINGS:
+                value = getattr(params, row.name)
+                setattr(p, row.name, row.choices.index(value) if row.choices else value)
+        check(self._lib.fasa_set_params(self._ctx, p))
 
     def params(self) -> FasaParams | None:
         """The settings in force; None when FASA is off."""
-        p = _struct("fasa_params")
-        _check(self._lib.fasa_get_params(self._ctx, p))
-        return self._from_struct(p) if p.enabled else None
+        p = struct("fasa_params")
+        check(self._lib.fasa_get_params(self._ctx, p))
+        return self._fromstruct(p) if p.enabled else None
 
     def layer_params(self, il: int) -> FasaParams | None:
-        """The settings in force in one layer, with the budget and the mass that it really has; None when FASA is off."""
-        p = _struct("fasa_params")
-        _check(self._lib.fasa_get_layer_params(self._ctx, il, p))
-        return self._from_struct(p) if p.enabled else None
+        """The settings in force in one layer, with its own mass, floor and cap; None when FASA is off."""
+        p = struct("fasa_params")
+        check(self._lib.fasa_get_layer_params(self._ctx, il, p))
+        return self._fromstruct(p) if p.enabled else None
 
     @staticmethod
-    def _from_struct(p: Any) -> FasaParams:
-        values = {f.name: getattr(p, f.name) for f in fields(FasaParams)}
-        return FasaParams(**{**values, "k_dom": K_DOM_TYPES[p.k_dom], "mass": float(p.mass)})
+    def _fromstruct(p: Any) -> FasaParams:
+        values = {row.name: getattr(p, row.name) for row in SETTINGS}
+        return FasaParams(
+            **{row.name: row.choices[values[row.name]] if row.choices else values[row.name] for row in SETTINGS}
+        )
 
     def counters(self) -> dict[str, int]:
-        """struct fasa_counters by name."""
-        c = _struct("fasa_counters")
-        _check(self._lib.fasa_get_counters(self._ctx, c))
-        return {name: getattr(c, name) for name, _ in self._ffi.typeof("fasa_counters").fields if name != "size"}
+        """struct fasa_counters by name; what each counts is in fasa_gguf/counters.py."""
+        c = struct("fasa_counters")
+        check(self._lib.fasa_get_counters(self._ctx, c))
+        return {row.name: getattr(c, row.name) for row in COUNTERS}
 
     def reset_counters(self) -> None:
         """All counters but the memory sizes go to zero."""
-        _check(self._lib.fasa_reset_counters(self._ctx))
+        check(self._lib.fasa_reset_counters(self._ctx))
 
     def invalidate(self) -> None:
         """Mark all dominant keys stale: the next sparse step derives them anew from the stored K."""
-        _check(self._lib.fasa_invalidate(self._ctx))
+        check(self._lib.fasa_invalidate(self._ctx))
 
     def fill_random(self, n_cells: int, seed: int = 0) -> None:
         """Give every sequence `n_cells` cells of random K and V instead of what it has (fasa_fill_random)."""
-        _check(self._lib.fasa_fill_random(self._ctx, n_cells, seed))
+        check(self._lib.fasa_fill_random(self._ctx, n_cells, seed))
 
     def host_rates(self, n_cells: int, n_rows: int, between: int) -> tuple[float, float, float]:
         """(copy, gather, fetch): bytes per second that the device takes from K and V in pinned host memory (FASA-M).
 
-        copy: in one piece. gather: the rows of n_rows random cells of the first n_cells, K and V of every KV head, layer by layer, each behind
-        `between` bytes of device memory (a layer's weights), by a kernel that does nothing else. fetch: the same by the one that fetches rows
-        for attention. Raises FasaError.
+        copy: in one piece. gather: the rows of n_rows random cells of the first n_cells, K and V of every KV head,
+        layer by layer, each behind `between` bytes of device memory (a layer's weights), by a kernel that does nothing else.
+        fetch: the same by the kernel that fetches rows for attention. Raises FasaError.
         """
-        rates = _struct("fasa_rates")
-        _check(self._lib.fasa_host_rates(self._ctx, n_cells, n_rows, between, rates))
+        rates = struct("fasa_rates")
+        check(self._lib.fasa_host_rates(self._ctx, n_cells, n_rows, between, rates))
         return rates.copy, rates.gather, rates.fetch
 
+    def borrow_list(self, il: int, lender: int | None) -> None:
+        """Layer il attends from now on to the cells that layer `lender`, one before it, selects; None: to its own.
+
+        The borrower is dense where its lender is. Stays so until the next call for this layer. Raises FasaError when
+        FASA is off, the lender does not select, or the two differ in heads, cache or device.
+        """
+        check(self._lib.fasa_borrow_list(self._ctx, il, -1 if lender is None else lender))
+
+    def layer_reason_codes(self) -> list[Reason]:
+        """Per layer, why it stays dense in a sparse step; NONE where it runs sparse."""
+        n_layer = self.model_info()["n_layer"]
+        return [Reason(self._lib.fasa_layer_reason_code(self._ctx, il)) for il in range(n_layer)]
+
     def layer_reasons(self) -> list[str | None]:
-        """Per layer, why it stays dense in a sparse step; None where it runs sparse."""
-        out = []
-        for il in range(self.model_info()["n_layer"]):
-            reason = self._lib.fasa_layer_reason(self._ctx, il)
-            out.append(self._ffi.string(reason).decode() if reason != self._ffi.NULL else None)
-        return out
+        """The texts of layer_reason_codes; None where a layer runs sparse."""
+        return [reason.text or None for reason in self.layer_reason_codes()]
+
+    def step_reason_code(self) -> Reason:
+        """Why the last decode step was dense as a whole; NONE when it was sparse."""
+        return Reason(self._lib.fasa_step_reason_code(self._ctx))
 
     def step_reason(self) -> str:
-        """Why the last decode step was dense as a whole; "" when it was sparse."""
-        return self._ffi.string(self._lib.fasa_step_reason(self._ctx)).decode()
+        """The text of step_reason_code; "" when the step was sparse."""
+        return self.step_reason_code().text
 
     def model_info(self) -> dict[str, Any]:
         """n_layer, rope_layout (0 NORM, 1 NEOX, -1 none), rope_base, rope_scale, is_mla."""
-        i = _struct("fasa_model_info")
-        _check(self._lib.fasa_get_model_info(self._ctx, i))
+        i = struct("fasa_model_info")
+        check(self._lib.fasa_get_model_info(self._ctx, i))
         return {name: getattr(i, name) for name, _ in self._ffi.typeof("fasa_model_info").fields if name != "size"}
 
     def layer_shape(self, il: int) -> tuple[int, int, int, int]:
         """(n_head, n_head_kv, head_dim, n_rot) of one layer; n_head_kv is 0 where there is no attention."""
         out = self._ffi.new("int32_t[4]")
-        _check(self._lib.fasa_get_layer_shape(self._ctx, il, out))
+        check(self._lib.fasa_get_layer_shape(self._ctx, il, out))
         return tuple(out)  # type: ignore[return-value]
 
     def observe(self, fn: Callable[[Observation], None] | None) -> None:
-        """Call fn for every attention layer of every ubatch, from a compute thread; None takes it away.
+        """Call fn for every attention layer of every ubatch, from a compute thread; None removes the observer.
 
         An exception in fn does not stop the decode: it is kept, and `raise_observed` raises it.
         """
         if fn is None:
-            _check(self._lib.fasa_set_observer(self._ctx, self._ffi.NULL, self._ffi.NULL))
+            check(self._lib.fasa_set_observer(self._ctx, self._ffi.NULL, self._ffi.NULL))
             self._observer = None
             return
 
@@ -197,7 +213,7 @@ class Context:
                 self._observer_error = self._observer_error or e
 
         self._observer = self._ffi.callback("fasa_observer", call)
-        _check(self._lib.fasa_set_observer(self._ctx, self._observer, self._ffi.NULL))
+        check(self._lib.fasa_set_observer(self._ctx, self._observer, self._ffi.NULL))
 
     def raise_observed(self) -> None:
         """Raise the first exception that an observer left, if any."""

@@ -7,7 +7,7 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from .library import _api, _check, _library
+from .library import api, check, find_library
 
 
 @dataclass
@@ -21,15 +21,18 @@ class Device:
 
 def devices() -> list[Device]:
     """What ggml's backends found on this machine, in their order."""
-    _api()
+    api()
     ffi, lib = _ggml()
     found = [lib.ggml_backend_dev_get(i) for i in range(lib.ggml_backend_dev_count())]
-    text = lambda p: ffi.string(p).decode("utf-8", "replace")
+
+    def text(pointer: Any) -> str:
+        return ffi.string(pointer).decode("utf-8", "replace")
+
     return [
         Device(
             text(lib.ggml_backend_dev_name(d)),
             text(lib.ggml_backend_dev_description(d)),
-            lib.ggml_backend_dev_type(d) in (1, 2),
+            lib.ggml_backend_dev_type(d) in (1, 2),  # GPU, integrated GPU
         )
         for d in found
     ]
@@ -42,26 +45,32 @@ def _ggml() -> tuple[Any, Any]:
 
     ffi = cffi.FFI()
     ffi.cdef(
-        "size_t ggml_backend_dev_count(void); void * ggml_backend_dev_get(size_t); const char * ggml_backend_dev_name(void *);"
-        "const char * ggml_backend_dev_description(void *); int ggml_backend_dev_type(void *);"
+        "size_t ggml_backend_dev_count(void);"
+        "void * ggml_backend_dev_get(size_t);"
+        "const char * ggml_backend_dev_name(void *);"
+        "const char * ggml_backend_dev_description(void *);"
+        "int ggml_backend_dev_type(void *);"
     )
-    return ffi, ffi.dlopen(str(_library("ggml")))
+    return ffi, ffi.dlopen(str(find_library("ggml")))
 
 
 @functools.cache
 def copy_rate(device: str, n_bytes: int, n_threads: int = 0) -> float:
-    """Bytes read plus bytes written per second when `device` copies n_bytes within its memory; measured once per process."""
-    ffi, lib = _api()
+    """Bytes read plus bytes written per second when `device` copies n_bytes within its memory.
+
+    Measured once per process. Raises FasaError.
+    """
+    ffi, lib = api()
     rate = ffi.new("double *")
-    _check(lib.fasa_copy_rate(device.encode(), n_threads or os.cpu_count() or 1, n_bytes, rate))
+    check(lib.fasa_copy_rate(device.encode(), n_threads or os.cpu_count() or 1, n_bytes, rate))
     return rate[0]
 
 
 def device_memory(device: str) -> tuple[int, int]:
     """(free, total) bytes of a device ("CUDA0"), by the driver's count. Raises FasaError."""
-    ffi, lib = _api()
+    ffi, lib = api()
     free, total = ffi.new("uint64_t *"), ffi.new("uint64_t *")
-    _check(lib.fasa_device_memory(device.encode(), free, total))
+    check(lib.fasa_device_memory(device.encode(), free, total))
     return free[0], total[0]
 
 

@@ -14,9 +14,6 @@ import numpy as np
 
 from ..errors import FasaError
 
-LLAMA_CPP_VERSION = (
-    "0.3.36"  # the llama-cpp-python whose ctypes mirror fits our library; patches/UPSTREAM pins the same
-)
 PACKAGE = Path(__file__).parent.parent
 
 
@@ -25,12 +22,14 @@ def lib_dir() -> Path:
     return Path(os.environ.get("FASA_LIB_PATH") or PACKAGE / "lib").resolve()
 
 
-def _library(name: str) -> Path:
+def find_library(name: str) -> Path:
+    """The file of a library ("llama", "ggml"). Raises FasaError when it is missing."""
     suffix = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
     path = lib_dir() / (("" if sys.platform == "win32" else "lib") + name + suffix)
     if not path.exists():
         raise FasaError(
-            f"{path}: the native library is missing; run `make build` in a checkout, or `pip install --force-reinstall fasa_gguf`"
+            f"{path}: the native library is missing; run `make build` in a checkout, or "
+            "`pip install --force-reinstall fasa_gguf`"
         )
     return path
 
@@ -40,30 +39,50 @@ def _loaded_library(llama_cpp: Any) -> Path:
 
 
 @functools.cache
+def upstream_version() -> str:
+    """The llama-cpp-python whose ctypes mirror fits our library: that of patches/UPSTREAM when it was built."""
+    import cffi
+
+    ffi = cffi.FFI()
+    ffi.cdef("const char * fasa_upstream_version(void);")
+    path = find_library("llama")
+    try:
+        return ffi.string(ffi.dlopen(str(path)).fasa_upstream_version()).decode()
+    except AttributeError:
+        raise FasaError(f"{path}: this libllama has no FASA, or that of another version; run `make build`") from None
+
+
+def __getattr__(name: str) -> str:
+    if name == "LLAMA_CPP_VERSION":
+        return upstream_version()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
 def load() -> Any:
     """llama_cpp with our library underneath.
 
-    Returns the module. Raises FasaError when llama_cpp was imported before with another library, when its version is not
-    the one our library was built for, or when the library is missing.
+    Returns the module. Raises FasaError when llama_cpp was imported before with another library, when its version is
+    not the one our library was built for, or when the library is missing.
     """
-    ours = _library("llama")
+    ours = find_library("llama")
     if "llama_cpp" in sys.modules:
         found = _loaded_library(sys.modules["llama_cpp"])
         if found != ours:
             raise FasaError(
-                f"llama_cpp was imported first and uses {found}; import fasa_gguf, or call fasa_gguf.enable(), before llama_cpp"
+                f"llama_cpp was imported first and uses {found}; import fasa_gguf, or call fasa_gguf.enable(), before "
+                "llama_cpp"
             )
         return sys.modules["llama_cpp"]
+    wanted = upstream_version()
     try:
         version = metadata.version("llama-cpp-python")
     except metadata.PackageNotFoundError:
+        raise FasaError(f"llama-cpp-python is not installed; run `pip install llama-cpp-python=={wanted}`") from None
+    if version != wanted:
         raise FasaError(
-            f"llama-cpp-python is not installed; run `pip install llama-cpp-python=={LLAMA_CPP_VERSION}`"
-        ) from None
-    if version != LLAMA_CPP_VERSION:
-        raise FasaError(
-            f"llama-cpp-python {version} is installed and {LLAMA_CPP_VERSION} is needed; "
-            f"run `pip install llama-cpp-python=={LLAMA_CPP_VERSION}`"
+            f"llama-cpp-python {version} is installed and {wanted} is needed; "
+            f"run `pip install llama-cpp-python=={wanted}`"
         )
     os.environ["LLAMA_CPP_LIB_PATH"] = str(ours.parent)
     import llama_cpp
@@ -80,7 +99,7 @@ def _header() -> str:
 
 
 @functools.cache
-def _api() -> tuple[Any, Any]:
+def api() -> tuple[Any, Any]:
     """(ffi, lib): cffi's view of native/fasa.h, on the library that llama_cpp uses."""
     import cffi
 
@@ -90,28 +109,30 @@ def _api() -> tuple[Any, Any]:
     text = text.rstrip()[:-1] if text.rstrip().endswith("}") else text  # the brace of extern "C"
     ffi = cffi.FFI()
     ffi.cdef(text)
-    return ffi, ffi.dlopen(str(_library("llama")))
+    return ffi, ffi.dlopen(str(find_library("llama")))
 
 
 def version() -> str:
     """The version of the native library."""
-    ffi, lib = _api()
+    ffi, lib = api()
     return ffi.string(lib.fasa_version()).decode()
 
 
 def last_error() -> str:
     """The last complaint of the native library on this thread; "" when there was none."""
-    ffi, lib = _api()
+    ffi, lib = api()
     return ffi.string(lib.fasa_error()).decode("utf-8", "replace")
 
 
-def _check(code: int) -> None:
+def check(code: int) -> None:
+    """Raises FasaError with the library's sentence when a call returned anything but 0."""
     if code != 0:
         raise FasaError(last_error())
 
 
-def _struct(name: str, **values: Any) -> Any:
-    ffi, _ = _api()
+def struct(name: str, **values: Any) -> Any:
+    """A new struct of fasa.h with its size and these fields set; the rest is 0."""
+    ffi, _ = api()
     s = ffi.new(f"{name} *")
     s.size = ffi.sizeof(name)
     for key, value in values.items():
@@ -119,8 +140,8 @@ def _struct(name: str, **values: Any) -> Any:
     return s
 
 
-def _array(ctype: str, values: Any, dtype: Any) -> tuple[Any, np.ndarray]:
+def array(ctype: str, values: Any, dtype: Any) -> tuple[Any, np.ndarray]:
     """(pointer, the array that owns the memory)."""
-    ffi, _ = _api()
+    ffi, _ = api()
     a = np.ascontiguousarray(values, dtype)
     return ffi.cast(f"{ctype} *", a.ctypes.data), a

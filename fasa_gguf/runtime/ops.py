@@ -10,7 +10,10 @@ import numpy as np
 
 from ..errors import FasaError
 from ..params import K_DOM_TYPES
-from .library import _api, _array, _check, _struct
+from .library import api as _api
+from .library import array as _array
+from .library import check as _check
+from .library import struct as _struct
 
 
 def rank_recall(
@@ -91,7 +94,7 @@ def _op_case(
     backend: str = "CPU",
     tip_backend: str | None = None,
     n_threads: int = 2,
-    kv_place: int = 0,
+    mode: int = 0,
     row_slots: int = 0,
 ) -> Any:
     """struct fasa_op_case; what it points to goes into `keep`."""
@@ -133,7 +136,7 @@ def _op_case(
         floor=floor,
         cap=cap,
         per_head=per_head,
-        kv_place=kv_place,
+        mode=mode,
         row_slots=row_slots,
         n_forced=forced.shape[-1],
         forced=array("int32_t", forced, np.int32),

@@ -8,20 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import FasaError
+from ..params import parse_mode
 from ..gguf.cache_types import cache_type
-
-MODES = ("auto", "device", "host")
-MODE_ALIASES = {"c": "device", "m": "host"}
-
-
-def parse_mode(text: Any, where: str = "fasa_mode") -> str:
-    """auto, device or host; c and m are short for device and host. Raises FasaError, which names `where`."""
-    mode = MODE_ALIASES.get(text, text) if isinstance(text, str) else text
-    if mode not in MODES:
-        short = ", ".join(MODE_ALIASES)
-        raise FasaError(f"{where}: expected one of {', '.join(MODES)} (or {short}), found {text!r}")
-    return mode
-
 
 def thread_count(n_threads: int = 0) -> int:
     """The number of threads that are really used. 0: one for each CPU of the machine."""

@@ -23,13 +23,13 @@ from ..gguf.file import U16, U32, GGUFFile
 from ..memory.placement import why_not_host
 from ..params import FasaParams
 from ..profile.profile import Profile
+from ..reasons import Reason
 from ..session import Session
 from .traffic import Figures, merge, vram
 
 RANDOM_FILL_FROM = 2048  # tokens of depth from which a cache is filled at random
 COPY_BYTES = 512 << 20  # of the copy that gives a device's rate: beyond its caches
 WARM_STEPS = 3  # untimed decode steps of a repetition: CUDA records a graph when it comes again
-NO_CACHE = "it has no KV cache that FASA knows"  # fasa_layer_reason of a layer that is not attention
 Report = Callable[[str, int, int], None]
 
 
@@ -206,8 +206,8 @@ class Sample:
     speed: float  # tokens/s over all sequences
     counters: dict[str, int]  # FASA's
     first_s: float  # of the first decode step
-    reason: str  # why that step was dense, "" if it was not
-    layer_reasons: Sequence[str | None] = ()  # why layers were dense after the last step
+    reason: Reason  # why that step was dense
+    layer_reasons: Sequence[Reason] = ()  # why layers were dense after the last step
     prompt_s: float = 0.0  # of the prefill that was timed
 
 
@@ -274,7 +274,7 @@ class Bench:
         start = time.perf_counter()
         self.step(depth, 0)
         first = time.perf_counter() - start
-        reason = self.s.fasa.step_reason()
+        reason = self.s.fasa.step_reason_code()
         for j in range(1, WARM_STEPS):
             self.step(depth + j, j)
         self.s.fasa.reset_counters()
@@ -283,7 +283,7 @@ class Bench:
             self.step(depth + j, j)
         seconds = time.perf_counter() - start
         self.look()
-        sample = Sample(self.n * n / seconds, self.s.fasa.counters(), first, reason, self.s.fasa.layer_reasons())
+        sample = Sample(self.n * n / seconds, self.s.fasa.counters(), first, reason, self.s.fasa.layer_reason_codes())
         self.rewind(depth)  # which may turn FASA off
         return sample
 
@@ -298,7 +298,7 @@ class Bench:
         first = time.perf_counter() - start - seconds
         self.look()
         self.rewind(depth)
-        return Sample(n / seconds, {}, first, "", prompt_s=seconds)
+        return Sample(n / seconds, {}, first, Reason.NONE, prompt_s=seconds)
 
 
 # ---- the measurement ----
@@ -425,7 +425,7 @@ def _measure(b: Bench, plan: Plan, arms: Mapping[str, FasaParams | None], depth:
         sample = b.generate(p, depth, min(plan.n_gen, 4) if warm else plan.n_gen)
         if warm and p is not None and not p.least_above(depth, sample.reason) and not sample.counters["steps_sparse"]:
             raise FasaError(
-                f"FASA was asked for and no step at depth {depth} used it: {sample.reason}{dense_layers(sample.layer_reasons, ': ')}"
+                f"FASA was asked for and no step at depth {depth} used it: {sample.reason.text}{dense_layers(sample.layer_reasons, ': ')}"
             )
         return sample
 
@@ -471,21 +471,21 @@ def _count(row: Row, samples: list[Sample], b: Bench) -> None:
     row.sparse_share = c["steps_sparse"] / steps
     row.kv_bytes = (c["bytes_fac"] + c["bytes_tip"]) / (steps * row.n_parallel) + (1 - sparse) * all_rows
     if c["lists"]:
-        row.tokens_attended = c["rows_attended"] / c["lists"]
+        row.tokens_attended = c["tokens_attended"] / c["lists"]
     if c["steps_sparse"] < steps:
         reason = next(x.reason for x in samples)
         least = row.params.least_above(row.n_depth, reason)
-        row.note = f"dense (n < {least})" if least else f"dense ({reason})"
+        row.note = f"dense (n < {least})" if least else f"dense ({reason.text})"
         if c["steps_sparse"]:
             row.note = f"{steps - c['steps_sparse']} of {steps} steps {row.note}"
     elif c["layers_dense"]:
         row.note = dense_layers(samples[-1].layer_reasons)
 
 
-def dense_layers(reasons: Sequence[str | None], before: str = "") -> str:
+def dense_layers(reasons: Sequence[Reason], before: str = "") -> str:
     """How many attention layers are dense in a sparse step, and why; "" when none is."""
-    why = Counter(x for x in reasons if x and x != NO_CACHE)
-    n = sum(x != NO_CACHE for x in reasons)
+    why = Counter(x.text for x in reasons if x not in (Reason.NONE, Reason.NO_CACHE))
+    n = sum(x != Reason.NO_CACHE for x in reasons)
     return (
         f"{before}{sum(why.values())} of {n} layers dense ({'; '.join(f'{k}: {x}' for x, k in sorted(why.items()))})"
         if why

@@ -19,12 +19,6 @@ inline uint32_t fasa_list_length(const fasa_params & p, uint32_t n_forced, uint3
     return std::min(n_kv, std::max(p.mass > 0 ? p.cap : p.budget, n_forced));
 }
 
-// a layer's share of the budget; room for the forced tokens and one more
-inline uint32_t fasa_layer_budget(const fasa_params & p, float share) {
-    const double budget = std::floor(double(p.budget) * share + 0.5);
-    return (uint32_t) std::clamp(budget, double(p.sink) + p.recent + 1, double(INT32_MAX));
-}
-
 // The target mass of a layer that may miss `miss` times what the others miss. It stays a mass: 0 would mean a fixed
 // budget.
 static constexpr float FASA_MASS_LEAST = 0x1p-20f;
@@ -57,31 +51,6 @@ inline uint32_t fasa_mean_budget_floor(uint32_t n) {
 }
 inline uint32_t fasa_mean_budget_cap(uint32_t n) {
     return std::min(n, (uint32_t) INT32_MAX / 2) * 2;
-}
-
-// dense or FASA, from what stays the same while a graph is reused; "" = FASA, else the reason
-inline const char * fasa_step_dense_reason(
-    const fasa_params & p, uint32_t n_tokens, uint32_t n_outputs, uint32_t n_stream, uint32_t n_kv) {
-    if (!p.enabled) {
-        return "FASA is off";
-    }
-    if (n_outputs < n_tokens) {
-        return "prefill";
-    }
-    if (n_tokens / std::max(1u, n_stream) > p.max_tokens) {
-        return "prefill";
-    }
-    if (n_kv < p.min_context) {
-        return "the context is shorter than min_context";
-    }
-    return "";
-}
-
-// whether a layer on a GPU stays dense in a step that is sparse elsewhere, and the reason then
-static constexpr const char * FASA_GPU_WAITS = "the context is shorter than min_context_gpu";
-
-inline bool fasa_gpu_waits(const fasa_params & p, uint32_t n_kv) {
-    return p.min_context > 0 && n_kv < p.min_context_gpu;
 }
 
 // ---- which cells ----

@@ -481,8 +481,8 @@ static void fasa_select_lists(ggml_tensor * dst, const fasa_op_params & p, int i
         lists += 1;
     }
     if (auto * stats = fasa_op_layer(dst).stats) {
-        stats->rows_attended += attended;
-        stats->rows_visible += visible;
+        stats->tokens_attended += attended;
+        stats->tokens_visible += visible;
         stats->lists += lists;
     }
 }

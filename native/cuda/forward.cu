@@ -10,30 +10,30 @@ bool fasa_cuda_has_kernels(int device) {
     return GGML_CUDA_CC_IS_NVIDIA(cc) && cc >= GGML_CUDA_CC_TURING;
 }
 
-static const char * fasa_cuda_reason(int device, const fasa_layer_shape & s) {
+static fasa_reason fasa_cuda_reason(int device, const fasa_layer_shape & s) {
     if (!fasa_cuda_has_kernels(device)) {
-        return "its GPU has no FASA kernels: they need an NVIDIA GPU of compute capability 7.5 or later";
+        return FASA_REASON_CUDA_CAPABILITY;
     }
     for (const ggml_type type : { s.type_k, s.type_v }) {
         if (type != GGML_TYPE_F32 && type != GGML_TYPE_F16 && type != GGML_TYPE_BF16 && type != GGML_TYPE_Q8_0 &&
             type != GGML_TYPE_Q4_0) {
-            return "the CUDA kernels read caches in f32, f16, bf16, q8_0 and q4_0, and this one has another type";
+            return FASA_REASON_CUDA_CACHE_TYPE;
         }
     }
     if (s.n_embd_head_k != s.n_embd_head_v || s.n_embd_head_k % 8 != 0 || s.n_embd_head_k > 256) {
-        return "the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256";
+        return FASA_REASON_CUDA_HEAD_DIM;
     }
     if (s.n_group > 128) {
-        return "more than 128 query heads share a KV head";
+        return FASA_REASON_CUDA_GROUP;
     }
-    return "";
+    return FASA_REASON_NONE;
 }
 
 // type: fasa_dense_reason_t
-static const char * fasa_cuda_dense_reason(ggml_backend_dev_t dev, const fasa_layer_shape * shape) {
+static fasa_reason fasa_cuda_dense_reason(ggml_backend_dev_t dev, const fasa_layer_shape * shape) {
     int device = -1;
     if (sscanf(ggml_backend_dev_name(dev), GGML_CUDA_NAME "%d", &device) != 1) {
-        return "its device is not one of CUDA's";
+        return FASA_REASON_CUDA_DEVICE;
     }
     return fasa_cuda_reason(device, *shape);
 }
@@ -63,7 +63,7 @@ bool fasa_cuda_supported(int device, const ggml_tensor * op) {
     const ggml_tensor *tip = p->kind == FASA_OP_SELECT ? op->src[0] : op, *k = fac ? op->src[2] : tip->src[1],
                       *v     = fac ? op->src[3] : k;
     const fasa_layer_shape s = { k->type, v->type, k->ne[0], v->ne[0], int32_t(tip->ne[1] / k->ne[1]) };
-    return fasa_cuda_reason(device, s)[0] == 0;
+    return fasa_cuda_reason(device, s) == FASA_REASON_NONE;
 }
 
 bool fasa_cuda_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {

@@ -297,8 +297,8 @@ static __device__ __forceinline__ void fasa_select_row(const fasa_select_args & 
         list[0]     = taken.n;
         slot.n_edge = 0;
         auto * c    = (fasa_u64 *) a.work->counter;
-        atomicAdd(&c[fasa_work::ROWS_ATTENDED], (fasa_u64) taken.n);
-        atomicAdd(&c[fasa_work::ROWS_VISIBLE], (fasa_u64) b.n_visible);
+        atomicAdd(&c[fasa_work::TOKENS_ATTENDED], (fasa_u64) taken.n);
+        atomicAdd(&c[fasa_work::TOKENS_VISIBLE], (fasa_u64) b.n_visible);
         atomicAdd(&c[fasa_work::LISTS], 1ull);
         if (row == 0) {
             atomicAdd(&c[fasa_work::BYTES_TIP], a.bytes_tip);

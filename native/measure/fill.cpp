@@ -188,8 +188,8 @@ std::vector<std::pair<ggml_tensor *, ggml_tensor *>> fasa_cache::pinned_rows(ggm
     std::vector<std::pair<ggml_tensor *, ggml_tensor *>> rows;
     const llama_kv_cache::kv_layer * first = nullptr;
     for (const auto & l : kv.layers) {
-        first = first || !is_pinned(l.il) ? first : &l;
-        if (first == nullptr || !is_pinned(l.il) || device_of(l.il) != device_of(first->il) ||
+        first = first || !residence.is_pinned(l.il) ? first : &l;
+        if (first == nullptr || !residence.is_pinned(l.il) || residence.device_of(l.il) != residence.device_of(first->il) ||
             !ggml_are_same_shape(l.k, first->k) || !ggml_are_same_shape(l.v, first->v)) {
             continue;
         }

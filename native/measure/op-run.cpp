@@ -75,7 +75,7 @@ void fasa_op_layer_case::make(
     op.params.per_head         = c.per_head;
     fac.v                      = ggml_new_tensor_4d(kv_ctx, type_v, c.n_embd_head_v, c.n_head_kv, c.n_kv, c.n_stream);
     fac.sinks                  = c.sinks ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.n_head) : nullptr;
-    if (c.kv_place == FASA_KV_HOST) {
+    if (c.mode == FASA_MODE_HOST) {
         const fasa_row_layout row(type_k, type_v, c.n_embd_head_k, c.n_embd_head_v);
         const int64_t length = fasa_list_length(op.params, c.n_forced, c.n_kv),
                       n_list = c.per_head ? c.n_head : c.n_head_kv;
@@ -104,10 +104,10 @@ ggml_tensor * fasa_op_layer_case::build_fac(ggml_context * ctx, ggml_tensor * li
 // memory for k and v
 static ggml_backend_buffer_t fasa_op_alloc_kv(const fasa_op_case & c, ggml_context * kv_ctx, ggml_backend_t backend) {
     const auto buft = ggml_backend_get_default_buffer_type(backend);
-    fasa_set_kv_place(c.kv_place);
+    fasa_set_mode(c.mode);
     const auto placed = fasa_kv_buft(ggml_backend_get_device(backend), buft);
-    fasa_set_kv_place(FASA_KV_DEVICE);
-    return c.kv_place == FASA_KV_HOST && placed == buft ? nullptr :
+    fasa_set_mode(FASA_MODE_DEVICE);
+    return c.mode == FASA_MODE_HOST && placed == buft ? nullptr :
                                                           ggml_backend_alloc_ctx_tensors_from_buft(kv_ctx, placed);
 }
 
@@ -137,7 +137,7 @@ int fasa_op_run_graph::init(
     fasa_op_case c    = given;
     if (on_cpu) {
         ggml_backend_cpu_set_n_threads(backend.get(), c.n_threads);
-        c.kv_place = FASA_KV_DEVICE; // which this is
+        c.mode = FASA_MODE_DEVICE; // which this is
     }
     ctx.reset(ggml_init(
         { 64 * ggml_tensor_overhead() + 2 * ggml_graph_overhead(), nullptr, true })); // compute makes up to two
@@ -158,7 +158,7 @@ int fasa_op_run_graph::init(
     buf.reset(ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()));
     kv_buf.reset(fasa_op_alloc_kv(c, kv_ctx.get(), backend.get()));
     if (!buf || !kv_buf) {
-        return fasa_set_error("fasa_op_case: out of memory, or the device has no kv_place %d", c.kv_place);
+        return fasa_set_error("fasa_op_case: out of memory, or the device has no mode %d", c.mode);
     }
     set_inputs(c);
     return 0;
@@ -400,7 +400,7 @@ int fasa_op_time(const fasa_op_case * c, int32_t n_layer, int32_t n_rep, fasa_op
     ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get())),
         kv_buf(fasa_op_alloc_kv(*c, kv_ctx.get(), backend.get()));
     if (!buf || !kv_buf) {
-        return fasa_set_error("fasa_op_time: out of memory, or the device has no kv_place %d", c->kv_place);
+        return fasa_set_error("fasa_op_time: out of memory, or the device has no mode %d", c->mode);
     }
     ggml_backend_buffer_clear(buf.get(), 0);
 

@@ -41,10 +41,10 @@
 #include "ggml-backend.h"
 #include "ggml.h"
 
+#include "core/counters.h"
 #include "core/layout.h"
 #include "fasa.h"
 
-#include <atomic>
 #include <cstdint>
 
 enum fasa_op_kind { FASA_OP_TIP = 1, FASA_OP_SELECT, FASA_OP_FAC, FASA_OP_OBSERVE, FASA_OP_STAGE, FASA_OP_AHEAD };
@@ -85,18 +85,10 @@ struct fasa_work {
     static constexpr int BINS = 2048, EDGE = 128, PARTS = 64, SLOTS = 64, TICKETS = 4096;
 
     enum {
-        LAYERS_SPARSE,
-        ROWS_ATTENDED,
-        ROWS_VISIBLE,
-        LISTS,
-        BYTES_TIP,
-        BYTES_FAC,
-        BYTES_DENSE,
-        ROWS_FETCHED,
-        ROWS_REUSED,
-        BYTES_FETCHED,
-        BYTES_STAGED,
-        N_COUNTER
+#define X(name, NAME) NAME,
+        FASA_COUNTERS_OP(X) FASA_COUNTERS_DEVICE(X)
+#undef X
+            N_COUNTER
     };
     uint64_t counter[16];       // as in fasa_stats
     uint32_t clock, unused[31]; // FASA-M: how often the rows of a token and layer were fetched
@@ -139,13 +131,6 @@ static constexpr int FASA_ROW_HEAD  = 8;       // bytes of tag and used
 static constexpr int FASA_ROW_FETCH = 1 << 30; // a row's slot is its own, but the row has yet to come
 
 static constexpr uint32_t FASA_OP_MAGIC = 0x41534146; // "FASA"
-
-// what an op adds up; one per context
-struct fasa_stats {
-    std::atomic<uint64_t> layers_sparse{ 0 }, layers_dense{ 0 }, rows_attended{ 0 }, rows_visible{ 0 }, lists{ 0 };
-    std::atomic<uint64_t> bytes_tip{ 0 }, bytes_fac{ 0 }, bytes_dense{ 0 };
-    std::atomic<uint64_t> rows_fetched{ 0 }, rows_reused{ 0 }, bytes_fetched{ 0 }, bytes_staged{ 0 };
-};
 
 // where an OBSERVE node sends what it sees
 struct fasa_observer_slot {
@@ -250,7 +235,7 @@ struct fasa_layer_shape {
     int64_t n_embd_head_k, n_embd_head_v;
     int32_t n_group; // query heads of a KV head
 };
-typedef const char * (*fasa_dense_reason_t)(ggml_backend_dev_t dev, const fasa_layer_shape * shape); // "": it can
+typedef fasa_reason (*fasa_dense_reason_t)(ggml_backend_dev_t dev, const fasa_layer_shape * shape);
 
 // The type of pinned host memory that a device reads and writes in place; a backend with kernels hands it out as
 // "fasa_host_buft". on_error gets the reason when memory cannot be pinned. nullptr: the device cannot.

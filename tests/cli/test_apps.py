@@ -254,7 +254,7 @@ def test_settings_from_the_environment(monkeypatch):
 
 
 def test_defaults_are_the_same_in_c(library):
-    ffi, lib = library.library._api()
+    ffi, lib = library.library.api()
     p = lib.fasa_params_default()
     for name, value in FasaParams().__dict__.items():
         assert (K_DOM_TYPES[p.k_dom] if name == "k_dom" else getattr(p, name)) == value

@@ -120,8 +120,8 @@ def test_the_line_of_figures():
     s = {
         "steps_sparse": 9,
         "steps_dense": 1,
-        "rows_attended": 640,
-        "rows_visible": 6400,
+        "tokens_attended": 640,
+        "tokens_visible": 6400,
         "lists": 10,
         "bytes_tip": 5,
         "bytes_fac": 15,

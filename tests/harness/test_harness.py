@@ -370,7 +370,7 @@ def test_dense_logits_are_llama_cpps(library, tmp_path, tokens, rope_base, kv_ty
     got, counters = d.decode(d.prefill(tokens[:300]), tokens[300:400], METHODS["dense"](d.shape, 0))
     assert want.std() > 1 and np.abs(got.numpy() - want).max() < most
     assert (
-        counters["rows_attended"] / counters["lists"] == 350.5
+        counters["tokens_attended"] / counters["lists"] == 350.5
         and counters["bytes_fac"] == counters["bytes_dense"] == 3 * 2 * 35050 * 64
     )
 
@@ -385,7 +385,7 @@ def test_a_budget_of_the_whole_context_is_dense(decoder, tokens):
     dense, _ = decoder.decode(prefix, tokens[380:400], METHODS["dense"](decoder.shape, 0))
     for spec in FIXED:
         got, counters = decoder.decode(prefix, tokens[380:400], method_of(decoder, spec, 400, know))
-        assert torch.equal(got, dense) and counters["rows_attended"] == counters["rows_visible"], spec
+        assert torch.equal(got, dense) and counters["tokens_attended"] == counters["tokens_visible"], spec
 
 
 @pytest.mark.parametrize("spec", ["fasa", "quest:page=8", "snapkv", "sparq", "fasa:mass=0.7"])
@@ -403,18 +403,18 @@ def test_bytes_and_tokens_are_counted(decoder, tokens):
     _, c = decoder.decode(prefix, tokens[380:400], method_of(decoder, "fasa", 60, know))
     seen = sum(range(381, 401))
     assert (
-        c["rows_attended"] / c["lists"] == 60
+        c["tokens_attended"] / c["lists"] == 60
         and c["bytes_fac"] == 3 * 2 * 20 * 60 * 64
         and c["bytes_tip"] == 3 * 2 * seen * 6
     )
     assert c["bytes_dense"] == 3 * 2 * seen * 64 and c["bytes_k_dom"] / c["bytes_kv"] == 6 / 64
     _, own = decoder.decode(prefix, tokens[380:400], method_of(decoder, "oracle", 60, know))
     assert (
-        own["rows_attended"] / own["lists"] == 60 and 60 < own["bytes_fac"] / (3 * 2 * 20 * 64) <= 120
+        own["tokens_attended"] / own["lists"] == 60 and 60 < own["bytes_fac"] / (3 * 2 * 20 * 64) <= 120
     )  # two heads' rows, each once
     paper = method_of(decoder, "paper:dense_layers=1", 60, know)
     _, first = decoder.decode(prefix, tokens[380:400], paper)
-    assert first["rows_attended"] == 4 * (seen + 2 * 20 * 60)
+    assert first["tokens_attended"] == 4 * (seen + 2 * 20 * 60)
     assert first["bytes_tip"] == pytest.approx(2 * 2 * seen * paper.index_bytes(), abs=40)  # layer 0 chose nothing
 
 

@@ -197,12 +197,12 @@ def test_host_memory_under_control_groups(tmp_path):
 class Lib:
     """The two calls of the library that kv_mode makes."""
 
-    FASA_KV_DEVICE, FASA_KV_HOST = 0, 1
+    FASA_MODE_DEVICE, FASA_MODE_HOST = 0, 1
 
     def __init__(self):
         self.modes, self.error = [], "an old error"
 
-    def fasa_set_kv_place(self, mode):
+    def fasa_set_mode(self, mode):
         self.modes.append(mode)
         self.error = ""
         return 0
@@ -211,7 +211,7 @@ class Lib:
 @pytest.fixture
 def lib(monkeypatch):
     lib = Lib()
-    monkeypatch.setattr(runtime.context, "_api", lambda: (None, lib))
+    monkeypatch.setattr(runtime.context, "api", lambda: (None, lib))
     monkeypatch.setattr(runtime.context, "last_error", lambda: lib.error)
     return lib
 

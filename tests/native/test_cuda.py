@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fasa_gguf import FasaParams
-from fasa_gguf.params import GPU_WAITS
+from fasa_gguf.reasons import Reason
 from fasa_gguf.session import Session
 
 
@@ -157,7 +157,7 @@ def test_runs_give_the_same_bits(library, cuda):
         assert all((first[name] == again[name])[np.isfinite(first[name])].all() for name in first)
 
 
-HOST = dict(kv_place=1)  # FASA-M: k and v in pinned host memory
+HOST = dict(mode=1)  # FASA-M: k and v in pinned host memory
 
 
 @pytest.mark.parametrize("types", [("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "f16"), ("bf16", "q4_0"), ("f32", "f32")])
@@ -191,7 +191,7 @@ def test_layers_that_waited_derive_what_the_others_had(library, cuda, tiny, prof
             for pos in range(240, 256):
                 s.decode([pos % 200 + 1], pos)
             before = s.fasa.counters()
-            assert sorted(s.fasa.layer_reasons(), key=str) == [None, GPU_WAITS, GPU_WAITS]
+            assert sorted(s.fasa.layer_reason_codes()) == [Reason.NONE] + [Reason.MIN_CONTEXT_GPU] * 2
             if invalidate:
                 s.fasa.invalidate()
             logits = s.decode([7], 256)  # the first step that sees 512 cells

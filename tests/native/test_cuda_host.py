@@ -67,8 +67,8 @@ def test_the_same_text_as_on_the_device(make, types, row_cache):
     c, d = here.fasa.counters(), there.fasa.counters()
     assert d["bytes_kv_host"] == d["rows_fetched"] == d["bytes_staged"] == 0
     assert c["bytes_kv_host"] == c["bytes_kv"] == d["bytes_kv"] and c["bytes_staged"] > 0
-    assert c["rows_fetched"] + c["rows_reused"] == c["rows_attended"] == d["rows_attended"] > 0
-    assert (c["rows_reused"] > c["rows_attended"] / 2) == bool(row_cache) and (c["bytes_row_cache"] > 0) == bool(
+    assert c["rows_fetched"] + c["rows_reused"] == c["tokens_attended"] == d["tokens_attended"] > 0
+    assert (c["rows_reused"] > c["tokens_attended"] / 2) == bool(row_cache) and (c["bytes_row_cache"] > 0) == bool(
         row_cache
     )
 

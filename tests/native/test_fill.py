@@ -130,7 +130,7 @@ def test_a_hybrid_cache(library, hybrid):
             s.decode_batch([(5, 700 + j, 0, True), (6, 700 + j, 1, True)])
         c = s.fasa.counters()
         assert np.isfinite(s.logits(0)).all() and (c["steps_sparse"], c["lists"]) == (3, 3 * 2 * 2 * 2)
-        assert c["rows_attended"] == 64 * c["lists"] and pos_max(s) == [702] * 2
+        assert c["tokens_attended"] == 64 * c["lists"] and pos_max(s) == [702] * 2
 
 
 def test_fill_refuses(library, tiny):

@@ -207,15 +207,15 @@ BAD = [
     (put("rope.base", 0.0), "key fasa.rope.base: expected a number above 0, found 0.0"),
     (put("rope.base", float("inf")), "key fasa.rope.base: expected f32, found inf"),
     (put("rope.dims", -1), "key fasa.rope.dims: expected u32, found -1"),
-    (put("default.budget", 0), "keys fasa.default..: setting budget: expected at least 1 token, found 0"),
+    (put("default.budget", 0), "keys fasa.default..: setting budget: expected a whole number from 1 to 2147483647, found 0"),
     (
         put("default.budget", 2**31),
-        "keys fasa.default..: setting budget: expected a whole number from 0 to 2147483647, found 2147483648",
+        "keys fasa.default..: setting budget: expected a whole number from 1 to 2147483647, found 2147483648",
     ),
     (put("default.mass", 1.5), "keys fasa.default..: setting mass: expected a number from 0 to 1, found 1.5"),
     (put("default.cap", 1), "keys fasa.default..: settings floor and cap: expected 1 <= floor <= cap, found 8 and 1"),
     (put("default.k_dom", "q5"), "keys fasa.default..: setting k_dom: expected one of f16, q8, q4, found 'q5'"),
-    (put("default.per_head", 2), "keys fasa.default..: setting per_head: expected 0 or 1, found 2"),
+    (put("default.per_head", 2), "keys fasa.default..: setting per_head: expected a whole number from 0 to 1, found 2"),
     (
         lambda f: f.update({"default.mass": 0.5, "default.mean_budget": 9}),
         "keys fasa.default..: settings mass and mean_budget: expected one of them, found 0.5 and 9",

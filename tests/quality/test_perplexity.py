@@ -73,7 +73,7 @@ def test_counters_add_up_and_memory_does_not():
     for _ in range(2):
         s.add_counters(
             {
-                "rows_attended": 640,
+                "tokens_attended": 640,
                 "lists": 10,
                 "layers_sparse": 5,
                 "bytes_fac": 100,

@@ -65,9 +65,9 @@ def test_every_answer_token_is_a_decode_step(library, tiny, profile):
             steps = a["n_tokens"] + (a["n_tokens"] < 12)  # one more finds the end of the generation
             assert a["counters"]["steps_sparse"] == steps > 1 and a["counters"]["steps_dense"] == 0
         assert dense["counters"]["steps_sparse"] == 0 and plain["text"] == dense["text"]
-        assert f["counters"]["rows_attended"] == 60 * f["counters"]["lists"] and f["text"] != dense["text"]
+        assert f["counters"]["tokens_attended"] == 60 * f["counters"]["lists"] and f["text"] != dense["text"]
         n = r["n_prompt"]
-        assert everything["counters"]["rows_attended"] / everything["counters"]["lists"] == np.mean(
+        assert everything["counters"]["tokens_attended"] / everything["counters"]["lists"] == np.mean(
             np.arange(n, n + steps)
         )
         assert 680 < n + 12 <= 700 == r["length"] and r["task"] == "niah_single_2"
@@ -283,7 +283,7 @@ def sample(task, length, index, *scores, depth=None, sparse=True):
         (
             "steps_sparse",
             "steps_dense",
-            "rows_attended",
+            "tokens_attended",
             "lists",
             "bytes_fac",
             "bytes_tip",
@@ -296,7 +296,7 @@ def sample(task, length, index, *scores, depth=None, sparse=True):
     some = {
         **zero,
         "steps_sparse": 2,
-        "rows_attended": 600,
+        "tokens_attended": 600,
         "lists": 10,
         "bytes_fac": 30,
         "bytes_tip": 10,

@@ -11,7 +11,7 @@ from fasa_gguf import FasaError, FasaParams
 from fasa_gguf.cli import main as cli
 from fasa_gguf.cli.bench import _types
 from fasa_gguf.gguf.file import STR, U16, U32, GGUFFile, pack_kv
-from fasa_gguf.params import GPU_WAITS
+from fasa_gguf.reasons import Reason
 from fasa_gguf.profile.profile import Profile
 from fasa_gguf.runtime.devices import Device
 from fasa_gguf.session import Session
@@ -211,18 +211,22 @@ def test_what_stays_dense_says_so(library, tiny, profile):
 
 
 def test_dense_layers_are_counted_by_reason():
-    assert b.dense_layers([None, "x", b.NO_CACHE, "y", "x"]) == "3 of 4 layers dense (2: x; 1: y)"
-    assert b.dense_layers([None, b.NO_CACHE]) == "" and b.dense_layers(["x"], ": ") == ": 1 of 1 layers dense (1: x)"
+    R = Reason
+    some = [R.NONE, R.TRAINING, R.NO_CACHE, R.ALIBI, R.TRAINING]
+    assert b.dense_layers(some) == "3 of 4 layers dense (1: ALiBi moves the scores; 2: training)"
+    assert b.dense_layers([R.NONE, R.NO_CACHE]) == ""
+    assert b.dense_layers([R.TRAINING], ": ") == ": 1 of 1 layers dense (1: training)"
 
 
 def test_layers_on_a_gpu_may_wait(library, tiny, profile, monkeypatch):
     p = FasaParams(min_context=30, min_context_gpu=900)
-    assert [p.least_above(20, "x"), p.least_above(40, "x"), p.least_above(40, GPU_WAITS)] == [30, 0, 900]
+    other, waits = Reason.PREFILL, Reason.MIN_CONTEXT_GPU
+    assert [p.least_above(20, other), p.least_above(40, other), p.least_above(40, waits)] == [30, 0, 900]
     measure = b.Bench.generate
 
     def waiting(self, *a):  # as if all layers were on a GPU
         sample = measure(self, *a)
-        return replace(sample, counters=sample.counters | {"steps_sparse": 0, "layers_sparse": 0}, reason=GPU_WAITS)
+        return replace(sample, counters=sample.counters | {"steps_sparse": 0, "layers_sparse": 0}, reason=waits)
 
     monkeypatch.setattr(b.Bench, "generate", waiting)
     groups = []

@@ -1,0 +1,65 @@
+"""What FASA counts: the one table. struct fasa_counters of native/fasa.h, its collection and its reset follow from it.
+
+After a change run `make tables`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+COUNTED_BY = {
+    "op": "the ops, on the CPU and on a device",
+    "device": "the ops of a device only",
+    "step": "the host, once for every step that runs",
+    "memory": "nobody: a size, read when it is asked for, which a reset leaves",
+}
+
+
+@dataclass(frozen=True)
+class Counter:
+    """One row of the table. counted_by: a key of COUNTED_BY."""
+
+    name: str
+    counted_by: str
+    unit: str
+    help: str
+
+
+COUNTERS = (
+    Counter("steps_sparse", "step", "ubatches", "decode steps in which at least one layer ran sparse"),
+    Counter("steps_dense", "step", "ubatches", "decode steps in which every layer was dense"),
+    Counter("steps_prefill", "step", "ubatches", "ubatches that count as prefill, always dense"),
+    Counter("layers_sparse", "op", "layers x steps", "layers that ran with FASA"),
+    Counter("layers_dense", "step", "layers x steps", "layers that ran without FASA in sparse steps"),
+    Counter("tokens_attended", "op", "tokens x lists", "tokens that the lists hold"),
+    Counter("tokens_visible", "op", "tokens x lists", "tokens that dense attention would have attended instead"),
+    Counter(
+        "lists",
+        "op",
+        "lists",
+        "lists selected: layers that select x KV heads (query heads with per_head) x tokens of the step",
+    ),
+    Counter("bytes_tip", "op", "bytes", "dominant keys read"),
+    Counter("bytes_fac", "op", "bytes", "K and V rows read by sparse layers"),
+    Counter("bytes_dense", "op", "bytes", "K and V rows that dense attention would have read in their place"),
+    Counter("cells_refreshed", "step", "cells", "cells whose dominant keys were derived from the stored K"),
+    Counter("rebuilds", "step", "ubatches", "steps that derived more cells than they had written"),
+    Counter("bytes_k_dom", "memory", "bytes", "the dominant keys"),
+    Counter("bytes_kv", "memory", "bytes", "the K and V cache"),
+    Counter("bytes_kv_host", "memory", "bytes", "the part of bytes_kv in pinned host memory (FASA-M)"),
+    Counter("bytes_row_cache", "memory", "bytes", "device memory that keeps recently attended rows"),
+    Counter(
+        "rows_fetched",
+        "device",
+        "rows",
+        "rows (K and V of a cell and KV head) that sparse layers read from pinned host memory",
+    ),
+    Counter("rows_reused", "device", "rows", "rows that they found in the row cache instead"),
+    Counter("bytes_fetched", "device", "bytes", "the bytes of rows_fetched"),
+    Counter(
+        "bytes_staged",
+        "device",
+        "bytes",
+        "K and V that dense layers copied from pinned host memory to their device while FASA was on",
+    ),
+)

@@ -1,0 +1,85 @@
+"""Why attention is dense: the one table. enum fasa_reason of native/fasa.h and the texts of the library follow from it.
+
+After a change run `make tables`. Code compares members, never texts.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Reason(IntEnum):
+    """Why a step or a layer is dense; NONE where it is sparse. A member has a text and, if any, a remedy."""
+
+    text: str
+    remedy: str  # what a user can do about it; "": nothing
+
+    def __new__(cls, text: str, remedy: str = "") -> Reason:
+        member = int.__new__(cls, len(cls.__members__))
+        member._value_ = len(cls.__members__)
+        member.text = text
+        member.remedy = remedy
+        return member
+
+    # of a step or a layer
+    NONE = ""
+    OFF = "FASA is off"
+    MIN_CONTEXT_GPU = "the context is shorter than min_context_gpu", "use --fasa-min-context-gpu 0 or a longer context"
+
+    # of a step as a whole
+    NOT_STARTED = "no attention layer has asked FASA yet"
+    PREFILL = "prefill"
+    MIN_CONTEXT = (
+        "the context is shorter than min_context",
+        "use a smaller --fasa-min-context or a longer context",
+    )
+    NO_LAYER = "no layer can run sparse"
+    UNKNOWN_CONTEXT = "this context has no KV cache that FASA knows"
+
+    # of a layer: its place in the model
+    NO_SUCH_LAYER = "no such layer"
+    NO_CACHE = "it has no KV cache that FASA knows"
+    NOT_BUILT = (
+        "no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its attention by another "
+        "path"
+    )
+    NOT_RANKED = "the profile has no ranking for it", "use a profile that ranks this layer"
+    LENDER_DENSE = "the layer whose list it borrows is dense"
+
+    # of a layer: its cache
+    SHARED_CACHE = "its cache is shared with another context"
+    LATENT = "multi-head latent attention has no keys per head"
+    ODD_HEAD = "its head dimension is odd"
+    CACHE_TYPE = "its cache type cannot be read back", "use an f16, q8_0 or q4_0 cache"
+    NO_KERNELS = (
+        "its cache is on a device that FASA has no kernels for",
+        "keep the layer on the CPU or on a CUDA device",
+    )
+    NO_CPU_OPS = "the CPU backend has no FASA ops"
+
+    # of a layer: its attention
+    NO_FLASH_ATTENTION = "flash attention is off", "make the context with flash attention on"
+    TRAINING = "training"
+    NOT_CAUSAL = "its attention is not causal"
+    BIAS = "its attention has a bias"
+    ALIBI = "ALiBi moves the scores"
+    QUERY_TYPE = "its queries are not f32"
+    QUERY_HEADS = "its query heads are no multiple of its KV heads"
+    MASK_TYPE = "its mask is not f16"
+    MASK_COMPUTED = "its mask is computed"
+
+    # of a layer on a CUDA device
+    CUDA_DEVICE = "its device is not one of CUDA's"
+    CUDA_CAPABILITY = "its GPU has no FASA kernels: they need an NVIDIA GPU of compute capability 7.5 or later"
+    CUDA_CACHE_TYPE = (
+        "the CUDA kernels read caches in f32, f16, bf16, q8_0 and q4_0, and this one has another type",
+        "use an f16, q8_0 or q4_0 cache",
+    )
+    CUDA_HEAD_DIM = "the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256"
+    CUDA_GROUP = "more than 128 query heads share a KV head"
+
+
+def not_used(reason: Reason, why: str = "") -> str:
+    """The sentence for a run that asked for FASA and in which no step used it; `why` replaces the reason's text."""
+    way = f"; {reason.remedy}" if reason.remedy else ""
+    return f"FASA was asked for and no step used it: {why or reason.text}{way}"

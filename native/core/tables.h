@@ -1,0 +1,99 @@
+#pragma once
+
+// Written by native/generate.py from the tables in fasa_gguf/: change a row there, then run `make tables`.
+
+// clang-format off
+
+// X(name, C type, default, lowest, highest)
+#define FASA_SETTINGS(X) \
+    X(chunks, uint32_t, 0, 0, 2147483647) \
+    X(budget, uint32_t, 512, 1, 2147483647) \
+    X(mass, float, 0.0, 0, 1) \
+    X(floor, uint32_t, 64, 0, 2147483647) \
+    X(cap, uint32_t, 1024, 0, 2147483647) \
+    X(sink, uint32_t, 4, 0, 65536) \
+    X(recent, uint32_t, 32, 0, 65536) \
+    X(min_context, uint32_t, 1024, 0, 2147483647) \
+    X(min_context_gpu, uint32_t, 16384, 0, 2147483647) \
+    X(max_tokens, uint32_t, 8, 1, 2147483647) \
+    X(k_dom, int32_t, FASA_K_DOM_Q4, FASA_K_DOM_F16, FASA_K_DOM_Q4) \
+    X(per_head, uint32_t, 0, 0, 1) \
+    X(mean_budget, uint32_t, 0, 0, 2147483647) \
+    X(row_cache, int32_t, -1, -1, 2147483647)
+
+// counted by: the ops, on the CPU and on a device
+// X(name, NAME)
+#define FASA_COUNTERS_OP(X) \
+    X(layers_sparse, LAYERS_SPARSE) \
+    X(tokens_attended, TOKENS_ATTENDED) \
+    X(tokens_visible, TOKENS_VISIBLE) \
+    X(lists, LISTS) \
+    X(bytes_tip, BYTES_TIP) \
+    X(bytes_fac, BYTES_FAC) \
+    X(bytes_dense, BYTES_DENSE)
+
+// counted by: the ops of a device only
+// X(name, NAME)
+#define FASA_COUNTERS_DEVICE(X) \
+    X(rows_fetched, ROWS_FETCHED) \
+    X(rows_reused, ROWS_REUSED) \
+    X(bytes_fetched, BYTES_FETCHED) \
+    X(bytes_staged, BYTES_STAGED)
+
+// counted by: the host, once for every step that runs
+// X(name, NAME)
+#define FASA_COUNTERS_STEP(X) \
+    X(steps_sparse, STEPS_SPARSE) \
+    X(steps_dense, STEPS_DENSE) \
+    X(steps_prefill, STEPS_PREFILL) \
+    X(layers_dense, LAYERS_DENSE) \
+    X(cells_refreshed, CELLS_REFRESHED) \
+    X(rebuilds, REBUILDS)
+
+// counted by: nobody: a size, read when it is asked for, which a reset leaves
+// X(name, NAME)
+#define FASA_COUNTERS_MEMORY(X) \
+    X(bytes_k_dom, BYTES_K_DOM) \
+    X(bytes_kv, BYTES_KV) \
+    X(bytes_kv_host, BYTES_KV_HOST) \
+    X(bytes_row_cache, BYTES_ROW_CACHE)
+
+// X(NAME, text)
+#define FASA_REASONS(X) \
+    X(NONE, "") \
+    X(OFF, "FASA is off") \
+    X(MIN_CONTEXT_GPU, "the context is shorter than min_context_gpu") \
+    X(NOT_STARTED, "no attention layer has asked FASA yet") \
+    X(PREFILL, "prefill") \
+    X(MIN_CONTEXT, "the context is shorter than min_context") \
+    X(NO_LAYER, "no layer can run sparse") \
+    X(UNKNOWN_CONTEXT, "this context has no KV cache that FASA knows") \
+    X(NO_SUCH_LAYER, "no such layer") \
+    X(NO_CACHE, "it has no KV cache that FASA knows") \
+    X(NOT_BUILT, "no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its " \
+        "attention by another path") \
+    X(NOT_RANKED, "the profile has no ranking for it") \
+    X(LENDER_DENSE, "the layer whose list it borrows is dense") \
+    X(SHARED_CACHE, "its cache is shared with another context") \
+    X(LATENT, "multi-head latent attention has no keys per head") \
+    X(ODD_HEAD, "its head dimension is odd") \
+    X(CACHE_TYPE, "its cache type cannot be read back") \
+    X(NO_KERNELS, "its cache is on a device that FASA has no kernels for") \
+    X(NO_CPU_OPS, "the CPU backend has no FASA ops") \
+    X(NO_FLASH_ATTENTION, "flash attention is off") \
+    X(TRAINING, "training") \
+    X(NOT_CAUSAL, "its attention is not causal") \
+    X(BIAS, "its attention has a bias") \
+    X(ALIBI, "ALiBi moves the scores") \
+    X(QUERY_TYPE, "its queries are not f32") \
+    X(QUERY_HEADS, "its query heads are no multiple of its KV heads") \
+    X(MASK_TYPE, "its mask is not f16") \
+    X(MASK_COMPUTED, "its mask is computed") \
+    X(CUDA_DEVICE, "its device is not one of CUDA's") \
+    X(CUDA_CAPABILITY, "its GPU has no FASA kernels: they need an NVIDIA GPU of compute capability 7.5 or later") \
+    X(CUDA_CACHE_TYPE, "the CUDA kernels read caches in f32, f16, bf16, q8_0 and q4_0, and this one has another " \
+        "type") \
+    X(CUDA_HEAD_DIM, "the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256") \
+    X(CUDA_GROUP, "more than 128 query heads share a KV head")
+
+// clang-format on

@@ -1,0 +1,187 @@
+#include "llama/inputs.h"
+
+#include "llama-kv-cache.h"
+
+#include <algorithm>
+#include <cmath>
+
+fasa_inputs::fasa_inputs(llama_kv_cache & kv) : kv(kv), stale(kv.n_stream), owed(kv.n_stream) {
+    all_stale();
+}
+
+void fasa_inputs::all_stale() {
+    for (auto & s : stale) {
+        s.add(0, kv.get_size());
+    }
+}
+
+void fasa_inputs::begin(
+    const std::vector<llama_seq_id> & strm, const std::vector<std::vector<uint32_t>> & idxs, uint32_t n_kv) {
+    number++;
+    n_visible  = n_kv;
+    this->strm = strm;
+    new_cells.clear();
+    fresh.assign(strm.size(), {});
+    for (size_t s = 0; s < strm.size(); ++s) {
+        const auto & cells = idxs[s];
+        new_cells.insert(new_cells.end(), cells.begin(), cells.end());
+        for (size_t i = 0; i < cells.size();) {
+            size_t j = i + 1;
+            while (j < cells.size() && cells[j] == cells[j - 1] + 1) {
+                j++;
+            }
+            stale[strm[s]].add(cells[i], cells[j - 1] + 1);
+            fresh[s].add(cells[i], cells[j - 1] + 1);
+            i = j;
+        }
+    }
+}
+
+// ---- cells to refresh ----
+
+void fasa_inputs::set_ranges(int32_t * ranges, uint32_t n_stream, bool gpu_waits, fasa_step_counts & counts) {
+    std::fill(ranges, ranges + n_stream * 2 * FASA_MAX_RANGES, 0);
+    const llama_seq_id s0 = *std::min_element(strm.begin(), strm.end());
+    uint64_t cells        = 0;
+    for (uint32_t s = 0; s < n_stream; ++s) {
+        auto & later = owed[s0 + s];
+        if (!gpu_waits) {
+            for (const auto & r : later.data) {
+                stale[s0 + s].add(r.first, r.second);
+            }
+            later = {};
+        }
+        // cells behind the last used one are empty, and are marked again when they are written
+        const auto now = stale[s0 + s].take(kv.v_cells[s0 + s].used_max_p1());
+        stale[s0 + s]  = {};
+        for (size_t i = 0; gpu_waits && i < now.data.size(); ++i) {
+            later.add(now.data[i].first, now.data[i].second);
+        }
+        for (size_t i = 0; i < now.data.size(); ++i) {
+            ranges[s * 2 * FASA_MAX_RANGES + 2 * i]     = (int32_t) now.data[i].first;
+            ranges[s * 2 * FASA_MAX_RANGES + 2 * i + 1] = (int32_t) now.data[i].second;
+        }
+        cells += now.cells();
+    }
+    counts.cells_refreshed += cells;
+    counts.rebuilds += cells > new_cells.size();
+}
+
+void fasa_inputs::set_fresh(int32_t * ranges, uint32_t n_stream) const {
+    std::fill(ranges, ranges + n_stream * 2 * FASA_MAX_RANGES, 0);
+    const llama_seq_id s0 = *std::min_element(strm.begin(), strm.end());
+    for (size_t s = 0; s < fresh.size(); ++s) {
+        int32_t * out = ranges + (strm[s] - s0) * 2 * FASA_MAX_RANGES;
+        for (const auto & r : fresh[s].data) {
+            *out++ = (int32_t) r.first;
+            *out++ = (int32_t) r.second;
+        }
+    }
+}
+
+// ---- mask ----
+
+bool fasa_inputs::set_mask(
+    ggml_tensor * mask, const llama_ubatch & ubatch, bool causal, const fasa_params & params) const {
+    const int64_t n_kv = mask->ne[0];
+    if (!params.enabled || !causal || mask->type != GGML_TYPE_F16 || kv.swa_type != LLAMA_SWA_TYPE_NONE ||
+        kv.hparams.use_alibi || ubatch.is_pos_2d() || ubatch.n_tokens > params.max_tokens * mask->ne[3]) {
+        return false;
+    }
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const auto seq     = ubatch.seq_id[i][0];
+        const auto & cells = kv.v_cells[kv.seq_to_stream[seq]];
+        const auto n       = cells.get_used();
+        if (n != cells.used_max_p1() || n != cells.seq_pos_get(seq).size() ||
+            n > n_kv) { // its cells are not [0, n), or not all its own
+            return false;
+        }
+    }
+    const ggml_fp16_t seen = ggml_fp32_to_fp16(0.0f), hidden = ggml_fp32_to_fp16(-INFINITY);
+    auto * row = (ggml_fp16_t *) mask->data;
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i, row += n_kv) {
+        const auto seq   = ubatch.seq_id[i][0];
+        const auto & all = kv.v_cells[kv.seq_to_stream[seq]].seq_pos_get(seq);
+        std::fill(row, row + all.size(), seen);
+        std::fill(row + all.size(), row + n_kv, hidden);
+        for (auto last = all.rbegin(); last != all.rend() && last->first > ubatch.pos[i]; ++last) {
+            row[last->second] = hidden;
+        }
+    }
+    return true;
+}
+
+// ---- forced cells ----
+
+// The `sink` lowest positions of a token's sequence and the `recent` highest up to its own, ties to the lower cell.
+// Usually position p + 1 lies in the cell behind p; where it does not, one scan over the cells finds them.
+void fasa_inputs::set_forced(
+    int32_t * forced, uint32_t n_forced, const llama_ubatch & ubatch, const fasa_params & params) const {
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i, forced += n_forced) {
+        const auto seq = ubatch.seq_id[i][0];
+        const auto pos = ubatch.pos[i];
+        std::fill(forced, forced + n_forced, -1);
+        if (!find_forced(forced, seq, pos, new_cells[i], params.sink, params.recent)) {
+            std::fill(forced, forced + n_forced, -1);
+            scan_forced(forced, seq, pos, params.sink, params.recent);
+        }
+    }
+}
+
+bool fasa_inputs::holds(llama_seq_id seq, int64_t cell, llama_pos pos) const {
+    const auto & cells = kv.v_cells[kv.seq_to_stream[seq]];
+    return cell >= 0 && cell < (int64_t) n_visible && !cells.is_empty(cell) && cells.pos_get(cell) == pos &&
+        cells.seq_has(cell, seq);
+}
+
+// false: the positions do not lie in successive cells, and `forced` may hold anything
+bool fasa_inputs::find_forced(
+    int32_t * forced, llama_seq_id seq, llama_pos pos, int64_t new_cell, uint32_t n_sink, uint32_t n_recent) const {
+    const auto first = kv.v_cells[kv.seq_to_stream[seq]].seq_pos_min(seq);
+    if (kv.hparams.n_pos_per_embd() != 1 || // several cells can share a position
+        pos - first + 1 < (llama_pos) (n_sink + n_recent)) {
+        return false;
+    }
+    auto & hint = first_cell[seq];
+    if (!holds(seq, hint, first)) {
+        hint = 0;
+        while (hint < n_visible && !holds(seq, hint, first)) {
+            hint++;
+        }
+    }
+    for (int64_t j = 0; j < (int64_t) n_sink; ++j) {
+        if (!holds(seq, hint + j, first + j)) {
+            return false;
+        }
+        *forced++ = (int32_t) (hint + j);
+    }
+    for (int64_t j = 0; j < (int64_t) n_recent; ++j) {
+        if (!holds(seq, new_cell - j, pos - j)) {
+            return false;
+        }
+        *forced++ = (int32_t) (new_cell - j);
+    }
+    return true;
+}
+
+void fasa_inputs::scan_forced(
+    int32_t * forced, llama_seq_id seq, llama_pos pos, uint32_t n_sink, uint32_t n_recent) const {
+    const auto & cells = kv.v_cells[kv.seq_to_stream[seq]];
+    std::vector<std::pair<llama_pos, int32_t>> all; // (position, cell)
+    for (uint32_t c = 0; c < n_visible; ++c) {
+        if (!cells.is_empty(c) && cells.seq_has(c, seq) && cells.pos_get(c) <= pos) {
+            all.emplace_back(cells.pos_get(c), c);
+        }
+    }
+    const auto n_low  = std::min<size_t>(n_sink, all.size());
+    const auto n_high = std::min<size_t>(n_recent, all.size());
+    std::partial_sort(all.begin(), all.begin() + n_low, all.end());
+    for (size_t j = 0; j < n_low; ++j) {
+        *forced++ = all[j].second;
+    }
+    std::partial_sort(all.begin(), all.begin() + n_high, all.end(),
+        [](const auto & a, const auto & b) { return a.first != b.first ? a.first > b.first : a.second < b.second; });
+    for (size_t j = 0; j < n_high; ++j) {
+        *forced++ = all[j].second;
+    }
+}

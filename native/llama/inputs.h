@@ -1,0 +1,59 @@
+#pragma once
+
+// Which cells a step needs, from the state of a llama_kv_cache: those whose dominant keys are stale, those that the
+// ubatch writes, those that are always attended, and the mask.
+
+#include "core/counters.h"
+#include "core/select.h"
+
+#include "ggml.h"
+#include "llama.h"
+
+#include <map>
+#include <vector>
+
+class llama_kv_cache;
+struct llama_ubatch;
+
+struct fasa_inputs {
+    explicit fasa_inputs(llama_kv_cache & kv);
+
+    void all_stale(); // stored K changed behind our back
+    // A ubatch is placed: its streams, the cells of each [n_stream][n_tokens of it], and the cells that it sees. What
+    // it writes is stale.
+    void begin(const std::vector<llama_seq_id> & strm, const std::vector<std::vector<uint32_t>> & idxs, uint32_t n_kv);
+
+    uint32_t n_kv() const { return n_visible; } // of the ubatch being computed
+    uint64_t ubatch() const { return number; }  // its number
+    const uint64_t * ubatch_at() const { return &number; }
+
+    // The cells whose dominant keys a sparse step refreshes, [n_stream][2*FASA_MAX_RANGES]. gpu_waits: some layers on
+    // GPUs are dense in it; they get what the others refresh now in the first step in which they are not.
+    void set_ranges(int32_t * ranges, uint32_t n_stream, bool gpu_waits, fasa_step_counts & counts);
+    // the cells that the ubatch writes, [n_stream][2*FASA_MAX_RANGES]
+    void set_fresh(int32_t * ranges, uint32_t n_stream) const;
+    // the cells that each token always attends, [n_tokens][n_forced], -1: none
+    void set_forced(int32_t * forced, uint32_t n_forced, const llama_ubatch & ubatch, const fasa_params & params) const;
+    // The mask of a decode step in which every stream holds one sequence without holes, by its length. false: some
+    // other step, for which llama.cpp looks at every cell (0.1 ms and more of a step at 131,072).
+    bool set_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool causal, const fasa_params & params) const;
+
+private:
+    llama_kv_cache & kv;
+
+    std::vector<fasa_ranges> stale; // [n_stream]
+    std::vector<fasa_ranges> owed;  // [n_stream] no longer stale, but for the layers on GPUs that waited
+
+    uint32_t n_visible = 0;
+    uint64_t number    = 0;
+    std::vector<llama_seq_id> strm; // streams of the ubatch being computed
+    std::vector<int64_t> new_cells; // [n_tokens] the cells that it writes
+    std::vector<fasa_ranges> fresh; // [n_stream of the ubatch] the same
+
+    mutable std::map<llama_seq_id, int64_t> first_cell; // where each sequence began when last looked
+
+    bool holds(llama_seq_id seq, int64_t cell, llama_pos pos) const;
+    bool find_forced(
+        int32_t * forced, llama_seq_id seq, llama_pos pos, int64_t new_cell, uint32_t n_sink, uint32_t n_recent) const;
+    void scan_forced(int32_t * forced, llama_seq_id seq, llama_pos pos, uint32_t n_sink, uint32_t n_recent) const;
+};

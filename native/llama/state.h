@@ -1,0 +1,49 @@
+#pragma once
+
+// What belongs to a context: settings, profile, counters. Its caches share one (sliding-window models have two).
+
+#include "core/select.h"
+#include "ops/ops.h"
+
+#include <cstdint>
+#include <vector>
+
+// the profile that fasa_set_profile copied; empty: there is none
+struct fasa_known {
+    std::vector<uint32_t> n_head_kv, n_chunk, offset; // [n_layer]; offset: where a layer begins in ranking
+    std::vector<uint16_t> ranking;
+    uint32_t weight_k = 0;
+    std::vector<float> weight;
+    std::vector<float> layer_miss;       // [n_layer] or empty
+    std::vector<uint32_t> mean_budget;   // [n_mean_budget]
+    std::vector<float> mean_budget_mass; // [n_mean_budget]
+};
+
+struct fasa_state {
+    fasa_params params = fasa_params_default(); // mean_budget > 0: with the mass that it means
+    fasa_known known;
+    std::vector<int32_t> lender; // [n_layer] whose list a layer borrows, -1: nobody's; empty: none borrows
+
+    fasa_stats stats;
+    fasa_step_counts steps;
+    fasa_reason step_reason = FASA_REASON_NOT_STARTED; // of the last decode step
+    fasa_observer_slot observer;
+
+    size_t n_row_layers = 0; // layers, of all caches, that share params.row_cache
+    uint64_t epoch      = 0; // goes up with every change that a built graph depends on
+
+    // the settings of one layer: its own mass, and the floor and cap that a mean budget means
+    fasa_params layer_params(uint32_t il) const {
+        fasa_params p = params;
+        p.budget      = std::max(params.budget, params.sink + params.recent + 1);
+        p.mass        = fasa_layer_mass(params.mass, il < known.layer_miss.size() ? known.layer_miss[il] : 1.0f);
+        if (p.mean_budget > 0) {
+            p.floor       = fasa_mean_budget_floor(p.mean_budget);
+            p.cap         = fasa_mean_budget_cap(p.mean_budget);
+            p.mean_budget = 0;
+        }
+        return p;
+    }
+
+    int32_t lender_of(uint32_t il) const { return il < lender.size() ? lender[il] : -1; }
+};
