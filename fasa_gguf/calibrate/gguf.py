@@ -21,7 +21,8 @@ from .. import __version__, reference, runtime
 from ..errors import FasaError
 from ..gguf.file import GGUFFile
 from ..gguf.shape import read_shape, sliding_windows, weights_sha256
-from ..profile.profile import MAX_CHUNKS, METHODS, Profile
+from ..profile.keys import MAX_CHUNKS, METHODS
+from ..profile.profile import Profile
 from ..session import Session
 from .ranking import CalibrationParams, LayerSample, rank_layer
 

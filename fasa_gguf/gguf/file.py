@@ -41,8 +41,8 @@ SCALARS: dict[int, str] = {  # letters of struct
 # fmt: on
 SIZES = {t: struct.calcsize("<" + c) for t, c in SCALARS.items()}  # bytes
 
-# Where gguf 0.19 differs from the pinned source (ggml-common.h): Q8_1 has two f16 before its 32 bytes, not two f32; Q2_0
-# is missing.
+# Where gguf 0.19 differs from the pinned source (ggml-common.h): Q8_1 has two f16 before its 32 bytes, not two f32;
+# Q2_0 is missing.
 CORRECTED_TYPES = {9: (32, 36), 42: (64, 18)}
 # (values per block, bytes per block) of the tensor types by ggml's number
 TENSOR_TYPES: dict[int, tuple[int, int]] = {int(t): size for t, size in GGML_QUANT_SIZES.items()} | CORRECTED_TYPES
@@ -196,8 +196,8 @@ def _stamp(status: os.stat_result) -> tuple[int, ...]:
 class GGUFFile:
     """The header of a GGUF file. It can stand wherever its path can, and `read_header` does not parse it a second time.
 
-    version; kv: KeyValue by name, in file order; tensors: list of TensorInfo, in file order; in bytes: size of the file,
-    alignment, and data_offset, where the tensor data begin; info_raw: the tensor infos as they stand in the file.
+    version; kv: KeyValue by name, in file order; tensors: list of TensorInfo, in file order; in bytes: size of the
+    file, alignment, and data_offset, where the tensor data begin; info_raw: the tensor infos as they stand in the file.
     Raises FasaError when the file is not GGUF, is cut short, or lies about counts.
     """
 

@@ -1,7 +1,7 @@
 """What a profile must fit: heads, chunks and windows of a model, from its metadata.
 
-Key names are gguf-py's. The tables of architectures are llama.cpp's and have no counterpart in gguf-py; a test holds every
-name in them against the lists of architectures.
+Key names are gguf-py's. The tables of architectures are llama.cpp's and have no counterpart in gguf-py; a test looks up
+every name in them in the lists of architectures.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ LATENT = frozenset([
     "bailingmoe3", "deepseek2", "deepseek2-ocr", "deepseek32", "dots3note", "glm-dsa", "glm5-next", "hy_v4",
     "kimi-k3", "kimi-linear", "minicpm3", "mistral4", "plm",
 ])
-# Architectures whose sliding window llama.cpp uses, and its default period: of n layers, the last attends to all tokens. The
-# metadata may hold a pattern instead.
+# Architectures whose sliding window llama.cpp uses, and its default period: of n layers the last attends to all tokens.
+# The metadata may hold a pattern instead.
 SWA_PERIOD = {
     "afmoe": 4, "cohere2": 4, "exaone-moe": 4, "exaone4": 4, "gemma2": 2, "gemma3": 6, "gemma3n": 5, "gpt-oss": 2,
     "mellum": 4, "muse-glimmer": 4, "olmo2": 4, "plamo3": 8,
@@ -220,8 +220,8 @@ def first_shard(model: GGUFFile) -> None:
     number, count = _split(model)
     if number:
         raise FasaError(
-            f"{model.path}: this is file {number + 1} of {count} of a split model, and the profile belongs in the first; "
-            f"use {_shard(model, 0)}"
+            f"{model.path}: this is file {number + 1} of {count} of a split model, "
+            f"and the profile belongs in the first; use {_shard(model, 0)}"
         )
 
 

@@ -79,8 +79,6 @@ class Context:
             p.weight, _d = _array(
                 "float", np.concatenate([np.asarray(profile.weight[il]).ravel() for il in ranked]), np.float32
             )
-        if profile.layer_budget is not None:
-            p.layer_budget, _e = _array("float", profile.layer_budget, np.float32)
         if profile.layer_miss is not None:
             p.layer_miss, _f = _array("float", profile.layer_miss, np.float32)
         if profile.mean_budget:

@@ -201,7 +201,7 @@ def test_every_command_has_help_an_example_and_a_place_in_the_docs(capsys):
 
 
 def test_the_docs_list_every_key():
-    from fasa_gguf.profile.profile import KEYS
+    from fasa_gguf.profile.keys import KEYS
 
     text = (ROOT / "docs" / "profile.md").read_text()
     for name, kind, _ in KEYS:

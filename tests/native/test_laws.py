@@ -229,10 +229,9 @@ def test_prefill_is_dense_and_counted(smollm2, profile, text):
         assert s.fasa.layer_reasons() == ["FASA is off"] * 30
 
 
-def test_a_layer_has_its_own_budget_and_mass(smollm2, profile, text):
+def test_a_layer_has_its_own_mass(smollm2, profile, text):
     own = replace(
         profile,
-        layer_budget=np.array([0.5, 2.0] + [1.0] * 28, np.float32),
         layer_miss=np.array([0.5, 2.0, 99.0] + [1.0] * 27, np.float32),
         mean_budget={100: 0.5, 300: 0.9, 500: 0.95},
     )
@@ -241,7 +240,7 @@ def test_a_layer_has_its_own_budget_and_mass(smollm2, profile, text):
         s.fasa.set_params(SOME.replace(mass=0.9))
         for il in range(4):
             p = s.fasa.layer_params(il)
-            assert np.float32(p.mass) == R.layer_mass(0.9, own.layer_miss[il]) and p.budget == [50, 200, 100, 100][il]
+            assert np.float32(p.mass) == R.layer_mass(0.9, own.layer_miss[il]) and p.budget == 100
         for n in (100, 123, 300, 444, 500):
             s.fasa.set_params(SOME.replace(mean_budget=n))
             mass = R.mean_budget_mass(list(own.mean_budget), list(own.mean_budget.values()), n)
@@ -282,10 +281,6 @@ def test_a_layer_has_its_own_budget_and_mass(smollm2, profile, text):
         assert np.isclose(s.fasa.layer_params(0).mass, 0.8)  # a live context takes the new table
         for bad, message in (
             (dict(layer_miss=np.array([1.0] * 29 + [0.0])), "layer 29: layer_miss is 0, and must be above 0"),
-            (
-                dict(layer_budget=np.array([1.0, np.nan] + [1.0] * 28)),
-                "layer 1: layer_budget is nan, and must be above 0",
-            ),
             (
                 dict(mean_budget={300: 0.9, 500: 0.8}),
                 "entry 1 of the table of mean budgets: 500 tokens at a mass of 0.8; both must ascend",

@@ -6,14 +6,16 @@ import os
 import numpy as np
 import pytest
 from profiles import full_profile
-from tiny_gguf import N_HEAD_KV, WIDTH, gguf_bytes
+from tiny_gguf import N_HEAD_KV, WIDTH, gguf_bytes, insert
 
 from fasa_gguf import FasaError
 from fasa_gguf.gguf.file import ARR, F32, I32, STR, U8, U16, U32, GGUFFile, pack_kv
 from fasa_gguf.params import FasaParams
 from fasa_gguf.profile import embed
-from fasa_gguf.profile import profile as profile_module
-from fasa_gguf.profile.profile import KEYS, Profile, inspect_table
+from fasa_gguf.profile import flat as flat_module
+from fasa_gguf.profile.inspect import format_profile
+from fasa_gguf.profile.keys import KEYS
+from fasa_gguf.profile.profile import Profile
 from fasa_gguf.report.pictures import save_heatmap
 from fasa_gguf.speed.random_model import synthetic_profile
 
@@ -55,6 +57,37 @@ def test_json_both_ways(tmp_path):
         row_cache=64,
     )
     assert p.to_json().count("\n") == len(p.to_flat()) + 2  # one key a line
+
+
+def test_a_file_with_a_dropped_key_loads(tiny, tmp_path):
+    """fasa.layer_budget is no longer a key; files that have it still load, and it is not written again."""
+    old = full_profile().to_flat() | {"layer_budget": [0.5, 1.5, 1]}
+    (tmp_path / "p.json").write_text(json.dumps(old))
+    assert Profile.load(tmp_path / "p.json").to_flat() == full_profile().to_flat()
+    key = pack_kv("fasa.layer_budget", ARR, [0.5, 1.5, 1], F32)
+    model = insert(embed.embed(tiny, full_profile(), tmp_path / "m.gguf"), tmp_path / "old.gguf", key)
+    assert "fasa.layer_budget" in GGUFFile(model).kv
+    assert Profile.load(model).to_flat() == full_profile().to_flat()
+    embed.embed(model, Profile.load(model))
+    assert "fasa.layer_budget" not in GGUFFile(model).kv
+    insert(tiny, tmp_path / "bad.gguf", pack_kv("fasa.layer_budget", STR, "whatever"))
+    with pytest.raises(FasaError, match="key fasa.version: expected u32, found nothing"):
+        Profile.load(tmp_path / "bad.gguf")
+
+
+def test_a_header_is_read_once(tiny, tmp_path, monkeypatch):
+    model, parsed = GGUFFile(embed.embed(tiny, full_profile(), tmp_path / "m.gguf")), []
+    parse = GGUFFile._parse
+    monkeypatch.setattr(GGUFFile, "_parse", lambda self, r: parsed.append(self.path) or parse(self, r))
+    assert embed.check_embeddable(model) is model
+    assert Profile.load(model).to_flat() == full_profile().to_flat()
+    embed.rewrite(model, None, tmp_path / "plain.gguf")
+    assert parsed == [] and (tmp_path / "plain.gguf").read_bytes() == tiny.read_bytes()
+    embed.remove(model)  # in place: the header is that of another file now
+    assert parsed == [] and not model.is_current()
+    with pytest.raises(FasaError, match="there is no FASA profile in this model, so there is nothing to remove"):
+        embed.remove(model)
+    assert parsed == [model.path]
 
 
 def test_the_preset_paper_is_fasa_as_published():
@@ -169,11 +202,7 @@ BAD = [
     (put_at("weight", 5, 1e39), r"key fasa.weight: expected an array, .f32., found 1e\+39 at index 5"),
     (put_at("recall", 4, 1.5), "key fasa.recall: expected shares from 0 to 1, found 0.75 to 1.5 in layer 2"),
     (put_at("recall", 0, -0.25), "key fasa.recall: expected shares from 0 to 1, found -0.25 to 0.75 in layer 0"),
-    (
-        put("layer_budget", [0.0, 1, 1]),
-        "key fasa.layer_budget: expected 3 shares above 0 and below 100, found a list of 3",
-    ),
-    (put("layer_budget", [1, 1]), "key fasa.layer_budget: expected 3 shares above 0 and below 100, found a list of 2"),
+    (put("layer_miss", [1, 1]), "key fasa.layer_miss: expected 3 factors above 0 and below 100, found a list of 2"),
     (
         put("layer_miss", [1.0, 0.0, 1]),
         "key fasa.layer_miss: expected 3 factors above 0 and below 100, found a list of 3",
@@ -296,7 +325,7 @@ def test_files_that_cannot_be_read(tiny, tmp_path, monkeypatch):
         FasaError, match="there is no FASA profile in this model; run `fasa-gguf embed-profile .*tiny.gguf`"
     ):
         Profile.load(tiny)
-    monkeypatch.setattr(profile_module, "MAX_JSON", 100)
+    monkeypatch.setattr(flat_module, "MAX_JSON", 100)
     full_profile().save(tmp_path / "p.json")
     with pytest.raises(FasaError, match="expected at most 100 bytes of JSON, found more"):
         Profile.load(tmp_path / "p.json")
@@ -327,7 +356,7 @@ def test_bad_embedded_keys(tmp_path, entries, message):
 
 
 def test_embedded_arrays_have_a_cap(tmp_path, monkeypatch):
-    monkeypatch.setattr(profile_module, "MAX_NUMBERS", 100)
+    monkeypatch.setattr(flat_module, "MAX_NUMBERS", 100)
     (tmp_path / "m.gguf").write_bytes(gguf_bytes([pack_kv("fasa.ranking", ARR, [0] * 101, U8)]))
     with pytest.raises(FasaError, match="key fasa.ranking: expected at most 100 elements, found 101"):
         Profile.from_gguf(GGUFFile(tmp_path / "m.gguf"))
@@ -350,11 +379,11 @@ def test_the_shape_must_fit():
         p.check([2, 2, 2], [0, 8, 8], "m")
 
 
-def test_inspect_table_names_chunks_and_attention_kept():
+def test_format_profile_names_chunks_and_attention_kept():
     p = full_profile()
     p.ranking[0][0] = [7, 3, 1, 0, 2, 4, 5, 6]
     p.n_chunk[1], p.ranking[1] = 0, np.zeros((0, 0), np.uint16)
-    lines = inspect_table(p, chunks=3).splitlines()
+    lines = format_profile(p, chunks=3).splitlines()
     assert lines[0] == "method synthetic, 3 layers, 2 KV heads, 0 to 8 chunks per head, rope norm base 10000.0"
     assert (
         "mean budgets: 100 at mass 0.5, 256 at mass 0.875" in lines
