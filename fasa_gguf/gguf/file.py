@@ -363,6 +363,6 @@ def pack_kv(key: str, kind: int, value: Any, item: int | None = None) -> bytes:
     if kind == STR:
         text = value.encode()
         return head + struct.pack("<Q", len(text)) + text
-    if kind == ARR:
+    if kind == ARR and item is not None:
         return head + struct.pack(f"<IQ{len(value)}{SCALARS[item]}", item, len(value), *value)
     return head + struct.pack("<" + SCALARS[kind], value)

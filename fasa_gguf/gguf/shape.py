@@ -211,8 +211,8 @@ def _split(model: GGUFFile) -> tuple[int, int]:
 def _shard(model: GGUFFile, number: int) -> Path:
     """The path of another file of the same split model; llama.cpp's names end in -00001-of-00003.gguf."""
     own, count = _split(model)
-    ends = [f"-{i + 1:05d}-of-{count:05d}" for i in (own, number)]
-    return model.path.with_name(model.path.name.replace(*ends))
+    mine, other = (f"-{i + 1:05d}-of-{count:05d}" for i in (own, number))
+    return model.path.with_name(model.path.name.replace(mine, other))
 
 
 def first_shard(model: GGUFFile) -> None:

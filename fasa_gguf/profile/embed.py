@@ -154,7 +154,7 @@ def _open(model: str | os.PathLike, out: str | os.PathLike | None, force: bool) 
 
 
 def check_embeddable(model: str | os.PathLike, out: str | os.PathLike | None = None, force: bool = False) -> GGUFFile:
-    """Raises FasaError where `rewrite` would, whatever the profile: to call before a calibration. Returns the header."""
+    """The header. Raises FasaError where `rewrite` would, whatever the profile: to call before a calibration."""
     header = _open(model, out, force)[0]
     read_shape(header)
     return header
@@ -172,8 +172,8 @@ def rewrite(
 
     model: a path, or its GGUFFile. The new file appears under its name only when it is whole; a full disk or a kill
     leaves the old one. progress(done, total) counts bytes. warn(sentence) is told of doubts; by default they go to
-    stderr. Raises FasaError, and nothing is written, when the profile does not fit, the model is out of scope or not the
-    first file of a split one, `out` exists and not `force`, or the disk has no room.
+    stderr. Raises FasaError, and nothing is written, when the profile does not fit, the model is out of scope or not
+    the first file of a split one, `out` exists and not `force`, or the disk has no room.
     """
     header, source, target = _open(model, out, force)
     if profile is None:

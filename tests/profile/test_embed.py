@@ -71,7 +71,7 @@ def test_again_replaces_and_remove_gives_the_old_file_back(model, tiny):
     embed.remove(model)
     assert model.read_bytes() == tiny.read_bytes()
     with pytest.raises(
-        FasaError, match="m.gguf: there is no FASA profile in this model, so there is nothing to remove"
+        FasaError, match=r"m.gguf: there is no FASA profile in this model, so there is nothing to remove"
     ):
         embed.remove(model)
 
@@ -105,7 +105,7 @@ def test_mode_and_links_are_kept(model, tmp_path):
 def test_overwriting_needs_force(tiny, tmp_path):
     out = tmp_path / "m.gguf"
     out.write_text("precious")
-    with pytest.raises(FasaError, match="m.gguf: exists already; use --force to overwrite it"):
+    with pytest.raises(FasaError, match=r"m.gguf: exists already; use --force to overwrite it"):
         embed.embed(tiny, plain_profile(), out)
     assert out.read_text() == "precious"
     embed.embed(tiny, plain_profile(), out, force=True)
@@ -209,7 +209,7 @@ def test_an_interrupt_and_a_failing_sync_leave_nothing(model, tiny, monkeypatch)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(FasaError, match="m.gguf: cannot be written: No space left on device; the model is as it was"):
+    with pytest.raises(FasaError, match=r"m.gguf: cannot be written: No space left on device; the model is as it was"):
         embed.embed(model, plain_profile())
     assert model.read_bytes() == tiny.read_bytes() and os.listdir(model.parent) == ["m.gguf"]
 
@@ -220,7 +220,7 @@ def test_a_model_cut_while_it_is_copied(model):
 
     embed_chunk, embed.CHUNK = embed.CHUNK, 20_000
     try:
-        with pytest.raises(FasaError, match="the model was cut short while it was copied, .* bytes are missing"):
+        with pytest.raises(FasaError, match=r"the model was cut short while it was copied, .* bytes are missing"):
             embed.embed(model, plain_profile(), model.parent / "out.gguf", progress=cut)
     finally:
         embed.CHUNK = embed_chunk
@@ -231,7 +231,8 @@ def test_too_little_space_is_said_before(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(embed.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 10})())
     with pytest.raises(
         FasaError,
-        match="not enough space: [0-9]+ bytes are needed beside the model and 10 are free; make room, or write to another disk",
+        match=r"not enough space: [0-9]+ bytes are needed beside the model and 10 are free; make room, or "
+        r"write to another disk",
     ):
         embed.embed(tiny, plain_profile(), tmp_path / "m.gguf")
     assert os.listdir(tmp_path) == []
@@ -248,7 +249,7 @@ def test_temporaries_of_a_live_run_stay(model):
 
 
 def test_a_folder_that_cannot_be_written(tiny, tmp_path):
-    with pytest.raises(FasaError, match="none/m.gguf: the folder does not exist; make it, or give another -o"):
+    with pytest.raises(FasaError, match=r"none/m.gguf: the folder does not exist; make it, or give another -o"):
         embed.embed(tiny, plain_profile(), tmp_path / "none" / "m.gguf")
 
 
@@ -324,7 +325,8 @@ def test_split_models_have_it_in_the_first_file(split, tiny):
     assert heard == [] and Profile.load(split[0]).to_flat() == p.to_flat() and split[1].read_bytes() == second
     with pytest.raises(
         FasaError,
-        match="00002-of-00002.gguf: this is file 2 of 2 of a split model, and the profile belongs in the first; use .*m-00001-of-00002.gguf",
+        match=r"00002-of-00002.gguf: this is file 2 of 2 of a split model, and the profile belongs in the "
+        r"first; use .*m-00001-of-00002.gguf",
     ):
         embed.embed(split[1], p)
     split[1].unlink()
@@ -415,7 +417,8 @@ def test_shapes_from_the_metadata(tmp_path):
         (
             "deepseek2",
             {"attention__kv_lora_rank": 512},
-            "architecture deepseek2 has multi-head latent attention, which has no keys per head to rank; FASA does not apply",
+            "architecture deepseek2 has multi-head latent attention, which has no keys per head to rank; "
+            "FASA does not apply",
         ),
         ("deepseek2", {"attention__key_length_mla": 192}, "architecture deepseek2 has multi-head latent attention"),
         ("gpt2", {}, "architecture gpt2 has no RoPE, so it has no frequency chunks; FASA does not apply"),
@@ -429,7 +432,8 @@ def test_shapes_from_the_metadata(tmp_path):
         (
             "llama",
             {"attention__head_count_kv": [1, 2]},
-            "key llama.attention.head_count_kv: expected 4 whole numbers from 0 to 65535, or one for all layers, found 2 values",
+            "key llama.attention.head_count_kv: expected 4 whole numbers from 0 to 65535, or one for all "
+            "layers, found 2 values",
         ),
         (
             "llama",
@@ -460,7 +464,7 @@ def test_models_out_of_scope_and_lying_metadata(tmp_path, arch, keys, message):
 
 
 def test_a_missing_key_is_named(tmp_path):
-    with pytest.raises(FasaError, match="key llama.attention.head_count: expected u32 or i32 or array, found nothing"):
+    with pytest.raises(FasaError, match=r"key llama.attention.head_count: expected u32 or i32 or array, found nothing"):
         shape.read_shape(header(tmp_path, "llama", block_count=4, embedding_length=64))
 
 

@@ -71,7 +71,7 @@ def test_a_file_with_a_dropped_key_loads(tiny, tmp_path):
     embed.embed(model, Profile.load(model))
     assert "fasa.layer_budget" not in GGUFFile(model).kv
     insert(tiny, tmp_path / "bad.gguf", pack_kv("fasa.layer_budget", STR, "whatever"))
-    with pytest.raises(FasaError, match="key fasa.version: expected u32, found nothing"):
+    with pytest.raises(FasaError, match=r"key fasa.version: expected u32, found nothing"):
         Profile.load(tmp_path / "bad.gguf")
 
 
@@ -95,7 +95,8 @@ def test_the_preset_paper_is_fasa_as_published():
     assert p.preset("default") == (p.params(), p)
     with pytest.raises(
         FasaError,
-        match="preset paper: expected a profile ranked by ca, found synthetic; make one with `fasa-gguf calibrate MODEL --method ca",
+        match="preset paper: expected a profile ranked by ca, found synthetic; make one with `fasa-gguf "
+        "calibrate MODEL --method ca",
     ):
         p.preset("paper")
     with pytest.raises(FasaError, match="preset 'x': expected one of default, paper"):
@@ -122,7 +123,7 @@ def test_gguf_both_ways_with_an_independent_reader(tiny, tmp_path):
     }
     for key, value in full_profile().to_flat().items():
         field = fields["fasa." + key]
-        assert field.types == kinds[dict((n, k) for n, k, _ in KEYS)["fasa." + key]]
+        assert field.types == kinds[{n: k for n, k, _ in KEYS}["fasa." + key]]
         assert field.contents() == (value if isinstance(value, (str, list)) else pytest.approx(value))
 
 
@@ -230,7 +231,8 @@ BAD = [
     ),
     (
         put_at("mean_budget_mass", 0, 0.9),
-        "key fasa.mean_budget_mass: expected masses between 0 and 1, each larger than the one before, found .0.9, 0.875.",
+        "key fasa.mean_budget_mass: expected masses between 0 and 1, each larger than the one before, "
+        "found .0.9, 0.875.",
     ),
     (put("rope.layout", "odd"), "key fasa.rope.layout: expected norm or neox, found 'odd'"),
     (put("rope.base", 0.0), "key fasa.rope.base: expected a number above 0, found 0.0"),
@@ -251,7 +253,8 @@ BAD = [
     ),
     (
         lambda f: f.update({"default.mass": 0, "default.mean_budget": 257}),
-        "key fasa.default.mean_budget: expected a number that the table fasa.mean_budget reaches, found 257, and the table has 100 to 256 tokens",
+        "key fasa.default.mean_budget: expected a number that the table fasa.mean_budget reaches, found "
+        "257, and the table has 100 to 256 tokens",
     ),
     (
         lambda f: [
@@ -285,13 +288,13 @@ def test_bad_values(i):
 def test_what_cannot_be_read_is_not_written(tiny, tmp_path):
     p = full_profile()
     p.weight[0][0, 0] = np.nan
-    with pytest.raises(FasaError, match="p.json: key fasa.weight: expected an array, .f32., found nan at index 0"):
+    with pytest.raises(FasaError, match=r"p.json: key fasa.weight: expected an array, .f32., found nan at index 0"):
         p.save(tmp_path / "p.json")
-    with pytest.raises(FasaError, match="key fasa.weight"):
+    with pytest.raises(FasaError, match=r"key fasa.weight"):
         embed.embed(tiny, p, tmp_path / "m.gguf")
     assert os.listdir(tmp_path) == []
     with pytest.raises(
-        FasaError, match="none/p.json: cannot be written: No such file or directory; give another path with -o"
+        FasaError, match=r"none/p.json: cannot be written: No such file or directory; give another path with -o"
     ):
         full_profile().save(tmp_path / "none" / "p.json")
 
@@ -322,7 +325,7 @@ def test_files_that_cannot_be_read(tiny, tmp_path, monkeypatch):
     with pytest.raises(FasaError, match="expected a regular file, JSON or GGUF"):
         Profile.load(tmp_path)
     with pytest.raises(
-        FasaError, match="there is no FASA profile in this model; run `fasa-gguf embed-profile .*tiny.gguf`"
+        FasaError, match=r"there is no FASA profile in this model; run `fasa-gguf embed-profile .*tiny.gguf`"
     ):
         Profile.load(tiny)
     monkeypatch.setattr(flat_module, "MAX_JSON", 100)
@@ -358,7 +361,7 @@ def test_bad_embedded_keys(tmp_path, entries, message):
 def test_embedded_arrays_have_a_cap(tmp_path, monkeypatch):
     monkeypatch.setattr(flat_module, "MAX_NUMBERS", 100)
     (tmp_path / "m.gguf").write_bytes(gguf_bytes([pack_kv("fasa.ranking", ARR, [0] * 101, U8)]))
-    with pytest.raises(FasaError, match="key fasa.ranking: expected at most 100 elements, found 101"):
+    with pytest.raises(FasaError, match=r"key fasa.ranking: expected at most 100 elements, found 101"):
         Profile.from_gguf(GGUFFile(tmp_path / "m.gguf"))
 
 
@@ -368,7 +371,8 @@ def test_the_shape_must_fit():
     p.check([2, 5, 2], [-1, 3, 8], "m")  # -1: not known from the metadata
     with pytest.raises(
         FasaError,
-        match="^m: the profile is for another model: it has 3 layers, 2 KV heads, 0 to 8 chunks, the model 2 layers, 2 KV heads, 8 chunks",
+        match=r"^m: the profile is for another model: it has 3 layers, 2 KV heads, 0 to 8 chunks, the "
+        r"model 2 layers, 2 KV heads, 8 chunks",
     ):
         p.check([2, 2], [8, 8], "m")
     with pytest.raises(
@@ -406,5 +410,5 @@ def test_heat_map_shows_the_mean_place(tmp_path, monkeypatch):
     save_heatmap(p, tmp_path / "h.png")
     assert (tmp_path / "h.png").read_bytes()[:4] == b"\x89PNG"
     assert seen[0][0].tolist() == [0.75, 0.0, 0.75] and np.isnan(seen[0][1]).all()
-    with pytest.raises(FasaError, match="h.png: cannot be written: No such file or directory"):
+    with pytest.raises(FasaError, match=r"h.png: cannot be written: No such file or directory"):
         save_heatmap(p, tmp_path / "none" / "h.png")
