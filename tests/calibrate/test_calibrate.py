@@ -12,6 +12,7 @@ from fasa_gguf.calibrate.gguf import (
     calibrate,
     default_corpus,
 )
+from fasa_gguf.gguf.file import GGUFFile
 from fasa_gguf.profile.profile import Profile
 from fasa_gguf.session import Session
 
@@ -181,3 +182,11 @@ def test_refusals(library, tiny, tmp_path):
     (tmp_path / "p.json.partial.tmp").mkdir()
     with pytest.raises(FasaError, match=r"p.json.partial: cannot be written"):
         calibrate(tiny, params=SMALL, out=tmp_path / "p.json")
+
+
+def test_a_header_is_read_once(tiny, monkeypatch):
+    model, parsed, parse = GGUFFile(tiny), [], GGUFFile._parse
+    monkeypatch.setattr(GGUFFile, "_parse", lambda self, r: parsed.append(self.path) or parse(self, r))
+    small = CalibrationParams(context=512, queries=16, budget=40, method="energy")
+    assert calibrate(model, params=small).to_flat() == calibrate(tiny, params=small).to_flat()
+    assert parsed == [tiny]  # once by its path, not at all by its header

@@ -76,7 +76,7 @@ def test_every_tensor_type_has_ggml_s_size():
 def test_tensor_types_are_those_of_the_pinned_source(pinned):
     """The table that corrects the installed gguf-py, and what gguf-py knows, against the copy in the build tree."""
     theirs = {int(t): size for t, size in pinned.GGML_QUANT_SIZES.items()}
-    assert gguf_file.TENSOR_TYPES == theirs
+    assert theirs == gguf_file.TENSOR_TYPES
     for kind, size in gguf_file.CORRECTED_TYPES.items():
         assert theirs[kind] == size
 

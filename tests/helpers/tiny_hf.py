@@ -134,7 +134,7 @@ def build(name):
 
 
 def source_tree(folder):
-    """The pinned llama.cpp's converter: in a build, or unpacked from the cached sdist into `folder`; skips without both."""
+    """The pinned converter: in a build, or unpacked from the cached sdist into `folder`; skips without both."""
     for tree in sorted((ROOT / "build").glob("*/llama.cpp-src")):
         if (tree / "conversion").is_dir():
             return tree
