@@ -1,13 +1,14 @@
-"""Which layers may miss more of the attention than others, and the masses of mean budgets: measured through evaluate.py.
+"""Which layers may miss more of the attention than others, and the masses of mean budgets: measured with `evaluate`.
 
-A layer's loss is the KL to dense of the model's output while that layer alone is sparse, at some target masses; what rounding alone
-makes (everything attended, by the sparse path) is taken away. Over the missed share m = 1 - mass both curves are close to powers,
+A layer's loss is the KL to dense of the model's output while that layer alone is sparse, at some target masses. What
+rounding alone makes (everything attended, by the sparse path) is subtracted. Over the missed share m = 1 - mass both
+curves are close to powers,
 
     KL_l(m) = a_l * m^b        tokens_l(m) = c_l * m^-d        one b and one d for all layers
 
 and losses add up while they are small. The least sum of KL at a given sum of tokens then has m_l proportional to
-(c_l/a_l)^(1/(b + d)), whatever the sum: so one factor a layer (`fasa.layer_miss`) serves every mass. The factors are kept when the
-whole model is better with them than without, at equal mean tokens.
+(c_l/a_l)^(1/(b + d)), whatever the sum, so one factor a layer (`fasa.layer_miss`) serves every mass. The factors are
+kept when the whole model is better with them than without, at equal mean tokens.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from ..quality.perplexity import evaluate
 from ..reference import mean_budget_bounds
 from ..report.columns import columns
 
-NEAR, TRIES = 0.02, 4  # a mean budget is met within 2%, or as well as 4 runs can
+NEAR, TRIES = 0.02, 4  # the search for a mean budget's mass ends within 2% of the tokens, or after 4 runs
 MOST = 8.0  # a factor is between 1/MOST and MOST
 LEAST_LOSS = 0.1  # of the median: a layer whose loss drowns in noise counts as this harmless
 CALIBRATED = ("chunks", "sink", "recent", "k_dom", "per_head")  # settings that the table depends on
 
 
 @dataclass(frozen=True)
-class LayerPlan:
+class LayerGrid:
     """What is measured; a mass is a share of the estimated attention."""
 
     masses: Sequence[float] = (0.5, 0.75, 0.9)  # of a layer that is sparse alone; empty: only the mean budgets
-    budgets: Sequence[int] = (128, 256, 512, 1024)  # mean budgets whose masses are looked for, in tokens
+    budgets: Sequence[int] = (128, 256, 512, 1024)  # mean budgets whose masses are searched, in tokens
     group: int = 1  # neighbouring layers that share a factor: fewer runs, less noise
 
 
@@ -56,14 +57,14 @@ class Fit:
 
 
 def smooth_noise(noise: np.ndarray) -> np.ndarray:
-    """KL by rounding alone [n], as a straight line over the depth: a late layer's rounding meets fewer layers behind it."""
+    """KL by rounding alone [n], as a straight line over the depth: fewer layers follow a late layer's rounding."""
     x = np.arange(len(noise))
     line = np.polyval(np.polyfit(x, noise, 1), x) if len(noise) > 2 else np.full(len(noise), noise.mean())
     return np.maximum(line, 0)
 
 
 def fit_layers(masses: Sequence[float], tokens: np.ndarray, kl: np.ndarray, se: np.ndarray) -> Fit:
-    """Factors from curves: tokens, kl (noise taken away) and its standard error, each [n, n_mass]."""
+    """Factors from curves: tokens, kl (without the noise) and its standard error, each [n, n_mass]."""
     x = np.log(1 - np.asarray(masses, float))  # [n_mass] log of what is missed
     w = 1 / np.maximum(se, 1e-9) ** 2  # [n, n_mass]
 
@@ -89,25 +90,25 @@ def fit_layers(masses: Sequence[float], tokens: np.ndarray, kl: np.ndarray, se: 
 
 
 def sparse_alone(profile: Profile, layers: Sequence[int]) -> Profile:
-    """The profile with these layers ranked only: the others are dense."""
+    """The profile with only these layers ranked; the others are dense."""
     keep = set(layers)
 
-    def part(arrays: list[np.ndarray] | None) -> list[np.ndarray] | None:
-        return arrays and [x if il in keep else x[:0, :0] for il, x in enumerate(arrays)]
+    def part(arrays: list[np.ndarray]) -> list[np.ndarray]:
+        return [x if il in keep else x[:0, :0] for il, x in enumerate(arrays)]
 
     return replace(
         profile,
         n_chunk=[n if il in keep else 0 for il, n in enumerate(profile.n_chunk)],
         ranking=part(profile.ranking),
-        weight=part(profile.weight),
-        recall=part(profile.recall),
+        weight=profile.weight and part(profile.weight),
+        recall=profile.recall and part(profile.recall),
         layer_miss=None,
         mean_budget={},
     )
 
 
 def make_groups(profile: Profile, group: int) -> list[list[int]]:
-    """Ranked layers, `group` neighbours together."""
+    """The ranked layers in groups of `group` neighbours."""
     ranked = [il for il, n in enumerate(profile.n_chunk) if n]
     return [ranked[i : i + group] for i in range(0, len(ranked), group)]
 
@@ -115,21 +116,21 @@ def make_groups(profile: Profile, group: int) -> list[list[int]]:
 def layer_arms(
     profile: Profile, groups: Sequence[Sequence[int]], masses: Sequence[float], base: FasaParams, window: int
 ) -> list[Arm]:
-    """For every group alone: everything attended, then each mass."""
+    """For every group of layers alone: everything attended, then each mass."""
     out = []
     for layers in groups:
-        alone, name = (
-            sparse_alone(profile, layers),
-            f"layer {layers[0]}" + (f"-{layers[-1]}" if len(layers) > 1 else ""),
-        )
+        alone = sparse_alone(profile, layers)
+        name = f"layer {layers[0]}" + (f"-{layers[-1]}" if len(layers) > 1 else "")
         out.append(Arm(f"{name} all", base.replace(budget=window, mass=0.0, mean_budget=0), alone))
         out += [Arm(f"{name} mass={m:g}", base.replace(mass=m, mean_budget=0), alone) for m in masses]
     return out
 
 
 def next_mass(seen: Sequence[tuple[float, float]], n: int) -> float:
-    """Where to look for the mass that takes n tokens, from (mass, tokens) seen so far: along the power through the two that are
-    nearest; with one, or two that say nothing, along tokens = (1 - mass)^-0.8. Four digits."""
+    """The mass to try for n tokens, to four digits, from the (mass, tokens) seen so far.
+
+    It lies on the power through the two nearest; with one, or two that give no slope, on tokens = (1 - mass)^-0.8.
+    """
     points = sorted(((math.log(t / n), math.log(1 - m)) for m, t in seen), key=lambda p: abs(p[0]))
     slope = -1 / 0.8
     if len(points) > 1 and (dx := points[1][0] - points[0][0]) and (points[1][1] - points[0][1]) / dx < -0.2:
@@ -138,24 +139,35 @@ def next_mass(seen: Sequence[tuple[float, float]], n: int) -> float:
 
 
 def find_masses(
-    budgets: Sequence[int], rows_at: Callable[[dict[int, float]], list[dict[str, Any]]]
+    budgets: Sequence[int], results_at: Callable[[dict[int, float]], list[dict[str, Any]]]
 ) -> dict[int, dict[str, Any]]:
-    """For every mean budget the row whose mean tokens are nearest; rows_at({budget: mass}) runs one for each. A budget that no mass
-    reaches within a tenth (the context is too short) is left away."""
+    """For every mean budget the result whose mean tokens are nearest; results_at({budget: mass}) runs one for each.
+
+    A budget that no mass reaches within a tenth is omitted: the context is too short for it.
+    """
     seen: dict[int, list[tuple[float, dict[str, Any]]]] = {n: [] for n in sorted(budgets)}
     ask = dict.fromkeys(seen, 0.9)
     for _ in range(TRIES):
-        for (n, m), row in zip(ask.items(), rows_at(ask)):
-            seen[n].append((m, row))
+        for (n, m), result in zip(ask.items(), results_at(ask), strict=True):
+            seen[n].append((m, result))
         ask = {}
-        for n, rows in seen.items():
-            m = next_mass([(m, r["tokens_attended"]) for m, r in rows], n)
-            if min(abs(r["tokens_attended"] / n - 1) for _, r in rows) > NEAR and m not in {m for m, _ in rows}:
+        for n, results in seen.items():
+            m = next_mass([(m, r["tokens_attended"]) for m, r in results], n)
+            if min(_miss(r, n) for _, r in results) > NEAR and m not in {m for m, _ in results}:
                 ask[n] = m
         if not ask:
             break
-    best = {n: min((r for _, r in rows), key=lambda r: abs(r["tokens_attended"] / n - 1)) for n, rows in seen.items()}
-    return {n: r for n, r in best.items() if abs(r["tokens_attended"] / n - 1) <= 0.1}
+    out = {}
+    for n, results in seen.items():
+        misses = [_miss(r, n) for _, r in results]
+        if min(misses) <= 0.1:
+            out[n] = results[misses.index(min(misses))][1]
+    return out
+
+
+def _miss(result: dict[str, Any], n: int) -> float:
+    """How far a result's mean tokens are from n, a share of n."""
+    return abs(result["tokens_attended"] / n - 1)
 
 
 def mean_budget_table(found: dict[int, dict[str, Any]]) -> dict[int, float]:
@@ -169,11 +181,13 @@ def mean_budget_table(found: dict[int, dict[str, Any]]) -> dict[int, float]:
 
 
 def gain(plain: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> float:
-    """How much less KL `other` has than `plain` at equal mean tokens, a share of plain's: mean over the tokens that both reach; 0 where
-    they have none in common."""
+    """How much less KL `other` has than `plain` at equal mean tokens, a share of plain's KL.
 
-    def curve(rows: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-        pairs = sorted((math.log(r["tokens_attended"]), math.log(max(r["kl"], 1e-9))) for r in rows)
+    It is the mean over the tokens that both reach; 0 where they have none in common.
+    """
+
+    def curve(results: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+        pairs = sorted((math.log(r["tokens_attended"]), math.log(max(r["kl"], 1e-9))) for r in results)
         return np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])
 
     (x, y), (u, v) = curve(plain), curve(other)
@@ -183,39 +197,89 @@ def gain(plain: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]]) -> fl
     return float(1 - np.exp((np.interp(at, u, v) - np.interp(at, x, y)).mean()))
 
 
-def _checked(plan: LayerPlan, profile: Profile, window: int, base: FasaParams) -> None:
-    if any(not 0 < m < 1 for m in plan.masses) or len(set(plan.masses)) < len(plan.masses):
+# ---- the calibration ----
+
+
+def _check_grid(grid: LayerGrid, profile: Profile, window: int, base: FasaParams) -> None:
+    def different(values: Sequence[float]) -> bool:
+        return len(set(values)) == len(values)
+
+    if any(not 0 < m < 1 for m in grid.masses) or not different(grid.masses):
+        masses = ",".join(f"{m:g}" for m in grid.masses)
+        raise FasaError(f"--masses {masses}: expected different numbers between 0 and 1")
+    least, budgets = base.sink + base.recent + 1, f"--budgets {','.join(map(str, grid.budgets))}"
+    if not grid.budgets or min(grid.budgets) < least or max(grid.budgets) >= window or not different(grid.budgets):
         raise FasaError(
-            f"--masses {','.join(f'{m:g}' for m in plan.masses)}: expected different numbers between 0 and 1"
-        )
-    if (
-        not plan.budgets
-        or min(plan.budgets) <= base.sink + base.recent
-        or max(plan.budgets) >= window
-        or len(set(plan.budgets)) < len(plan.budgets)
-    ):
-        raise FasaError(
-            f"--budgets {','.join(map(str, plan.budgets))}: expected different numbers from {base.sink + base.recent + 1}, above sink and recent, "
+            f"{budgets}: expected different numbers from {least}, above sink and recent, "
             f"to {window - 1}, below --window"
         )
     default = profile.defaults.get("mean_budget", 0)
-    if default and not min(plan.budgets) <= default <= max(plan.budgets):
-        raise FasaError(
-            f"--budgets {','.join(map(str, plan.budgets))}: expected numbers that reach {default}, the profile's default mean_budget"
-        )
-    if plan.group < 1:
-        raise FasaError(f"--group {plan.group}: expected at least 1")
+    if default and not min(grid.budgets) <= default <= max(grid.budgets):
+        raise FasaError(f"{budgets}: expected numbers that reach {default}, the profile's default mean_budget")
+    if grid.group < 1:
+        raise FasaError(f"--group {grid.group}: expected at least 1")
     if base.min_context > window:
         raise FasaError(
-            f"--window {window}: min_context is {base.min_context}, so nothing would be sparse; use a longer --window or a smaller --fasa-min-context"
+            f"--window {window}: min_context is {base.min_context}, so nothing would be sparse; "
+            "use a longer --window or a smaller --fasa-min-context"
         )
+
+
+@dataclass
+class _Runs:
+    """What is measured of one model: run(arms, what) evaluates arms in a window of `window` tokens."""
+
+    run: Callable[[list[Arm], str], list[dict[str, Any]]]
+    grid: LayerGrid
+    base: FasaParams
+    window: int
+
+    def mean_budgets(self, profile: Profile, name: str) -> dict[int, dict[str, Any]]:
+        """The whole model at every mean budget, by the budget; see find_masses."""
+
+        def results_at(masses: dict[int, float]) -> list[dict[str, Any]]:
+            arms = []
+            for n, m in masses.items():
+                floor, cap = mean_budget_bounds(n)
+                params = self.base.replace(mass=m, mean_budget=0, floor=floor, cap=cap)
+                arms.append(Arm(f"{name} mean {n} mass={m:g}", params, profile))
+            return self.run(arms, name)
+
+        return find_masses(self.grid.budgets, results_at)
+
+    def layer_factors(self, profile: Profile) -> tuple[Profile, dict[str, Any]]:
+        """(profile with layer_miss, figures): every group of layers alone, at every mass."""
+        groups, n = make_groups(profile, self.grid.group), 1 + len(self.grid.masses)
+        arms = layer_arms(profile, groups, self.grid.masses, self.base, self.window)
+        results = self.run(arms, "layer by layer")
+        each = [results[i * n : (i + 1) * n] for i in range(len(groups))]
+        noise = smooth_noise(np.array([r[0]["kl"] for r in each]))
+        tokens, kl, se = (
+            np.array([[r[key] for r in rs[1:]] for rs in each]) for key in ("tokens_attended", "kl", "kl_se")
+        )
+        fit = fit_layers(self.grid.masses, tokens, kl - noise[:, None], se)
+        factors = np.ones(len(profile.n_chunk), np.float32)
+        for layers, f in zip(groups, fit.factor, strict=True):
+            factors[layers] = float(f"{f:.3g}")
+        figures = [
+            {
+                "layers": g,
+                "factor": float(fit.factor[i]),
+                "noise": float(noise[i]),
+                "tokens": tokens[i].tolist(),
+                "kl": (kl[i] - noise[i]).tolist(),
+                "kl_se": se[i].tolist(),
+            }
+            for i, g in enumerate(groups)
+        ]
+        return replace(profile, layer_miss=factors), {"b": fit.b, "d": fit.d, "layers": figures}
 
 
 def calibrate_layers(
     model: str | os.PathLike,
     text: str,
     out: str | os.PathLike,
-    plan: LayerPlan | None = None,
+    grid: LayerGrid | None = None,
     base: FasaParams | None = None,
     profile: Profile | None = None,
     windows: int = 3,
@@ -225,16 +289,17 @@ def calibrate_layers(
     resume: str | os.PathLike | None = None,
     **machine: Any,
 ) -> tuple[Profile, dict[str, Any]]:
-    """Write the profile with `layer_miss`, when it pays, and the table `mean_budget` to `out`. Returns it, and the figures as JSON has
-    them: layers (a row each), table (rows of evaluate at the mean budgets, without and, if measured, with the factors), b, d, gain, kept.
+    """Write the profile to `out` with `layer_miss`, when it pays, and the table `mean_budget`.
 
-    machine: n_threads, n_gpu_layers, type_k, type_v, mode. Finished runs are kept in OUT.partial.jsonl, or in `resume`, which stays; the same
-    call goes on there. Raises FasaError as evaluate does.
+    Returns the profile, and the figures as JSON has them: layers (one entry a group), table (results of `evaluate` at
+    the mean budgets, without and, if measured, with the factors), b, d, gain, kept.
+    machine: n_threads, n_gpu_layers, type_k, type_v, mode. Finished runs are kept in OUT.partial.jsonl, or in `resume`,
+    which is not removed; the same call continues from there. Raises FasaError as `evaluate` does, and for a bad grid.
     """
-    plan = plan or LayerPlan()
+    grid = grid or LayerGrid()
     profile = profile or Profile.load(model)
     base = base or profile.params()
-    _checked(plan, profile, window, base)
+    _check_grid(grid, profile, window, base)
     out = Path(out)
     if not out.resolve().parent.is_dir():
         raise FasaError(f"{out}: the folder does not exist; make it, or give another -o")
@@ -247,77 +312,36 @@ def calibrate_layers(
             model, text, arms, windows, window, score, profile=plain, progress=told, resume=kept, **machine
         )[1:]
 
-    def whole(own: Profile, name: str) -> dict[int, dict[str, Any]]:
-        def rows_at(masses: dict[int, float]) -> list[dict[str, Any]]:
-            bounds = {n: dict(zip(("floor", "cap"), mean_budget_bounds(n))) for n in masses}
-            return run(
-                [
-                    Arm(f"{name} mean {n} mass={m:g}", base.replace(mass=m, mean_budget=0, **bounds[n]), own)
-                    for n, m in masses.items()
-                ],
-                name,
-            )
-
-        return find_masses(plan.budgets, rows_at)
-
-    found = whole(plain, "all alike")
-    if not found:
-        raise FasaError(
-            f"--budgets {','.join(map(str, plan.budgets))}: no mass takes as many tokens of a window of {window}; use other --budgets or a longer --window"
-        )
-    result: dict[str, Any] = {"layers": [], "table": list(found.values()), "kept": False}
-    if plan.masses:
-        groups = make_groups(plain, plan.group)
-        n = 1 + len(plan.masses)
-        rows = run(layer_arms(plain, groups, plan.masses, base, window), "layer by layer")
-        each = [rows[i * n : (i + 1) * n] for i in range(len(groups))]
-        noise = smooth_noise(np.array([r[0]["kl"] for r in each]))
-        tokens, kl, se = (
-            np.array([[r[key] for r in rs[1:]] for rs in each]) for key in ("tokens_attended", "kl", "kl_se")
-        )
-        fit = fit_layers(plan.masses, tokens, kl - noise[:, None], se)
-        factors = np.ones(len(plain.n_chunk), np.float32)
-        for layers, f in zip(groups, fit.factor):
-            factors[layers] = float(f"{f:.3g}")
-        layered = replace(plain, layer_miss=factors)
-        other = whole(layered, "by layer")
-        better = gain(result["table"], list(other.values()))
-        result |= {
-            "b": fit.b,
-            "d": fit.d,
-            "gain": better,
-            "kept": better > 0,
-            "layers": [
-                {
-                    "layers": g,
-                    "factor": float(f),
-                    "noise": float(z),
-                    "tokens": t.tolist(),
-                    "kl": (k - z).tolist(),
-                    "kl_se": e.tolist(),
-                }
-                for g, f, z, t, k, e in zip(groups, fit.factor, noise, tokens, kl, se)
-            ],
-        }
-        if better > 0:
-            plain, found = layered, other
-        result["table"] += other.values()
-    done = replace(
-        plain,
-        mean_budget=mean_budget_table(found),
-        defaults={
-            **profile.defaults,
-            **{k: getattr(base, k) for k in CALIBRATED if getattr(base, k) != getattr(profile.params(), k)},
-        },
-    )
+    best, found, result = _measure(_Runs(run, grid, base, window), plain)
+    changed = {k: getattr(base, k) for k in CALIBRATED if getattr(base, k) != getattr(profile.params(), k)}
+    done = replace(best, mean_budget=mean_budget_table(found), defaults={**profile.defaults, **changed})
     done.save(out)
     if not resume:
         kept.unlink(missing_ok=True)
     return done, result
 
 
-def table(result: dict[str, Any]) -> str:
-    """For people: a line a layer, then the whole model without and with the factors, then what follows."""
+def _measure(runs: _Runs, plain: Profile) -> tuple[Profile, dict[int, dict[str, Any]], dict[str, Any]]:
+    """(the better profile, its results by mean budget, all figures)."""
+    found = runs.mean_budgets(plain, "all alike")
+    if not found:
+        raise FasaError(
+            f"--budgets {','.join(map(str, runs.grid.budgets))}: no mass takes as many tokens of a window of "
+            f"{runs.window}; use other --budgets or a longer --window"
+        )
+    result: dict[str, Any] = {"layers": [], "table": list(found.values()), "kept": False}
+    if not runs.grid.masses:
+        return plain, found, result
+    layered, figures = runs.layer_factors(plain)
+    other = runs.mean_budgets(layered, "by layer")
+    better = gain(result["table"], list(other.values()))
+    result |= {"b": figures["b"], "d": figures["d"], "gain": better, "kept": better > 0, "layers": figures["layers"]}
+    result["table"] += other.values()
+    return (layered, other, result) if better > 0 else (plain, found, result)
+
+
+def format_layers(result: dict[str, Any]) -> str:
+    """For people: a line a layer, then the whole model without and with the factors, then whether they are kept."""
     lines = []
     if result["layers"]:
         n = len(result["layers"][0]["kl"])
@@ -328,7 +352,7 @@ def table(result: dict[str, Any]) -> str:
                     "-".join(map(str, dict.fromkeys((r["layers"][0], r["layers"][-1])))),
                     f"{r['factor']:.2f}",
                     f"{r['noise']:.5f}",
-                    *(f"{t:.0f}: {k:.5f} +-{e:.5f}" for t, k, e in zip(r["tokens"], r["kl"], r["kl_se"])),
+                    *(f"{t:.0f}: {k:.5f} +-{e:.5f}" for t, k, e in zip(r["tokens"], r["kl"], r["kl_se"], strict=True)),
                 ]
             )
         lines += [
@@ -348,8 +372,6 @@ def table(result: dict[str, Any]) -> str:
     ]
     lines += columns(cells)
     if "gain" in result:
-        lines.append(
-            f"at equal mean tokens the factors change KL by {-100 * result['gain']:+.1f}%: "
-            + ("they are kept" if result["kept"] else "they are left away")
-        )
+        change = f"at equal mean tokens the factors change KL by {-100 * result['gain']:+.1f}%"
+        lines.append(f"{change}: they are {'kept' if result['kept'] else 'omitted'}")
     return "\n".join(lines)

@@ -1,6 +1,6 @@
 """From queries and keys to a ranking: what a calibration keeps of a layer, and how that layer's chunks are ranked.
 
-Whoever shows the queries and keys, llama.cpp (calibrate.py) or transformers (hf.py), the figures made from them are these.
+It is the same whether llama.cpp (gguf.py) or transformers (hf.py) shows the queries and keys.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import numpy as np
 
 from .. import reference, runtime
 
-ROWS = 1024  # tokens whose pair lengths are taken at once
+TOKENS = 1024  # whose pair lengths are taken at once
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,7 @@ class CalibrationParams:
     recent: int = 32
     rank_share: float = 0.5  # share of the chunks that are chosen greedily; the rest follows by energy
     weight_share: float = 0.375  # share of the chunks that get a weight
-    chunks: int = (
-        0  # dominant chunks that decoding will use: as many are chosen as a set and weighted; 0: by the shares
-    )
+    chunks: int = 0  # dominant chunks that decoding will use, chosen as a set and weighted; 0: by the shares
     memory: int = 512 << 20  # bytes that one pass over a GGUF may keep
 
     def counts(self, n_chunk: int) -> tuple[int, int]:
@@ -52,29 +50,25 @@ class LayerSample:
 
     def __init__(self, n_head_kv: int, dims: np.ndarray, context: int, params: CalibrationParams) -> None:
         self.dims, self.context, self.params = dims, context, params
-        self.q_sum = np.zeros(
-            (n_head_kv, len(dims))
-        )  # float64 [n_head_kv, n_chunk] sum of the query pairs' lengths, mean of the group
-        self.k_sum = np.zeros((n_head_kv, len(dims)))  # float64 [n_head_kv, n_chunk]
-        self.ca = np.zeros(
-            (n_head_kv, len(dims))
-        )  # float64 [n_head_kv, n_chunk] sum of the places by contextual agreement
+        # float64 [n_head_kv, n_chunk]
+        self.q_sum = np.zeros((n_head_kv, len(dims)))  # sum of the query pairs' lengths, mean of the group
+        self.k_sum = np.zeros((n_head_kv, len(dims)))  # sum of the key pairs' lengths
+        self.ca = np.zeros((n_head_kv, len(dims)))  # sum of the places by contextual agreement
         self.n = self.n_windows = 0  # tokens and windows seen
         self.scale, self.soft_cap = 1.0, 0.0  # of the logits
         self.window = 0  # last tokens that a query attends; 0: all
         self.q: np.ndarray | None = None  # float32 [n_query, n_head, head_dim], the first window's last queries
         self.k: np.ndarray | None = None  # float16 [context, n_head_kv, head_dim], the first window's keys
-        self._tail: list[np.ndarray] = []  # queries at the end of the window at hand
-        self._keys: np.ndarray | None = None  # keys of the window at hand
+        self._tail: list[np.ndarray] = []  # queries at the end of the current window
+        self._keys: np.ndarray | None = None  # keys of the current window
 
     def add(self, q: np.ndarray, k: np.ndarray, at: int) -> None:
         """Tokens from position `at` of a window on: q float32 [n, n_head, head_dim], k [n, n_head_kv, head_dim]."""
-        for i in range(0, len(q), ROWS):
-            pair = np.hypot(*np.moveaxis(q[i : i + ROWS][:, :, self.dims], -1, 0))  # [n, n_head, n_chunk]
+        for i in range(0, len(q), TOKENS):
+            pair = np.hypot(*np.moveaxis(q[i : i + TOKENS][:, :, self.dims], -1, 0))  # [n, n_head, n_chunk]
             self.q_sum += pair.sum(0, dtype=np.float64).reshape(len(self.q_sum), -1, len(self.dims)).mean(1)
-            pair = np.hypot(
-                *np.moveaxis(k[i : i + ROWS].astype(np.float32)[:, :, self.dims], -1, 0)
-            )  # [n, n_head_kv, n_chunk]
+            keys = k[i : i + TOKENS].astype(np.float32)
+            pair = np.hypot(*np.moveaxis(keys[:, :, self.dims], -1, 0))  # [n, n_head_kv, n_chunk]
             self.k_sum += pair.sum(0, dtype=np.float64)
         self.n += len(q)
         first = self.context - self.params.queries
@@ -82,7 +76,7 @@ class LayerSample:
             self._tail.append(q[max(0, first - at) :].copy())
 
     def end(self, k: np.ndarray) -> None:
-        """The window is complete: k [context, n_head_kv, head_dim] are its keys. Cheap, for a callback; `fold` does the work."""
+        """The window is complete: k [context, n_head_kv, head_dim] are its keys. Cheap; `fold` does the work."""
         if self.k is None or self.params.method == "ca":
             self._keys = k.astype(np.float16)  # as the KV cache has them
 
@@ -103,11 +97,12 @@ class LayerSample:
     def case(
         self, h: int, q: np.ndarray | None = None, k: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(queries float32 [G, n_query, head_dim], keys float32 [n, head_dim], cell of each query [n_query]) of KV head h.
+        """KV head h: queries float32 [G, n_query, head_dim], keys float32 [n, head_dim], cells of queries [n_query].
 
         Under a sliding window the keys are those that any of the queries attends; the first of them is cell 0.
         """
         q, k = self.q if q is None else q, self.k if k is None else k
+        assert q is not None and k is not None  # a window was folded
         group = q.shape[1] // len(self.q_sum)
         first = max(self.context - len(q) - self.window + 1, 0) if self.window else 0
         heads = np.ascontiguousarray(q[:, h * group : (h + 1) * group].transpose(1, 0, 2))  # [G, n_query, head_dim]
@@ -115,7 +110,7 @@ class LayerSample:
 
 
 def rank_layer(s: LayerSample, n_threads: int) -> dict[str, Any]:
-    """Ranking [n_head_kv][n_chunk], weight [n_head_kv][m] and recall [n_head_kv][n_rank] of one layer, as plain lists."""
+    """Plain lists of one layer: ranking [n_head_kv][n_chunk], weight [n_head_kv][m], recall [n_head_kv][n_rank]."""
     p, n_chunk = s.params, len(s.dims)
     n_rank, n_weight = p.counts(n_chunk)
     out: dict[str, Any] = {"ranking": [], "weight": [], "recall": []}

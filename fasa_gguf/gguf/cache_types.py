@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from gguf import GGMLQuantizationType
+
 from ..errors import FasaError
 
-CACHE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q4_1": 3, "q5_0": 6, "q5_1": 7, "q8_0": 8, "bf16": 30}
+# ggml's numbers; llama.cpp takes these types for K and V
+CACHE_TYPES = {
+    name: int(GGMLQuantizationType[name.upper()])
+    for name in ("f32", "f16", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "bf16")
+}
 
 
 def cache_type(name: str) -> int:

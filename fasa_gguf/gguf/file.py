@@ -1,7 +1,12 @@
 """A strict, bounded reader of GGUF headers: every count is checked against the file before it is used.
 
-Only the header is read. The raw bytes of each key-value pair stay at hand, so that a rewrite copies what it does not change.
-Format: the pinned llama.cpp's gguf-py/gguf/constants.py and ggml/src/gguf.cpp.
+Only the header is read. The raw bytes of each key-value pair are kept, so a rewrite copies what it does not change.
+
+Value types, tensor types and key names are gguf-py's. Two things that it does not do are done here:
+- Reading untrusted headers. Its GGUFReader maps the whole file and trusts every count and length in it: a damaged file
+  takes memory without bound, or ends in an error that does not name the key.
+- Rewriting in constant memory. Its GGUFWriter packs every key and tensor anew, so a file whose FASA keys are removed
+  would not be the original byte for byte. `pack_kv` makes single entries, and profile/embed.py copies the rest.
 """
 
 from __future__ import annotations
@@ -15,51 +20,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gguf import GGML_QUANT_SIZES, GGUFValueType, Keys
+
 from ..errors import FasaError
 
-U8, I8, U16, I16, U32, I32, F32, BOOL, STR, ARR, U64, I64, F64 = range(13)
-TYPE_NAMES = ("u8", "i8", "u16", "i16", "u32", "i32", "f32", "bool", "str", "array", "u64", "i64", "f64")
-SCALARS = {U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", F32: "f", BOOL: "?", U64: "Q", I64: "q", F64: "d"}
-SIZES = {t: struct.calcsize("<" + c) for t, c in SCALARS.items()}
-
-# (values per block, bytes per block) of the tensor types; ggml's numbering
-TENSOR_TYPES = {
-    0: (1, 4),
-    1: (1, 2),
-    2: (32, 18),
-    3: (32, 20),
-    6: (32, 22),
-    7: (32, 24),
-    8: (32, 34),
-    9: (32, 36),
-    10: (256, 84),
-    11: (256, 110),
-    12: (256, 144),
-    13: (256, 176),
-    14: (256, 210),
-    15: (256, 292),
-    16: (256, 66),
-    17: (256, 74),
-    18: (256, 98),
-    19: (256, 50),
-    20: (32, 18),
-    21: (256, 110),
-    22: (256, 82),
-    23: (256, 136),
-    24: (1, 1),
-    25: (1, 2),
-    26: (1, 4),
-    27: (1, 8),
-    28: (1, 8),
-    29: (256, 56),
-    30: (1, 2),
-    34: (256, 54),
-    35: (256, 66),
-    39: (32, 17),
-    40: (64, 36),
-    41: (128, 18),
-    42: (64, 18),
+U8, I8 = GGUFValueType.UINT8, GGUFValueType.INT8
+U16, I16 = GGUFValueType.UINT16, GGUFValueType.INT16
+U32, I32 = GGUFValueType.UINT32, GGUFValueType.INT32
+U64, I64 = GGUFValueType.UINT64, GGUFValueType.INT64
+F32, F64 = GGUFValueType.FLOAT32, GGUFValueType.FLOAT64
+BOOL, STR, ARR = GGUFValueType.BOOL, GGUFValueType.STRING, GGUFValueType.ARRAY
+# fmt: off
+TYPE_NAMES: dict[int, str] = {
+    U8: "u8", I8: "i8", U16: "u16", I16: "i16", U32: "u32", I32: "i32", U64: "u64", I64: "i64",
+    F32: "f32", F64: "f64", BOOL: "bool", STR: "str", ARR: "array",
 }
+SCALARS: dict[int, str] = {  # letters of struct
+    U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", U64: "Q", I64: "q", F32: "f", F64: "d", BOOL: "?",
+}
+# fmt: on
+SIZES = {t: struct.calcsize("<" + c) for t, c in SCALARS.items()}  # bytes
+
+# Where gguf 0.19 differs from the pinned source (ggml-common.h): Q8_1 has two f16 before its 32 bytes, not two f32;
+# Q2_0 is missing.
+CORRECTED_TYPES = {9: (32, 36), 42: (64, 18)}
+# (values per block, bytes per block) of the tensor types by ggml's number
+TENSOR_TYPES: dict[int, tuple[int, int]] = {int(t): size for t, size in GGML_QUANT_SIZES.items()} | CORRECTED_TYPES
 
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 17
@@ -79,16 +65,17 @@ def printable(name: str, most: int = 80) -> str:
 
 @dataclass
 class KeyValue:
-    """One metadata entry; `value` of an array is decoded on first use."""
+    """One metadata entry. `value` decodes it anew each time it is asked for; types are numbers of GGUFValueType."""
 
     key: str
     type: int
-    item_type: int  # of an array, else the type itself
+    item_type: int  # of an array's elements; the type itself for anything else
     raw: bytes  # the whole entry as it stands in the file
     _value_at: int  # offset of the value in raw
 
     @property
     def value(self) -> Any:
+        """A number, a bool, a str, or a list of these."""
         at = self._value_at
         if self.type == STR:
             return self.raw[at + 8 :].decode("utf-8", "replace")
@@ -112,20 +99,23 @@ class KeyValue:
 
     @property
     def type_name(self) -> str:
+        """The type for messages, as in "u32" or "array of f32"."""
         return f"array of {TYPE_NAMES[self.item_type]}" if self.type == ARR else TYPE_NAMES[self.type]
 
 
 @dataclass
 class TensorInfo:
+    """One tensor as the header describes it."""
+
     name: str
-    shape: tuple[int, ...]
-    type: int
-    offset: int  # from the start of the data section
+    shape: tuple[int, ...]  # innermost dimension first
+    type: int  # ggml's number, a key of TENSOR_TYPES
+    offset: int  # bytes from the start of the data section
     n_bytes: int
 
 
 class _Reader:
-    """Reads forward through a header. Nothing is read, copied or multiplied before its length is known to be in the file."""
+    """Reads forward through a header. Lengths are checked against the file before they are used."""
 
     def __init__(self, data: mmap.mmap | bytes, where: str) -> None:
         self.data, self.where, self.at, self.end = data, where, 0, len(data)
@@ -162,7 +152,7 @@ class _Reader:
         return name
 
     def skip_value(self, kind: int, key: str) -> int:
-        """Step over a value; returns the element type."""
+        """Step over a value; returns the type of an array's elements, `kind` for anything else."""
         if kind in SIZES:
             self.need(SIZES[kind], key)
             self.at += SIZES[kind]
@@ -199,11 +189,16 @@ class _Reader:
         return item
 
 
-class GGUFFile:
-    """The header of a GGUF file.
+def _stamp(status: os.stat_result) -> tuple[int, ...]:
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
-    kv: dict of KeyValue by name, in file order; tensors: list of TensorInfo; data_offset, alignment, size in bytes;
-    info_raw: the tensor infos as they stand. Raises FasaError when the file is not GGUF, is cut short, or lies about counts.
+
+class GGUFFile:
+    """The header of a GGUF file. It can stand wherever its path can, and `read_header` does not parse it a second time.
+
+    version; kv: KeyValue by name, in file order; tensors: list of TensorInfo, in file order; in bytes: size of the
+    file, alignment, and data_offset, where the tensor data begin; info_raw: the tensor infos as they stand in the file.
+    Raises FasaError when the file is not GGUF, is cut short, or lies about counts.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
@@ -214,27 +209,57 @@ class GGUFFile:
                     f"{self.path}: not a GGUF file: expected a regular file; give the path of a model in GGUF format"
                 )
             with open(self.path, "rb") as f:
-                self.size = os.fstat(f.fileno()).st_size
+                status = os.fstat(f.fileno())
+                self.size, self._stamp = status.st_size, _stamp(status)
                 if self.size < 24:
                     raise FasaError(
-                        f"{self.path}: not a GGUF file: it has {self.size} bytes, expected at least 24; give a model in GGUF format"
+                        f"{self.path}: not a GGUF file: it has {self.size} bytes, expected at least 24; "
+                        "give a model in GGUF format"
                     )
                 with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
                     self._parse(_Reader(data, str(self.path)))
         except OSError as e:
             raise FasaError(f"{self.path}: cannot be read: {e.strerror or e}; check the path") from None
 
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def is_current(self) -> bool:
+        """Whether the file is still the one that was read: same inode, size and time of change."""
+        try:
+            return _stamp(os.stat(self.path)) == self._stamp
+        except OSError:
+            return False
+
     def _parse(self, r: _Reader) -> None:
+        n_kv, n_tensors = self._counts(r)
+        self.kv = self._keys(r, n_kv)
+        self.alignment = self.get(Keys.General.ALIGNMENT, U32, default=32)
+        if not 1 <= self.alignment <= MAX_ALIGNMENT or self.alignment & (self.alignment - 1):
+            raise r.fail(f"key general.alignment is {self.alignment}, expected a power of two up to {MAX_ALIGNMENT}")
+        start = r.at
+        self.tensors = [self._tensor(r, i) for i in range(n_tensors)]
+        self.info_raw = bytes(r.data[start : r.at])
+        self.data_offset = r.at + -r.at % self.alignment
+        self._check_layout(r)
+
+    def _counts(self, r: _Reader) -> tuple[int, int]:
+        """(keys, tensors) that the first 24 bytes claim."""
         magic = r.data[:4]
         if magic != b"GGUF":
             raise FasaError(
-                f"{self.path}: not a GGUF file: expected it to begin with b'GGUF', found {magic!r}; convert the model to GGUF first"
+                f"{self.path}: not a GGUF file: expected it to begin with b'GGUF', found {magic!r}; "
+                "convert the model to GGUF first"
             )
         r.at = 4
         self.version = r.number("I", "the version")
         if self.version & 0xFFFF == 0 and self.version != 0:
             raise FasaError(
-                f"{self.path}: a big-endian GGUF file, expected little-endian; convert it with gguf_convert_endian.py of llama.cpp"
+                f"{self.path}: a big-endian GGUF file, expected little-endian; "
+                "convert it with gguf_convert_endian.py of llama.cpp"
             )
         if self.version not in (2, 3):
             raise r.fail(f"it has version {self.version}, expected 2 or 3")
@@ -243,24 +268,25 @@ class GGUFFile:
         # a key takes at least 14 bytes, a tensor info 25
         if n_kv > min(MAX_KEYS, self.size // 14) or n_tensors > min(MAX_TENSORS, self.size // 25):
             raise r.fail(f"it claims {n_kv} keys and {n_tensors} tensors in {self.size} bytes")
-        self.kv: dict[str, KeyValue] = {}
-        for i in range(n_kv):
+        return n_kv, n_tensors
+
+    @staticmethod
+    def _keys(r: _Reader, n: int) -> dict[str, KeyValue]:
+        kv: dict[str, KeyValue] = {}
+        for i in range(n):
             start = r.at
             key = r.name(f"the name of key {i}")
             shown = f"key {printable(key)}"
             kind = r.number("I", shown)
             value_at = r.at - start
             item = r.skip_value(kind, shown)
-            if key in self.kv:
+            if key in kv:
                 raise r.fail(f"{shown} appears twice")
-            self.kv[key] = KeyValue(key, kind, item, bytes(r.data[start : r.at]), value_at)
-        self.alignment = self.get("general.alignment", U32, default=32)
-        if not 1 <= self.alignment <= MAX_ALIGNMENT or self.alignment & (self.alignment - 1):
-            raise r.fail(f"key general.alignment is {self.alignment}, expected a power of two up to {MAX_ALIGNMENT}")
-        start = r.at
-        self.tensors = [self._tensor(r, i) for i in range(n_tensors)]
-        self.info_raw = bytes(r.data[start : r.at])
-        self.data_offset = r.at + -r.at % self.alignment
+            kv[key] = KeyValue(key, kind, item, bytes(r.data[start : r.at]), value_at)
+        return kv
+
+    def _check_layout(self, r: _Reader) -> None:
+        """The tensors have different names, follow each other without gaps, and end within the file."""
         at, names = 0, set()  # at: where the next tensor must begin
         for t in self.tensors:
             shown = f"tensor {printable(t.name)}"
@@ -269,10 +295,9 @@ class GGUFFile:
             names.add(t.name)
             if t.offset != at:
                 raise r.fail(f"{shown} begins at byte {t.offset} of the tensor data, expected {at}")
-            if self.data_offset + at + t.n_bytes > self.size:
-                raise r.fail(
-                    f"{shown} needs bytes up to {self.data_offset + at + t.n_bytes} and the file has {self.size}: it is cut short"
-                )
+            end = self.data_offset + at + t.n_bytes
+            if end > self.size:
+                raise r.fail(f"{shown} needs bytes up to {end} and the file has {self.size}: it is cut short")
             at += t.n_bytes + -t.n_bytes % self.alignment
 
     @staticmethod
@@ -286,7 +311,10 @@ class GGUFFile:
         kind = r.number("I", shown)
         offset = r.number("Q", shown)
         if kind not in TENSOR_TYPES:
-            raise r.fail(f"{shown} has the unknown type {kind}")
+            raise r.fail(
+                f"{shown} has the unknown type {kind}: {len(TENSOR_TYPES)} are known, up to {max(TENSOR_TYPES)}; "
+                "a newer gguf package may know more"
+            )
         n = math.prod(shape)
         if max(shape, default=1) >= 1 << 48 or n >= 1 << 48:
             raise r.fail(f"{shown} claims the shape {list(shape)}")
@@ -298,7 +326,10 @@ class GGUFFile:
         return TensorInfo(name, shape, kind, offset, n // per * size)
 
     def get(self, key: str, *types: int, default: Any = None) -> Any:
-        """The value of `key`; FasaError when it has another type, `default` when it is missing (FasaError if that is ...)."""
+        """The value of `key`, `default` when it is missing.
+
+        Raises FasaError when the key has none of `types`, or when it is missing and `default` is `...`.
+        """
         entry = self.kv.get(key)
         expected = " or ".join(TYPE_NAMES[t] for t in types)
         if entry is None:
@@ -311,7 +342,8 @@ class GGUFFile:
 
     @property
     def arch(self) -> str:
-        name = self.get("general.architecture", STR, default=...)
+        """The architecture's name, as in "llama". Raises FasaError when it is missing or not a short printable name."""
+        name = self.get(Keys.General.ARCHITECTURE, STR, default=...)
         if not 0 < len(name) <= 64 or not name.isprintable():
             raise FasaError(
                 f"{self.path}: key general.architecture: expected a short name, found {len(name)} characters; {NEXT}"
@@ -319,13 +351,18 @@ class GGUFFile:
         return name
 
 
+def read_header(model: str | os.PathLike) -> GGUFFile:
+    """The header of a model. A GGUFFile is returned as it is, unless its file has changed since it was read."""
+    return model if isinstance(model, GGUFFile) and model.is_current() else GGUFFile(model)
+
+
 def pack_kv(key: str, kind: int, value: Any, item: int | None = None) -> bytes:
-    """One metadata entry as bytes; `item` is the element type of an array (numbers only)."""
+    """One metadata entry as bytes; `item` is the type of an array's elements, which must be numbers."""
     name = key.encode()
     head = struct.pack("<Q", len(name)) + name + struct.pack("<I", kind)
     if kind == STR:
         text = value.encode()
         return head + struct.pack("<Q", len(text)) + text
-    if kind == ARR:
+    if kind == ARR and item is not None:
         return head + struct.pack(f"<IQ{len(value)}{SCALARS[item]}", item, len(value), *value)
     return head + struct.pack("<" + SCALARS[kind], value)

@@ -328,14 +328,6 @@ class Fasa(Method):
             )
         return self.knowledge.profile.ranking[layer] if self.knowledge.profile.n_chunk[layer] else None
 
-    def layer_budget(self, layer: int) -> int:
-        shares = self.knowledge.profile.layer_budget if self.knowledge.profile else None
-        return (
-            self.budget
-            if shares is None
-            else max(int(self.budget * float(shares[layer]) + 0.5), self.sink + self.recent + 1)
-        )
-
     def _layer(self, layer: int, device: Any) -> tuple[torch.Tensor, torch.Tensor] | None:
         """Dimensions and weights of the dominant chunks, both [n_head_kv or n_head, n_dom]."""
         if layer not in self._setup:
@@ -369,7 +361,7 @@ class Fasa(Method):
         sets = self.shape.n_head_kv if self.shared else self.shape.n_head
         forced = tail.forced(self.sink, self.recent)
         score = group_score(est, tail.visible, sets) if self.shared or self.mass > 0 else est
-        count: Any = self.layer_budget(layer)
+        count: Any = self.budget
         if self.mass > 0:
             count = mass_count(score, tail.visible, forced, self.shape.n_head // sets, self.mass, *self.bounds())
         return top(score, tail.visible, forced, count).repeat_interleave(self.shape.n_head // sets, 0)
@@ -412,9 +404,6 @@ class RandomChunks(Fasa):
         rng = np.random.default_rng([self.seed, layer])
         return np.stack([rng.permutation(self.shape.head_dim // 2) for _ in range(self.shape.n_head_kv)])
 
-    def layer_budget(self, layer: int) -> int:
-        return self.budget
-
 
 class Paper(Fasa):
     """FASA as published (arXiv 2602.03152): chunks by contextual agreement, a ranking and a selection per query head, a quarter of
@@ -433,9 +422,6 @@ class Paper(Fasa):
 
     def ranking(self, layer: int) -> np.ndarray:
         return np.asarray(self.knowledge.ca[layer])  # [n_head, n_chunk]
-
-    def layer_budget(self, layer: int) -> int:
-        return self.budget
 
     def index_bytes(self) -> float:
         ranks = np.asarray(self.knowledge.ca)[..., : self.chunks()]  # [n_layer, n_head, k]

@@ -1,4 +1,7 @@
-"""Put a profile into a model's GGUF file, or take it out: the header is written anew, every tensor is copied byte for byte."""
+"""Put a profile into a model's GGUF file, or take it out: a new header, and every tensor copied byte for byte.
+
+gguf-py's writer packs all keys anew, so a file whose profile is removed would not be the original byte for byte.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,10 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from gguf import Keys
+
 from ..errors import FasaError
-from ..gguf.file import GGUFFile, pack_kv
+from ..gguf.file import GGUFFile, pack_kv, read_header
 from ..gguf.shape import first_shard, read_shape, weights_sha256
 from .profile import Profile
 
@@ -40,7 +45,8 @@ def doubts(model: GGUFFile, profile: Profile) -> list[str]:
             return [*out, f"the profile could not be compared with the model's weights: {e}"]
         if found != expected:
             out.append(
-                f"{model.path}: the profile was calibrated on other weights: another quantisation, or another model of this shape"
+                f"{model.path}: the profile was calibrated on other weights: "
+                "another quantisation, or another model of this shape"
             )
     return out
 
@@ -51,9 +57,10 @@ def _check(model: GGUFFile, profile: Profile) -> None:
     shape = read_shape(model)
     profile.check(shape.n_head_kv, shape.n_chunk, where)
     dims = profile.rope.get("dims", shape.n_rot)
-    if dims != shape.n_rot and f"{shape.arch}.rope.dimension_count_swa" not in model.kv:
+    if dims != shape.n_rot and Keys.Rope.DIMENSION_COUNT_SWA.format(arch=shape.arch) not in model.kv:
         raise FasaError(
-            f"{where}: the profile is for another model: it has {dims} rotated dimensions per head, the model {shape.n_rot}; "
+            f"{where}: the profile is for another model: "
+            f"it has {dims} rotated dimensions per head, the model {shape.n_rot}; "
             "make the profile anew with `fasa-gguf embed-profile MODEL`"
         )
     profile.check_values(where)
@@ -77,9 +84,9 @@ def _header(model: GGUFFile, profile: Profile | None) -> bytes:
 
 @contextlib.contextmanager
 def _temporary(folder: Path) -> Iterator[tuple[int, Path]]:
-    """(descriptor, path) of a new file in `folder` that is gone afterwards unless it was renamed.
+    """(descriptor, path) of a new file in `folder` that is removed afterwards unless it was renamed.
 
-    The file is locked while its process lives; one without a lock was left by a killed run, and is removed here.
+    The file is locked while its process lives. One without a lock was left by a killed run, and is removed here.
     """
     for old in folder.glob(TEMPORARY + "*"):
         with contextlib.suppress(OSError):
@@ -131,9 +138,9 @@ def _copy(source: int, target: int, at: int, n: int, progress: Callable[[int, in
 
 
 def _open(model: str | os.PathLike, out: str | os.PathLike | None, force: bool) -> tuple[GGUFFile, Path, Path]:
-    """(model, its path, the path to write): what rewrite refuses whatever the profile."""
+    """(model, its path, the path to write). Raises what rewrite raises whatever the profile."""
     source = Path(os.path.realpath(model))  # a link is followed: the file behind it changes, the link stays
-    header = GGUFFile(source)
+    header = read_header(model if isinstance(model, GGUFFile) else source)
     first_shard(header)
     target = source if out is None else Path(os.path.realpath(out))
     if out is not None and os.path.lexists(target):
@@ -146,9 +153,11 @@ def _open(model: str | os.PathLike, out: str | os.PathLike | None, force: bool) 
     return header, source, target
 
 
-def check_embeddable(model: str | os.PathLike, out: str | os.PathLike | None = None, force: bool = False) -> None:
-    """Raises FasaError where `rewrite` would, whatever the profile: to be asked before a calibration."""
-    read_shape(_open(model, out, force)[0])
+def check_embeddable(model: str | os.PathLike, out: str | os.PathLike | None = None, force: bool = False) -> GGUFFile:
+    """The header. Raises FasaError where `rewrite` would, whatever the profile: to call before a calibration."""
+    header = _open(model, out, force)[0]
+    read_shape(header)
+    return header
 
 
 def rewrite(
@@ -161,9 +170,10 @@ def rewrite(
 ) -> Path:
     """Write the model with this profile (None: without any), in place or to `out`; returns the path written.
 
-    The new file appears under its name only when it is whole; a full disk or a kill leaves the old one. progress(done, total)
-    counts bytes; warn(sentence) hears of doubts, default: to stderr. Raises FasaError, and nothing is written: the profile
-    does not fit, the model is out of scope or not the first file of a split one, `out` exists and not force, no room.
+    model: a path, or its GGUFFile. The new file appears under its name only when it is whole; a full disk or a kill
+    leaves the old one. progress(done, total) counts bytes. warn(sentence) is told of doubts; by default they go to
+    stderr. Raises FasaError, and nothing is written, when the profile does not fit, the model is out of scope or not
+    the first file of a split one, `out` exists and not `force`, or the disk has no room.
     """
     header, source, target = _open(model, out, force)
     if profile is None:
@@ -171,35 +181,44 @@ def rewrite(
             raise FasaError(f"{model}: there is no FASA profile in this model, so there is nothing to remove")
     else:
         _check(header, profile)
-    if profile is not None:
         for text in doubts(header, profile):
-            (warn or (lambda text: print(f"fasa_gguf: {text}", file=sys.stderr)))(text)
-    head = _header(header, profile)
-    n_data = max(header.size - header.data_offset, 0) if header.tensors else 0
+            (warn or _warn)(text)
     try:
-        free = shutil.disk_usage(target.parent).free
-        if free < len(head) + n_data:
-            raise FasaError(
-                f"{target.parent}: not enough space: {len(head) + n_data} bytes are needed beside the model and {free} are free; "
-                "make room, or write to another disk with -o"
-            )
-        with open(source, "rb") as f, _temporary(target.parent) as (fd, temporary):
-            _write(fd, head)
-            _copy(f.fileno(), fd, header.data_offset, n_data, progress)
-            old = os.stat(target if target.exists() else source)
-            with contextlib.suppress(OSError):
-                os.fchown(fd, old.st_uid if target.exists() else -1, old.st_gid if target.exists() else -1)
-            os.fchmod(fd, stat.S_IMODE(old.st_mode))
-            os.fsync(fd)
-            os.replace(temporary, target)
-        folder = os.open(target.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _replace(header, _header(header, profile), source, target, progress)
     except OSError as e:
         raise FasaError(f"{target}: cannot be written: {e.strerror or e}; the model is as it was") from None
     return target
+
+
+def _warn(text: str) -> None:
+    print(f"fasa_gguf: {text}", file=sys.stderr)
+
+
+def _replace(
+    model: GGUFFile, head: bytes, source: Path, target: Path, progress: Callable[[int, int], None] | None
+) -> None:
+    """Write a new header and the tensors of `source` under the name `target`, synced to disk."""
+    n_data = max(model.size - model.data_offset, 0) if model.tensors else 0
+    free = shutil.disk_usage(target.parent).free
+    if free < len(head) + n_data:
+        raise FasaError(
+            f"{target.parent}: not enough space: {len(head) + n_data} bytes are needed beside the model "
+            f"and {free} are free; make room, or write to another disk with -o"
+        )
+    with open(source, "rb") as f, _temporary(target.parent) as (fd, temporary):
+        _write(fd, head)
+        _copy(f.fileno(), fd, model.data_offset, n_data, progress)
+        old = os.stat(target if target.exists() else source)
+        with contextlib.suppress(OSError):
+            os.fchown(fd, old.st_uid if target.exists() else -1, old.st_gid if target.exists() else -1)
+        os.fchmod(fd, stat.S_IMODE(old.st_mode))
+        os.fsync(fd)
+        os.replace(temporary, target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def embed(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
 
 from ..errors import FasaError
 from ..profile.profile import Profile
 
+Q4_0_BLOCK, Q4_0_BYTES = GGML_QUANT_SIZES[GGMLQuantizationType.Q4_0]
 SHAPES = {  # n_embd, n_ff, n_layer, n_head, n_head_kv, head_dim, n_vocab
     "8b": (4096, 14336, 32, 32, 8, 128, 128256),
     "3b": (3072, 8192, 28, 24, 8, 128, 128256),
@@ -21,13 +22,16 @@ SHAPES = {  # n_embd, n_ff, n_layer, n_head, n_head_kv, head_dim, n_vocab
 
 
 def _q4_0(rng: np.random.Generator, rows: int, cols: int) -> np.ndarray:
-    """Random Q4_0 blocks, uint8 [rows, bytes]; a pattern of 64 Ki blocks repeats. The values are -7 to 7 times the scale, without a mean: one
-    would grow from layer to layer, until every token attended to itself alone and all other scores were 0."""
-    n = rows * cols // 32
-    block = rng.integers(1, 16, (min(n, 1 << 16), 18), np.uint8)
+    """Random Q4_0 blocks, uint8 [rows, bytes]; a pattern of 64 Ki blocks repeats.
+
+    The values are -7 to 7 times the scale, so their mean is 0. A mean would grow from layer to layer until every token
+    attends to itself alone.
+    """
+    n = rows * cols // Q4_0_BLOCK
+    block = rng.integers(1, 16, (min(n, 1 << 16), Q4_0_BYTES), np.uint8)
     block |= rng.integers(1, 16, block.shape, np.uint8) << 4  # f16 scale, 32 nibbles
     block[:, :2] = np.frombuffer(np.float16(0.25 / np.sqrt(cols)).tobytes(), np.uint8)
-    return np.resize(block, (n, 18)).reshape(rows, -1)
+    return np.resize(block, (n, Q4_0_BYTES)).reshape(rows, -1)
 
 
 def _tensors(shape: str) -> list[tuple[str, int, int]]:
@@ -54,46 +58,22 @@ def _tensors(shape: str) -> list[tuple[str, int, int]]:
 
 
 def write_model(path: str | os.PathLike, shape: str, seed: int = 0) -> None:
-    """A GGUF of one of SHAPES with a profile that knows nothing, one tensor in memory at a time; `path` is there when it is whole.
+    """A GGUF of one of SHAPES with a synthetic profile; `path` appears only when it is whole.
 
-    Raises FasaError for an unknown shape, a file that cannot be written, or when the gguf package is missing.
+    One tensor is in memory at a time. Raises FasaError for an unknown shape, or when the file cannot be written.
     """
-    try:
-        from gguf import GGMLQuantizationType, GGUFValueType, GGUFWriter
-    except ImportError:
-        raise FasaError("making a random model needs the gguf package; run `pip install 'fasa_gguf[test]'`") from None
     if shape not in SHAPES:
         raise FasaError(f"shape {shape!r}: expected one of {', '.join(SHAPES)}")
-    n_embd, n_ff, n_layer, n_head, n_head_kv, width, n_vocab = SHAPES[shape]
     rng = np.random.default_rng(seed)
     temporary = Path(f"{path}.tmp-{os.getpid()}")
-    w: Any = GGUFWriter(temporary, "llama")
-    w.add_name(f"random-{shape}")
-    w.add_vocab_size(n_vocab)
-    w.add_context_length(131072)
-    w.add_embedding_length(n_embd)
-    w.add_block_count(n_layer)
-    w.add_feed_forward_length(n_ff)
-    w.add_head_count(n_head)
-    w.add_head_count_kv(n_head_kv)
-    w.add_key_length(width)
-    w.add_value_length(width)
-    w.add_rope_dimension_count(width)
-    w.add_rope_freq_base(500000.0)
-    w.add_layer_norm_rms_eps(1e-5)
-    w.add_tokenizer_model("no_vocab")
-    w.add_file_type(2)
-    profile = synthetic_profile([n_head_kv] * n_layer, [width // 2] * n_layer, seed)
-    profile.rope = {"layout": "norm", "dims": width, "base": 500000.0}
-    for key, kind, value, item in profile.to_gguf_kv():
-        w.add_key_value(key, value, GGUFValueType(kind), None if item is None else GGUFValueType(item))
+    w = GGUFWriter(temporary, "llama")
+    _add_keys(w, shape, seed)
     tensors = _tensors(shape)
     for name, rows, cols in tensors:
         if rows:
-            n_bytes = cols // 32 * 18
-            w.add_tensor_info(
-                name + ".weight", (rows, n_bytes), np.dtype(np.uint8), rows * n_bytes, GGMLQuantizationType.Q4_0
-            )
+            n_bytes = cols // Q4_0_BLOCK * Q4_0_BYTES
+            size = rows * n_bytes
+            w.add_tensor_info(name + ".weight", (rows, n_bytes), np.dtype(np.uint8), size, GGMLQuantizationType.Q4_0)
         else:
             w.add_tensor_info(name + ".weight", (cols,), np.dtype(np.float32), 4 * cols)
     try:
@@ -114,24 +94,50 @@ def write_model(path: str | os.PathLike, shape: str, seed: int = 0) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def _add_keys(w: GGUFWriter, shape: str, seed: int) -> None:
+    """The metadata, and the profile."""
+    n_embd, n_ff, n_layer, n_head, n_head_kv, width, n_vocab = SHAPES[shape]
+    w.add_name(f"random-{shape}")
+    w.add_vocab_size(n_vocab)
+    w.add_context_length(131072)
+    w.add_embedding_length(n_embd)
+    w.add_block_count(n_layer)
+    w.add_feed_forward_length(n_ff)
+    w.add_head_count(n_head)
+    w.add_head_count_kv(n_head_kv)
+    w.add_key_length(width)
+    w.add_value_length(width)
+    w.add_rope_dimension_count(width)
+    w.add_rope_freq_base(500000.0)
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_tokenizer_model("no_vocab")
+    w.add_file_type(LlamaFileType.MOSTLY_Q4_0)
+    profile = synthetic_profile([n_head_kv] * n_layer, [width // 2] * n_layer, seed)
+    profile.rope = {"layout": "norm", "dims": width, "base": 500000.0}
+    for key, kind, value, item in profile.to_gguf_kv():
+        w.add_key_value(key, value, GGUFValueType(kind), None if item is None else GGUFValueType(item))
+
+
 def model_bytes(shape: str) -> int:
     """Bytes of the tensors of a shape."""
-    return sum(rows * cols // 32 * 18 if rows else 4 * cols for _, rows, cols in _tensors(shape))
+    return sum(rows * cols // Q4_0_BLOCK * Q4_0_BYTES if rows else 4 * cols for _, rows, cols in _tensors(shape))
 
 
 def synthetic_profile(n_head_kv: list[int], n_chunk: list[int], seed: int | None = None) -> Profile:
-    """A ranking that knows nothing, method "synthetic": chunks in order, or shuffled by a seed. n_head_kv, n_chunk per layer."""
-    rng = np.random.default_rng(seed)
-    order = (lambda n: np.arange(n)) if seed is None else rng.permutation
+    """A ranking that knows nothing, method "synthetic": chunks in order, or shuffled by a seed.
+
+    n_head_kv, n_chunk: [n_layer]; 0 chunks: no ranking there.
+    """
+    order = np.arange if seed is None else np.random.default_rng(seed).permutation
     ranking = [
         np.array([order(n) for _ in range(h)], np.uint16).reshape(h, n) if n else np.zeros((0, 0), np.uint16)
-        for h, n in zip(n_head_kv, n_chunk)
+        for h, n in zip(n_head_kv, n_chunk, strict=True)
     ]
     return Profile(list(n_head_kv), list(n_chunk), ranking, "synthetic")
 
 
 def cached_model(shape: str, say: Callable[[str], None] = lambda text: None) -> Path:
-    """The random model of a shape in the user's cache folder, written when it is not there; `say` is told so."""
+    """The random model of a shape in the user's cache folder, written when it is missing; `say` is then told so."""
     path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fasa_gguf" / f"random-{shape}.fasa.gguf"
     if shape in SHAPES and not path.exists():
         say(f"writing a random {shape} model, {model_bytes(shape) / 1e9:.1f} GB, to {path}")

@@ -12,6 +12,7 @@ from fasa_gguf.calibrate.gguf import (
     calibrate,
     default_corpus,
 )
+from fasa_gguf.gguf.file import GGUFFile
 from fasa_gguf.profile.profile import Profile
 from fasa_gguf.session import Session
 
@@ -166,14 +167,26 @@ def test_layers_that_show_nothing_have_no_ranking(library, tiny, monkeypatch):
 
 
 def test_refusals(library, tiny, tmp_path):
-    with pytest.raises(FasaError, match="a few words: the text has .* tokens; calibration needs at least 256"):
+    with pytest.raises(FasaError, match=r"a few words: the text has .* tokens; calibration needs at least 256"):
         calibrate(tiny, ("a few words", "a few words"), SMALL)
-    with pytest.raises(FasaError, match="a window of 100 tokens .asked for 100, .*needs at least 300; use a larger -c"):
+    with pytest.raises(
+        FasaError,
+        match=r"a window of 100 tokens .asked for 100, .*needs at least 300; "
+        r"use a larger -c",
+    ):
         calibrate(tiny, params=CalibrationParams(context=100, queries=150))
     with pytest.raises(FasaError, match="ranking method 'magic': expected one of recall, energy, ca"):
         calibrate(tiny, params=CalibrationParams(method="magic"))
     with pytest.raises(FasaError, match="the folder does not exist"):
         calibrate(tiny, params=SMALL, out=tmp_path / "none" / "p.json")
     (tmp_path / "p.json.partial.tmp").mkdir()
-    with pytest.raises(FasaError, match="p.json.partial: cannot be written"):
+    with pytest.raises(FasaError, match=r"p.json.partial: cannot be written"):
         calibrate(tiny, params=SMALL, out=tmp_path / "p.json")
+
+
+def test_a_header_is_read_once(tiny, monkeypatch):
+    model, parsed, parse = GGUFFile(tiny), [], GGUFFile._parse
+    monkeypatch.setattr(GGUFFile, "_parse", lambda self, r: parsed.append(self.path) or parse(self, r))
+    small = CalibrationParams(context=512, queries=16, budget=40, method="energy")
+    assert calibrate(model, params=small).to_flat() == calibrate(tiny, params=small).to_flat()
+    assert parsed == [tiny]  # once by its path, not at all by its header

@@ -1,4 +1,5 @@
-"""Calibration from Hugging Face weights, beside the one from the GGUF that the pinned converter makes of the same weights."""
+# ruff: noqa: E402 - the modules are imported after importorskip
+"""Calibration from Hugging Face weights beside that from the GGUF which the pinned converter makes of them."""
 
 import json
 import sys
@@ -14,9 +15,12 @@ transformers = pytest.importorskip(
 import tiny_hf
 
 from fasa_gguf import FasaError, reference
-from fasa_gguf.calibrate import hf
-from fasa_gguf.calibrate.gguf import Calibration, Calibrator, calibrate
+from fasa_gguf.calibrate import hf_attention
+from fasa_gguf.calibrate.calibrator import Calibrator
+from fasa_gguf.calibrate.gguf import Calibration, calibrate
 from fasa_gguf.calibrate.hf import HFCalibration, calibrate_hf
+from fasa_gguf.calibrate.hf_model import weights_hash
+from fasa_gguf.calibrate.hf_probe import Probe
 from fasa_gguf.calibrate.ranking import CalibrationParams
 from fasa_gguf.cli import main as cli
 from fasa_gguf.gguf.file import GGUFFile
@@ -59,7 +63,7 @@ def gguf(folder):
 
 @pytest.mark.parametrize("name", tiny_hf.MODELS)
 def test_both_ways_agree(models, name):
-    """Rankings, weights and what is embedded: the planted chunks first, and a profile of either that fits the GGUF without a doubt."""
+    """Rankings, weights and what is embedded: the planted chunks come first, and either profile fits the GGUF."""
     model, planted, folder = models[name]
     from_hf, from_gguf = calibrate_hf(model, IDS, SMALL, n_threads=1), calibrate(gguf(folder), IDS, SMALL, n_threads=1)
     for il, rows in enumerate(planted):
@@ -68,7 +72,7 @@ def test_both_ways_agree(models, name):
                 assert set(p.ranking[il][h][: tiny_hf.PLANTED].tolist()) == set(chunks.tolist())
     found = compare_profiles(from_hf, from_gguf, k=tiny_hf.PLANTED)
     assert found.mean()[1] == 1 and found.mean()[0] > 0.97 and not found.only
-    for a, b in zip(from_hf.recall, from_gguf.recall):
+    for a, b in zip(from_hf.recall, from_gguf.recall, strict=True):
         assert np.allclose(a[:, tiny_hf.PLANTED - 1], b[:, tiny_hf.PLANTED - 1], atol=0.005)
     _, _, n_rot, layout = tiny_hf.MODELS[name]
     assert from_hf.rope["layout"] == layout and from_hf.rope["dims"] == from_gguf.rope["dims"] == n_rot
@@ -108,7 +112,7 @@ def test_queries_and_keys_are_those_of_llama_cpp(models, name):
 
 
 def test_the_rows_of_a_llama_gguf_are_permuted(models):
-    """The same weights in another order: dimension numbers instead of chunk ids, or the other layout, would be of other chunks."""
+    """The same weights in another order: dimension numbers, or the other layout, would name other chunks."""
     model, planted, folder = models["llama"]
     g = GGUFFile(gguf(folder))
     t = next(t for t in g.tensors if t.name == "blk.0.attn_k.weight")
@@ -178,8 +182,8 @@ def test_the_windows_of_the_gguf_count(models):
 
 
 def test_the_attention_is_transformers_own(monkeypatch):
-    """Hidden states under our function and under `eager`: soft-capping, learned sinks, sliding windows, several blocks."""
-    monkeypatch.setattr(hf, "BLOCK", 50)
+    """Hidden states by our function and by `eager`: soft-capping, learned sinks, sliding windows, several blocks."""
+    monkeypatch.setattr(hf_attention, "BLOCK", 50)
     sinks = transformers.GptOssConfig(
         **{**tiny_hf.COMMON, **tiny_hf.GQA}, sliding_window=40, num_local_experts=2, num_experts_per_tok=1
     )
@@ -190,9 +194,9 @@ def test_the_attention_is_transformers_own(monkeypatch):
         tiny_hf.build("gemma3")[0],
         transformers.AutoModelForCausalLM.from_config(sinks, dtype=torch.float32).eval(),
     ):
-        hf._modules()
+        hf_attention.import_torch()
         rows = []
-        for name in ("eager", hf.NAME):
+        for name in ("eager", hf_attention.NAME):
             model.set_attn_implementation(name)
             with torch.inference_mode():
                 rows.append(model.base_model(ids, use_cache=False).last_hidden_state)
@@ -202,12 +206,12 @@ def test_the_attention_is_transformers_own(monkeypatch):
 def test_the_model_is_left_as_it_was(llama):
     llama.set_attn_implementation("eager")
     calibrate_hf(llama, IDS, SMALL)
-    assert llama.config._attn_implementation == "eager" and hf._watcher is None
+    assert llama.config._attn_implementation == "eager" and hf_attention._watcher is None
 
 
 def test_what_a_wrong_config_says_is_measured(llama, monkeypatch):
     c = HFCalibration(llama, IDS, SMALL)
-    probe = hf._Probe(c._forward, tiny_hf.N_VOCAB)
+    probe = Probe(c._forward, tiny_hf.N_VOCAB)
     assert probe.layout(lambda il: 32) == "neox" and probe.layout(lambda il: 16) is None
     monkeypatch.setattr(HFCalibration, "_n_rot", lambda self, il, width: 16)
     with pytest.raises(
@@ -221,14 +225,14 @@ def test_what_a_wrong_config_says_is_measured(llama, monkeypatch):
     [
         (
             "GPT2Config",
-            dict(n_embd=64, n_layer=2, n_head=4),
+            {"n_embd": 64, "n_layer": 2, "n_head": 4},
             r"GPT2LMHeadModel has no RoPE \(no rope_parameters in its config\), so it has no frequency chunks",
         ),
-        ("BloomConfig", dict(n_layer=2, n_head=4), "BloomForCausalLM has no RoPE"),
-        ("FalconConfig", dict(alibi=True), "FalconForCausalLM has no RoPE"),
+        ("BloomConfig", {"n_layer": 2, "n_head": 4}, "BloomForCausalLM has no RoPE"),
+        ("FalconConfig", {"alibi": True}, "FalconForCausalLM has no RoPE"),
         (
             "DeepseekV2Config",
-            dict(kv_lora_rank=16, q_lora_rank=None, n_routed_experts=2),
+            {"kv_lora_rank": 16, "q_lora_rank": None, "n_routed_experts": 2},
             "DeepseekV2ForCausalLM has multi-head latent attention, which has no keys per head to rank",
         ),
         ("T5GemmaConfig", None, "T5GemmaForConditionalGeneration .*; FASA does not apply"),
@@ -258,19 +262,19 @@ def test_attention_that_cannot_be_seen_is_refused():
     ).eval()
     with pytest.raises(
         FasaError,
-        match="FalconForCausalLM shows no attention layer through .* AttentionInterface; calibrate its GGUF instead",
+        match=r"FalconForCausalLM shows no attention layer through .* AttentionInterface; calibrate its GGUF instead",
     ):
         HFCalibration(model, IDS, SMALL)
 
 
 def test_refusals(llama, tiny, tmp_path, monkeypatch):
-    with pytest.raises(FasaError, match="expected a Hugging Face model folder, found no config.json in it"):
+    with pytest.raises(FasaError, match=r"expected a Hugging Face model folder, found no config.json in it"):
         calibrate_hf(tmp_path, IDS, SMALL)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(FasaError, match="transformers cannot load this model: "):
         calibrate_hf(tmp_path, IDS, SMALL)
     llama.config.save_pretrained(tmp_path)
-    with pytest.raises(FasaError, match="transformers cannot load this model: .*no file named"):
+    with pytest.raises(FasaError, match=r"transformers cannot load this model: .*no file named"):
         calibrate_hf(tmp_path, IDS, SMALL)
     with pytest.raises(FasaError, match="transformers cannot load the tokenizer"):
         calibrate_hf(tmp_path, ("t", "some text"), SMALL)
@@ -310,15 +314,12 @@ def test_an_interrupted_calibration_goes_on(models, tmp_path, monkeypatch):
         calibrate_hf(folder, IDS, SMALL, out)
     ranked.append(-1)
     assert calibrate_hf(folder, IDS, SMALL, out).to_flat() == whole.to_flat() and ranked == [0, 1, -1, 1]
-    assert (
-        Profile.load(out).calibration["weights_sha256"] == hf.weights_hash(folder)
-        and len(hf.weights_hash(folder)) == 64
-    )
+    assert Profile.load(out).calibration["weights_sha256"] == weights_hash(folder) and len(weights_hash(folder)) == 64
 
 
 def test_the_hash_is_of_the_projections(models, tmp_path):
-    hashes = {name: hf.weights_hash(models[name][2]) for name in ("llama", "phi3", "gptneox", "qwen3")}
-    assert len(set(hashes.values())) == 4 and None not in hashes.values() and hf.weights_hash(tmp_path) is None
+    hashes = {name: weights_hash(models[name][2]) for name in ("llama", "phi3", "gptneox", "qwen3")}
+    assert len(set(hashes.values())) == 4 and None not in hashes.values() and weights_hash(tmp_path) is None
 
 
 def test_half_precision(models):

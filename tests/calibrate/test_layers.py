@@ -1,4 +1,4 @@
-"""Layers that may miss more than others, and the table of mean budgets: planted curves, what is written, resuming, what is refused."""
+"""Layers that may miss more than others, and the table of mean budgets: planted curves, files, resuming, refusals."""
 
 import json
 import os
@@ -16,8 +16,8 @@ from fasa_gguf.quality.arms import ArmSwitch
 from fasa_gguf.speed.random_model import synthetic_profile
 
 BASE = FasaParams(sink=2, recent=4, floor=6, chunks=4, min_context=0)
-SIZE = dict(windows=1, window=300, score=10, n_threads=1)
-PLAN = L.LayerPlan(masses=(0.5, 0.9), budgets=(80, 120, 200))
+SIZE = {"windows": 1, "window": 300, "score": 10, "n_threads": 1}
+GRID = L.LayerGrid(masses=(0.5, 0.9), budgets=(80, 120, 200))
 
 
 # ---- arithmetic ----
@@ -128,27 +128,27 @@ def test_calibrate_layers(library, tiny, text, profile, tmp_path):
         np.array([5, 5, 5], np.float32),
         {3: 0.5},
     )  # what was there does not matter
-    done, result = L.calibrate_layers(tiny, text, out, PLAN, BASE, profile, progress=lambda *x: told.append(x), **SIZE)
+    done, result = L.calibrate_layers(tiny, text, out, GRID, BASE, profile, progress=lambda *x: told.append(x), **SIZE)
     profile.layer_miss, profile.mean_budget = None, {}
     assert [r["layers"] for r in result["layers"]] == [[0], [1], [2]] and all(
         r["tokens"][0] < r["tokens"][1] for r in result["layers"]
     )
     assert all(r["kl"][0] > r["kl"][1] for r in result["layers"])
     assert [" ".join(r["arm"].split()[:-1]) for r in result["table"]] == [
-        f"{name} mean {n}" for name in ("all alike", "by layer") for n in PLAN.budgets
+        f"{name} mean {n}" for name in ("all alike", "by layer") for n in GRID.budgets
     ]
     assert ("all alike", 4, 4) in told and ("layer by layer", 10, 10) in told and ("by layer", 4, 4) in told
     assert result["kept"] == (result["gain"] > 0) == (done.layer_miss is not None)
     used = result["table"][3:] if result["kept"] else result["table"][:3]
     assert list(done.mean_budget) == [80, 120, 200] and all(
-        abs(r["tokens_attended"] / n - 1) < 0.05 for r, n in zip(used, PLAN.budgets)
+        abs(r["tokens_attended"] / n - 1) < 0.05 for r, n in zip(used, GRID.budgets, strict=True)
     )
     assert [(r["fasa"]["floor"], r["fasa"]["cap"]) for r in used] == [(64, 160), (64, 240), (64, 400)]
     assert os.listdir(tmp_path) == ["p.json"] and Profile.load(out).mean_budget == done.mean_budget
     assert done.defaults == {"sink": 2, "recent": 4, "chunks": 4} and done.ranking_method == profile.ranking_method
-    assert f"the factors change KL by {-100 * result['gain']:+.1f}%: they are " in L.table(result) and json.dumps(
+    assert f"the factors change KL by {-100 * result['gain']:+.1f}%: they are " in L.format_layers(
         result
-    )
+    ) and json.dumps(result)
 
     # what was asked for in the mean is what is taken, through the library
     from fasa_gguf.quality.arms import Arm
@@ -163,7 +163,7 @@ def test_calibrate_layers(library, tiny, text, profile, tmp_path):
 
 def test_only_the_table(library, tiny, text, profile, tmp_path):
     done, result = L.calibrate_layers(
-        tiny, text, tmp_path / "p.json", L.LayerPlan((), (80, 120)), BASE.replace(per_head=1), profile, **SIZE
+        tiny, text, tmp_path / "p.json", L.LayerGrid((), (80, 120)), BASE.replace(per_head=1), profile, **SIZE
     )
     assert (
         result["layers"] == []
@@ -171,7 +171,7 @@ def test_only_the_table(library, tiny, text, profile, tmp_path):
         and done.layer_miss is None
         and list(done.mean_budget) == [80, 120]
     )
-    assert done.defaults["per_head"] == 1 and L.table(result).splitlines()[0].split() == [
+    assert done.defaults["per_head"] == 1 and L.format_layers(result).splitlines()[0].split() == [
         "whole",
         "model",
         "tokens",
@@ -182,7 +182,7 @@ def test_only_the_table(library, tiny, text, profile, tmp_path):
 
 
 def test_a_calibration_that_was_cut_off_goes_on(library, tiny, text, profile, tmp_path, monkeypatch):
-    whole, result = L.calibrate_layers(tiny, text, tmp_path / "a.json", PLAN, BASE, profile, **SIZE)
+    whole, result = L.calibrate_layers(tiny, text, tmp_path / "a.json", GRID, BASE, profile, **SIZE)
     use, calls, stopped = ArmSwitch.use, [], []
 
     def stop(self, arm):
@@ -194,16 +194,16 @@ def test_a_calibration_that_was_cut_off_goes_on(library, tiny, text, profile, tm
 
     monkeypatch.setattr(ArmSwitch, "use", stop)
     with pytest.raises(KeyboardInterrupt):
-        L.calibrate_layers(tiny, text, tmp_path / "b.json", PLAN, BASE, profile, **SIZE)
+        L.calibrate_layers(tiny, text, tmp_path / "b.json", GRID, BASE, profile, **SIZE)
     assert (tmp_path / "b.json.partial.jsonl").exists() and not (tmp_path / "b.json").exists()
-    again, same = L.calibrate_layers(tiny, text, tmp_path / "b.json", PLAN, BASE, profile, **SIZE)
+    again, same = L.calibrate_layers(tiny, text, tmp_path / "b.json", GRID, BASE, profile, **SIZE)
     names = [a.name for a in calls if a]
-    assert (
-        names.count("layer 0 mass=0.9") == 2 and len(names) == len(set(names)) + 1 and same == result
-    )  # nothing else ran twice and again.to_flat() == whole.to_flat() and sorted(os.listdir(tmp_path)) == ["a.json", "b.json"]
-    L.calibrate_layers(tiny, text, tmp_path / "c.json", PLAN, BASE, profile, resume=tmp_path / "r.jsonl", **SIZE)
+    assert names.count("layer 0 mass=0.9") == 2 and len(names) == len(set(names)) + 1  # nothing else ran twice
+    assert same == result and again.to_flat() == whole.to_flat()
+    assert sorted(os.listdir(tmp_path)) == ["a.json", "b.json"]
+    L.calibrate_layers(tiny, text, tmp_path / "c.json", GRID, BASE, profile, resume=tmp_path / "r.jsonl", **SIZE)
     calls.clear()
-    more = L.LayerPlan((0.5, 0.8, 0.9), PLAN.budgets)  # only what is new runs: a mass a layer, then the factors
+    more = L.LayerGrid((0.5, 0.8, 0.9), GRID.budgets)  # only what is new runs: a mass a layer, then the factors
     L.calibrate_layers(tiny, text, tmp_path / "c.json", more, BASE, profile, resume=tmp_path / "r.jsonl", **SIZE)
     names = [a.name for a in calls if a]
     assert (
@@ -216,24 +216,25 @@ def test_a_calibration_that_was_cut_off_goes_on(library, tiny, text, profile, tm
 @pytest.mark.parametrize(
     "plan, base, message",
     [
-        (L.LayerPlan(masses=(0.5, 1.0)), BASE, "--masses 0.5,1: expected different numbers between 0 and 1"),
-        (L.LayerPlan(masses=(0.5, 0.5)), BASE, "--masses 0.5,0.5: expected different numbers between 0 and 1"),
+        (L.LayerGrid(masses=(0.5, 1.0)), BASE, "--masses 0.5,1: expected different numbers between 0 and 1"),
+        (L.LayerGrid(masses=(0.5, 0.5)), BASE, "--masses 0.5,0.5: expected different numbers between 0 and 1"),
         (
-            L.LayerPlan(budgets=(6, 80)),
+            L.LayerGrid(budgets=(6, 80)),
             BASE,
             "--budgets 6,80: expected different numbers from 7, above sink and recent, to 299, below --window",
         ),
         (
-            L.LayerPlan(budgets=(80, 300)),
+            L.LayerGrid(budgets=(80, 300)),
             BASE,
             "--budgets 80,300: expected different numbers from 7, above sink and recent, to 299, below --window",
         ),
-        (L.LayerPlan(budgets=()), BASE, "--budgets : expected different numbers"),
-        (L.LayerPlan(budgets=(80,), group=0), BASE, "--group 0: expected at least 1"),
+        (L.LayerGrid(budgets=()), BASE, "--budgets : expected different numbers"),
+        (L.LayerGrid(budgets=(80,), group=0), BASE, "--group 0: expected at least 1"),
         (
-            PLAN,
+            GRID,
             BASE.replace(min_context=1536),
-            "--window 300: min_context is 1536, so nothing would be sparse; use a longer --window or a smaller --fasa-min-context",
+            "--window 300: min_context is 1536, so nothing would be sparse; use a longer --window or a "
+            "smaller --fasa-min-context",
         ),
     ],
 )
@@ -244,10 +245,10 @@ def test_what_is_refused(tiny, text, profile, tmp_path, plan, base, message):
         FasaError, match="--budgets 80,120,200: expected numbers that reach 256, the profile's default mean_budget"
     ):
         L.calibrate_layers(
-            tiny, text, tmp_path / "p.json", PLAN, BASE, replace(profile, defaults={"mean_budget": 256}), **SIZE
+            tiny, text, tmp_path / "p.json", GRID, BASE, replace(profile, defaults={"mean_budget": 256}), **SIZE
         )
-    with pytest.raises(FasaError, match="none/p.json: the folder does not exist; make it, or give another -o"):
-        L.calibrate_layers(tiny, text, tmp_path / "none" / "p.json", PLAN, BASE, profile, **SIZE)
+    with pytest.raises(FasaError, match=r"none/p.json: the folder does not exist; make it, or give another -o"):
+        L.calibrate_layers(tiny, text, tmp_path / "none" / "p.json", GRID, BASE, profile, **SIZE)
 
 
 def test_the_command(library, tiny, text, profile, tmp_path, capsys):
@@ -323,6 +324,7 @@ def test_mean_budgets_that_nothing_reaches(library, tiny, text, profile, tmp_pat
     monkeypatch.setattr(L, "find_masses", lambda budgets, rows_at: {})
     with pytest.raises(
         FasaError,
-        match="--budgets 280: no mass takes as many tokens of a window of 300; use other --budgets or a longer --window",
+        match="--budgets 280: no mass takes as many tokens of a window of 300; use other --budgets or a "
+        "longer --window",
     ):
-        L.calibrate_layers(tiny, text, tmp_path / "p.json", L.LayerPlan((), (280,)), BASE, profile, **SIZE)
+        L.calibrate_layers(tiny, text, tmp_path / "p.json", L.LayerGrid((), (280,)), BASE, profile, **SIZE)

@@ -11,6 +11,7 @@ from tiny_gguf import gguf_bytes, write_tiny
 
 from fasa_gguf import FasaError
 from fasa_gguf.gguf import file as gguf_file
+from fasa_gguf.gguf.cache_types import CACHE_TYPES, cache_type
 from fasa_gguf.gguf.file import (
     ARR,
     BOOL,
@@ -68,9 +69,31 @@ def test_every_tensor_type_has_ggml_s_size():
 
     ours = gguf_file.TENSOR_TYPES
     theirs = {int(t): size for t, size in GGML_QUANT_SIZES.items()}
-    theirs[9] = (32, 36)  # Q8_1: two f16 and 32 bytes in ggml; gguf-py says two f32
-    shared = ours.keys() & theirs.keys()
-    assert len(shared) >= 30 and {k: ours[k] for k in shared} == {k: theirs[k] for k in shared}
+    assert len(ours) >= 34 and {k: ours[k] for k in theirs} == theirs | {9: (32, 36)}  # Q8_1: two f16, as ggml has it
+    assert ours.keys() - theirs.keys() <= {42}  # Q2_0
+
+
+def test_tensor_types_are_those_of_the_pinned_source(pinned):
+    """The table that corrects the installed gguf-py, and what gguf-py knows, against the copy in the build tree."""
+    theirs = {int(t): size for t, size in pinned.GGML_QUANT_SIZES.items()}
+    assert theirs == gguf_file.TENSOR_TYPES
+    for kind, size in gguf_file.CORRECTED_TYPES.items():
+        assert theirs[kind] == size
+
+
+def test_cache_types_have_ggml_s_numbers():
+    assert CACHE_TYPES == {
+        "f32": 0,
+        "f16": 1,
+        "q4_0": 2,
+        "q4_1": 3,
+        "q5_0": 6,
+        "q5_1": 7,
+        "q8_0": 8,
+        "bf16": 30,
+    }
+    with pytest.raises(FasaError, match="cache type 'q9': expected one of f32, f16, q4_0"):
+        cache_type("q9")
 
 
 def test_every_value_type(tmp_path):
@@ -121,16 +144,16 @@ def test_a_big_vocabulary_is_skipped_quickly(tmp_path):
 def test_get_names_the_key_and_both_types(tmp_path):
     g = opened(tmp_path, gguf_bytes([ARCH, pack_kv("n", U32, 1), pack_kv("a", ARR, [1.0], F32)]))
     assert g.get("n", U32) == 1 and g.get("none", U32, default=5) == 5
-    with pytest.raises(FasaError, match="x.gguf: key n: expected str or u64, found u32; download or convert"):
+    with pytest.raises(FasaError, match=r"x.gguf: key n: expected str or u64, found u32; download or convert"):
         g.get("n", STR, U64)
     with pytest.raises(FasaError, match="key a: expected u32, found array of f32"):
         g.get("a", U32)
     with pytest.raises(FasaError, match="key none: expected u32, found nothing"):
         g.get("none", U32, default=...)
-    with pytest.raises(FasaError, match="key general.architecture: expected str, found nothing"):
-        opened(tmp_path, gguf_bytes([])).arch
-    with pytest.raises(FasaError, match="key general.architecture: expected a short name, found 5 characters"):
-        opened(tmp_path, gguf_bytes([pack_kv("general.architecture", STR, "a\x1b[2J")])).arch
+    with pytest.raises(FasaError, match=r"key general.architecture: expected str, found nothing"):
+        _ = opened(tmp_path, gguf_bytes([])).arch
+    with pytest.raises(FasaError, match=r"key general.architecture: expected a short name, found 5 characters"):
+        _ = opened(tmp_path, gguf_bytes([pack_kv("general.architecture", STR, "a\x1b[2J")])).arch
 
 
 def tensor(name="t", shape=(4,), kind=F32_TYPE, offset=0, content=bytes(16)):
@@ -142,8 +165,14 @@ def lying(kind, *counts):
     return text("k") + struct.pack("<I", kind) + b"".join(counts)
 
 
-Q = lambda n: struct.pack("<Q", n)
-I = lambda n: struct.pack("<I", n)
+def u64(n):
+    return struct.pack("<Q", n)
+
+
+def u32(n):
+    return struct.pack("<I", n)
+
+
 HUGE = 2**64 - 1
 
 BAD = {
@@ -164,28 +193,34 @@ BAD = {
     "key twice": (gguf_bytes([ARCH, ARCH]), "key general.architecture appears twice"),
     "no key name": (gguf_bytes([pack_kv("", U32, 1)]), "the name of key 0 is empty"),
     "long key name": (
-        gguf_bytes([Q(HUGE) + bytes(20)]),
+        gguf_bytes([u64(HUGE) + bytes(20)]),
         f"the name of key 0 claims {HUGE} bytes, expected at most 65536",
     ),
     "key type": (gguf_bytes([lying(13) + bytes(8)]), "key k has the unknown type 13"),
-    "array of arrays": (gguf_bytes([lying(ARR, I(ARR), Q(1)) + bytes(8)]), "key k is an array of the unknown type 9"),
-    "long string": (gguf_bytes([lying(STR, Q(2**40))]), f"key k claims {2**40} bytes, expected at most {2**26}"),
-    "string past the end": (gguf_bytes([lying(STR, Q(1000))]), "key k at byte .* needs 1000 bytes and the file has"),
+    "array of arrays": (
+        gguf_bytes([lying(ARR, u32(ARR), u64(1)) + bytes(8)]),
+        "key k is an array of the unknown type 9",
+    ),
+    "long string": (gguf_bytes([lying(STR, u64(2**40))]), f"key k claims {2**40} bytes, expected at most {2**26}"),
+    "string past the end": (gguf_bytes([lying(STR, u64(1000))]), "key k at byte .* needs 1000 bytes and the file has"),
     "long array": (
-        gguf_bytes([lying(ARR, I(F64), Q(2**61 + 1))]),
+        gguf_bytes([lying(ARR, u32(F64), u64(2**61 + 1))]),
         f"key k claims {2**61 + 1} elements, expected at most {2**24}",
     ),
     "array past the end": (
-        gguf_bytes([lying(ARR, I(U32), Q(1000))]),
+        gguf_bytes([lying(ARR, u32(U32), u64(1000))]),
         "key k at byte .* needs 4000 bytes and the file has",
     ),
-    "many strings": (gguf_bytes([lying(ARR, I(STR), Q(1000))]), "key k at byte .* needs 8000 bytes and the file has"),
+    "many strings": (
+        gguf_bytes([lying(ARR, u32(STR), u64(1000))]),
+        "key k at byte .* needs 8000 bytes and the file has",
+    ),
     "string in an array": (
-        gguf_bytes([lying(ARR, I(STR), Q(2), Q(HUGE), Q(0))]),
+        gguf_bytes([lying(ARR, u32(STR), u64(2), u64(HUGE), u64(0))]),
         "string 1 of 2 of key k runs past the end of the file",
     ),
     "last string": (
-        gguf_bytes([lying(ARR, I(STR), Q(1), Q(10**6))]),
+        gguf_bytes([lying(ARR, u32(STR), u64(1), u64(10**6))]),
         "the last string of key k runs past the end of the file",
     ),
     "alignment type": (
@@ -205,7 +240,7 @@ BAD = {
         "key general.alignment is 2147483648, expected a power of two",
     ),
     "dimensions": (gguf_bytes([], [tensor(shape=(1,) * 5)]), "tensor t has 5 dimensions, expected at most 4"),
-    "tensor type": (gguf_bytes([], [tensor(kind=4)]), "tensor t has the unknown type 4"),
+    "tensor type": (gguf_bytes([], [tensor(kind=4)]), "tensor t has the unknown type 4: 35 are known, up to 42"),
     "shape overflows": (gguf_bytes([], [tensor(shape=(2**40, 2**40))]), "tensor t claims the shape"),
     "zero times huge": (gguf_bytes([], [tensor(shape=(0, 2**63))]), "tensor t claims the shape"),
     "block": (
@@ -283,7 +318,7 @@ def read_all(path):
 
     g = GGUFFile(path)
     for kv in g.kv.values():
-        kv.value
+        _ = kv.value
     for read in (Profile.from_gguf, read_shape):
         try:
             read(g)

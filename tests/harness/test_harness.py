@@ -38,7 +38,7 @@ def random_qk(seed=0):
     return torch.randn(4, N_QUERY, 16, generator=g), torch.randn(2, N_KV, 16, generator=g).half().float()
 
 
-def ranked(seed=0, weights=True, layer_budget=None):
+def ranked(seed=0, weights=True):
     """A profile of one layer with shuffled chunks and weights."""
     rng = np.random.default_rng(seed)
     weight = [rng.uniform(0.5, 1.5, (2, 3)).astype(np.float32)] if weights else None
@@ -48,7 +48,6 @@ def ranked(seed=0, weights=True, layer_budget=None):
         [np.stack([rng.permutation(8) for _ in range(2)]).astype(np.uint16)],
         weight=weight,
         weight_k=3 if weights else 0,
-        layer_budget=layer_budget,
     )
 
 
@@ -156,12 +155,6 @@ def test_a_mass_is_counted_exactly():
         mass_count(score, every, last, 1, 0.6, 1, 99).item() == 2
         and mass_count(score, every, last, 1, 0.1, 1, 99).item() == 1
     )
-
-
-def test_layer_budgets_are_shares_of_the_mean():
-    q, k = random_qk()
-    share = masks("fasa:sink=1:recent=2", q, k, 40, Knowledge(ranked(layer_budget=np.array([1.5], np.float32))))
-    assert (share.sum(-1) == 60).all()
 
 
 FIXED = [

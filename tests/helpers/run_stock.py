@@ -1,4 +1,7 @@
-"""Greedy text and a hash of all logits from llama_cpp alone: `run_stock.py LIB_DIR MODEL`. For the law that off is bit-equal."""
+"""Greedy text and a hash of all logits from llama_cpp alone, for the law that off is bit-equal.
+
+usage: run_stock.py LIB_DIR MODEL
+"""
 
 import hashlib
 import os

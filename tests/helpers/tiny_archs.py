@@ -5,7 +5,10 @@ from gguf import GGUFWriter
 
 
 def write_arch(path, arch, numbers, n_head_kv, tensors):
-    """A random model of 4 layers, 4 query heads of 16, no vocabulary; numbers: further keys; tensors: (name, rows, columns)."""
+    """A random model of 4 layers, 4 query heads of 16, no vocabulary.
+
+    numbers: further keys; tensors: (name, rows, columns).
+    """
     rng = np.random.default_rng(0)
     w = GGUFWriter(path, arch)
     w.add_vocab_size(64)

@@ -11,36 +11,36 @@ from paths import ROOT
 
 N_LAYER, N_EMBD, N_HEAD, N_HEAD_KV, WIDTH, N_VOCAB, N_CTX = 2, 64, 4, 2, 32, 256, 1024
 PLANTED = 3  # dominant chunks of a KV head
-COMMON = dict(
-    hidden_size=N_EMBD,
-    intermediate_size=96,
-    num_hidden_layers=N_LAYER,
-    num_attention_heads=N_HEAD,
-    vocab_size=N_VOCAB,
-    max_position_embeddings=N_CTX,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
-GQA = dict(num_key_value_heads=N_HEAD_KV, head_dim=WIDTH)
-YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=256, rope_theta=10000.0)
-LLAMA3 = dict(
-    rope_type="llama3",
-    factor=8.0,
-    low_freq_factor=1.0,
-    high_freq_factor=4.0,
-    original_max_position_embeddings=256,
-    rope_theta=10000.0,
-)
-LINEAR = dict(rope_type="linear", factor=4.0, rope_theta=10000.0)
+COMMON = {
+    "hidden_size": N_EMBD,
+    "intermediate_size": 96,
+    "num_hidden_layers": N_LAYER,
+    "num_attention_heads": N_HEAD,
+    "vocab_size": N_VOCAB,
+    "max_position_embeddings": N_CTX,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GQA = {"num_key_value_heads": N_HEAD_KV, "head_dim": WIDTH}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256, "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+    "rope_theta": 10000.0,
+}
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
 
 # name: (config class, settings, rotated dims, layout)
 MODELS = {
     "llama": ("LlamaConfig", GQA, 32, "neox"),
     "llama3-scaled": ("LlamaConfig", {**GQA, "rope_parameters": LLAMA3}, 32, "neox"),
     "linear": ("LlamaConfig", {**GQA, "rope_parameters": LINEAR}, 32, "neox"),
-    "qwen2": ("Qwen2Config", dict(num_key_value_heads=N_HEAD_KV), 16, "neox"),  # head_dim 16, biases
-    "qwen2-yarn": ("Qwen2Config", dict(num_key_value_heads=N_HEAD_KV, rope_parameters=YARN), 16, "neox"),
+    "qwen2": ("Qwen2Config", {"num_key_value_heads": N_HEAD_KV}, 16, "neox"),  # head_dim 16, biases
+    "qwen2-yarn": ("Qwen2Config", {"num_key_value_heads": N_HEAD_KV, "rope_parameters": YARN}, 16, "neox"),
     "qwen3": ("Qwen3Config", GQA, 32, "neox"),  # q/k-norm
     "gemma2": ("Gemma2Config", {**GQA, "sliding_window": 128, "query_pre_attn_scalar": 32}, 32, "neox"),  # soft-capped
     "gemma3": (
@@ -49,39 +49,39 @@ MODELS = {
         32,
         "neox",
     ),
-    "phi3": ("Phi3Config", dict(num_key_value_heads=N_HEAD_KV, sliding_window=None), 16, "neox"),  # fused q, k, v
+    "phi3": ("Phi3Config", {"num_key_value_heads": N_HEAD_KV, "sliding_window": None}, 16, "neox"),  # fused q, k, v
     "phi3-partial": (
         "Phi3Config",
-        dict(
-            num_key_value_heads=N_HEAD_KV,
-            sliding_window=None,
-            partial_rotary_factor=0.75,
-            rope_parameters=dict(
-                rope_type="longrope",
-                rope_theta=10000.0,
-                partial_rotary_factor=0.75,
-                original_max_position_embeddings=1024,
-                short_factor=[1.0] * 6,
-                long_factor=[4.0] * 6,
-            ),
-        ),
+        {
+            "num_key_value_heads": N_HEAD_KV,
+            "sliding_window": None,
+            "partial_rotary_factor": 0.75,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 10000.0,
+                "partial_rotary_factor": 0.75,
+                "original_max_position_embeddings": 1024,
+                "short_factor": [1.0] * 6,
+                "long_factor": [4.0] * 6,
+            },
+        },
         12,
         "neox",
     ),
     "gptneox": (
         "GPTNeoXConfig",
-        dict(rotary_pct=0.5, max_position_embeddings=N_CTX),
+        {"rotary_pct": 0.5, "max_position_embeddings": N_CTX},
         8,
         "neox",
     ),  # partial, fused per head, MHA
     "smollm3": (
         "SmolLM3Config",
-        dict(num_key_value_heads=N_HEAD_KV, num_hidden_layers=4),
+        {"num_key_value_heads": N_HEAD_KV, "num_hidden_layers": 4},
         16,
         "neox",
     ),  # layer 3 has no RoPE
     "glm4": ("Glm4Config", {**GQA, "partial_rotary_factor": 0.5}, 16, "norm"),  # neighbours rotate
-    "cohere": ("CohereConfig", dict(num_key_value_heads=N_HEAD_KV), 16, "norm"),
+    "cohere": ("CohereConfig", {"num_key_value_heads": N_HEAD_KV}, 16, "norm"),
 }
 
 
@@ -134,7 +134,7 @@ def build(name):
 
 
 def source_tree(folder):
-    """The pinned llama.cpp's converter: in a build, or unpacked from the cached sdist into `folder`; skips when there is neither."""
+    """The pinned converter: in a build, or unpacked from the cached sdist into `folder`; skips without both."""
     for tree in sorted((ROOT / "build").glob("*/llama.cpp-src")):
         if (tree / "conversion").is_dir():
             return tree
@@ -143,7 +143,8 @@ def source_tree(folder):
     spec.loader.exec_module(queue)
     if not queue.cached().exists():
         pytest.skip(
-            "no source of llama.cpp with its converter: neither build/*/llama.cpp-src nor the cached sdist; run `make build`"
+            "no source of llama.cpp with its converter: neither build/*/llama.cpp-src nor the cached "
+            "sdist; run `make build`"
         )
     parts = ("convert_hf_to_gguf.py", "conversion/", "gguf-py/")
     with tarfile.open(queue.cached()) as tar:

@@ -10,7 +10,7 @@ from fasa_gguf import FasaError
 from fasa_gguf.cli import main as cli
 from fasa_gguf.gguf.file import ARR, BOOL, STR, U32, GGUFFile, pack_kv
 from fasa_gguf.gguf.shape import sliding_windows
-from fasa_gguf.profile.agreement import compare_profiles
+from fasa_gguf.profile.agreement import compare_profiles, format_agreement
 from fasa_gguf.profile.embed import doubts
 from fasa_gguf.profile.profile import Profile
 
@@ -31,7 +31,7 @@ def test_planted_agreement():
     assert np.allclose(found.spearman[0], [1, -1]) and np.allclose(found.spearman[1], [1 - 6 * 4 / 60, 1 - 6 * 6 / 60])
     assert found.overlap[0].tolist() == [1, 0] and found.overlap[1].tolist() == [1, 0.5]
     assert np.allclose(found.mean(), [(1 - 1 + 0.6 + 0.4) / 4, 2.5 / 4])
-    lines = found.table().splitlines()
+    lines = format_agreement(found).splitlines()
     assert (
         len(lines) == 4
         and lines[1].split() == ["0", "2", "0.000", "50.0%", "0.0%"]
@@ -56,7 +56,7 @@ def test_the_rank_correlation_is_pearsons_of_the_places():
 def test_layers_of_one_only_and_k_beyond_the_chunks():
     found = compare_profiles(A, profile([[0, 1, 2, 3], [3, 2, 1, 0]], []), k=9)
     assert found.layers == [0] and found.only == [1] and found.k == [4] and found.mean() == (1, 1)
-    assert found.table().endswith("ranked by one of the two only: layers 1")
+    assert format_agreement(found).endswith("ranked by one of the two only: layers 1")
 
 
 def test_profiles_of_other_models_are_named():

@@ -6,14 +6,16 @@ import os
 import numpy as np
 import pytest
 from profiles import full_profile
-from tiny_gguf import N_HEAD_KV, WIDTH, gguf_bytes
+from tiny_gguf import N_HEAD_KV, WIDTH, gguf_bytes, insert
 
 from fasa_gguf import FasaError
 from fasa_gguf.gguf.file import ARR, F32, I32, STR, U8, U16, U32, GGUFFile, pack_kv
 from fasa_gguf.params import FasaParams
 from fasa_gguf.profile import embed
-from fasa_gguf.profile import profile as profile_module
-from fasa_gguf.profile.profile import KEYS, Profile, inspect_table
+from fasa_gguf.profile import flat as flat_module
+from fasa_gguf.profile.inspect import format_profile
+from fasa_gguf.profile.keys import KEYS
+from fasa_gguf.profile.profile import Profile
 from fasa_gguf.report.pictures import save_heatmap
 from fasa_gguf.speed.random_model import synthetic_profile
 
@@ -57,12 +59,44 @@ def test_json_both_ways(tmp_path):
     assert p.to_json().count("\n") == len(p.to_flat()) + 2  # one key a line
 
 
+def test_a_file_with_a_dropped_key_loads(tiny, tmp_path):
+    """fasa.layer_budget is no longer a key; files that have it still load, and it is not written again."""
+    old = full_profile().to_flat() | {"layer_budget": [0.5, 1.5, 1]}
+    (tmp_path / "p.json").write_text(json.dumps(old))
+    assert Profile.load(tmp_path / "p.json").to_flat() == full_profile().to_flat()
+    key = pack_kv("fasa.layer_budget", ARR, [0.5, 1.5, 1], F32)
+    model = insert(embed.embed(tiny, full_profile(), tmp_path / "m.gguf"), tmp_path / "old.gguf", key)
+    assert "fasa.layer_budget" in GGUFFile(model).kv
+    assert Profile.load(model).to_flat() == full_profile().to_flat()
+    embed.embed(model, Profile.load(model))
+    assert "fasa.layer_budget" not in GGUFFile(model).kv
+    insert(tiny, tmp_path / "bad.gguf", pack_kv("fasa.layer_budget", STR, "whatever"))
+    with pytest.raises(FasaError, match=r"key fasa.version: expected u32, found nothing"):
+        Profile.load(tmp_path / "bad.gguf")
+
+
+def test_a_header_is_read_once(tiny, tmp_path, monkeypatch):
+    model, parsed = GGUFFile(embed.embed(tiny, full_profile(), tmp_path / "m.gguf")), []
+    parse = GGUFFile._parse
+    monkeypatch.setattr(GGUFFile, "_parse", lambda self, r: parsed.append(self.path) or parse(self, r))
+    assert embed.check_embeddable(model) is model
+    assert Profile.load(model).to_flat() == full_profile().to_flat()
+    embed.rewrite(model, None, tmp_path / "plain.gguf")
+    assert parsed == [] and (tmp_path / "plain.gguf").read_bytes() == tiny.read_bytes()
+    embed.remove(model)  # in place: the header is that of another file now
+    assert parsed == [] and not model.is_current()
+    with pytest.raises(FasaError, match="there is no FASA profile in this model, so there is nothing to remove"):
+        embed.remove(model)
+    assert parsed == [model.path]
+
+
 def test_the_preset_paper_is_fasa_as_published():
     p = full_profile()
     assert p.preset("default") == (p.params(), p)
     with pytest.raises(
         FasaError,
-        match="preset paper: expected a profile ranked by ca, found synthetic; make one with `fasa-gguf calibrate MODEL --method ca",
+        match="preset paper: expected a profile ranked by ca, found synthetic; make one with `fasa-gguf "
+        "calibrate MODEL --method ca",
     ):
         p.preset("paper")
     with pytest.raises(FasaError, match="preset 'x': expected one of default, paper"):
@@ -89,7 +123,7 @@ def test_gguf_both_ways_with_an_independent_reader(tiny, tmp_path):
     }
     for key, value in full_profile().to_flat().items():
         field = fields["fasa." + key]
-        assert field.types == kinds[dict((n, k) for n, k, _ in KEYS)["fasa." + key]]
+        assert field.types == kinds[{n: k for n, k, _ in KEYS}["fasa." + key]]
         assert field.contents() == (value if isinstance(value, (str, list)) else pytest.approx(value))
 
 
@@ -169,11 +203,7 @@ BAD = [
     (put_at("weight", 5, 1e39), r"key fasa.weight: expected an array, .f32., found 1e\+39 at index 5"),
     (put_at("recall", 4, 1.5), "key fasa.recall: expected shares from 0 to 1, found 0.75 to 1.5 in layer 2"),
     (put_at("recall", 0, -0.25), "key fasa.recall: expected shares from 0 to 1, found -0.25 to 0.75 in layer 0"),
-    (
-        put("layer_budget", [0.0, 1, 1]),
-        "key fasa.layer_budget: expected 3 shares above 0 and below 100, found a list of 3",
-    ),
-    (put("layer_budget", [1, 1]), "key fasa.layer_budget: expected 3 shares above 0 and below 100, found a list of 2"),
+    (put("layer_miss", [1, 1]), "key fasa.layer_miss: expected 3 factors above 0 and below 100, found a list of 2"),
     (
         put("layer_miss", [1.0, 0.0, 1]),
         "key fasa.layer_miss: expected 3 factors above 0 and below 100, found a list of 3",
@@ -201,7 +231,8 @@ BAD = [
     ),
     (
         put_at("mean_budget_mass", 0, 0.9),
-        "key fasa.mean_budget_mass: expected masses between 0 and 1, each larger than the one before, found .0.9, 0.875.",
+        "key fasa.mean_budget_mass: expected masses between 0 and 1, each larger than the one before, "
+        "found .0.9, 0.875.",
     ),
     (put("rope.layout", "odd"), "key fasa.rope.layout: expected norm or neox, found 'odd'"),
     (put("rope.base", 0.0), "key fasa.rope.base: expected a number above 0, found 0.0"),
@@ -222,7 +253,8 @@ BAD = [
     ),
     (
         lambda f: f.update({"default.mass": 0, "default.mean_budget": 257}),
-        "key fasa.default.mean_budget: expected a number that the table fasa.mean_budget reaches, found 257, and the table has 100 to 256 tokens",
+        "key fasa.default.mean_budget: expected a number that the table fasa.mean_budget reaches, found "
+        "257, and the table has 100 to 256 tokens",
     ),
     (
         lambda f: [
@@ -256,13 +288,13 @@ def test_bad_values(i):
 def test_what_cannot_be_read_is_not_written(tiny, tmp_path):
     p = full_profile()
     p.weight[0][0, 0] = np.nan
-    with pytest.raises(FasaError, match="p.json: key fasa.weight: expected an array, .f32., found nan at index 0"):
+    with pytest.raises(FasaError, match=r"p.json: key fasa.weight: expected an array, .f32., found nan at index 0"):
         p.save(tmp_path / "p.json")
-    with pytest.raises(FasaError, match="key fasa.weight"):
+    with pytest.raises(FasaError, match=r"key fasa.weight"):
         embed.embed(tiny, p, tmp_path / "m.gguf")
     assert os.listdir(tmp_path) == []
     with pytest.raises(
-        FasaError, match="none/p.json: cannot be written: No such file or directory; give another path with -o"
+        FasaError, match=r"none/p.json: cannot be written: No such file or directory; give another path with -o"
     ):
         full_profile().save(tmp_path / "none" / "p.json")
 
@@ -293,10 +325,10 @@ def test_files_that_cannot_be_read(tiny, tmp_path, monkeypatch):
     with pytest.raises(FasaError, match="expected a regular file, JSON or GGUF"):
         Profile.load(tmp_path)
     with pytest.raises(
-        FasaError, match="there is no FASA profile in this model; run `fasa-gguf embed-profile .*tiny.gguf`"
+        FasaError, match=r"there is no FASA profile in this model; run `fasa-gguf embed-profile .*tiny.gguf`"
     ):
         Profile.load(tiny)
-    monkeypatch.setattr(profile_module, "MAX_JSON", 100)
+    monkeypatch.setattr(flat_module, "MAX_JSON", 100)
     full_profile().save(tmp_path / "p.json")
     with pytest.raises(FasaError, match="expected at most 100 bytes of JSON, found more"):
         Profile.load(tmp_path / "p.json")
@@ -327,9 +359,9 @@ def test_bad_embedded_keys(tmp_path, entries, message):
 
 
 def test_embedded_arrays_have_a_cap(tmp_path, monkeypatch):
-    monkeypatch.setattr(profile_module, "MAX_NUMBERS", 100)
+    monkeypatch.setattr(flat_module, "MAX_NUMBERS", 100)
     (tmp_path / "m.gguf").write_bytes(gguf_bytes([pack_kv("fasa.ranking", ARR, [0] * 101, U8)]))
-    with pytest.raises(FasaError, match="key fasa.ranking: expected at most 100 elements, found 101"):
+    with pytest.raises(FasaError, match=r"key fasa.ranking: expected at most 100 elements, found 101"):
         Profile.from_gguf(GGUFFile(tmp_path / "m.gguf"))
 
 
@@ -339,7 +371,8 @@ def test_the_shape_must_fit():
     p.check([2, 5, 2], [-1, 3, 8], "m")  # -1: not known from the metadata
     with pytest.raises(
         FasaError,
-        match="^m: the profile is for another model: it has 3 layers, 2 KV heads, 0 to 8 chunks, the model 2 layers, 2 KV heads, 8 chunks",
+        match=r"^m: the profile is for another model: it has 3 layers, 2 KV heads, 0 to 8 chunks, the "
+        r"model 2 layers, 2 KV heads, 8 chunks",
     ):
         p.check([2, 2], [8, 8], "m")
     with pytest.raises(
@@ -350,11 +383,11 @@ def test_the_shape_must_fit():
         p.check([2, 2, 2], [0, 8, 8], "m")
 
 
-def test_inspect_table_names_chunks_and_attention_kept():
+def test_format_profile_names_chunks_and_attention_kept():
     p = full_profile()
     p.ranking[0][0] = [7, 3, 1, 0, 2, 4, 5, 6]
     p.n_chunk[1], p.ranking[1] = 0, np.zeros((0, 0), np.uint16)
-    lines = inspect_table(p, chunks=3).splitlines()
+    lines = format_profile(p, chunks=3).splitlines()
     assert lines[0] == "method synthetic, 3 layers, 2 KV heads, 0 to 8 chunks per head, rope norm base 10000.0"
     assert (
         "mean budgets: 100 at mass 0.5, 256 at mass 0.875" in lines
@@ -377,5 +410,5 @@ def test_heat_map_shows_the_mean_place(tmp_path, monkeypatch):
     save_heatmap(p, tmp_path / "h.png")
     assert (tmp_path / "h.png").read_bytes()[:4] == b"\x89PNG"
     assert seen[0][0].tolist() == [0.75, 0.0, 0.75] and np.isnan(seen[0][1]).all()
-    with pytest.raises(FasaError, match="h.png: cannot be written: No such file or directory"):
+    with pytest.raises(FasaError, match=r"h.png: cannot be written: No such file or directory"):
         save_heatmap(p, tmp_path / "none" / "h.png")

@@ -66,7 +66,7 @@ def test_sizes_of_the_shapes():
 def test_a_random_model_is_whole_or_not_there(tmp_path):
     with pytest.raises(FasaError, match="shape '70b': expected one of 8b, 3b, 1b, tiny"):
         synthetic.write_model(tmp_path / "x.gguf", "70b")
-    with pytest.raises(FasaError, match="cannot be written: No such file or directory; a tiny model takes 0.1 GB"):
+    with pytest.raises(FasaError, match=r"cannot be written: No such file or directory; a tiny model takes 0.1 GB"):
         synthetic.write_model(tmp_path / "none" / "x.gguf", "tiny")
     assert list(tmp_path.iterdir()) == []
 

@@ -1,0 +1,397 @@
+"""The flat form of a profile: plain numbers, strings and lists by key name, as JSON and GGUF files hold them.
+
+Keys are those of keys.py without `fasa.`. `read_flat` checks every value and returns the fields of a Profile;
+`write_flat` is its opposite. JSON and GGUF are read into the flat form, and written from it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..errors import FasaError
+from ..gguf.file import ARR, F32, STR, TYPE_NAMES, U8, U16, U32, GGUFFile, printable
+from ..params import FasaParams
+from .keys import (
+    DROPPED,
+    MAX_CHUNKS,
+    MAX_HEADS,
+    MAX_JSON,
+    MAX_LAYERS,
+    MAX_NUMBERS,
+    MAX_TEXT,
+    METHODS,
+    REMAKE,
+    TYPES,
+    VERSION,
+)
+
+if TYPE_CHECKING:
+    from .profile import Profile
+
+MAX_F32 = float(np.finfo(np.float32).max)
+_GGUF_TYPES = {"u32": U32, "f32": F32, "str": STR}
+
+
+# ---- writing ----
+
+
+def write_flat(profile: Profile) -> dict[str, Any]:
+    """Plain numbers, strings and lists by key name; the ranking is last."""
+    ranked = [il for il, n in enumerate(profile.n_chunk) if n]
+
+    def flat(layers: list[np.ndarray], kind: type) -> list:
+        return [kind(x) for il in ranked for x in np.asarray(layers[il]).ravel()]
+
+    out: dict[str, Any] = {
+        "version": VERSION,
+        "n_layer": len(profile.n_chunk),
+        "n_head_kv": [int(n) for n in profile.n_head_kv],
+        "n_chunk": [int(n) for n in profile.n_chunk],
+        "ranking_method": profile.ranking_method,
+    }
+    out |= {f"rope.{k}": v for k, v in profile.rope.items()}
+    out |= {f"default.{k}": v for k, v in profile.defaults.items()}
+    out |= {f"calibration.{k}": v for k, v in profile.calibration.items()}
+    if profile.weight is not None:
+        out |= {"weight_k": profile.weight_k, "weight": flat(profile.weight, float)}
+    if profile.recall is not None:
+        out |= {
+            "recall_k": profile.recall_k,
+            "recall_budget": profile.recall_budget,
+            "recall": flat(profile.recall, float),
+        }
+    if profile.layer_miss is not None:
+        out["layer_miss"] = [float(x) for x in profile.layer_miss]
+    if profile.mean_budget:
+        out["mean_budget"] = [int(n) for n in profile.mean_budget]
+        out["mean_budget_mass"] = [float(x) for x in profile.mean_budget.values()]
+    out["ranking"] = flat(profile.ranking, int)
+    return out
+
+
+def write_json(values: dict[str, Any]) -> str:
+    """Readable JSON of a flat form, one key a line; floats have 5 digits."""
+    body = ",\n".join(f"  {json.dumps(k)}: {json.dumps(_short(v))}" for k, v in values.items())
+    return "{\n" + body + "\n}\n"
+
+
+def gguf_entries(values: dict[str, Any]) -> list[tuple[str, int, Any, int | None]]:
+    """(key, GGUF type, value, type of an array's elements or None) of every entry of a flat form."""
+    out: list[tuple[str, int, Any, int | None]] = []
+    for key, value in values.items():
+        kind = TYPES[key]
+        if kind.startswith("["):
+            item = {"[u32]": U32, "[f32]": F32}.get(kind, U8 if max(value, default=0) < 256 else U16)
+            out.append(("fasa." + key, ARR, value, item))
+        else:
+            out.append(("fasa." + key, _GGUF_TYPES[kind], value, None))
+    return out
+
+
+# ---- reading files ----
+
+
+def read_file(path: str | os.PathLike) -> tuple[dict[str, Any] | None, GGUFFile | None]:
+    """(flat form, None) of a JSON file, (None, header) of a GGUF; a GGUFFile is taken as it is."""
+    if isinstance(path, GGUFFile):
+        return None, path
+    try:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise FasaError(f"{path}: not a FASA profile: expected a regular file, JSON or GGUF; {REMAKE}")
+        with open(path, "rb") as f:
+            data = f.read(4)
+            if data != b"GGUF":
+                data += f.read(MAX_JSON)
+        if data == b"GGUF":
+            return None, GGUFFile(path)
+        if len(data) > MAX_JSON:
+            raise FasaError(
+                f"{path}: not a FASA profile: expected at most {MAX_JSON} bytes of JSON, found more; {REMAKE}"
+            )
+        text = data.decode()
+    except OSError as e:
+        raise FasaError(f"{path}: cannot be read: {e.strerror or e}; check the path") from None
+    except UnicodeDecodeError:
+        raise FasaError(f"{path}: not a FASA profile: expected JSON or GGUF, found other bytes; {REMAKE}") from None
+    return read_json(text, str(path)), None
+
+
+def read_json(text: str, where: str) -> dict[str, Any]:
+    """The flat form that JSON holds, not yet checked. Raises FasaError naming `where`."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            names = [name for name, _ in pairs]
+            twice = next(name for name in names if names.count(name) > 1)
+            raise FasaError(f"{where}: key fasa.{printable(twice)}: expected it once, found it twice; {REMAKE}")
+        return found
+
+    try:
+        values = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as e:
+        raise FasaError(f"{where}: not a FASA profile: expected JSON, found {e}; {REMAKE}") from None
+    if not isinstance(values, dict):
+        found = type(values).__name__
+        raise FasaError(f"{where}: not a FASA profile: expected a JSON object, found {found}; {REMAKE}")
+    return values
+
+
+def read_gguf(model: GGUFFile) -> dict[str, Any] | None:
+    """The flat form of an embedded profile, None when there is none. Types are checked: FasaError naming the key."""
+    entries = {key[5:]: entry for key, entry in model.kv.items() if key.startswith("fasa.")}
+    if not entries:
+        return None
+    version = entries.get("version")
+    if version is not None and version.type == U32 and version.value > VERSION:
+        return {"version": version.value}  # read_flat refuses it, whatever the other keys are
+    values: dict[str, Any] = {}
+    for key, entry in entries.items():
+        if key in DROPPED:
+            continue
+        kind = TYPES.get(key)
+        if kind is None:
+            raise _unknown(key, str(model))
+        name = f"[{TYPE_NAMES[entry.item_type]}]" if entry.type == ARR else TYPE_NAMES[entry.type]
+        if name not in kind.split(" or "):
+            raise FasaError(f"{model}: key fasa.{key}: expected {kind}, found {entry.type_name}; {REMAKE}")
+        if entry.count > MAX_NUMBERS:
+            what = f"expected at most {MAX_NUMBERS} elements, found {entry.count}"
+            raise FasaError(f"{model}: key fasa.{key}: {what}; {REMAKE}")
+        values[key] = entry.value
+    return values
+
+
+# ---- checking ----
+
+
+def read_flat(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """The fields of the Profile that a flat form describes. Every value is checked: type, length, range, order.
+
+    Raises FasaError naming `where` and the key.
+    """
+    checked = _Values({key: value for key, value in values.items() if key not in DROPPED}, where)
+    _check_version(checked)
+    n_head_kv, n_chunk = _read_shape(checked)
+    method = checked.get("ranking_method")
+    if method not in METHODS:
+        raise checked.fail("ranking_method", " or ".join(METHODS), method)
+    return {
+        "n_head_kv": n_head_kv,
+        "n_chunk": n_chunk,
+        "ranking": _read_ranking(checked, n_head_kv, n_chunk),
+        "ranking_method": method,
+        **_read_per_chunk(checked, n_head_kv, n_chunk),
+        **_read_layer_miss(checked, len(n_chunk)),
+        **_read_mean_budget(checked),
+        **_read_groups(checked),
+    }
+
+
+class _Values:
+    """A flat form whose values are taken one by one, each of the type that its key has."""
+
+    def __init__(self, values: dict[str, Any], where: str) -> None:
+        self.values, self.where = values, where
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.values
+
+    def fail(self, key: str, expected: str, value: Any) -> FasaError:
+        return self.explain(key, expected, "nothing" if value is None else _brief(value))
+
+    def explain(self, key: str, expected: str, found: str) -> FasaError:
+        """The same, with the text of what was found."""
+        return FasaError(f"{self.where}: key fasa.{key}: expected {expected}, found {found}; {REMAKE}")
+
+    def get(self, key: str, default: Any = ...) -> Any:
+        """The value; `default` when it is missing, FasaError if that is `...`."""
+        kind = TYPES[key]
+        if key not in self.values:
+            if default is ...:
+                raise self.fail(key, kind, None)
+            return default
+        value = self.values[key]
+        good = _is_f32 if "f32" in kind else _is_u32
+        if kind == "str":
+            if not isinstance(value, str) or len(value) >= MAX_TEXT:
+                raise self.fail(key, f"text of fewer than {MAX_TEXT} characters", value)
+        elif kind.startswith("["):
+            if not isinstance(value, list):
+                raise self.fail(key, f"an array, {kind}", value)
+            bad = next((i for i, x in enumerate(value) if not good(x)), None)
+            if bad is not None:
+                raise self.explain(key, f"an array, {kind}", f"{_brief(value[bad])} at index {bad}")
+        elif not good(value):
+            raise self.fail(key, kind, value)
+        return value
+
+
+def _unknown(key: str, where: str) -> FasaError:
+    what = f"expected one of the keys of format version {VERSION}, found an unknown one"
+    return FasaError(f"{where}: key fasa.{printable(key)}: {what}; {REMAKE}")
+
+
+def _check_version(v: _Values) -> None:
+    """The version comes first: a newer format may have keys and types that are unknown here."""
+    version = v.get("version")
+    if version > VERSION:
+        what = f"expected at most {VERSION}, found {version}"
+        raise FasaError(f"{v.where}: key fasa.version: {what}; install a newer fasa_gguf, or {REMAKE}")
+    if version < 1:
+        raise v.fail("version", str(VERSION), version)
+    for key in v.values:
+        if key not in TYPES:
+            raise _unknown(key, v.where)
+
+
+def _read_shape(v: _Values) -> tuple[list[int], list[int]]:
+    """n_head_kv and n_chunk, both [n_layer]."""
+    n_layer = v.get("n_layer")
+    n_head_kv, n_chunk = v.get("n_head_kv"), v.get("n_chunk")
+    if not 1 <= n_layer <= MAX_LAYERS:
+        raise v.fail("n_layer", f"1 to {MAX_LAYERS}", n_layer)
+    for key, numbers, most in (("n_head_kv", n_head_kv, MAX_HEADS), ("n_chunk", n_chunk, MAX_CHUNKS)):
+        if len(numbers) != n_layer:
+            raise v.explain(key, f"{n_layer} numbers, one a layer", f"{len(numbers)} numbers")
+        il = next((il for il, x in enumerate(numbers) if x > most), None)
+        if il is not None:
+            raise v.explain(key, f"numbers from 0 to {most}", f"{numbers[il]} in layer {il}")
+    if not any(n_chunk):
+        raise v.explain("n_chunk", "chunks in at least one layer", "none in any")
+    il = next((il for il, (h, c) in enumerate(zip(n_head_kv, n_chunk, strict=True)) if c and not h), None)
+    if il is not None:
+        raise v.explain("n_head_kv", "KV heads in every layer that has chunks", f"0 in layer {il}")
+    return n_head_kv, n_chunk
+
+
+def _per_layer(
+    v: _Values, key: str, n_head_kv: Sequence[int], per_head: Sequence[int], ranked: Sequence[int], dtype: Any
+) -> list[np.ndarray]:
+    """An array as [n_head_kv, per_head] for every layer; [0, 0] where `ranked` is 0."""
+    flat = v.get(key)
+    shapes = [(h, n) if c else (0, 0) for h, n, c in zip(n_head_kv, per_head, ranked, strict=True)]
+    sizes = [h * n for h, n in shapes]
+    if len(flat) != sum(sizes):
+        raise v.explain(key, f"{sum(sizes)} numbers for this shape", f"{len(flat)} numbers")
+    parts = np.split(np.asarray(flat, dtype), np.cumsum(sizes)[:-1])
+    return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def _read_ranking(v: _Values, n_head_kv: list[int], n_chunk: list[int]) -> list[np.ndarray]:
+    """Per layer uint16 [n_head_kv, n_chunk], every chunk of a head once."""
+    layers = _per_layer(v, "ranking", n_head_kv, n_chunk, n_chunk, np.uint32)
+    for il, heads in enumerate(layers):
+        for h, order in enumerate(heads):
+            n = len(order)
+            if np.array_equal(np.sort(order), np.arange(n)):
+                continue
+            bad = next(int(x) for x in order if x >= n or (order == x).sum() > 1)
+            expected = f"each chunk from 0 to {n - 1} once in layer {il}, KV head {h}"
+            raise v.explain("ranking", expected, f"chunk {bad} twice" if bad < n else f"chunk {bad}")
+    return [layer.astype(np.uint16) for layer in layers]
+
+
+def _read_per_chunk(v: _Values, n_head_kv: list[int], n_chunk: list[int]) -> dict[str, Any]:
+    """weight and recall, per layer float32 [n_head_kv, ..._k], with what belongs to them."""
+    out: dict[str, Any] = {}
+    least = min(c for c in n_chunk if c)
+    for key in ("weight", "recall"):
+        n = v.get(key + "_k", 0)
+        if n > 0 or key in v:
+            if not 1 <= n <= least:
+                raise v.fail(key + "_k", f"1 to {least}", n)
+            out[key + "_k"] = n
+            out[key] = _per_layer(v, key, n_head_kv, [n] * len(n_chunk), n_chunk, np.float32)
+    for il, kept in enumerate(out.get("recall", [])):
+        if kept.size and not (kept.min() >= 0 and kept.max() <= 1.001):  # 1 up to rounding
+            raise v.explain("recall", "shares from 0 to 1", f"{kept.min():.4g} to {kept.max():.4g} in layer {il}")
+    return out | {"recall_budget": v.get("recall_budget", 0)}
+
+
+def _read_layer_miss(v: _Values, n_layer: int) -> dict[str, Any]:
+    """layer_miss, float32 [n_layer], if it is there."""
+    if "layer_miss" not in v:
+        return {}
+    each = np.asarray(v.get("layer_miss"), np.float32)
+    if len(each) != n_layer or not ((each > 0) & (each < 100)).all():
+        raise v.fail("layer_miss", f"{n_layer} factors above 0 and below 100", v.values["layer_miss"])
+    return {"layer_miss": each}
+
+
+def _read_mean_budget(v: _Values) -> dict[str, Any]:
+    """The table of mean budgets as {tokens: mass}, both ascending, if it is there."""
+    if "mean_budget" not in v and "mean_budget_mass" not in v:
+        return {}
+    tokens, masses = v.get("mean_budget"), v.get("mean_budget_mass")
+    if not tokens or tokens[0] < 1 or any(a >= b for a, b in pairwise(tokens)):
+        found = str(tokens[:8]) if tokens else _brief(tokens)
+        raise v.explain("mean_budget", "numbers of tokens, each larger than the one before", found)
+    if len(masses) != len(tokens):
+        expected = f"{len(tokens)} numbers, one for each of mean_budget"
+        raise v.explain("mean_budget_mass", expected, f"{len(masses)} numbers")
+    small = np.asarray(masses, np.float32)
+    if not (small[0] > 0 and small[-1] < 1 and (np.diff(small) > 0).all()):
+        found = str([_short(float(x)) for x in masses[:8]])
+        raise v.explain("mean_budget_mass", "masses between 0 and 1, each larger than the one before", found)
+    return {"mean_budget": dict(zip(tokens, (float(x) for x in masses), strict=True))}
+
+
+def _read_groups(v: _Values) -> dict[str, Any]:
+    """rope, defaults and calibration: the keys with a dot."""
+    rope, defaults, calibration = (
+        {key.split(".", 1)[1]: v.get(key) for key in v.values if key.startswith(group + ".")}
+        for group in ("rope", "default", "calibration")
+    )
+    if rope.get("layout", "norm") not in ("norm", "neox"):
+        raise v.fail("rope.layout", "norm or neox", rope["layout"])
+    for key in ("base", "scale"):
+        if rope.get(key, 1.0) <= 0:
+            raise v.fail("rope." + key, "a number above 0", rope[key])
+    try:
+        FasaParams.from_mapping(defaults, "fasa.default")
+    except FasaError as e:
+        raise FasaError(f"{v.where}: keys fasa.default.*: {e}; {REMAKE}") from None
+    _check_default_budget(v, defaults.get("mean_budget", 0))
+    return {"rope": rope, "defaults": defaults, "calibration": calibration}
+
+
+def _check_default_budget(v: _Values, n: int) -> None:
+    """A default mean budget lies within the table of mean budgets."""
+    tokens = v.get("mean_budget", [])
+    if n and not (tokens and min(tokens) <= n <= max(tokens)):
+        reach = f"{min(tokens)} to {max(tokens)} tokens" if tokens else "none"
+        expected = "a number that the table fasa.mean_budget reaches"
+        raise v.explain("default.mean_budget", expected, f"{n}, and the table has {reach}")
+
+
+def _brief(value: Any) -> str:
+    """A value as it was found, in at most 60 characters; of long lists and numbers only the size is told."""
+    if isinstance(value, int) and abs(value) >= 1 << 64:
+        return "a number of more than 64 bits"
+    if isinstance(value, (list, dict)):
+        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
+    text = ascii(value[:60] if isinstance(value, str) else value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _is_u32(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 1 << 32
+
+
+def _is_f32(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool) and -MAX_F32 <= x <= MAX_F32  # false for NaN
+
+
+def _short(value: Any) -> Any:
+    """Floats with 5 digits, also those of a list."""
+    if isinstance(value, list):
+        return [_short(x) for x in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value

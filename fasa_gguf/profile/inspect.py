@@ -1,0 +1,41 @@
+"""A profile as a table for people."""
+
+from __future__ import annotations
+
+from .profile import Profile, span
+
+
+def format_profile(profile: Profile, chunks: int = 0) -> str:
+    """Where the profile comes from, then a line a layer: the attention kept, the leading chunks of its first KV head.
+
+    chunks: how many of them; 0: as many as the profile has figures for.
+    """
+    k = chunks or profile.recall_k or profile.weight_k or max(3 * max(profile.n_chunk) // 8, 1)
+    lines = _origin(profile)
+    lines.append(f"\n{'layer':>5}  {'attention kept':>14}  best {k} chunks of KV head 0 (0 is the fastest frequency)")
+    for il, ranking in enumerate(profile.ranking):
+        if not profile.n_chunk[il]:
+            lines.append(f"{il:>5}  {'dense':>14}")
+            continue
+        kept = ""
+        if profile.recall is not None:
+            kept = f"{100 * profile.recall[il][:, min(k, profile.recall_k) - 1].mean():.1f}%"
+        lines.append(f"{il:>5}  {kept:>14}  {' '.join(str(x) for x in ranking[0][:k])}")
+    return "\n".join(lines)
+
+
+def _origin(profile: Profile) -> list[str]:
+    c, rope = profile.calibration, profile.rope
+    lines = [
+        f"method {profile.ranking_method}, {len(profile.n_chunk)} layers, {span(profile.n_head_kv)} KV heads, "
+        f"{span(profile.n_chunk)} chunks per head, rope {rope.get('layout', '?')} base {rope.get('base', '?')}",
+        f"calibrated on {c.get('corpus', '?')}: {c.get('tokens', '?')} tokens in windows of {c.get('context', '?')}, "
+        f"from {c.get('source', '?')}",
+    ]
+    if profile.defaults:
+        lines.append("defaults: " + ", ".join(f"{n} {v}" for n, v in profile.defaults.items()))
+    if profile.mean_budget:
+        lines.append("mean budgets: " + ", ".join(f"{n} at mass {m:.4g}" for n, m in profile.mean_budget.items()))
+    if profile.layer_miss is not None:
+        lines.append(f"layers may miss {profile.layer_miss.min():.3g} to {profile.layer_miss.max():.3g} times 1 - mass")
+    return lines
