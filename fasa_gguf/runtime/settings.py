@@ -1,0 +1,69 @@
+"""The settings of a llama.cpp context: one object for Session, the memory plan, quality and speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import FasaError
+from ..gguf.cache_types import cache_type
+
+MODES = ("auto", "device", "host")
+MODE_ALIASES = {"c": "device", "m": "host"}
+
+
+def parse_mode(text: Any, where: str = "fasa_mode") -> str:
+    """auto, device or host; c and m are short for device and host. Raises FasaError, which names `where`."""
+    mode = MODE_ALIASES.get(text, text) if isinstance(text, str) else text
+    if mode not in MODES:
+        raise FasaError(f"{where}: expected one of {', '.join(MODES)}, found {text!r}")
+    return mode
+
+
+def thread_count(n_threads: int = 0) -> int:
+    """The number of threads that are really used. 0: one for each CPU of the machine."""
+    return n_threads or os.cpu_count() or 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextSettings:
+    """The settings of one context. Raises FasaError for an unknown cache type or mode.
+
+    n_ctx: tokens over all sequences, 0 for what the model was trained on.
+    n_batch, n_ubatch: tokens per llama_decode, and per graph; a ubatch is never larger than a batch.
+    n_seq_max: sequences. kv_unified: they share one buffer, instead of n_ctx / n_seq_max cells each.
+    n_threads: 0 for all CPUs. n_gpu_layers: the last layers of the model, -1 for all.
+    type_k, type_v: names in gguf.cache_types.CACHE_TYPES. swa_full: layers with a sliding window keep all cells.
+    no_kv_offload: K and V stay in host memory and the CPU attends.
+    mode: where K and V of the GPU's layers lie: device (FASA-C), host (FASA-M: pinned host memory), or auto.
+    """
+
+    n_ctx: int = 4096
+    n_batch: int = 512
+    n_ubatch: int = 512
+    n_seq_max: int = 1
+    n_threads: int = 0
+    n_gpu_layers: int = 0
+    type_k: str = "f16"
+    type_v: str = "f16"
+    flash_attn: bool = True
+    kv_unified: bool = False
+    swa_full: bool = True
+    no_kv_offload: bool = False
+    mode: str = "device"
+
+    def __post_init__(self) -> None:
+        cache_type(self.type_k)
+        cache_type(self.type_v)
+        object.__setattr__(self, "mode", parse_mode(self.mode, "mode"))
+
+    @property
+    def threads(self) -> int:
+        """The number of threads that are really used."""
+        return thread_count(self.n_threads)
+
+    def replace(self, **changes: Any) -> ContextSettings:
+        """A copy with some settings changed. Raises FasaError as the constructor does."""
+        return dataclasses.replace(self, **changes)
