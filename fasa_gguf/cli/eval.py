@@ -116,9 +116,7 @@ def _eval_perplexity(a: argparse.Namespace, text: str | None, arms: list[Arm]) -
     from ..quality.perplexity import WindowSettings, evaluate, format_scores
 
     windows = WindowSettings(a.windows, a.window, a.score, not a.dense_steps, a.score_batch)
-    results = evaluate(
-        a.model, text or "", arms, windows, read_context(a), progress=progress_bar(), resume=a.resume
-    )
+    results = evaluate(a.model, text or "", arms, windows, read_context(a), progress=progress_bar(), resume=a.resume)
     _print(a, results, format_scores(results))
 
 
@@ -127,9 +125,7 @@ def _eval_long_text(a: argparse.Namespace, text: str | None, arms: list[Arm]) ->
     from ..quality.tasks import TaskSettings
 
     settings = TaskSettings(text, context=read_context(a))
-    out = run_long(
-        a.model, arms, a.n_predict, a.window, a.windows, settings, progress=progress_bar(), resume=a.resume
-    )
+    out = run_long(a.model, arms, a.n_predict, a.window, a.windows, settings, progress=progress_bar(), resume=a.resume)
     _print(a, out, format_long_text(out["rows"]))
 
 

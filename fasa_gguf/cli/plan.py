@@ -6,40 +6,28 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import FasaError
+from ..params import FasaParams
 from ..profile.profile import Profile
 from ..speed.random_model import SHAPES
 from .arguments import add_context_flags, add_fasa_flags, add_model, add_shape_flags, random_model, read_params, whole
 
-
-def _there_is(a: argparse.Namespace) -> tuple[int | None, int | None, int]:
-    """(bytes of device memory for a plan, None when unknown; bytes of host memory; the driver's own, which are not in the first)."""
-    from .. import runtime
-    from ..memory.placement import host_memory
-    from ..memory.plan import CUDA_CONTEXT, CUDA_KERNELS, size
-
-    host = size(a.ram) if a.ram else host_memory()
-    if a.vram:
-        cuda = CUDA_CONTEXT + CUDA_KERNELS
-        return max(size(a.vram) - cuda, 0), host, cuda
-    try:
-        devices = runtime.devices.cuda_devices()
-    except FasaError:  # a plan needs no native library
-        devices = []
-    cuda = CUDA_KERNELS * len(devices)  # the context is taken when the memory is asked for
-    if not devices:
-        return None, host, CUDA_CONTEXT + CUDA_KERNELS
-    return sum(runtime.devices.device_memory(d)[0] for d in devices) - cuda, host, cuda
+if TYPE_CHECKING:
+    from ..memory.host import Available
+    from ..memory.model import Model
+    from ..runtime.settings import ContextSettings
 
 
 def cmd_plan(a: argparse.Namespace) -> None:
     from ..gguf.file import GGUFFile
     from ..gguf.shape import model_shape
-    from ..memory.plan import Setup, read_model, ways
-    from ..memory.report import as_dict, table
-    from ..speed.plan_check import check, check_table
+    from ..memory.host import Available
+    from ..memory.model import read_model
+    from ..memory.plan import ways
+    from ..memory.report import format_plan, plan_as_dict
+    from ..runtime.settings import ContextSettings, parse_mode
+    from ..speed.plan_check import check, format_check
     from ..speed.random_model import synthetic_profile
 
     path = random_model(a) if a.shape else a.model
@@ -49,8 +37,8 @@ def cmd_plan(a: argparse.Namespace) -> None:
         print("no FASA profile in the model: planned as if it ranked every attention layer", file=sys.stderr)
         profile = synthetic_profile(*model_shape(gguf))
     params, profile = read_params(a, profile)
-    m = read_model(path, profile)
-    s = Setup(
+    model = read_model(gguf, profile)
+    settings = ContextSettings(
         n_ctx=a.ctx_size,
         n_seq_max=a.n_parallel,
         n_batch=max(a.ubatch_size, 2048),
@@ -60,26 +48,34 @@ def cmd_plan(a: argparse.Namespace) -> None:
         type_v=a.cache_type_v,
     )
     if a.check:
-        rows = check(
-            path, m, s, params, profile, ("device", "host") if a.fasa_mode in (None, "auto") else (a.fasa_mode,)
-        )
-        print(json.dumps(rows, indent=1) if a.json else check_table(rows))
+        mode = parse_mode(a.fasa_mode or "auto")
+        modes = ("device", "host") if mode == "auto" else (mode,)
+        results = check(path, model, settings, params, profile, modes)
+        print(json.dumps(results, indent=1) if a.json else format_check(results))
         return
-    device, host, cuda = _there_is(a)
-    found = ways(m, s, params, device, host)
-    print(
-        json.dumps(as_dict(m, s, params, found, device, host, cuda), indent=1)
-        if a.json
-        else table(m, s, found, device, host, cuda)
-    )
-    if s.tokens(m) > m.n_ctx_train > 0:
-        print(f"the model was trained on {m.n_ctx_train:,} tokens", file=sys.stderr)
-    if s.n_gpu_layers and params.min_context and s.cells(m) < params.min_context_gpu:
+    available = Available.here(a.vram, a.ram)
+    found = ways(model, settings, params, available)
+    if a.json:
+        print(json.dumps(plan_as_dict(model, settings, params, found, available), indent=1))
+    else:
+        print(format_plan(model, settings, found, available))
+    _say_what_to_know(model, settings, params, available)
+
+
+def _say_what_to_know(model: Model, settings: ContextSettings, params: FasaParams, available: Available) -> None:
+    """Notes on stderr: what the figures do not say by themselves."""
+    from ..memory.plan import ContextShape
+
+    shape = ContextShape(model, settings)
+    if shape.n_ctx > model.n_ctx_train > 0:
+        print(f"the model was trained on {model.n_ctx_train:,} tokens", file=sys.stderr)
+    if settings.n_gpu_layers and params.min_context and shape.cells() < params.min_context_gpu:
         print(
-            f"FASA-C: below min_context_gpu, {params.min_context_gpu:,} cells, layers on a GPU stay dense and have no dominant keys",
+            f"FASA-C: below min_context_gpu, {params.min_context_gpu:,} cells, layers on a GPU stay dense and have no "
+            "dominant keys",
             file=sys.stderr,
         )
-    if device is None:
+    if available.device is None:
         print("no CUDA device here: give --vram, such as 12G, for the largest context that fits it", file=sys.stderr)
 
 

@@ -236,7 +236,9 @@ def _add_calibrate_layers(command: AddCommand) -> None:
     _add_text_flags(p, 3, 128)
     p.add_argument("--masses", type=shares, help="comma list of masses, of one sparse layer at a time [0.5,0.75,0.9]")
     p.add_argument(
-        "--budgets", type=comma_list(1), help="comma list of mean budgets whose masses are looked for [128,256,512,1024]"
+        "--budgets",
+        type=comma_list(1),
+        help="comma list of mean budgets whose masses are looked for [128,256,512,1024]",
     )
     p.add_argument(
         "--group", type=whole(1), default=1, help="neighbouring layers that share a factor: fewer runs, less noise [1]"

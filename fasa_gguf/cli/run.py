@@ -12,7 +12,16 @@ from typing import Any
 from ..errors import FasaError
 from ..params import not_used
 from ..profile.profile import Profile
-from .arguments import AddCommand, add_context_flags, add_fasa_flags, add_model, given_fasa, read_params, read_text, whole
+from .arguments import (
+    AddCommand,
+    add_context_flags,
+    add_fasa_flags,
+    add_model,
+    given_fasa,
+    read_params,
+    read_text,
+    whole,
+)
 
 
 def _load(a: argparse.Namespace) -> tuple[Any, bool]:

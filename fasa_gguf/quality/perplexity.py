@@ -305,9 +305,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
         out.append(f"{result['arm']}: {dense} of {result['steps_sparse'] + dense} steps were dense")
     if result["layers_dense"]:
         share = 100 * result["layers_dense"] / (result["layers_sparse"] + result["layers_dense"])
-        out.append(
-            f"{result['arm']}: {share:.0f}% of the layers were dense; tokens and KV read are the sparse layers'"
-        )
+        out.append(f"{result['arm']}: {share:.0f}% of the layers were dense; tokens and KV read are the sparse layers'")
     return out
 
 
