@@ -194,7 +194,10 @@ def random_model(a: argparse.Namespace) -> str:
 
 
 def progress_bar() -> Callable[[str, int, int], None]:
-    """A callback (what, done, total) that draws a progress bar on stderr. It draws nothing when stderr is no terminal."""
+    """A callback (what, done, total) that draws a progress bar on stderr.
+
+    It draws nothing when stderr is no terminal.
+    """
     from tqdm import tqdm
 
     bars: dict[str, Any] = {}

@@ -51,7 +51,10 @@ def _types(k: str, v: str | None) -> list[tuple[str, str]]:
 
 
 def _arms(a: argparse.Namespace, profile: Profile) -> tuple[dict[str, FasaParams], Profile]:
-    """(FASA arms by name, the profile as the preset needs it): an arm for every combination of the flags' comma lists."""
+    """(FASA arms by name, the profile as the preset needs it).
+
+    There is an arm for every combination of the flags' comma lists.
+    """
     given = {name: text.split(",") for name, text in given_fasa(a).items()}
     several = [name for name, values in given.items() if len(values) > 1]
     arms = {}

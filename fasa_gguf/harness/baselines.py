@@ -57,8 +57,11 @@ class OracleShared(Oracle):
 
 
 class Quest(Policy):
-    """Pages of neighbouring tokens, by the upper bound of q.k over the page's elementwise min and max of K (arXiv 2406.10774).
-    The page that is still filling comes right behind the forced tokens; the last page taken is cut to the budget."""
+    """Pages of neighbouring tokens (Quest, arXiv 2406.10774).
+
+    A page's score is the upper bound of q.k over its elementwise min and max of K. The page that is still filling comes
+    right after the forced tokens; the last page taken is cut to the budget.
+    """
 
     name = "quest"
     about = "min and max of every page, f16: 4*head_dim/page bytes a token"
@@ -90,7 +93,7 @@ class Quest(Policy):
 
 
 class DoubleSparsity(Policy):
-    """Label channels: the dimensions of each KV head whose |q_d k_d| is largest on a calibration text (arXiv 2408.07092)."""
+    """Label channels (arXiv 2408.07092): each KV head's dimensions with the largest |q_d k_d| on a calibration text."""
 
     name = "double-sparsity"
     about = "the label channels of K, f16 or in the groups of K_dom"
@@ -130,8 +133,11 @@ class DoubleSparsity(Policy):
 
 
 class SparQ(Policy):
-    """The r dimensions in which the step's query is largest (arXiv 2312.04985); shared: chosen by the sum of |q| over the group,
-    as the authors do for grouped queries. Without their mean-V correction: here every method is its selection alone."""
+    """The r dimensions in which the step's query is largest (arXiv 2312.04985).
+
+    shared: chosen by the sum of |q| over the group, as the authors do for grouped queries. The authors' mean-V correction
+    is no part of a selection, and is not made.
+    """
 
     name = "sparq"
     about = "r dimensions of every key, f16; keeps a second, transposed copy of K"
@@ -163,9 +169,12 @@ class SparQ(Policy):
 
 
 class SnapKV(Policy):
-    """Prompt tokens by the attention that the prompt's last queries gave them, pooled over neighbours, chosen once (arXiv
-    2404.14469). keep_new: the last queries' own tokens and every decoded one stay, as published, and the prompt's worst make room
-    for them, so that the count stays the budget; else only sinks, recent tokens and the prompt's choice."""
+    """Prompt tokens by the attention that the prompt's last queries gave them, chosen once (arXiv 2404.14469).
+
+    The attention is pooled over neighbours. keep_new: the last queries' own tokens and every decoded one stay, as
+    published, and the prompt's worst make room for them, so that the count stays the budget. Otherwise only sinks, recent
+    tokens and the prompt's choice stay.
+    """
 
     name = "snapkv"
     about = "nothing to choose: the rest of the prompt is gone"
@@ -188,7 +197,8 @@ class SnapKV(Policy):
         super().__init__(*args, **options)
         if not 1 <= self.window <= N_LAST or self.kernel % 2 == 0:
             raise FasaError(
-                f"method snapkv: window {self.window}, kernel {self.kernel}: expected a window up to {N_LAST} and an odd kernel"
+                f"method snapkv: window {self.window}, kernel {self.kernel}: expected a window up to {N_LAST} and an odd "
+                "kernel"
             )
 
     def prepare(self, layer: int, q: torch.Tensor, k: torch.Tensor) -> None:

@@ -51,8 +51,8 @@ def rank_ca(q: torch.Tensor, k: torch.Tensor, start: int, shape: Shape, budget: 
 def rank_channels(q: torch.Tensor, k: torch.Tensor, shape: Shape) -> list[list[int]]:
     """Double Sparsity's label channels of every KV head: dimensions by the mean of |q_d k_d|, largest first.
 
-    The mean is over tokens, query and key of the same token, and over the group's query heads (one label cache a KV head).
-    q [n_head, n, d], k [n_head_kv, n, d], post-RoPE.
+    The mean is over tokens, query and key of the same token, and over the group's query heads (one label cache a KV
+    head). q [n_head, n, d], k [n_head_kv, n, d], post-RoPE.
     """
     both = (q.view(shape.n_head_kv, shape.group, *k.shape[1:]) * k[:, None]).abs().mean((1, 2))  # [n_head_kv, d]
     return both.argsort(dim=-1, descending=True, stable=True).tolist()

@@ -1,7 +1,7 @@
 """Windows x policies x budgets: what `fasa-gguf compare` runs.
 
-Finished samples are kept in DIR/samples.jsonl, with the windows' tokens among them. So a run goes on where it stopped, and
-on another machine without the native library.
+Finished samples are kept in DIR/samples.jsonl, with the windows' tokens among them. So a run goes on where it stopped,
+and on another machine without the native library.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ from .trials import Trial, plain_trials, tune_trials
 
 @dataclass(kw_only=True)
 class CompareSettings:
-    """What is compared on what; units are tokens. text, tune: contents; without tune the policies keep their defaults."""
+    """What is compared on what; units are tokens.
+
+    text, tune: contents; without tune the policies keep their defaults.
+    """
 
     model: str
     text: str
@@ -277,9 +280,9 @@ def compare(
 ) -> dict[str, Any] | None:
     """Run what is missing and write DIR's results.md, results.json, budget.png and bytes.png.
 
-    Returns what results.json holds: config, rows (results, dense first), trials of the tuning, library results. prepare:
-    only cut the windows into DIR/samples.jsonl; returns None.
-    Raises FasaError for a model that the harness does not run, a text that is too short, a DIR of another comparison.
+    Returns what results.json holds: config, rows (results, dense first), trials of the tuning, library results.
+    prepare: only cut the windows into DIR/samples.jsonl; returns None. Raises FasaError for a model that the harness
+    does not run, a text that is too short, a DIR of another comparison.
     """
     from .report import write_results
 

@@ -1,8 +1,8 @@
 """A Llama-family GGUF in torch, fp32.
 
 The prefix of a window runs dense in one pass. Then all tokens of its tail run in one batch, every layer's attention
-restricted to a policy's lists. The keys and values of the tail come from the sparse hidden states and later layers see the
-sparse outputs, so the batch gives what decoding token by token would give.
+restricted to a policy's lists. The keys and values of the tail come from the sparse hidden states and later layers see
+the sparse outputs, so the batch gives what decoding token by token would give.
 """
 
 from __future__ import annotations
@@ -64,7 +64,10 @@ class Prefix:
 
 @dataclass
 class Tail:
-    """The decode steps after a prefix: query t stands at position start + t and sees the cells up to itself. Cell = position."""
+    """The decode steps after a prefix: query t stands at position start + t and sees the cells up to itself.
+
+    Cell = position.
+    """
 
     shape: Shape
     start: int
@@ -76,7 +79,8 @@ class Tail:
         return cls(shape, start, torch.arange(start + n_query, device=device) <= position)
 
     def forced(self, sink: int, recent: int) -> torch.Tensor:
-        """bool [n_query, n_kv]: the first `sink` and the last `recent` cells that each query sees (reference.forced_cells)."""
+        """bool [n_query, n_kv]: the first `sink` and the last `recent` cells that each query sees
+        (reference.forced_cells)."""
         n_query, n_kv = self.visible.shape
         cell = torch.arange(n_kv, device=self.visible.device)  # [n_kv]
         position = torch.arange(self.start, self.start + n_query, device=cell.device)[:, None]
@@ -98,7 +102,10 @@ class Selector(Protocol):
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """Exact attention of q [n_head, n_query, d] over the cells of k, v [n_head_kv, n_kv, d] in mask [n_head, n_query, n_kv]."""
+    """Exact attention of q [n_head, n_query, d] over the cells of k, v [n_head_kv, n_kv, d] in a mask.
+
+    mask bool [n_head, n_query, n_kv].
+    """
     grouped = q.reshape(len(k), -1, q.shape[-1])  # [n_head_kv, G*n_query, d]
     logits = (grouped @ k.transpose(1, 2) * scale).reshape(mask.shape)
     weight = logits.masked_fill_(~mask, -torch.inf).softmax(-1)  # [n_head, n_query, n_kv]
@@ -119,9 +126,10 @@ def _checked_shape(file: GGUFFile) -> ModelShape:
 
 
 class Decoder:
-    """The model. kv_type: how K and V are stored ("f16", as the library does by default, or "f32"); device: "cpu", "cuda".
+    """The model. kv_type: how K and V are stored, f16 (the library's default) or f32; device: cpu or cuda.
 
-    Raises FasaError for another architecture, RoPE scaling that it does not know, a missing device or a missing package.
+    Raises FasaError for another architecture, RoPE scaling that it does not know, a missing device or a missing
+    package.
     """
 
     def __init__(self, path: str | os.PathLike, device: str = "cpu", kv_type: str = "f16") -> None:

@@ -17,8 +17,8 @@ from .selection import group_score, k_dom_bytes, mass_count, quantize_k_dom, qua
 class Fasa(Policy):
     """The project's own (fasa_gguf/reference.py): the profile's chunks, one list per KV head.
 
-    mass > 0: its own count, at least `floor` and at most `cap` tokens. 0 stands for a quarter of the budget and four times
-    the budget; without a budget for 64 and 1,024.
+    mass > 0: its own count, at least `floor` and at most `cap` tokens. 0 stands for a quarter of the budget and four
+    times the budget; without a budget for 64 and 1,024.
     """
 
     name = "fasa"

@@ -4,8 +4,8 @@ A policy is one class with `select(layer, q, k, tail) -> bool [n_head, n_query, 
 (sinks and recent ones, counted in the budget). Every query head meets a fixed budget exactly, or every KV head when its
 query heads share a list.
 
-Bytes are what a step reads per KV head, K and V in f16: `score_bytes` to choose, then K and V of the chosen cells. A cell
-that several query heads of a KV head chose counts once.
+Bytes are what a step reads per KV head, K and V in f16: `score_bytes` to choose, then K and V of the chosen cells. A
+cell that several query heads of a KV head chose counts once.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ class Policy:
     def __init__(self, shape: Shape, budget: int, knowledge: Knowledge | None = None, **options: Any) -> None:
         self.shape, self.budget, self.knowledge = shape, budget, knowledge or Knowledge()
         known = self.defaults()
-        for name, value in options.items():
+        for name in options:
             if name not in known:
                 raise FasaError(f"method {self.name}: unknown option {name!r}; known are {', '.join(known)}")
         for name, value in {**known, **options}.items():
             setattr(self, name, value)
         if self.budgeted and not getattr(self, "mass", 0) and budget < self.sink + self.recent + 1:
             raise FasaError(
-                f"method {self.name}: budget {budget}: expected at least {self.sink + self.recent + 1}, {self.sink} sinks, "
-                f"{self.recent} recent tokens and one more"
+                f"method {self.name}: budget {budget}: expected at least {self.sink + self.recent + 1}, "
+                f"{self.sink} sinks, {self.recent} recent tokens and one more"
             )
 
     @classmethod
@@ -63,12 +63,12 @@ class Policy:
         return []
 
     def prepare(self, layer: int, q: torch.Tensor, k: torch.Tensor) -> None:
-        """Called before select: the prompt's last queries q [n_head, N_LAST, d] and all its keys k [n_head_kv, n, d]."""
+        """Called before select: the prompt's last queries q [n_head, N_LAST, d], all its keys k [n_head_kv, n, d]."""
 
     def select(self, layer: int, q: torch.Tensor, k: torch.Tensor, tail: Tail) -> torch.Tensor:
         """The lists of a layer: the cells that each query attends, bool [n_head, n_query, n_kv].
 
-        q [n_head, n_query, d], k [n_head_kv, n_kv, d]. Layers are asked in order, so a list may come from an earlier one.
+        q [n_head, n_query, d], k [n_head_kv, n_kv, d]. Layers come in order, so a list may be an earlier layer's.
         """
         raise NotImplementedError
 
@@ -88,7 +88,7 @@ class Policy:
         return mask.repeat_interleave(self.shape.n_head // len(mask), 0)
 
     def _logits(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        """Of every query head, [n_head, n_query, n_kv], from q [n_head, n_query, m], k [n_head_kv, n_kv, m]; unscaled."""
+        """Unscaled logits [n_head, n_query, n_kv] of q [n_head, n_query, m] and k [n_head_kv, n_kv, m]."""
         return (q.reshape(len(k), -1, q.shape[-1]) @ k.transpose(1, 2)).view(*q.shape[:2], -1)
 
     def _by_logits(self, est: torch.Tensor, tail: Tail) -> torch.Tensor:

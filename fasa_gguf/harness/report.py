@@ -84,8 +84,8 @@ def config_lines(c: dict[str, Any]) -> list[str]:
         f"{names.get('text', 'the text')}, the last {c['score']} of each scored; {tuned}; {c['sink']} sinks and "
         f"{c['recent']} recent tokens in every budget except the paper's.",
         "tokens: mean attended per step and query head, everything forced or dense counted. KiB read: by one layer for "
-        "one decoded token, K and V in f16, what is read to choose included; K and V of a token that several query heads "
-        "of a KV head attend are read once.",
+        "one decoded token, K and V in f16, what is read to choose included; K and V of a token that several query "
+        "heads of a KV head attend are read once.",
         f"fasa_gguf {c['fasa_gguf']}, torch {c['torch']}, {c['device']}, weights dequantised, fp32, "
         f"K and V rounded to {c['kv_type']}.",
     ]

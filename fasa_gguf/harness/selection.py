@@ -8,7 +8,8 @@ GROUP = 8  # dominant dimensions that share one scale (reference.GROUP)
 
 
 def top(score: torch.Tensor, visible: torch.Tensor, forced: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
-    """The `count` best visible cells, bool [..., n_query, n_kv]: forced ones first and always in, ties to the lower cell.
+    """The `count` best visible cells, bool [..., n_query, n_kv]: forced ones first and always in, ties to the lower
+    cell.
 
     score f32 [..., n_query, n_kv] finite; visible, forced [n_query, n_kv]; count: one for all or int64 [..., n_query].
     """
@@ -33,7 +34,8 @@ def group_score(est: torch.Tensor, visible: torch.Tensor, n_head_kv: int) -> tor
 def mass_count(
     score: torch.Tensor, visible: torch.Tensor, forced: torch.Tensor, n_group: int, mass: float, floor: int, cap: int
 ) -> torch.Tensor:
-    """How many cells hold `mass` of the estimated attention, int64 [n_set, n_query], from floor to cap (reference.select).
+    """How many cells hold `mass` of the estimated attention, int64 [n_set, n_query], from floor to cap
+    (reference.select).
 
     score [n_set, n_query, n_kv]: sums of n_group softmaxes. Shares are summed as integers of 2^-40.
     """
@@ -68,7 +70,8 @@ def quantize_k_dom(x: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def quantize_query(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """Dominant values of the queries f32 [..., n_dom], times weight and scale, as TIP uses them (reference.quantize_query)."""
+    """Dominant values of the queries f32 [..., n_dom], times weight and scale, as TIP uses them
+    (reference.quantize_query)."""
     if kind == "f16":
         return x
     g = x.reshape(*x.shape[:-1], -1, GROUP)

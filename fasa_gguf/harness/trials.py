@@ -23,8 +23,8 @@ MASS_STEPS = 8  # halvings of the target mass when it is tuned to a mean budget
 
 @dataclass(frozen=True)
 class Trial:
-    """One line of the table: a policy with its options at a budget; 0: it counts by itself. asked: the spec that the user
-    gave, which names a curve."""
+    """One line of the table: a policy with its options at a budget; 0: it counts by itself. asked: the spec that the
+    user gave, which names a curve."""
 
     spec: str
     budget: int
@@ -37,7 +37,8 @@ class Trial:
 
 
 def forced_options(kind: type[Policy], given: dict[str, Any], settings: CompareSettings) -> dict[str, Any]:
-    """`given`, and the user's sinks and recent tokens where the policy has forced tokens and its spec does not set them."""
+    """`given`, and the user's sinks and recent tokens where the policy has forced tokens and its spec does not set
+    them."""
     ours = {"sink": settings.sink, "recent": settings.recent} if "sink" not in kind.options else {}
     return {**ours, **given}
 

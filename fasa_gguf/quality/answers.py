@@ -60,8 +60,8 @@ def _figures(task: str, length: int | None, samples: Sequence[dict[str, Any]]) -
 def summarize(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The results of each length and task: n, n_prompt (mean tokens) and the arms' figures, dense first.
 
-    A result 'mean' stands for several tasks of a length, one with length None for everything; tasks and lengths weigh the
-    same in them.
+    A result 'mean' stands for several tasks of a length, one with length None for everything; tasks and lengths weigh
+    the same in them.
     """
     results, lengths = [], sorted({r["length"] for r in samples})
     for length in lengths:

@@ -43,8 +43,9 @@ def _differences(a: Any, b: Any, name: str = "") -> list[str]:
 class Journal:
     """Finished samples by key. Use it in a `with`; without a path it keeps nothing.
 
-    settings: whatever a sample depends on besides its key. The first line of the file holds them, every further one a key
-    and a value. An incomplete last line is dropped. Raises FasaError when the file is something else, or has other settings.
+    settings: whatever a sample depends on besides its key. The first line of the file holds them, every further one a
+    key and a value. An incomplete last line is dropped. Raises FasaError when the file is something else, or has other
+    settings.
     """
 
     def __init__(self, path: str | os.PathLike | None, settings: dict[str, Any]) -> None:

@@ -1,8 +1,8 @@
-"""Long generation, dense beside FASA: how long the texts are equal, how often the best token is, does either degenerate.
+"""Long generation, dense beside FASA: where the texts part, how often the best token agrees, does either degenerate.
 
-A prompt of text is prefilled dense and without its last token. Dense writes n tokens, greedily, end-of-generation tokens
-barred. An arm is first fed dense's text, one token a step (teacher forcing). Its best token at every step gives the
-agreement, and the first difference is where its own text leaves dense's. From there it goes on by itself.
+A prompt of text is prefilled dense and without its last token. Dense writes n tokens, greedily, end-of-generation
+tokens barred. An arm is first fed dense's text, one token a step (teacher forcing). Its best token at every step gives
+the agreement, and the first difference is where its own text leaves dense's. From there it goes on by itself.
 """
 
 from __future__ import annotations
@@ -167,10 +167,12 @@ def run_long(
     progress: Progress | None = None,
     resume: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
-    """config, results (`rows`, dense first) and texts. n tokens follow `context` tokens of settings.text, at `texts` places.
+    """config, results (`rows`, dense first) and texts. n tokens follow `context` tokens of settings.text, at `texts`
+    places.
 
-    resume: a file that keeps the finished text of every arm. Raises FasaError when the text is too short, when the model
-    has no room for context + n tokens, when an arm has no profile, and when an arm that asked for FASA ran no sparse step.
+    resume: a file that keeps the finished text of every arm. Raises FasaError when the text is too short, when the
+    model has no room for context + n tokens, when an arm has no profile, and when an arm that asked for FASA ran no
+    sparse step.
     """
     settings = settings or TaskSettings()
     if settings.text is None:

@@ -1,8 +1,8 @@
 """Paired differences of scores, sample by sample, with their 95% intervals.
 
-An interval is Student's t over samples. When all samples differ by the same amount, mostly by nothing, that has no width.
-Then it is the exact bound on the share of samples that may differ (Clopper-Pearson). p is the exact sign test over the
-samples that were lost and gained (McNemar's, where a sample is found or not).
+An interval is Student's t over samples. When all samples differ by the same amount, mostly by nothing, that has no
+width. Then it is the exact bound on the share of samples that may differ (Clopper-Pearson). p is the exact sign test
+over the samples that were lost and gained (McNemar's, where a sample is found or not).
 """
 
 from __future__ import annotations

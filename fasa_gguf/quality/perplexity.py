@@ -157,7 +157,10 @@ def one_by_one(counters: dict[str, int], n_tokens: int) -> dict[str, int]:
 def _score_window(
     s: Session, switch: ArmSwitch, arms: Sequence[Arm | None], tokens: Sequence[int], windows: WindowSettings
 ) -> Iterator[dict[str, Any]]:
-    """nll, kl, hit and counters of one window's tail for every arm, None being dense. tokens: the window and one more."""
+    """nll, kl, hit and counters of one window's tail for every arm, None being dense.
+
+    tokens: the window and one more.
+    """
     prefix = windows.window - windows.score
     switch.use(None)
     s.clear()
@@ -311,7 +314,8 @@ def _notes(result: dict[str, Any]) -> list[str]:
 
 def format_scores(results: Sequence[dict[str, Any]]) -> str:
     """For people: one line an arm, +- is the standard error; below it, what was dense in an arm that asked for FASA."""
-    head = "arm|tokens|ppl|ppl ratio|KL|same top|KV read|K_dom/KV|RMS dp|KL median|KL 99%".split("|")
+    head = ["arm", "tokens", "ppl", "ppl ratio", "KL", "same top", "KV read", "K_dom/KV"]
+    head += ["RMS dp", "KL median", "KL 99%"]
     lines = [
         [
             r["arm"],

@@ -11,8 +11,8 @@ from ..session import Session
 
 
 class Prompter:
-    """Turns records into tokens: the text in the model's chat template, if it has one and `raw` is off, then the answer's
-    prefix. Raises FasaError for a template that cannot be used."""
+    """Turns records into tokens: the text in the model's chat template, if it has one and `raw` is off, then the
+    answer's prefix. Raises FasaError for a template that cannot be used."""
 
     def __init__(self, session: Session, raw: bool = False) -> None:
         self.session, self.format = session, None
@@ -52,7 +52,10 @@ class Prompter:
 def greedy(
     session: Session, token: int, pos: int, n_predict: int, finished: Callable[[list[int]], bool] = lambda out: False
 ) -> list[int]:
-    """At most n_predict best tokens, `token` at position `pos` being decoded first; ends at an end-of-generation token."""
+    """At most n_predict best tokens; `token` at position `pos` is decoded first.
+
+    Ends at an end-of-generation token, or when finished(tokens so far).
+    """
     out: list[int] = []
     while len(out) < n_predict:
         token = int(np.argmax(session.decode([token], pos + len(out))))

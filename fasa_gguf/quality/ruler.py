@@ -1,12 +1,12 @@
 """RULER's synthetic tasks (arXiv 2404.06654): its prompts, record format and string-match metric, made anew and seeded.
 
 A record is one JSON line: task, index, input, answer_prefix (follows the chat template), outputs (the references) and
-length, in tokens: the prompt as the model gets it and the tokens that it may write. Every sample is fitted from below to
-the length asked for, by bisecting the size of its haystack.
+length, in tokens: the prompt as the model gets it and the tokens that it may write. Every sample is fitted from below
+to the length asked for, by bisecting the size of its haystack.
 
 Differences from RULER's scripts, because of which scores compare arms and settings with each other, but not with a
-published table: words are nonsense made here (six letters, consonant and vowel in turn, so none is part of another), not
-English ones; an essay haystack is the text given, from a place drawn for every sample; needles lie at depths of the
+published table: words are nonsense made here (six letters, consonant and vowel in turn, so none is part of another),
+not English ones; an essay haystack is the text given, from a place drawn for every sample; needles lie at depths of the
 40-step grid in every haystack; freq_words counts its answer in the length; common_words falls back to RULER's form for
 short prompts where its long form does not fit.
 """
@@ -39,7 +39,8 @@ ZETA_2 = math.pi**2 / 6  # frequent words follow a zeta distribution with expone
 
 NIAH = (
     "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about "
-    "the {kind} afterwards.\n{context}\nWhat are all the special magic {kind} for {query} mentioned in the provided text?",
+    "the {kind} afterwards.\n{context}\nWhat are all the special magic {kind} for {query} mentioned in the provided "
+    "text?",
     " The special magic {kind} for {query} mentioned in the provided text are",
 )
 VT = (
@@ -49,14 +50,14 @@ VT = (
     "{query}, they are: ",
 )
 CWE = (
-    "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear "
-    "most often.\n{context}\nQuestion: What are the 10 most common words in the above list?",
+    "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
+    "appear most often.\n{context}\nQuestion: What are the 10 most common words in the above list?",
     " Answer: The top 10 words that appear most often in the list are:",
 )
 FWE = (
     "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
-    "appeared coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are "
-    "the three most frequently appeared words in the above coded text?",
+    "appeared coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What "
+    "are the three most frequently appeared words in the above coded text?",
     " Answer: According to the coded text above, the three most frequently appeared words are:",
 )
 
@@ -94,7 +95,7 @@ TASKS = {
 
 
 def string_match_all(prediction: str, references: Sequence[str]) -> float:
-    """The share, 0 to 1, of the references that occur in the prediction, in any case (RULER's metric of all tasks here)."""
+    """The share, 0 to 1, of the references that occur in the prediction, in any case (RULER's metric of these tasks)."""
     return sum(r.lower() in prediction.lower() for r in references) / len(references)
 
 
@@ -312,9 +313,9 @@ def make_record(
 ) -> dict[str, Any]:
     """Sample `index` of a task, at most `length` tokens with its answer.
 
-    count: tokens of a prompt; words: the essay haystack, None is noise; depth: where every needle goes, 0 to 1, None draws
-    it; n_predict: tokens for the answer, 0 is the task's own. The same arguments give the same record. Raises FasaError
-    for an unknown task and for a length that the task does not fit in.
+    count: tokens of a prompt; words: the essay haystack, None is noise; depth: where every needle goes, 0 to 1, None
+    draws it; n_predict: tokens for the answer, 0 is the task's own. The same arguments give the same record. Raises
+    FasaError for an unknown task and for a length that the task does not fit in.
     """
     task = check_task(name)
     n_predict = n_predict or task.n_predict

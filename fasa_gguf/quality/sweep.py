@@ -29,7 +29,10 @@ class Grid:
 
 
 def make_arms(grid: Grid, base: FasaParams, profile: Profile) -> list[Arm]:
-    """One arm for each chunk count and budget, then for each mass. Raises FasaError for a setting that is out of range."""
+    """One arm for each chunk count and budget, then for each mass.
+
+    Raises FasaError for a setting that is out of range.
+    """
     most = max(profile.n_chunk)
     chunks = sorted(set(grid.chunks or [max(1, most * n // 8) for n in (1, 2, 3, 4)]))
     if chunks[-1] > most or chunks[0] < 1:
@@ -75,7 +78,8 @@ def advice(result: dict[str, Any]) -> str:
 
 def format_sweep(result: dict[str, Any]) -> str:
     """For people: cheapest first, the recommended one marked, the advice below."""
-    head = "|chunks|budget|mass|tokens|ppl ratio|KL|same top|KiB/token|KV read|K_dom/KV".split("|")
+    head = ["", "chunks", "budget", "mass", "tokens", "ppl ratio", "KL", "same top"]
+    head += ["KiB/token", "KV read", "K_dom/KV"]
     lines = [
         [
             "->" if result["best"] and r["arm"] == result["best"]["arm"] else "",
@@ -114,9 +118,9 @@ def sweep(
 ) -> dict[str, Any]:
     """Try the grid and write DIR's sweep.json and sweep.png. Returns what sweep.json holds.
 
-    That is rows (results with chunks, budget, mass and flags), best (one of them or None), dense, max_loss. settings: as
-    evaluate's; default windows: 5.
-    Finished windows are kept in DIR, one file for each grid; the same call goes on there. Raises FasaError as evaluate does.
+    That is rows (results with chunks, budget, mass and flags), best (one of them or None), dense, max_loss. settings:
+    as evaluate's; default windows: 5. Finished windows are kept in DIR, one file for each grid; the same call goes on
+    there. Raises FasaError as evaluate does.
     """
     profile = profile or Profile.load(model)
     windows = windows or WindowSettings(windows=5)

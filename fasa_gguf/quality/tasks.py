@@ -165,8 +165,8 @@ def run_questions(
     """A sample for every question: its task, length, index and depth, n_prompt, outputs, and answers of the arms.
 
     An answer, dense's first, has text, score and counters. resume: a file that keeps finished samples; a rerun skips
-    those. Raises FasaError when a prompt does not fit, when an arm has no profile, when an arm that asked for FASA ran no
-    sparse step, and when `resume` was begun with other settings.
+    those. Raises FasaError when a prompt does not fit, when an arm has no profile, when an arm that asked for FASA ran
+    no sparse step, and when `resume` was begun with other settings.
     """
     settings = settings or TaskSettings()
     for name in {q.task for q in questions if not q.record}:  # before anything is run

@@ -67,7 +67,8 @@ def save_needle_map(grid: dict[str, Any], path: str | os.PathLike) -> None:
 
 
 def save_sweep_map(result: dict[str, Any], path: str | os.PathLike) -> None:
-    """What sweep.sweep returns: perplexity loss, chunks x budgets and masses; under it the share of dense's KV bytes read.
+    """What sweep.sweep returns: perplexity loss, chunks x budgets and masses; under it the share of dense's KV bytes
+    read.
 
     The recommended setting has a frame.
     """

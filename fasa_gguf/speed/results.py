@@ -54,7 +54,7 @@ class Result:
 
     @property
     def token_bytes(self) -> float | None:
-        """Bytes that had to be read for one token: its sequence's K, V and K_dom, and its share of the step's weights."""
+        """Bytes read for one token: its sequence's K, V and K_dom, and its share of the step's weights."""
         if self.kv_bytes is None or self.weight_bytes is None:
             return None
         return self.kv_bytes + self.weight_bytes / self.n_parallel

@@ -70,7 +70,7 @@ class Figures:
     fetch_rate: float | None = None  # and by the kernel that fetches the attended rows
 
     def floor_s(self) -> float | None:
-        """Seconds that a step's bytes take over PCIe at the measured rates: rows by the gather's, staged by the copy's."""
+        """Seconds that a step's bytes take over PCIe: rows at the gather's rate, staged ones at the copy's."""
         if self.fetched is None or not self.gather_rate or not self.copy_rate:
             return None
         return self.fetched / self.gather_rate + (self.staged or 0.0) / self.copy_rate
