@@ -75,7 +75,7 @@ def mode(text: str) -> str:
     try:
         return parse_mode(text)
     except FasaError as e:
-        raise argparse.ArgumentTypeError(str(e).partition(": ")[2]) from None
+        raise argparse.ArgumentTypeError(str(e).removeprefix("fasa_mode: ")) from None
 
 
 # ---- groups of flags ----

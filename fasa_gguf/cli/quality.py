@@ -194,18 +194,18 @@ def _add_sweep(command: AddCommand) -> None:
 
 
 def cmd_calibrate_layers(a: argparse.Namespace) -> None:
-    from ..calibrate.layers import LayerPlan, calibrate_layers, table
+    from ..calibrate.layers import LayerGrid, calibrate_layers, format_layers
     from ..memory.placement import chosen_mode
     from ..profile.profile import Profile
 
     params, profile = read_params(a, Profile.load(a.profile or a.model))
-    plan = LayerPlan(() if a.table_only else a.masses or LayerPlan.masses, a.budgets or LayerPlan.budgets, a.group)
+    grid = LayerGrid(() if a.table_only else a.masses or LayerGrid.masses, a.budgets or LayerGrid.budgets, a.group)
     out = a.output or str(Path(a.model).with_suffix(".fasa.json"))
     _, result = calibrate_layers(
         a.model,
         read_text(a.file, a.detokenize),
         out,
-        plan,
+        grid,
         params,
         profile,
         a.windows,
@@ -219,7 +219,7 @@ def cmd_calibrate_layers(a: argparse.Namespace) -> None:
         type_v=a.cache_type_v,
         mode=chosen_mode(a.fasa_mode),
     )
-    print(json.dumps(result, indent=1) if a.json else table(result))
+    print(json.dumps(result, indent=1) if a.json else format_layers(result))
     print(f"{out}: the profile", file=sys.stderr)
 
 

@@ -172,8 +172,8 @@ class SnapKV(Policy):
     """Prompt tokens by the attention that the prompt's last queries gave them, chosen once (arXiv 2404.14469).
 
     The attention is pooled over neighbours. keep_new: the last queries' own tokens and every decoded one stay, as
-    published, and the prompt's worst make room for them, so that the count stays the budget. Otherwise only sinks, recent
-    tokens and the prompt's choice stay.
+    published, and the prompt's worst make room for them, so that the count stays the budget. Otherwise only sinks,
+    recent tokens and the prompt's choice stay.
     """
 
     name = "snapkv"
@@ -197,8 +197,8 @@ class SnapKV(Policy):
         super().__init__(*args, **options)
         if not 1 <= self.window <= N_LAST or self.kernel % 2 == 0:
             raise FasaError(
-                f"method snapkv: window {self.window}, kernel {self.kernel}: expected a window up to {N_LAST} and an odd "
-                "kernel"
+                f"method snapkv: window {self.window}, kernel {self.kernel}: expected a window up to {N_LAST} and an "
+                "odd kernel"
             )
 
     def prepare(self, layer: int, q: torch.Tensor, k: torch.Tensor) -> None:

@@ -60,7 +60,8 @@ def rank_channels(q: torch.Tensor, k: torch.Tensor, shape: Shape) -> list[list[i
 
 def read_text(decoder: Decoder, tokens: list[int], budget: int = 256, queries: int = 96) -> dict[str, Any]:
     """`ca` and `channels` of Knowledge from one window of tokens; the agreement over its last queries."""
-    s, out = decoder.shape, {"ca": [], "channels": []}
+    s = decoder.shape
+    out: dict[str, Any] = {"ca": [], "channels": []}
     budget = max(1, min(budget, len(tokens) // 2))
     queries = min(queries, len(tokens) - budget)
 

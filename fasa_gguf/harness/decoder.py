@@ -218,10 +218,10 @@ class Decoder:
             q, k, v = self._qkv(il, x, 0)
             if observe:
                 observe(il, q, k)
-            every = (t.repeat_interleave(g, 0)[None] for t in (k, v))  # [1, n_head, n, d]
-            x = self._finish(
-                il, x, F.scaled_dot_product_attention(q[None], *every, is_causal=True, scale=self.shape.scale)[0]
-            )
+            every_k, every_v = (t.repeat_interleave(g, 0)[None] for t in (k, v))  # [1, n_head, n, d]
+            scale = self.shape.scale
+            o = F.scaled_dot_product_attention(q[None], every_k, every_v, is_causal=True, scale=scale)[0]
+            x = self._finish(il, x, o)
             out.k.append(k)
             out.v.append(v)
             out.q_last.append(q[:, -N_LAST:].clone())

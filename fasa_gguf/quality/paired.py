@@ -25,7 +25,7 @@ def t_quantile(df: int) -> float:
     return float(np.interp(0.475, mass, x))
 
 
-def paired(diff: Sequence[float]) -> tuple[float, float, float]:
+def paired(diff: Sequence[float] | np.ndarray) -> tuple[float, float, float]:
     """(mean, low, high) of paired differences in [-1, 1], 95%: by t or Clopper-Pearson."""
     d = np.asarray(diff, float)
     mean, n = float(d.mean()), len(d)

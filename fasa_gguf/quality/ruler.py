@@ -95,7 +95,7 @@ TASKS = {
 
 
 def string_match_all(prediction: str, references: Sequence[str]) -> float:
-    """The share, 0 to 1, of the references that occur in the prediction, in any case (RULER's metric of these tasks)."""
+    """The share, 0 to 1, of the references that occur in the prediction, in any case (RULER's metric here)."""
     return sum(r.lower() in prediction.lower() for r in references) / len(references)
 
 
