@@ -234,7 +234,12 @@ class Llama(_Base):
         Raises FasaError when the model is closed.
         """
         context = self._live()
-        return {**context.counters(), "step_reason": context.step_reason(), "step_reason_code": context.step_reason_code(), "layer_reasons": context.layer_reasons()}
+        return {
+            **context.counters(),
+            "step_reason": context.step_reason(),
+            "step_reason_code": context.step_reason_code(),
+            "layer_reasons": context.layer_reasons(),
+        }
 
     def reset_fasa_stats(self) -> None:
         """Set the counters to zero, except the memory sizes."""

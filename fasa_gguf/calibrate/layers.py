@@ -26,9 +26,10 @@ from ..errors import FasaError
 from ..params import FasaParams
 from ..profile.profile import Profile
 from ..quality.arms import Arm
-from ..quality.perplexity import evaluate
+from ..quality.perplexity import WindowSettings, evaluate
 from ..reference import mean_budget_bounds
 from ..report.columns import columns
+from ..runtime.settings import ContextSettings
 
 NEAR, TRIES = 0.02, 4  # the search for a mean budget's mass ends within 2% of the tokens, or after 4 runs
 MOST = 8.0  # a factor is between 1/MOST and MOST
@@ -305,12 +306,11 @@ def calibrate_layers(
         raise FasaError(f"{out}: the folder does not exist; make it, or give another -o")
     kept = Path(resume) if resume else Path(f"{out}.partial.jsonl")
     plain = replace(profile, layer_miss=None, mean_budget={})
+    sizes, settings = WindowSettings(windows, window, score), ContextSettings(**{"mode": "auto", **machine})
 
     def run(arms: list[Arm], what: str) -> list[dict[str, Any]]:
         told = progress and (lambda _, n, total: progress(what, n, total))
-        return evaluate(
-            model, text, arms, windows, window, score, profile=plain, progress=told, resume=kept, **machine
-        )[1:]
+        return evaluate(model, text, arms, sizes, settings, profile=plain, progress=told, resume=kept)[1:]
 
     best, found, result = _measure(_Runs(run, grid, base, window), plain)
     changed = {k: getattr(base, k) for k in CALIBRATED if getattr(base, k) != getattr(profile.params(), k)}

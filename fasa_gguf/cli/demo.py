@@ -1,10 +1,14 @@
-"""The demo: one model, one long text with a hidden fact, one question; dense beside FASA. `python -m fasa_gguf.demo MODEL`"""
+"""The demo: one model, one long text with a hidden fact, one question; dense beside FASA.
+
+Run it with `python -m fasa_gguf.cli.demo MODEL`.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from ..calibrate.gguf import calibrate, default_corpus
 from ..errors import FasaError
@@ -12,7 +16,7 @@ from ..llama import Llama
 from ..profile.embed import rewrite
 from ..profile.profile import Profile
 from ..report.pictures import save_heatmap
-from .main import _bar
+from .arguments import progress_bar
 
 FACT = "The magic number is 7482915. "
 QUESTION = "What is the magic number?"
@@ -30,19 +34,9 @@ def long_text() -> str:
     return text[:at] + FACT + text[at:]
 
 
-def main(path: str) -> int:
-    folder = Path(path).parent
-    model, picture = folder / (Path(path).stem + ".fasa.gguf"), folder / "heatmap.png"
-    if not model.exists():
-        print(f"Calibrating {Path(path).name} (about a minute) and embedding its profile ...", file=sys.stderr)
-        rewrite(path, calibrate(path, progress=_bar()), model, force=True)
-    save_heatmap(Profile.load(model), picture)
-
-    llm = Llama(str(model), n_ctx=8192, verbose=False)
-    prompt = f"{long_text()}\n\nThe magic number is"
-    depth = len(llm.tokenize(prompt.encode(), special=True))
-    answers: dict[str, str] = {}
-    seconds: dict[str, float] = dict.fromkeys(ARMS, 0.0)
+def find_answers(llm: Any, prompt: str) -> dict[str, str]:
+    """What each arm answers. Raises FasaError when FASA ran no sparse step."""
+    answers = {}
     for arm, choice in ARMS.items():
         llm.set_fasa(choice)
         llm.reset_fasa_stats()
@@ -50,35 +44,57 @@ def main(path: str) -> int:
         answers[arm] = "".join(piece["choices"][0]["text"] for piece in pieces).strip()
         if arm == "FASA" and not llm.fasa_stats()["steps_sparse"]:
             raise FasaError(f"no step of the FASA answer was sparse: {llm.fasa_stats()['step_reason']}")
-    # the answers are short: the speed is that of more tokens at this depth, the arms taking turns
+    return answers
+
+
+def time_arms(llm: Any, depth: int) -> dict[str, float]:
+    """Tokens per second of each arm after `depth` tokens, the arms taking turns. Answers are too short to time."""
+    seconds = dict.fromkeys(ARMS, 0.0)
     llm.reset_fasa_stats()
     for turn in range(-1, TURNS):
         for arm, choice in ARMS.items():
             llm.set_fasa(choice)
-            llm.n_tokens = depth  # eval forgets what lies behind
+            llm.n_tokens = depth  # eval forgets what comes after it
             llm.eval([100])  # derives the dominant keys, builds the graph
             start = time.perf_counter()
             for i in range(TOKENS):
                 llm.eval([101 + i])
             if turn >= 0:  # the first turn warms up
                 seconds[arm] += time.perf_counter() - start
-    s = llm.fasa_stats()
-    speed = {arm: TURNS * TOKENS / seconds[arm] for arm in ARMS}
+    return {arm: TURNS * TOKENS / s for arm, s in seconds.items()}
+
+
+def print_results(answers: dict[str, str], speed: dict[str, float], s: dict[str, Any], depth: int) -> None:
+    """The answers and a small table; s: FASA's counters of the timing."""
     attended = {"dense": f"{s['tokens_visible'] / s['lists']:.0f}", "FASA": f"{s['tokens_attended'] / s['lists']:.0f}"}
     megabytes = {
         "dense": s["bytes_dense"] / s["steps_sparse"] / 1e6,
         "FASA": (s["bytes_fac"] + s["bytes_tip"]) / s["steps_sparse"] / 1e6,
     }
-
     print(f"\n{QUESTION}   (hidden in a text of {depth} tokens)\n")
     for arm, text in answers.items():
         print(f"  {arm:<6} {text}{'' if ANSWER in text else '   (wrong)'}")
     print(f"\n  {'':<6} {'tokens/s':>9} {'tokens attended':>16} {'KV MB read/token':>17}")
     for arm in ARMS:
         print(f"  {arm:<6} {speed[arm]:>9.1f} {attended[arm]:>16} {megabytes[arm]:>17.1f}")
-    print(
-        f"\n  {speed['FASA'] / speed['dense']:.1f} times the speed. The answers are {'the same' if answers['FASA'] == answers['dense'] else 'not the same'}."
-    )
+    same = "the same" if answers["FASA"] == answers["dense"] else "not the same"
+    print(f"\n  {speed['FASA'] / speed['dense']:.1f} times the speed. The answers are {same}.")
+
+
+def main(path: str) -> int:
+    """Calibrate and embed when there is no profiled model yet, then answer and time."""
+    folder = Path(path).parent
+    model, picture = folder / (Path(path).stem + ".fasa.gguf"), folder / "heatmap.png"
+    if not model.exists():
+        print(f"Calibrating {Path(path).name} (about a minute) and embedding its profile ...", file=sys.stderr)
+        rewrite(path, calibrate(path, progress=progress_bar()), model, force=True)
+    save_heatmap(Profile.load(model), picture)
+    llm = Llama(str(model), n_ctx=8192, verbose=False)
+    prompt = f"{long_text()}\n\nThe magic number is"
+    depth = len(llm.tokenize(prompt.encode(), special=True))
+    answers = find_answers(llm, prompt)
+    speed = time_arms(llm, depth)
+    print_results(answers, speed, llm.fasa_stats(), depth)
     print(f"  Which frequency chunks are dominant: {picture}")
     print(f"  The model with its profile: {model}")
     return 0
@@ -86,7 +102,7 @@ def main(path: str) -> int:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        print("usage: python -m fasa_gguf.demo MODEL", file=sys.stderr)
+        print("usage: python -m fasa_gguf.cli.demo MODEL", file=sys.stderr)
         sys.exit(2)
     try:
         sys.exit(main(sys.argv[1]))

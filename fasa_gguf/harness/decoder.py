@@ -1,13 +1,16 @@
-"""A Llama-family GGUF in torch, fp32. The prefix of a window runs dense in one pass; then all tokens of its tail run in one
-batch, every layer's attention restricted to a method's selection. The keys and values of the tail come from the sparse hidden
-states and later layers see the sparse outputs, so the batch is what decoding token by token would give."""
+"""A Llama-family GGUF in torch, fp32.
+
+The prefix of a window runs dense in one pass. Then all tokens of its tail run in one batch, every layer's attention
+restricted to a policy's lists. The keys and values of the tail come from the sparse hidden states and later layers see
+the sparse outputs, so the batch gives what decoding token by token would give.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,10 +18,10 @@ import torch.nn.functional as F
 
 from ..errors import FasaError
 from ..gguf.file import F32, U32, GGUFFile
-from ..gguf.shape import first_shard, read_shape
+from ..gguf.shape import ModelShape, first_shard, read_shape
 
 KV_TYPES = {"f16": torch.float16, "f32": torch.float32}
-N_LAST = 64  # queries at the end of the prompt that are kept for methods that look at them
+N_LAST = 64  # queries at the end of the prompt that are kept for policies that look at them
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class Shape:
 
 @dataclass
 class Prefix:
-    """What a dense pass over the prompt leaves: per layer K and V [n_head_kv, n, head_dim] and the last queries [n_head, N_LAST, head_dim]."""
+    """What a dense pass over the prompt leaves, per layer: K and V [n_head_kv, n, head_dim] and the last queries
+    [n_head, N_LAST, head_dim]."""
 
     n: int
     k: list[torch.Tensor]
@@ -60,7 +64,10 @@ class Prefix:
 
 @dataclass
 class Tail:
-    """The decode steps behind a prefix: query t stands at position start + t and sees the cells up to itself. Cell = position."""
+    """The decode steps after a prefix: query t stands at position start + t and sees the cells up to itself.
+
+    Cell = position.
+    """
 
     shape: Shape
     start: int
@@ -72,25 +79,57 @@ class Tail:
         return cls(shape, start, torch.arange(start + n_query, device=device) <= position)
 
     def forced(self, sink: int, recent: int) -> torch.Tensor:
-        """bool [n_query, n_kv]: the first `sink` and the last `recent` cells that each query sees (reference.forced_cells)."""
+        """bool [n_query, n_kv]: the first `sink` and the last `recent` cells that each query sees
+        (reference.forced_cells)."""
         n_query, n_kv = self.visible.shape
         cell = torch.arange(n_kv, device=self.visible.device)  # [n_kv]
         position = torch.arange(self.start, self.start + n_query, device=cell.device)[:, None]
         return ((cell < sink) | (position - cell < recent)) & self.visible
 
 
+class Selector(Protocol):
+    """What the decoder asks of a policy; policy.Policy describes the methods."""
+
+    dense_layers: int
+
+    def prepare(self, layer: int, q: torch.Tensor, k: torch.Tensor) -> None: ...
+
+    def select(self, layer: int, q: torch.Tensor, k: torch.Tensor, tail: Tail) -> torch.Tensor: ...
+
+    def score_bytes(self, n: int) -> float: ...
+
+    def index_bytes(self) -> float: ...
+
+
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor, scale: float) -> torch.Tensor:
-    """Exact attention of q [n_head, n_query, d] over the cells of k, v [n_head_kv, n_kv, d] in mask [n_head, n_query, n_kv]."""
+    """Exact attention of q [n_head, n_query, d] over the cells of k, v [n_head_kv, n_kv, d] in a mask.
+
+    mask bool [n_head, n_query, n_kv].
+    """
     grouped = q.reshape(len(k), -1, q.shape[-1])  # [n_head_kv, G*n_query, d]
     logits = (grouped @ k.transpose(1, 2) * scale).reshape(mask.shape)
     weight = logits.masked_fill_(~mask, -torch.inf).softmax(-1)  # [n_head, n_query, n_kv]
     return (weight.reshape(len(k), -1, k.shape[1]) @ v).reshape(q.shape)
 
 
-class Decoder:
-    """The model. kv_type: how K and V are stored ("f16", as the library does by default, or "f32"); device: "cpu", "cuda".
+def _checked_shape(file: GGUFFile) -> ModelShape:
+    """The shape of a model that the decoder runs. Raises FasaError for others."""
+    s, path = read_shape(file), file.path
+    if s.arch != "llama" or f"{s.arch}.expert_count" in file.kv:
+        experts = " with experts" if s.arch == "llama" else ""
+        raise FasaError(f"{path}: architecture {s.arch}{experts}: the harness runs Llama-family models only (llama)")
+    if s.rope_scaling not in ("none", "linear"):
+        raise FasaError(f"{path}: RoPE scaling {s.rope_scaling}: the harness knows none and linear only")
+    if len({(h, kv, d) for h, kv, d in zip(s.n_head, s.n_head_kv, s.head_dim, strict=True)}) > 1:
+        raise FasaError(f"{path}: layers of different shapes, which the harness does not run")
+    return s
 
-    Raises FasaError for another architecture, RoPE scaling that it does not know, a missing device or a missing package.
+
+class Decoder:
+    """The model. kv_type: how K and V are stored, f16 (the library's default) or f32; device: cpu or cuda.
+
+    Raises FasaError for another architecture, RoPE scaling that it does not know, a missing device or a missing
+    package.
     """
 
     def __init__(self, path: str | os.PathLike, device: str = "cpu", kv_type: str = "f16") -> None:
@@ -98,15 +137,7 @@ class Decoder:
             raise FasaError(f"--device {device}: torch finds no CUDA device here; use --device cpu")
         file = GGUFFile(path)
         first_shard(file)
-        s = read_shape(file)
-        if s.arch != "llama" or f"{s.arch}.expert_count" in file.kv:
-            raise FasaError(
-                f"{path}: architecture {s.arch}{' with experts' * (s.arch == 'llama')}: the harness runs Llama-family models only (llama)"
-            )
-        if s.rope_scaling not in ("none", "linear"):
-            raise FasaError(f"{path}: RoPE scaling {s.rope_scaling}: the harness knows none and linear only")
-        if len({(h, kv, d) for h, kv, d in zip(s.n_head, s.n_head_kv, s.head_dim)}) > 1:
-            raise FasaError(f"{path}: layers of different shapes, which the harness does not run")
+        s = _checked_shape(file)
         self.path, self.device, self.kv_type = str(path), torch.device(device), KV_TYPES[kv_type]
         self.shape = Shape(len(s.n_head), s.n_head[0], s.n_head_kv[0], s.head_dim[0], s.n_rot, s.layout)
         self.n_ctx_train = file.get("llama.context_length", U32)
@@ -167,7 +198,7 @@ class Decoder:
         return self._rope(q, start), self._rope(k, start).to(self.kv_type).float(), v.to(self.kv_type).float()
 
     def _finish(self, il: int, x: torch.Tensor, o: torch.Tensor) -> torch.Tensor:
-        """The rest of a layer behind its attention output o [n_head, n, head_dim]."""
+        """The rest of a layer after its attention output o [n_head, n, head_dim]."""
         x = x + self._linear(o.transpose(0, 1).reshape(len(x), -1), f"blk.{il}.attn_output")
         h = self._norm(x, f"blk.{il}.ffn_norm")
         return x + self._linear(
@@ -187,19 +218,21 @@ class Decoder:
             q, k, v = self._qkv(il, x, 0)
             if observe:
                 observe(il, q, k)
-            every = (t.repeat_interleave(g, 0)[None] for t in (k, v))  # [1, n_head, n, d]
-            x = self._finish(
-                il, x, F.scaled_dot_product_attention(q[None], *every, is_causal=True, scale=self.shape.scale)[0]
-            )
+            every_k, every_v = (t.repeat_interleave(g, 0)[None] for t in (k, v))  # [1, n_head, n, d]
+            scale = self.shape.scale
+            o = F.scaled_dot_product_attention(q[None], every_k, every_v, is_causal=True, scale=scale)[0]
+            x = self._finish(il, x, o)
             out.k.append(k)
             out.v.append(v)
             out.q_last.append(q[:, -N_LAST:].clone())
         return out
 
     @torch.no_grad()
-    def decode(self, prefix: Prefix, tokens: Any, method: Any) -> tuple[torch.Tensor, dict[str, int]]:
-        """Logits f32 [n_query, n_vocab] of the tail's tokens under a method (methods.Method), and counters as the library names
-        them (native/fasa.h); here `lists` and `tokens_attended` count query heads, and bytes_fac a token once for a KV head."""
+    def decode(self, prefix: Prefix, tokens: Any, policy: Selector) -> tuple[torch.Tensor, dict[str, int]]:
+        """(logits f32 [n_query, n_vocab] of the tail's tokens under a policy, counters as the library names them).
+
+        Here `lists` and `tokens_attended` count query heads, and bytes_fac counts a token once for a KV head.
+        """
         s, n_query = self.shape, len(tokens)
         tail = Tail.make(s, prefix.n, n_query, self.device)
         seen = tail.visible.sum(-1)  # [n_query] tokens that each query sees
@@ -207,13 +240,13 @@ class Decoder:
         x = self._embed(tokens)
         for il in range(s.n_layer):
             q, k, v = self._qkv(il, x, prefix.n)
-            method.prepare(il, prefix.q_last[il], prefix.k[il])
+            policy.prepare(il, prefix.q_last[il], prefix.k[il])
             k, v = torch.cat([prefix.k[il], k], 1), torch.cat([prefix.v[il], v], 1)
-            if il < method.dense_layers:
+            if il < policy.dense_layers:
                 mask = tail.visible.expand(s.n_head, -1, -1)
             else:
-                mask = method.select(il, q, k, tail)  # bool [n_head, n_query, n_kv]
-                count["bytes_tip"] += round(s.n_head_kv * sum(method.score_bytes(n) for n in seen.tolist()))
+                mask = policy.select(il, q, k, tail)  # bool [n_head, n_query, n_kv]
+                count["bytes_tip"] += round(s.n_head_kv * sum(policy.score_bytes(n) for n in seen.tolist()))
             count["tokens_attended"] += int(mask.sum())
             count["bytes_fac"] += int(mask.view(s.n_head_kv, s.group, *mask.shape[1:]).any(1).sum()) * s.row_bytes
             x = self._finish(il, x, attend(q, k, v, mask, s.scale))
@@ -224,7 +257,7 @@ class Decoder:
             "lists": s.n_layer * s.n_head * n_query,
             "tokens_visible": s.n_layer * s.n_head * int(seen.sum()),
             "bytes_dense": s.n_layer * s.n_head_kv * int(seen.sum()) * s.row_bytes,
-            "bytes_k_dom": round(n_cells * method.index_bytes()),
+            "bytes_k_dom": round(n_cells * policy.index_bytes()),
             "bytes_kv": n_cells * s.row_bytes,
             "steps_sparse": n_query,
             "steps_dense": 0,

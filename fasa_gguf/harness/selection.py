@@ -1,4 +1,4 @@
-"""fasa_gguf/reference.py again, in torch and in batches: the same sets (tests/test_harness.py holds them against each other)."""
+"""fasa_gguf/reference.py again, in torch and in batches. tests/harness holds their sets against each other."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ GROUP = 8  # dominant dimensions that share one scale (reference.GROUP)
 
 
 def top(score: torch.Tensor, visible: torch.Tensor, forced: torch.Tensor, count: int | torch.Tensor) -> torch.Tensor:
-    """The `count` best visible cells, bool [..., n_query, n_kv]: forced ones first and always in, ties to the lower cell.
-    score f32 [..., n_query, n_kv] finite; visible, forced [n_query, n_kv]; count: one for all or int64 [..., n_query]."""
+    """The `count` best visible cells, bool [..., n_query, n_kv]: forced ones first and always in, ties to the lower
+    cell.
+
+    score f32 [..., n_query, n_kv] finite; visible, forced [n_query, n_kv]; count: one for all or int64 [..., n_query].
+    """
     key = score.masked_fill(forced, torch.inf).masked_fill(~visible, -torch.inf)
     n = torch.as_tensor(count, device=score.device).expand(score.shape[:-1])
     n = torch.minimum(torch.maximum(n, forced.sum(-1)), visible.sum(-1))  # [..., n_query]
@@ -21,15 +24,21 @@ def top(score: torch.Tensor, visible: torch.Tensor, forced: torch.Tensor, count:
 
 
 def group_score(est: torch.Tensor, visible: torch.Tensor, n_head_kv: int) -> torch.Tensor:
-    """Sum of the softmaxes of each KV head's query heads: [n_head_kv, n_query, n_kv] from estimated logits [n_head, n_query, n_kv]."""
+    """Sum of the softmaxes of each KV head's query heads, [n_head_kv, n_query, n_kv].
+
+    est: estimated logits [n_head, n_query, n_kv].
+    """
     return est.masked_fill(~visible, -torch.inf).softmax(-1).view(n_head_kv, -1, *visible.shape).sum(1)
 
 
 def mass_count(
     score: torch.Tensor, visible: torch.Tensor, forced: torch.Tensor, n_group: int, mass: float, floor: int, cap: int
 ) -> torch.Tensor:
-    """How many cells hold `mass` of the estimated attention, int64 [n_set, n_query], between floor and cap (reference.select).
-    score [n_set, n_query, n_kv]: sums of n_group softmaxes. Shares are summed as integers of 2^-40."""
+    """How many cells hold `mass` of the estimated attention, int64 [n_set, n_query], from floor to cap
+    (reference.select).
+
+    score [n_set, n_query, n_kv]: sums of n_group softmaxes. Shares are summed as integers of 2^-40.
+    """
     share = (score.double() * 2.0**40).floor().long()  # [n_set, n_query, n_kv]
     need = int(torch.tensor(mass, dtype=torch.float32).double() * 2.0**40) * n_group
     held = share.masked_fill(~forced, 0).sum(-1, keepdim=True)  # the forced ones come first
@@ -61,7 +70,8 @@ def quantize_k_dom(x: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def quantize_query(x: torch.Tensor, kind: str) -> torch.Tensor:
-    """Dominant values of the queries f32 [..., n_dom], times weight and scale, as TIP uses them (reference.quantize_query)."""
+    """Dominant values of the queries f32 [..., n_dom], times weight and scale, as TIP uses them
+    (reference.quantize_query)."""
     if kind == "f16":
         return x
     g = x.reshape(*x.shape[:-1], -1, GROUP)

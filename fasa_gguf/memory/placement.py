@@ -10,8 +10,7 @@ from collections.abc import Callable, Sequence
 
 from .. import runtime
 from ..errors import FasaError
-from ..params import FasaParams
-from ..params import parse_mode
+from ..params import FasaParams, parse_mode
 from ..runtime.settings import ContextSettings
 from .host import CUDA_KERNELS, GIB, host_memory
 from .model import Model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..params import default_chunks
 from .profile import Profile, span
 
 
@@ -10,7 +11,7 @@ def format_profile(profile: Profile, chunks: int = 0) -> str:
 
     chunks: how many of them; 0: as many as the profile has figures for.
     """
-    k = chunks or profile.recall_k or profile.weight_k or max(3 * max(profile.n_chunk) // 8, 1)
+    k = chunks or profile.recall_k or profile.weight_k or default_chunks(max(profile.n_chunk))
     lines = _origin(profile)
     lines.append(f"\n{'layer':>5}  {'attention kept':>14}  best {k} chunks of KV head 0 (0 is the fastest frequency)")
     for il, ranking in enumerate(profile.ranking):

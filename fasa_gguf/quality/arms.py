@@ -1,4 +1,4 @@
-"""Arms: what is decoded beside dense, and how a session turns from one to the next."""
+"""Arms: what is decoded beside dense, and how a session switches from one to the next."""
 
 from __future__ import annotations
 
@@ -11,8 +11,23 @@ from .. import runtime
 from ..errors import FasaError
 from ..params import FasaParams
 from ..profile.profile import Profile
+from ..runtime.settings import ContextSettings
 from ..session import Session
 from .journal import model_print, text_print
+
+Progress = Callable[[str, int, int], None]  # what, done, total
+
+COUNTERS = (  # of a session, as samples and results keep them
+    "steps_sparse",
+    "steps_dense",
+    "layers_sparse",
+    "layers_dense",
+    "tokens_attended",
+    "lists",
+    "bytes_fac",
+    "bytes_tip",
+    "bytes_dense",
+)
 
 
 @dataclass
@@ -25,31 +40,46 @@ class Arm:
 
 
 def parse_arms(text: str, settings: Callable[[str | None], tuple[FasaParams, Profile]], prefix: str = "") -> list[Arm]:
-    """Arms from a text such as "mass=0.9,cap=4096;mass=0.9,floor=16": settings of FasaParams by name on top of those that
-    `settings(None)` gives. `profile=FILE` takes another profile, whose own settings `settings(FILE)` gives; `dense` alone is dense
-    decoded step by step. An arm's name is its text behind the prefix. Raises FasaError naming the arm."""
-    arms = []
-    for part in text.split(";"):
-        part, values, path = part.strip(), {}, None
-        where = f"--arms: arm {part!r}"
-        if part == "dense":
-            arms.append(Arm("dense by steps"))
-            continue
-        for item in part.split(","):
-            name, equals, value = (x.strip() for x in item.partition("="))
-            if not equals or not value:
-                raise FasaError(
-                    f"{where}: expected SETTING=VALUE, found {item!r}; such as --arms 'mass=0.9,cap=4096;budget=256'"
-                )
-            if name in values or (name == "profile" and path):
-                raise FasaError(f"{where}: {name} is given twice")
-            if name == "profile":
-                path = value
-            else:
-                values[name] = value
-        base, profile = settings(path)
-        arms.append(Arm(prefix + part, FasaParams.from_mapping(values, where, base), profile))
-    return arms
+    """Arms from a text such as "mass=0.9,cap=4096;mass=0.9,floor=16": settings of FasaParams by name.
+
+    They change the settings that `settings(None)` returns. `profile=FILE` takes another profile, and the settings that
+    `settings(FILE)` returns; `dense` alone is dense, decoded step by step. An arm's name is the prefix and its text.
+    Raises FasaError naming the arm.
+    """
+    return [_parse_arm(part.strip(), settings, prefix) for part in text.split(";")]
+
+
+def _parse_arm(text: str, settings: Callable[[str | None], tuple[FasaParams, Profile]], prefix: str) -> Arm:
+    if text == "dense":
+        return Arm("dense by steps")
+    where = f"--arms: arm {text!r}"
+    values: dict[str, str] = {}
+    for item in text.split(","):
+        name, equals, value = (x.strip() for x in item.partition("="))
+        if not equals or not value:
+            raise FasaError(
+                f"{where}: expected SETTING=VALUE, found {item!r}; such as --arms 'mass=0.9,cap=4096;budget=256'"
+            )
+        if name in values:
+            raise FasaError(f"{where}: {name} is given twice")
+        values[name] = value
+    base, profile = settings(values.pop("profile", None))
+    return Arm(prefix + text, FasaParams.from_mapping(values, where, base), profile)
+
+
+def needed_profile(model: str | os.PathLike, arms: Sequence[Arm], profile: Profile | None) -> Profile | None:
+    """`profile`, or the model's own when an arm needs it. Raises FasaError when the model has none."""
+    if profile is None and any(a.params and not a.profile for a in arms):
+        return Profile.load(model)
+    return profile
+
+
+def describe_arm(arm: Arm, profile: Profile | None) -> dict[str, Any]:
+    """What an arm's samples depend on: its settings and a hash of its profile."""
+    if arm.params is None:
+        return {"arm": arm.name, "fasa": None, "profile": None}
+    used = arm.profile or profile
+    return {"arm": arm.name, "fasa": dict(arm.params.__dict__), "profile": text_print(used.to_json() if used else None)}
 
 
 def describe(
@@ -57,40 +87,30 @@ def describe(
     arms: Sequence[Arm],
     profile: Profile | None,
     text: str | None,
-    n_threads: int,
-    n_gpu_layers: int,
-    type_k: str,
-    type_v: str,
+    settings: ContextSettings,
 ) -> dict[str, Any]:
     """What a finished sample depends on, whatever the task: a file to resume must agree in all of it."""
     return {
         "model": model_print(model),
         "library": runtime.library.version(),
         "text": text_print(text),
-        "arms": [
-            {
-                "arm": a.name,
-                "fasa": None if a.params is None else dict(a.params.__dict__),
-                "profile": None if a.params is None else text_print((a.profile or profile).to_json()),
-            }
-            for a in arms
-        ],
-        "threads": n_threads or os.cpu_count() or 1,
-        "n_gpu_layers": n_gpu_layers,
-        "type_k": type_k,
-        "type_v": type_v,
+        "arms": [describe_arm(a, profile) for a in arms],
+        "threads": settings.threads,
+        "n_gpu_layers": settings.n_gpu_layers,
+        "type_k": settings.type_k,
+        "type_v": settings.type_v,
     }
 
 
 class ArmSwitch:
-    """Turns a session from one arm to the next; `profile` serves the arms that bring none."""
+    """Switches a session from one arm to the next; `profile` serves the arms without one of their own."""
 
     def __init__(self, session: Session, profile: Profile | None) -> None:
         self.fasa, self.profile = session.fasa, profile
         self.attached: Profile | None = None
 
     def use(self, arm: Arm | None) -> None:
-        """Settings and profile of this arm, counters at zero; None is dense."""
+        """Apply this arm's settings and profile, and reset the counters; None is dense."""
         params = arm.params if arm else None
         wanted = (arm.profile if arm else None) or self.profile
         if params is not None and self.attached is not wanted:

@@ -1,4 +1,4 @@
-"""A JSONL file of finished samples, so that a run that was cut off goes on where it stopped."""
+"""A JSONL file of finished samples, so that an interrupted run goes on where it stopped."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _differences(a: Any, b: Any, name: str = "") -> list[str]:
     if isinstance(a, dict) and isinstance(b, dict):
         return [d for key in {**a, **b} for d in _differences(a.get(key), b.get(key), f"{name}.{key}" if name else key)]
     if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
-        return [d for i, (x, y) in enumerate(zip(a, b)) for d in _differences(x, y, f"{name}[{i}]")]
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in _differences(x, y, f"{name}[{i}]")]
     if isinstance(a, list) and isinstance(b, list) and a != b:
         a, b = len(a), len(b)
     return [] if a == b else [f"{name}: {a} there, {b} here"]
@@ -43,8 +43,9 @@ def _differences(a: Any, b: Any, name: str = "") -> list[str]:
 class Journal:
     """Finished samples by key. Use it in a `with`; without a path it keeps nothing.
 
-    settings: whatever a sample depends on besides its key. The first line of the file holds them, every further one a key and
-    a value. A last line that was cut off is dropped. Raises FasaError when the file is something else, or has other settings.
+    settings: whatever a sample depends on besides its key. The first line of the file holds them, every further one a
+    key and a value. An incomplete last line is dropped. Raises FasaError when the file is something else, or has other
+    settings.
     """
 
     def __init__(self, path: str | os.PathLike | None, settings: dict[str, Any]) -> None:
@@ -60,11 +61,12 @@ class Journal:
             self.done = {line["key"]: line["value"] for line in lines[1:]}
         except (ValueError, KeyError, TypeError, UnicodeDecodeError):
             raise FasaError(f"{path}: not a file of --resume; give another name") from None
-        if data and not lines and not data.startswith(b'{"settings": '):  # a header that was cut off is ours
+        if data and not lines and not data.startswith(b'{"settings": '):  # an incomplete header is ours
             raise FasaError(f"{path}: not a file of --resume; give another name")
         if lines and (changed := _differences(found, self.settings)):
             raise FasaError(
-                f"{path}: was begun with other settings ({'; '.join(changed[:3])}); use the same ones or another --resume file"
+                f"{path}: was begun with other settings ({'; '.join(changed[:3])}); use the same ones or another "
+                "--resume file"
             )
         self._cut = len(whole)
 

@@ -1,8 +1,8 @@
-"""Long generation, dense beside FASA: how far the texts are equal, how often the best token is, and does either degenerate.
+"""Long generation, dense beside FASA: where the texts part, how often the best token agrees, does either degenerate.
 
-A prompt of text is prefilled dense and without its last token. Dense writes n tokens, greedily, end-of-generation tokens barred. An
-arm is first fed dense's text, one token a step (teacher forcing): its best token at every step gives the agreement, and
-the first difference is where its own text leaves dense's. From there it goes on by itself.
+A prompt of text is prefilled dense and without its last token. Dense writes n tokens, greedily, end-of-generation
+tokens barred. An arm is first fed dense's text, one token a step (teacher forcing). Its best token at every step gives
+the agreement, and the first difference is where its own text leaves dense's. From there it goes on by itself.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import numpy as np
 
 from .. import runtime
 from ..errors import FasaError
-from ..reasons import not_used
 from ..profile.profile import Profile
+from ..reasons import not_used
 from ..report.columns import columns
 from ..session import Session
-from .arms import Arm, ArmSwitch
+from .arms import COUNTERS, Arm, ArmSwitch, Progress, needed_profile
 from .journal import Journal
-from .perplexity import cut_windows
-from .tasks import COUNTERS, Progress, Setup
+from .tasks import TaskSettings
+from .text import cut_windows
 
 BLOCK = 500  # tokens
 
@@ -51,6 +51,11 @@ def longest_repeat(tokens: Sequence[int]) -> int:
         mid = (low + high) // 2
         low, high = (mid, high) if repeats(mid) else (low, mid)
     return low
+
+
+def equal_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """Tokens until the first difference; all of b when there is none."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(b))
 
 
 class _Writer:
@@ -84,12 +89,12 @@ def _arm_piece(w: _Writer, switch: ArmSwitch, arm: Arm, prompt: Sequence[int], d
     s.remove(0, at)
     switch.use(arm)
     forced = [w.best(t, at + i) for i, t in enumerate([prompt[-1], *dense[:-1]])]
-    equal = next((i for i, (a, b) in enumerate(zip(forced, dense)) if a != b), n)
+    equal = equal_prefix(forced, dense)
     tokens = list(forced[: equal + 1])
     if len(tokens) < n:
         s.remove(0, at + equal + 1)
         tokens += w.write(tokens[-1], at + equal + 1, n - len(tokens))
-    w.skip(min(equal + 1, n))  # what it need not write again
+    w.skip(min(equal + 1, n))  # these it does not write again
     counters = s.fasa.counters()
     if arm.params is not None and not counters["steps_sparse"]:
         raise FasaError(f"arm {arm.name}: {not_used(s.fasa.step_reason_code())}")
@@ -97,8 +102,9 @@ def _arm_piece(w: _Writer, switch: ArmSwitch, arm: Arm, prompt: Sequence[int], d
 
 
 def _figures(arm: str, pieces: Sequence[dict[str, Any]], dense: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """One row: figures of every text, agreement over all of them."""
-    agree = np.array([[a == b for a, b in zip(p["forced"], d)] for p, d in zip(pieces, dense)], float)  # [n_text, n]
+    """One result: figures of every text, agreement over all of them."""
+    same = [[a == b for a, b in zip(p["forced"], d, strict=True)] for p, d in zip(pieces, dense, strict=True)]
+    agree = np.array(same, float)  # [n_text, n]
     texts = [p["tokens"] for p in pieces]
     c = {k: sum(p["counters"].get(k, 0) for p in pieces) for k in COUNTERS}
     return {
@@ -107,14 +113,47 @@ def _figures(arm: str, pieces: Sequence[dict[str, Any]], dense: Sequence[Sequenc
         "n_texts": len(texts),
         "agreement": float(agree.mean()),
         "agreement_blocks": [float(agree[:, i : i + BLOCK].mean()) for i in range(0, agree.shape[1], BLOCK)],
-        "equal_prefix": [
-            next((i for i, (a, b) in enumerate(zip(t, d)) if a != b), len(d)) for t, d in zip(texts, dense)
-        ],
+        "equal_prefix": [equal_prefix(t, d) for t, d in zip(texts, dense, strict=True)],
         "distinct_4": [distinct_share(t) for t in texts],
         "longest_repeat": [longest_repeat(t) for t in texts],
         "tokens_attended": c["tokens_attended"] / c["lists"] if c["lists"] else None,
         **{k: c[k] for k in COUNTERS[:4]},
     }
+
+
+def _write_texts(
+    s: Session,
+    prompts: Sequence[Sequence[int]],
+    arms: Sequence[Arm],
+    n: int,
+    profile: Profile | None,
+    journal: Journal,
+    progress: Progress | None,
+) -> list[list[dict[str, Any]]]:
+    """The pieces [arm][text], dense first: those that the journal has, and what is missing."""
+    kept: list[list[dict[str, Any]]] = [[] for _ in range(1 + len(arms))]
+    switch, w = ArmSwitch(s, profile), _Writer(s, progress, len(prompts) * n * (1 + 2 * len(arms)))
+    for i, prompt in enumerate(prompts):
+        is_prefilled = False
+        for k, arm in enumerate([None, *arms]):
+            key = f"{i}/{k}"
+            if (piece := journal.get(key)) is not None:
+                w.skip(n if arm is None else 2 * n)
+                kept[k].append(piece)
+                continue
+            if not is_prefilled:
+                switch.use(None)
+                s.clear()
+                s.decode(prompt[:-1], 0, logits="none")
+                is_prefilled = True
+            if arm is None:
+                tokens = w.write(prompt[-1], len(prompt) - 1, n)
+                piece = {"forced": tokens, "tokens": tokens, "counters": {}}
+            else:
+                piece = _arm_piece(w, switch, arm, prompt, kept[0][i]["tokens"])
+            journal.add(key, piece)
+            kept[k].append(piece)
+    return kept
 
 
 def run_long(
@@ -123,88 +162,54 @@ def run_long(
     n: int = 2000,
     context: int = 2048,
     texts: int = 1,
-    setup: Setup = Setup(),
+    settings: TaskSettings | None = None,
     profile: Profile | None = None,
     progress: Progress | None = None,
     resume: str | os.PathLike | None = None,
 ) -> dict[str, Any]:
-    """config, rows (dense first) and texts. n tokens are written behind `context` tokens of setup.text, from `texts` places in it.
+    """config, results (`rows`, dense first) and texts. n tokens follow `context` tokens of settings.text, at `texts`
+    places.
 
-    resume: a file that keeps the finished text of every arm. Raises FasaError when the text is too short, when the model has no room
-    for context + n tokens, when no profile is there, and when an arm that asked for FASA ran no sparse step.
+    resume: a file that keeps the finished text of every arm. Raises FasaError when the text is too short, when the
+    model has no room for context + n tokens, when an arm has no profile, and when an arm that asked for FASA ran no
+    sparse step.
     """
-    if setup.text is None:
+    settings = settings or TaskSettings()
+    if settings.text is None:
         raise FasaError("--task long continues a text: give -f FILE")
-    if profile is None and any(a.params and not a.profile for a in arms):
-        profile = Profile.load(model)
-    settings = {"task": "long", **setup.settings(model, arms, profile), "n": n, "context": context, "texts": texts}
-    kept: list[list[dict[str, Any]]] = [[] for _ in range(1 + len(arms))]  # [arm][text]
-    with Journal(resume, settings) as journal, setup.session(model, context + n, arms, profile) as s:
+    profile = needed_profile(model, arms, profile)
+    config = {"task": "long", **settings.describe(model, arms, profile), "n": n, "context": context, "texts": texts}
+    with Journal(resume, config) as journal, settings.session(model, context + n, arms, profile) as s:
         if context + n > s.n_ctx_train:
             raise FasaError(
                 f"{context} tokens of text and {n} written: {model} was trained on {s.n_ctx_train} tokens of context; "
                 "use a smaller --window or -n"
             )
-        prompts = [w[:context] for w in cut_windows(s, setup.text, texts, context)]
-        switch, w = ArmSwitch(s, profile), _Writer(s, progress, texts * n * (1 + 2 * len(arms)))
-        for i, prompt in enumerate(prompts):
-            ready = False
-            for k, arm in enumerate([None, *arms]):
-                key, piece = f"{i}/{k}", journal.get(f"{i}/{k}")
-                if piece is not None:
-                    w.skip(n if arm is None else 2 * n)
-                else:
-                    if not ready:
-                        switch.use(None)
-                        s.clear()
-                        s.decode(prompt[:-1], 0, logits="none")
-                        ready = True
-                    if arm is None:
-                        tokens = w.write(prompt[-1], context - 1, n)
-                        piece = {"forced": tokens, "tokens": tokens, "counters": {}}
-                    else:
-                        piece = _arm_piece(w, switch, arm, prompt, kept[0][i]["tokens"])
-                    journal.add(key, piece)
-                kept[k].append(piece)
-        written = [[s.detokenize(p["tokens"]) for p in arm] for arm in kept]
+        prompts = [w[:context] for w in cut_windows(s, settings.text, texts, context)]
+        kept = _write_texts(s, prompts, arms, n, profile, journal, progress)
+        written = [[s.detokenize(p["tokens"]) for p in pieces] for pieces in kept]
     dense = [p["tokens"] for p in kept[0]]
-    rows = [_figures(name, pieces, dense) for name, pieces in zip(["dense", *(a.name for a in arms)], kept)]
+    names = ["dense", *(a.name for a in arms)]
     return {
-        "config": {**settings, "llama_cpp_python": runtime.library.LLAMA_CPP_VERSION},
-        "rows": rows,
-        "texts": [{"arm": r["arm"], "texts": t} for r, t in zip(rows, written)],
+        "config": {**config, "llama_cpp_python": runtime.library.LLAMA_CPP_VERSION},
+        "rows": [_figures(name, pieces, dense) for name, pieces in zip(names, kept, strict=True)],
+        "texts": [{"arm": name, "texts": t} for name, t in zip(names, written, strict=True)],
     }
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
+def format_long_text(results: Sequence[dict[str, Any]]) -> str:
     """For people: one line an arm; figures of several texts are means, the equal prefix is the shortest."""
-    ends = [min(i + BLOCK, rows[0]["n"]) for i in range(0, rows[0]["n"], BLOCK)]
-    lines = [
-        [
-            "arm",
-            "tokens",
-            "equal prefix",
-            "same top",
-            *(f"to {end}" for end in ends),
-            "distinct 4-grams",
-            "longest repeat",
-        ]
-    ]
-    for i, r in enumerate(rows):
-        used = "all" if i == 0 else "all" if r["tokens_attended"] is None else f"{r['tokens_attended']:.0f}"
+    n = results[0]["n"]
+    ends = [f"to {min(i + BLOCK, n)}" for i in range(0, n, BLOCK)]
+    lines = [["arm", "tokens", "equal prefix", "same top", *ends, "distinct 4-grams", "longest repeat"]]
+    for i, r in enumerate(results):
+        used = "all" if i == 0 or r["tokens_attended"] is None else f"{r['tokens_attended']:.0f}"
         same = [str(min(r["equal_prefix"])), *(f"{share:.3f}" for share in [r["agreement"], *r["agreement_blocks"]])]
-        lines.append(
-            [
-                r["arm"],
-                used,
-                *(same if i else [""] * len(same)),
-                f"{np.mean(r['distinct_4']):.3f}",
-                f"{np.mean(r['longest_repeat']):.0f}",
-            ]
-        )
+        degenerate = [f"{np.mean(r['distinct_4']):.3f}", f"{np.mean(r['longest_repeat']):.0f}"]
+        lines.append([r["arm"], used, *(same if i else [""] * len(same)), *degenerate])
     dense = [
         f"{r['arm']}: {r['steps_dense']} of {r['steps_sparse'] + r['steps_dense']} steps were dense"
-        for r in rows[1:]
+        for r in results[1:]
         if r["steps_sparse"] and r["steps_dense"]
     ]
     return "\n".join(columns(lines) + dense)

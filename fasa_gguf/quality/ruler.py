@@ -1,16 +1,19 @@
 """RULER's synthetic tasks (arXiv 2404.06654): its prompts, record format and string-match metric, made anew and seeded.
 
-A record is one JSON line: task, index, input, answer_prefix (goes behind the chat template), outputs (the references) and
-length, in tokens: the prompt as the model gets it plus the tokens that it may write. Every sample is fitted from below to the
-length asked for, by bisecting the size of its haystack. What differs from RULER's scripts: words are nonsense made here (six
-letters, consonant and vowel in turn, so none is part of another), not English ones; an essay haystack is the text given,
-from a place drawn for every sample; needles lie at depths of the 40-step grid in every haystack; freq_words counts its answer
-in the length; common_words falls back to RULER's form for short prompts where its long form does not fit. So scores compare
-arms and settings with each other, not with a published table.
+A record is one JSON line: task, index, input, answer_prefix (follows the chat template), outputs (the references) and
+length, in tokens: the prompt as the model gets it and the tokens that it may write. Every sample is fitted from below
+to the length asked for, by bisecting the size of its haystack.
+
+Differences from RULER's scripts, because of which scores compare arms and settings with each other, but not with a
+published table: words are nonsense made here (six letters, consonant and vowel in turn, so none is part of another),
+not English ones; an essay haystack is the text given, from a place drawn for every sample; needles lie at depths of the
+40-step grid in every haystack; freq_words counts its answer in the length; common_words falls back to RULER's form for
+short prompts where its long form does not fit.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -35,25 +38,26 @@ DEPTHS = [round(100 * i / 39) / 100 for i in range(40)]
 ZETA_2 = math.pi**2 / 6  # frequent words follow a zeta distribution with exponent 2
 
 NIAH = (
-    "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about the {kind} "
-    "afterwards.\n{context}\nWhat are all the special magic {kind} for {query} mentioned in the provided text?",
+    "Some special magic {kind} are hidden within the following text. Make sure to memorize it. I will quiz you about "
+    "the {kind} afterwards.\n{context}\nWhat are all the special magic {kind} for {query} mentioned in the provided "
+    "text?",
     " The special magic {kind} for {query} mentioned in the provided text are",
 )
 VT = (
-    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\nQuestion: Find all variables "
-    "that are assigned the value {query} in the text above.",
-    " Answer: According to the chain(s) of variable assignment in the text above, {n} variables are assgined the value {query}, "
-    "they are: ",
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
+    "Question: Find all variables that are assigned the value {query} in the text above.",
+    " Answer: According to the chain(s) of variable assignment in the text above, {n} variables are assgined the value "
+    "{query}, they are: ",
 )
 CWE = (
-    "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that appear most often.\n"
-    "{context}\nQuestion: What are the 10 most common words in the above list?",
+    "Below is a numbered list of words. In these words, some appear more often than others. Memorize the ones that "
+    "appear most often.\n{context}\nQuestion: What are the 10 most common words in the above list?",
     " Answer: The top 10 words that appear most often in the list are:",
 )
 FWE = (
-    "Read the following coded text and track the frequency of each coded word. Find the three most frequently appeared coded words. "
-    "{context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What are the three most frequently appeared "
-    "words in the above coded text?",
+    "Read the following coded text and track the frequency of each coded word. Find the three most frequently "
+    "appeared coded words. {context}\nQuestion: Do not provide any explanation. Please ignore the dots '....'. What "
+    "are the three most frequently appeared words in the above coded text?",
     " Answer: According to the coded text above, the three most frequently appeared words are:",
 )
 
@@ -91,7 +95,7 @@ TASKS = {
 
 
 def string_match_all(prediction: str, references: Sequence[str]) -> float:
-    """The share, 0 to 1, of the references that occur in the prediction, whatever their case (RULER's metric of all tasks here)."""
+    """The share, 0 to 1, of the references that occur in the prediction, in any case (RULER's metric here)."""
     return sum(r.lower() in prediction.lower() for r in references) / len(references)
 
 
@@ -151,7 +155,7 @@ def _insert(sentences: Sequence[str], needles: Sequence[str], depths: Sequence[f
     """The needles, in order, at ascending depths (0: before the first sentence, 1: behind the last)."""
     out: list[str] = []
     at = 0
-    for needle, depth in zip(needles, depths):
+    for needle, depth in zip(needles, depths, strict=False):
         end = round(depth * len(sentences))
         out += [*sentences[at:end], needle]
         at = end
@@ -164,7 +168,7 @@ def _haystack(
     """(sentences by size, what joins them). An essay without a text is noise."""
     if task.haystack == "needle":
         keys, values = _drawer(task.key, rng), _drawer(task.value, rng)
-        pairs = ((k, v) for k, v in zip(keys, values) if k not in taken and v not in taken)
+        pairs = ((k, v) for k, v in zip(keys, values, strict=False) if k not in taken and v not in taken)
         fillers = _Endless(NEEDLE.format(kind=task.value, key=k, value=v) for k, v in pairs)
         return fillers.first, "\n"
     if task.haystack == "essay" and words:
@@ -173,7 +177,7 @@ def _haystack(
             (i + 1 for i in range(start, len(words) - 1) if words[i][-1] in ".!?"), 0
         )  # where a sentence begins
 
-        def essay(size: int) -> list[str]:  # size words; the text begins anew where it ends
+        def essay(size: int) -> list[str]:  # size words; the text repeats where it ends
             reps = -(-(start + size) // len(words))
             return re.split(r"(?<=[.!?]) ", " ".join((list(words) * reps)[start : start + size]))
 
@@ -188,7 +192,7 @@ def _niah(task: Task, rng: random.Random, words: Sequence[str] | None, depths: S
     names = (k for k in _drawer(task.key, rng) if k not in text)
     keys = [next(names) for _ in range(n_key)]
     values = [[next(fresh) for _ in range(task.n_value)] for _ in keys]
-    needles = [NEEDLE.format(kind=task.value, key=k, value=v) for k, vs in zip(keys, values) for v in vs]
+    needles = [NEEDLE.format(kind=task.value, key=k, value=v) for k, vs in zip(keys, values, strict=True) for v in vs]
     rng.shuffle(needles)
     places = sorted(depths) if depths else sorted(rng.sample(DEPTHS, len(needles)))
     asked = rng.sample(range(n_key), task.n_query)
@@ -198,10 +202,10 @@ def _niah(task: Task, rng: random.Random, words: Sequence[str] | None, depths: S
     if task.n_query * task.n_value == 1:  # RULER's way to the singular
         template = tuple(t.replace("Some", "A").replace("are all", "is").replace("are", "is") for t in NIAH)
         kind = kind[:-1]
-    sentences, glue = _haystack(task, rng, words, keys + sum(values, []))
+    sentences, glue = _haystack(task, rng, words, [*keys, *itertools.chain.from_iterable(values)])
 
     def build(size: int) -> Parts:
-        names = dict(kind=kind, context=glue.join(_insert(sentences(size), needles, places)), query=query)
+        names = {"kind": kind, "context": glue.join(_insert(sentences(size), needles, places)), "query": query}
         return template[0].format(**names), template[1].format(**names), [v for i in asked for v in values[i]]
 
     return build
@@ -212,7 +216,7 @@ def _chain(rng: random.Random, letters: int, n_hops: int = 4) -> Build:
     names = _distinct(lambda: "".join(rng.choices(string.ascii_uppercase, k=letters)))
     chain = [next(names) for _ in range(n_hops + 1)]
     value = str(rng.randint(10000, 99999))
-    lines = [f"VAR {chain[0]} = {value}"] + [f"VAR {b} = VAR {a} " for a, b in zip(chain, chain[1:])]
+    lines = [f"VAR {chain[0]} = {value}"] + [f"VAR {b} = VAR {a} " for a, b in itertools.pairwise(chain)]
     depths = sorted(rng.random() for _ in lines)
 
     def build(size: int) -> Parts:
@@ -241,7 +245,10 @@ def _numbered(words: Sequence[str]) -> str:
 
 
 def _cwe(rng: random.Random, form: str) -> Build:
-    """Ten common words among others, behind an answered example. form: repeats of a common and of another word, 30/3 or 6/1."""
+    """Ten common words among others, after an answered example.
+
+    form: repeats of a common and of another word, 30/3 or 6/1.
+    """
     pool = _Endless(_distinct(lambda: _nonsense(rng)))
     common, often, seed = pool.first(10), [int(x) for x in form.split("/")], rng.getrandbits(64)
     n_other, repeats = (30, (10, 3)) if form == "30/3" else (10, (3, 1))
@@ -306,9 +313,9 @@ def make_record(
 ) -> dict[str, Any]:
     """Sample `index` of a task, at most `length` tokens with its answer.
 
-    count: tokens of a prompt; words: the essay haystack, None is noise; depth: where every needle goes, 0 to 1, None draws
-    it; n_predict: tokens for the answer, 0 is the task's own. The same arguments give the same record. Raises FasaError for an
-    unknown task and for a length that the task does not fit in.
+    count: tokens of a prompt; words: the essay haystack, None is noise; depth: where every needle goes, 0 to 1, None
+    draws it; n_predict: tokens for the answer, 0 is the task's own. The same arguments give the same record. Raises
+    FasaError for an unknown task and for a length that the task does not fit in.
     """
     task = check_task(name)
     n_predict = n_predict or task.n_predict
@@ -366,7 +373,10 @@ def write_records(path: str | os.PathLike, records: Iterable[dict[str, Any]]) ->
 
 
 def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Records that RULER's scripts or this module wrote; a missing task name is the file's. Raises FasaError naming the line."""
+    """Records that RULER's scripts or this module wrote; a missing task name is the file's.
+
+    Raises FasaError naming the line.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:

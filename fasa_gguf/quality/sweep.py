@@ -1,10 +1,10 @@
-"""Which setting of FASA is the cheapest within a loss: chunks x budgets and masses, through the shipped library (evaluate.py)."""
+"""The cheapest setting of FASA within a loss: chunks x budgets and masses, through the shipped library."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,15 @@ from ..errors import FasaError
 from ..params import FasaParams
 from ..profile.profile import Profile
 from ..report.columns import columns
-from .arms import Arm
+from ..runtime.settings import ContextSettings
+from .arms import Arm, Progress
 from .journal import text_print
-from .perplexity import evaluate
+from .perplexity import WindowSettings, evaluate, loss_text
 
 
 @dataclass
 class Grid:
-    """What is walked; empty: chunks get an eighth, a quarter, 3/8 and half of the head's, the others nothing."""
+    """What is tried. Empty chunks are 1/8, 1/4, 3/8 and 1/2 of the head's; empty budgets or masses are none."""
 
     chunks: Sequence[int] = ()  # frequency chunks per KV head
     budgets: Sequence[int] = (128, 256, 512, 1024)  # tokens
@@ -28,7 +29,10 @@ class Grid:
 
 
 def make_arms(grid: Grid, base: FasaParams, profile: Profile) -> list[Arm]:
-    """One arm for each chunk count and budget, then for each mass. Raises FasaError for a setting that is out of range."""
+    """One arm for each chunk count and budget, then for each mass.
+
+    Raises FasaError for a setting that is out of range.
+    """
     most = max(profile.n_chunk)
     chunks = sorted(set(grid.chunks or [max(1, most * n // 8) for n in (1, 2, 3, 4)]))
     if chunks[-1] > most or chunks[0] < 1:
@@ -49,9 +53,11 @@ def make_arms(grid: Grid, base: FasaParams, profile: Profile) -> list[Arm]:
     ]
 
 
-def recommend(rows: Sequence[dict[str, Any]], max_loss: float) -> dict[str, Any] | None:
-    """The row that reads the fewest bytes of those whose perplexity is at most (1 + max_loss) times dense's; ties: the smaller loss."""
-    good = [r for r in rows if r["ppl_ratio"] <= 1 + max_loss]
+def recommend(results: Sequence[dict[str, Any]], max_loss: float) -> dict[str, Any] | None:
+    """The result that reads the fewest bytes, of those with at most (1 + max_loss) times dense's perplexity.
+
+    Ties go to the smaller loss. None: there is none."""
+    good = [r for r in results if r["ppl_ratio"] <= 1 + max_loss]
     return min(good, key=lambda r: (r["kv_read_share"], r["ppl_ratio"]), default=None)
 
 
@@ -60,50 +66,42 @@ def advice(result: dict[str, Any]) -> str:
     best, most = result["best"], result["max_loss"]
     if best is None:
         least = min(result["rows"], key=lambda r: r["ppl_ratio"])
-        return (
-            f"no setting is within {100 * most:g}%; the least loss is {100 * (least['ppl_ratio'] - 1):+.2f} +-{100 * least['ppl_ratio_se']:.2f}% "
-            f"with {least['flags']}"
-        )
-    loss, se = best["ppl_ratio"] - 1, best["ppl_ratio_se"]
+        return f"no setting is within {100 * most:g}%; the least loss is {loss_text(least)} with {least['flags']}"
     text = (
-        f"cheapest within {100 * most:g}%: {best['flags']} ({100 * loss:+.2f} +-{100 * se:.2f}%, {best['tokens_attended']:.0f} tokens, "
+        f"cheapest within {100 * most:g}%: {best['flags']} ({loss_text(best)}, {best['tokens_attended']:.0f} tokens, "
         f"{100 * best['kv_read_share']:.1f}% of the KV bytes read)"
     )
-    return text + (
-        f"; with its standard error it may be above {100 * most:g}%: more --windows would tell"
-        if loss + se > most
-        else ""
-    )
+    if best["ppl_ratio"] - 1 + best["ppl_ratio_se"] > most:
+        text += f"; with its standard error it may be above {100 * most:g}%: more --windows would tell"
+    return text
 
 
-def table(result: dict[str, Any]) -> str:
-    """For people: cheapest first, the recommended row marked, the advice below."""
+def format_sweep(result: dict[str, Any]) -> str:
+    """For people: cheapest first, the recommended one marked, the advice below."""
+    head = ["", "chunks", "budget", "mass", "tokens", "ppl ratio", "KL", "same top"]
+    head += ["KiB/token", "KV read", "K_dom/KV"]
     lines = [
-        ["", "chunks", "budget", "mass", "tokens", "ppl ratio", "KL", "same top", "KiB/token", "KV read", "K_dom/KV"]
+        [
+            "->" if result["best"] and r["arm"] == result["best"]["arm"] else "",
+            str(r["chunks"]),
+            str(r["budget"] or ""),
+            f"{r['mass']:g}" if r["mass"] else "",
+            f"{r['tokens_attended']:.0f}",
+            loss_text(r),
+            f"{r['kl']:.4f} +-{r['kl_se']:.4f}",
+            f"{r['same_top']:.3f}",
+            f"{r['kv_bytes_per_token'] / 1024:.0f}",
+            f"{100 * r['kv_read_share']:.1f}%",
+            f"{100 * r['k_dom_share']:.1f}%",
+        ]
+        for r in sorted(result["rows"], key=lambda r: r["kv_read_share"])
     ]
-    for r in sorted(result["rows"], key=lambda r: r["kv_read_share"]):
-        lines.append(
-            [
-                "->" if result["best"] and r["arm"] == result["best"]["arm"] else "",
-                str(r["chunks"]),
-                str(r["budget"] or ""),
-                f"{r['mass']:g}" if r["mass"] else "",
-                f"{r['tokens_attended']:.0f}",
-                f"{100 * (r['ppl_ratio'] - 1):+.2f} +-{100 * r['ppl_ratio_se']:.2f}%",
-                f"{r['kl']:.4f} +-{r['kl_se']:.4f}",
-                f"{r['same_top']:.3f}",
-                f"{r['kv_bytes_per_token'] / 1024:.0f}",
-                f"{100 * r['kv_read_share']:.1f}%",
-                f"{100 * r['k_dom_share']:.1f}%",
-            ]
-        )
-    return "\n".join([*columns(lines), advice(result)])
+    return "\n".join([*columns([head, *lines]), advice(result)])
 
 
-def _flags(row: dict[str, Any]) -> str:
-    return f"--fasa-chunks {row['chunks']} " + (
-        f"--fasa-mass {row['mass']:g}" if row["mass"] else f"--fasa-budget {row['budget']}"
-    )
+def _flags(result: dict[str, Any]) -> str:
+    size = f"--fasa-mass {result['mass']:g}" if result["mass"] else f"--fasa-budget {result['budget']}"
+    return f"--fasa-chunks {result['chunks']} {size}"
 
 
 def sweep(
@@ -114,18 +112,18 @@ def sweep(
     max_loss: float = 0.01,
     base: FasaParams | None = None,
     profile: Profile | None = None,
-    windows: int = 5,
-    window: int = 4096,
-    score: int = 384,
-    progress: Callable[[str, int, int], None] | None = None,
-    **machine: Any,
+    windows: WindowSettings | None = None,
+    settings: ContextSettings | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Walk the grid and write DIR's sweep.json and sweep.png. Returns what sweep.json holds: rows (with chunks, budget, mass and
-    flags), best (a row or None), dense, max_loss. machine: n_threads, n_gpu_layers, type_k, type_v, mode.
+    """Try the grid and write DIR's sweep.json and sweep.png. Returns what sweep.json holds.
 
-    Finished windows are kept in DIR, one file for each grid; the same call goes on there. Raises FasaError as evaluate does.
+    That is rows (results with chunks, budget, mass and flags), best (one of them or None), dense, max_loss. settings:
+    as evaluate's; default windows: 5. Finished windows are kept in DIR, one file for each grid; the same call goes on
+    there. Raises FasaError as evaluate does.
     """
     profile = profile or Profile.load(model)
+    windows = windows or WindowSettings(windows=5)
     arms = make_arms(grid or Grid(), base or profile.params(), profile)
     out = Path(out)
     try:
@@ -133,12 +131,12 @@ def sweep(
     except OSError as e:
         raise FasaError(f"{out}: cannot be made: {e.strerror or e}; give another -o") from None
     name = f"windows-{text_print(repr([(a.name, a.params) for a in arms]))}.jsonl"
-    dense, *rows = evaluate(model, text, arms, windows, window, score, progress=progress, resume=out / name, **machine)
-    for row in rows:
-        row["chunks"], row["mass"] = row["fasa"]["chunks"], row["fasa"]["mass"]
-        row["budget"] = 0 if row["mass"] else row["fasa"]["budget"]
-        row["flags"] = _flags(row)
-    result = {"max_loss": max_loss, "best": recommend(rows, max_loss), "dense": dense, "rows": rows}
+    dense, *results = evaluate(model, text, arms, windows, settings, progress=progress, resume=out / name)
+    for r in results:
+        r["chunks"], r["mass"] = r["fasa"]["chunks"], r["fasa"]["mass"]
+        r["budget"] = 0 if r["mass"] else r["fasa"]["budget"]
+        r["flags"] = _flags(r)
+    result = {"max_loss": max_loss, "best": recommend(results, max_loss), "dense": dense, "rows": results}
     try:
         (out / "sweep.json").write_text(json.dumps(result, indent=1) + "\n")
     except OSError as e:

@@ -1,1 +1,1 @@
-"""Tables and pictures."""
+"""Tables and pictures for people; what they show comes as plain figures."""

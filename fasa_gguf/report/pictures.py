@@ -1,8 +1,12 @@
-"""Pictures: a profile, layer x frequency chunk; needles found, depth x length; a sweep, chunks x budget."""
+"""Every picture: a profile, needles found, a sweep, speed against depth, loss against tokens or bytes.
+
+All are PNG files. Each function raises FasaError when its file cannot be written.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,13 +15,19 @@ from ..errors import FasaError
 from ..profile.profile import Profile
 
 
-def save_heatmap(profile: Profile, path: str | os.PathLike) -> None:
-    """PNG: how high every chunk is ranked, mean over the layer's KV heads (1: always first, 0: always last)."""
+def _pyplot() -> Any:
+    """matplotlib.pyplot, which draws without a display."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    return plt
+
+
+def save_heatmap(profile: Profile, path: str | os.PathLike) -> None:
+    """How high every chunk is ranked, mean over the layer's KV heads (1: always first, 0: always last)."""
+    plt = _pyplot()
     n_chunk = max(profile.n_chunk)
     height = np.full((len(profile.n_chunk), n_chunk), np.nan)  # [n_layer, n_chunk]
     for il, rows in enumerate(profile.ranking):
@@ -36,16 +46,12 @@ def save_heatmap(profile: Profile, path: str | os.PathLike) -> None:
 
 
 def save_needle_map(grid: dict[str, Any], path: str | os.PathLike) -> None:
-    """PNG of tasks.needle_grid: the share found, depth x length, a panel for each arm."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    """A grid of needles.needle_grid: the share found, depth x length, a panel for each arm."""
+    plt = _pyplot()
     n_depth, n_length, arms = len(grid["depths"]), len(grid["lengths"]), grid["arms"]
     size = len(arms) * max(3.5, 0.9 * n_length) + 1, max(3, 0.5 * n_depth + 1.8)  # inches
     fig, axes = plt.subplots(1, len(arms), figsize=size, squeeze=False, layout="constrained")
-    for ax, arm in zip(axes[0], arms):
+    for ax, arm in zip(axes[0], arms, strict=True):
         found = np.array(arm["found"], float)  # [n_depth, n_length]
         image = ax.imshow(found, aspect="auto", cmap="RdYlGn", vmin=0, vmax=1, interpolation="nearest")
         for d in range(n_depth):
@@ -61,41 +67,27 @@ def save_needle_map(grid: dict[str, Any], path: str | os.PathLike) -> None:
 
 
 def save_sweep_map(result: dict[str, Any], path: str | os.PathLike) -> None:
-    """PNG of sweep.sweep: perplexity loss, chunks x budgets and masses; under it the share of dense's KV bytes read. The
-    recommended setting has a frame."""
-    import matplotlib
+    """What sweep.sweep returns: perplexity loss, chunks x budgets and masses; under it the share of dense's KV bytes
+    read.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows, best = result["rows"], result["best"]
-    chunks = sorted({r["chunks"] for r in rows})
-    columns = sorted({(r["mass"], r["budget"]) for r in rows})  # fixed budgets first, then masses
-    at = {(r["chunks"], (r["mass"], r["budget"])): r for r in rows}
+    The recommended setting has a frame.
+    """
+    plt = _pyplot()
+    results, best = result["rows"], result["best"]
+    chunks = sorted({r["chunks"] for r in results})
+    columns = sorted({(r["mass"], r["budget"]) for r in results})  # fixed budgets first, then masses
+    at = {(r["chunks"], (r["mass"], r["budget"])): r for r in results}
     loss = np.array([[100 * (at[k, c]["ppl_ratio"] - 1) for c in columns] for k in chunks])  # [n_chunks, n_columns]
-    fig, ax = plt.subplots(
-        figsize=(max(5, 1.1 * len(columns) + 2), max(3, 0.7 * len(chunks) + 1.8)), layout="constrained"
-    )
-    top = max(float(loss.max()), 1e-6)
-    image = ax.imshow(
-        loss,
-        aspect="auto",
-        cmap="RdYlGn_r",
-        vmin=min(0.0, float(loss.min())),
-        vmax=min(top, 5 * 100 * result["max_loss"]),
-    )
+    size = max(5, 1.1 * len(columns) + 2), max(3, 0.7 * len(chunks) + 1.8)  # inches
+    fig, ax = plt.subplots(figsize=size, layout="constrained")
+    low, high = min(0.0, float(loss.min())), min(max(float(loss.max()), 1e-6), 5 * 100 * result["max_loss"])
+    image = ax.imshow(loss, aspect="auto", cmap="RdYlGn_r", vmin=low, vmax=high)
     for i, k in enumerate(chunks):
         for j, c in enumerate(columns):
-            row = at[k, c]
-            ax.text(
-                j,
-                i,
-                f"{loss[i, j]:+.2f}%\n{100 * row['kv_read_share']:.0f}% read",
-                ha="center",
-                va="center",
-                fontsize="small",
-            )
-            if best and row["arm"] == best["arm"]:
+            r = at[k, c]
+            text = f"{loss[i, j]:+.2f}%\n{100 * r['kv_read_share']:.0f}% read"
+            ax.text(j, i, text, ha="center", va="center", fontsize="small")
+            if best and r["arm"] == best["arm"]:
                 ax.add_patch(plt.Rectangle((j - 0.48, i - 0.47), 0.96, 0.94, fill=False, lw=2.5))
     ax.set_xticks(range(len(columns)), [f"mass {m:g}" if m else f"{b:,}" for m, b in columns])
     ax.set_yticks(range(len(chunks)), [str(k) for k in chunks])
@@ -105,12 +97,83 @@ def save_sweep_map(result: dict[str, Any], path: str | os.PathLike) -> None:
     _save(fig, path)
 
 
-def _save(fig: Any, path: str | os.PathLike) -> None:
-    import matplotlib.pyplot as plt
+def save_speed_plot(lines: Mapping[str, Sequence[Any]], path: str | os.PathLike, title: str) -> None:
+    """Tokens/s against depth: a line for each name, its speed.results.Result by ascending depth, with error bars of one
+    standard deviation. Dense is dashed. Raises FasaError when there is no line."""
+    if not lines:
+        raise FasaError(f"{path}: no decode result was measured, so there is nothing to draw")
+    plt = _pyplot()
+    fig, ax = plt.subplots(figsize=(10, 5), layout="constrained")
+    for name, line in lines.items():
+        x, y, error = zip(*((r.n_depth, r.avg_ts, r.stddev_ts) for r in line), strict=True)
+        style = "--" if line[0].params is None else "-"
+        ax.errorbar(x, y, error, marker="o", capsize=3, label=name, linestyle=style)
+    depths = sorted({r.n_depth for line in lines.values() for r in line})
+    if depths[0] == 0:  # a logarithm has no 0: linear up to the first depth
+        ax.set_xscale("symlog", base=2, linthresh=next(filter(None, depths), 1))
+    else:
+        ax.set_xscale("log", base=2)
+    ax.set_xticks(depths, [f"{d:,}" for d in depths], rotation=30)
+    ax.minorticks_off()
+    ax.set_ylim(bottom=0)
+    ax.set_xlabel("depth in tokens")
+    ax.set_ylabel("decode, tokens/s")
+    ax.set_title(title)
+    ax.grid(alpha=0.3)
+    fig.legend(loc="outside right upper")
+    _save(fig, path)
 
+
+def save_loss_curves(
+    results: Sequence[Mapping[str, Any]],
+    key: str,
+    unit: float,
+    label: str,
+    path: str | os.PathLike,
+    thin: Collection[str] = (),
+) -> None:
+    """KL and perplexity loss of harness.compare's results against `key` in `unit`s, one point a budget.
+
+    thin: names of methods that are drawn dashed.
+    """
+    plt = _pyplot()
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
+
+    fig, axes = plt.subplots(1, 2, figsize=(13, 5.5))
+    for i, name in enumerate(dict.fromkeys(r["asked"] for r in results if r["method"] != "dense")):
+        mine = sorted((r for r in results if r["asked"] == name), key=lambda r: r[key])
+        x, loss = [r[key] / unit for r in mine], [100 * (r["ppl_ratio"] - 1) for r in mine]
+        style = {
+            "marker": "o",
+            "ms": 4,
+            "color": plt.get_cmap("tab20")(i % 20),
+            "label": name,
+            "ls": "--" if mine[0]["method"] in thin else "-",
+            "lw": 2.4 if name.startswith("fasa") else 1.2,
+        }
+        axes[0].plot(x, [r["kl"] for r in mine], **style)
+        axes[1].errorbar(x, loss, [100 * r["ppl_ratio_se"] for r in mine], capsize=2, elinewidth=0.8, **style)
+    axes[0].set_yscale("log")
+    axes[0].set_ylabel("KL to dense, nats")
+    axes[1].set_yscale("symlog", linthresh=2)
+    axes[1].yaxis.set_major_locator(FixedLocator([-5, -2, -1, 0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000]))
+    axes[1].yaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:+g}" if v else "0"))
+    axes[1].set_ylabel("perplexity against dense, %")
+    for ax in axes:
+        ax.set_xscale("log", base=2)
+        ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:,.0f}"))
+        ax.xaxis.set_minor_formatter(NullFormatter())
+        ax.set_xlabel(label)
+        ax.grid(alpha=0.3, which="both")
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="lower center", ncols=6, fontsize=9)
+    fig.tight_layout(rect=(0, 0.1, 1, 1))
+    _save(fig, path)
+
+
+def _save(fig: Any, path: str | os.PathLike) -> None:
     try:
         fig.savefig(path, dpi=120)
     except OSError as e:
         raise FasaError(f"{path}: cannot be written: {e.strerror or e}") from None
     finally:
-        plt.close(fig)
+        _pyplot().close(fig)

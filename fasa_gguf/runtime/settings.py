@@ -7,9 +7,9 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import FasaError
-from ..params import parse_mode
 from ..gguf.cache_types import cache_type
+from ..params import parse_mode
+
 
 def thread_count(n_threads: int = 0) -> int:
     """The number of threads that are really used. 0: one for each CPU of the machine."""

@@ -1,4 +1,4 @@
-"""From which depth on FASA is no slower than dense."""
+"""The depth from which FASA is no slower than dense."""
 
 from __future__ import annotations
 
@@ -9,55 +9,60 @@ from typing import Any
 
 from ..errors import FasaError
 from ..params import FasaParams
-from .bench import Plan, Row, bench
+from .bench import BenchSettings, bench
+from .results import Result
 
 NOISE = 0.02  # share of dense's speed that counts as equal
 
 
-def crossover(rows: Sequence[Row], noise: float = NOISE) -> int | None:
-    """The smallest measured depth from which on FASA, at every measured depth, is no slower than dense; None: there is none.
+def crossover(results: Sequence[Result], noise: float = NOISE) -> int | None:
+    """The smallest measured depth from which FASA is no slower than dense at every measured depth; None: there is none.
 
-    Only rows that ran sparse count. "No slower": at most `noise` (a share) below dense's mean.
+    Only results that ran sparse count. "No slower": at most `noise` (a share) below dense's mean.
     """
     found = None
-    for r in sorted((r for r in rows if r.params is not None), key=lambda r: -r.n_depth):
+    for r in sorted((r for r in results if r.params is not None), key=lambda r: -r.n_depth):
         if not r.sparse_share or r.ratio is None or r.ratio < 1 - noise:
             break
         found = r.n_depth
     return found
 
 
-def find_crossover(model: str | os.PathLike, plan: Plan, params: FasaParams, **kw: Any) -> tuple[int | None, list[Row]]:
-    """(depth, rows): `bench` with FASA at every depth, decode rows only; the depth is what `min_context`, with layers on a GPU
-    `min_context_gpu`, should be. kw: as bench's.
+def find_crossover(
+    model: str | os.PathLike, settings: BenchSettings, params: FasaParams, **kw: Any
+) -> tuple[int | None, list[Result]]:
+    """(depth, results): `bench` with FASA at every depth, decode only. kw: as bench's.
 
-    Raises FasaError when the plan has several contexts: each would have a crossover of its own.
+    The depth is the best `min_context`, with layers on a GPU the best `min_context_gpu`. Raises FasaError when the
+    settings have several contexts, each of which would have a crossover of its own.
     """
     lists = {
-        "-np": plan.n_parallel,
-        "-ngl": plan.n_gpu_layers,
-        "-ctk": plan.types,
-        "-nkvo": plan.no_kv_offload,
-        "--fasa-mode": plan.modes,
+        "-np": settings.n_parallel,
+        "-ngl": settings.n_gpu_layers,
+        "-ctk": settings.types,
+        "-nkvo": settings.no_kv_offload,
+        "--fasa-mode": settings.modes,
     }
     several = [flag for flag, values in lists.items() if len(values) > 1]
     if several:
         raise FasaError(f"--find-crossover looks for one depth; give {' and '.join(several)} one value")
-    if "m" in plan.modes:
+    if "host" in settings.modes:
         raise FasaError(
-            "--find-crossover compares with dense in the same context, which --fasa-mode m has not; use --fasa-mode c"
+            "--find-crossover compares with dense in the same context, which --fasa-mode host does not have; "
+            "use --fasa-mode device"
         )
-    rows = bench(model, replace(plan, n_prompt=()), {"fasa": params.replace(min_context=0)}, **kw)
-    return crossover(rows), rows
+    results = bench(model, replace(settings, n_prompt=()), {"fasa": params.replace(min_context=0)}, **kw)
+    return crossover(results), results
 
 
-def crossover_text(depth: int | None, rows: Sequence[Row]) -> str:
-    """One sentence."""
-    on_gpu = rows[0].setup.get("n_gpu_layers") and rows[0].setup.get("gpu_info")
+def crossover_text(depth: int | None, results: Sequence[Result]) -> str:
+    """One sentence for the user, with the flag to set."""
+    config, depths = results[0].config, [r.n_depth for r in results]
+    on_gpu = config.get("n_gpu_layers") and config.get("gpu_info")
     flag = "--fasa-min-context-gpu" if on_gpu else "--fasa-min-context"
     if depth is None:
-        return f"FASA is slower than dense at depth {max(r.n_depth for r in rows)}: no crossover among the depths measured."
-    if depth == min(r.n_depth for r in rows):
+        return f"FASA is slower than dense at depth {max(depths)}: no crossover among the depths measured."
+    if depth == min(depths):
         return (
             f"FASA is no slower than dense from depth {depth} on, the smallest one measured: {flag} {depth}, or less."
         )

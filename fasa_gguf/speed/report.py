@@ -10,10 +10,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from .. import runtime
 from ..errors import FasaError
 from ..params import FasaParams
-from .bench import Row
+from ..report.columns import markdown_table
+from ..report.pictures import save_speed_plot
+from ..runtime.machine import Machine
+from .results import Result
 
 FORMATS = ("md", "json", "jsonl", "csv")
 MIB = 1 << 20
@@ -26,20 +28,22 @@ def _number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
 
 
-def _attended(r: Row) -> str:
+def _attended(r: Result) -> str:
     if r.n_prompt or not r.samples_ts:
         return ""
     return "all" if r.params is None or r.tokens_attended is None else f"{r.tokens_attended:.0f}"
 
 
-# column: how a row shows it, and what is left away when every row has it
-COLUMNS: dict[str, tuple[Callable[[Row], str], str | None]] = {
+CONTEXT_KEYS = ("type_k", "type_v", "no_kv_offload", "fasa_mode")
+
+# column: how a result shows it, and its default; None: it has none
+COLUMNS: dict[str, tuple[Callable[[Result], str], str | None]] = {
     "arm": (lambda r: r.arm, None),
-    "ngl": (lambda r: str(r.setup.get("n_gpu_layers", 0)), "0"),
-    "type_k": (lambda r: r.setup.get("type_k", "f16"), "f16"),
-    "type_v": (lambda r: r.setup.get("type_v", "f16"), "f16"),
-    "nkvo": (lambda r: str(int(r.setup.get("no_kv_offload", 0))), "0"),
-    "mode": (lambda r: r.setup.get("fasa_mode", "c"), "c"),
+    "ngl": (lambda r: str(r.config.get("n_gpu_layers", 0)), "0"),
+    "type_k": (lambda r: r.config.get("type_k", "f16"), "f16"),
+    "type_v": (lambda r: r.config.get("type_v", "f16"), "f16"),
+    "nkvo": (lambda r: str(int(r.config.get("no_kv_offload", 0))), "0"),
+    "mode": (lambda r: r.config.get("fasa_mode", "device"), "device"),
     "np": (lambda r: str(r.n_parallel), "1"),
     "test": (lambda r: r.test, None),
     "t/s": (lambda r: f"{r.avg_ts:.2f} +- {r.stddev_ts:.2f}" if r.samples_ts else "", None),
@@ -53,7 +57,9 @@ COLUMNS: dict[str, tuple[Callable[[Row], str], str | None]] = {
     "VRAM MiB": (lambda r: _number(r.memory.vram_peak and r.memory.vram_peak / MIB, "{:.0f}"), ""),
     "pinned MiB": (lambda r: _number(r.memory.pinned and r.memory.pinned / MIB, "{:.0f}"), ""),
     "PCIe MiB/step": (
-        lambda r: _number(None if r.memory.fetched is None else (r.memory.fetched + r.memory.staged) / MIB, "{:.2f}"),
+        lambda r: _number(
+            None if r.memory.fetched is None else (r.memory.fetched + (r.memory.staged or 0)) / MIB, "{:.2f}"
+        ),
         "",
     ),
     "reused": (lambda r: _number(None if r.memory.reused is None else 100 * r.memory.reused, "{:.0f}%"), ""),
@@ -64,30 +70,25 @@ COLUMNS: dict[str, tuple[Callable[[Row], str], str | None]] = {
 }
 
 
-def table(rows: Sequence[Row], model: str) -> str:
-    """llama-bench's markdown; a column that says the default everywhere is left away, as there. `vs best` needs several dense rows."""
-    several = len({tuple(r.setup.get(x) for x in ("type_k", "type_v", "no_kv_offload", "fasa_mode")) for r in rows}) > 1
-    lines = {name: [show(r) for r in rows] for name, (show, _) in COLUMNS.items() if name != "vs best" or several}
-    lines = {name: cells for name, cells in lines.items() if any(x != COLUMNS[name][1] for x in cells)}
-    lines = {"model": [os.path.basename(model)[:40]] * len(rows)} | lines
-    width = [max(map(len, [name, *cells])) for name, cells in lines.items()]
-    left = ("model", "arm", "note")
-    show = lambda cells: (
-        "| " + " | ".join(x.ljust(w) if name in left else x.rjust(w) for name, x, w in zip(lines, cells, width)) + " |"
-    )
-    rule = "| " + " | ".join("-" * w if name in left else "-" * (w - 1) + ":" for name, w in zip(lines, width)) + " |"
-    return "\n".join([show(list(lines)), rule, *map(show, zip(*lines.values()))])
+def format_bench(results: Sequence[Result], model: str) -> str:
+    """llama-bench's Markdown. Columns with only default values are hidden; `vs best` needs several dense contexts."""
+    several = len({tuple(r.config.get(x) for x in CONTEXT_KEYS) for r in results}) > 1
+    cells = {name: [show(r) for r in results] for name, (show, _) in COLUMNS.items() if name != "vs best" or several}
+    cells = {name: column for name, column in cells.items() if any(x != COLUMNS[name][1] for x in column)}
+    cells = {"model": [os.path.basename(model)[:40]] * len(results)} | cells
+    lines = list(zip(*cells.values(), strict=True))
+    return markdown_table(list(cells), lines, left=("model", "arm", "note"))
 
 
 # ---- for programs ----
 
 
-def as_dict(r: Row, model: str) -> dict[str, Any]:
-    """llama-bench's names and ours; `fasa` holds the settings of a FASA arm."""
+def as_dict(r: Result, model: str, build: str) -> dict[str, Any]:
+    """llama-bench's names and ours; `fasa` holds the settings of a FASA arm. build: the libraries' versions."""
     return {
-        "build_commit": f"fasa_gguf {runtime.library.version()}, llama-cpp-python {runtime.library.LLAMA_CPP_VERSION}",
+        "build_commit": build,
         "model_filename": str(model),
-        **r.setup,
+        **r.config,
         "n_prompt": r.n_prompt,
         "n_gen": r.n_gen,
         "n_depth": r.n_depth,
@@ -116,8 +117,8 @@ def as_dict(r: Row, model: str) -> dict[str, Any]:
     }
 
 
-def _memory(r: Row) -> dict[str, Any]:
-    """The figures of bench_memory.Figures; bytes, and per decode step where the name says so."""
+def _memory(r: Result) -> dict[str, Any]:
+    """The fields of traffic.Figures; bytes, and per decode step where the name says so."""
     f, floor = r.memory, r.memory.floor_s()
     return {
         "vram_before": f.vram_before,
@@ -135,9 +136,10 @@ def _memory(r: Row) -> dict[str, Any]:
     }
 
 
-def as_json(rows: Sequence[Row], model: str) -> list[dict[str, Any]]:
-    """Every row as a dict."""
-    return [as_dict(r, model) for r in rows]
+def as_json(results: Sequence[Result], model: str) -> list[dict[str, Any]]:
+    """Every result as a dict."""
+    build = Machine.here().build
+    return [as_dict(r, model, build) for r in results]
 
 
 def _csv(entries: Sequence[dict[str, Any]]) -> str:
@@ -156,76 +158,49 @@ def _csv(entries: Sequence[dict[str, Any]]) -> str:
     return out.getvalue().rstrip("\n")
 
 
-def render(rows: Sequence[Row], model: str, output: str = "md") -> str:
-    """The rows as md (a table), json, jsonl or csv (settings as fasa_budget, ...; samples separated by spaces)."""
+def format_results(results: Sequence[Result], model: str, output: str = "md") -> str:
+    """The results as md (a table), json, jsonl or csv (settings as fasa_budget, ...; samples separated by spaces)."""
     if output == "md":
-        return table(rows, model)
+        return format_bench(results, model)
     if output == "json":
-        return json.dumps(as_json(rows, model), indent=1)
+        return json.dumps(as_json(results, model), indent=1)
     if output == "jsonl":
-        return "\n".join(json.dumps(e) for e in as_json(rows, model))
+        return "\n".join(json.dumps(e) for e in as_json(results, model))
     if output == "csv":
-        return _csv(as_json(rows, model))
+        return _csv(as_json(results, model))
     raise FasaError(f"-o {output!r}: expected one of {', '.join(FORMATS)}")
 
 
 # ---- a picture ----
 
 
-# what of a row's setup names its line, when it is not the same for all
-LINE_PARTS: dict[str, Callable[[Row], Any]] = {
-    "ngl": lambda r: r.setup.get("n_gpu_layers", 0),
-    "KV": lambda r: "/".join(dict.fromkeys([r.setup.get("type_k", "f16"), r.setup.get("type_v", "f16")])),
+# what of a result's config names its line, when it is not the same for all
+LINE_PARTS: dict[str, Callable[[Result], Any]] = {
+    "ngl": lambda r: r.config.get("n_gpu_layers", 0),
+    "KV": lambda r: "/".join(dict.fromkeys([r.config.get("type_k", "f16"), r.config.get("type_v", "f16")])),
     "np": lambda r: r.n_parallel,
 }
 
 
-def lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Decode rows that were measured, by line of the picture, deeper ones last."""
-    rows = [r for r in rows if r.n_gen and r.samples_ts]
-    differ = [name for name, part in LINE_PARTS.items() if len({part(r) for r in rows}) > 1]
-    out: dict[str, list[Row]] = {}
-    for r in sorted(rows, key=lambda r: r.n_depth):
-        place = ["-nkvo"] if r.setup.get("no_kv_offload") else ["mode m"] if r.setup.get("fasa_mode") == "m" else []
-        out.setdefault(" ".join([r.arm, *place, *(f"{name} {LINE_PARTS[name](r)}" for name in differ)]), []).append(r)
+def _line_name(r: Result, differ: Sequence[str]) -> str:
+    name = [r.arm]
+    if r.config.get("no_kv_offload"):
+        name.append("-nkvo")
+    elif r.config.get("fasa_mode") == "host":
+        name.append("host")
+    return " ".join([*name, *(f"{part} {LINE_PARTS[part](r)}" for part in differ)])
+
+
+def plot_lines(results: Sequence[Result]) -> dict[str, list[Result]]:
+    """The measured decode results by line of the picture, each by ascending depth."""
+    results = [r for r in results if r.n_gen and r.samples_ts]
+    differ = [name for name, part in LINE_PARTS.items() if len({part(r) for r in results}) > 1]
+    out: dict[str, list[Result]] = {}
+    for r in sorted(results, key=lambda r: r.n_depth):
+        out.setdefault(_line_name(r, differ), []).append(r)
     return out
 
 
-def save_plot(rows: Sequence[Row], path: str | os.PathLike, model: str) -> None:
-    """PNG: tokens/s against depth, a line for each arm and setup, with error bars of one standard deviation."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    from ..report.pictures import _save
-
-    found = lines(rows)
-    if not found:
-        raise FasaError(f"{path}: no decode row was measured, so there is nothing to draw")
-    fig, ax = plt.subplots(figsize=(10, 5), layout="constrained")
-    for name, line in found.items():
-        ax.errorbar(
-            [r.n_depth for r in line],
-            [r.avg_ts for r in line],
-            [r.stddev_ts for r in line],
-            marker="o",
-            capsize=3,
-            label=name,
-            linestyle="--" if line[0].params is None else "-",
-        )
-    depths = sorted({r.n_depth for line in found.values() for r in line})
-    above = [d for d in depths if d] or [1]
-    if depths[0] == 0:  # a logarithm has no 0: linear up to the first depth
-        ax.set_xscale("symlog", base=2, linthresh=above[0])
-    else:
-        ax.set_xscale("log", base=2)
-    ax.set_xticks(depths, [f"{d:,}" for d in depths], rotation=30)
-    ax.minorticks_off()
-    ax.set_ylim(bottom=0)
-    ax.set_xlabel("depth in tokens")
-    ax.set_ylabel("decode, tokens/s")
-    ax.set_title(os.path.basename(model))
-    ax.grid(alpha=0.3)
-    fig.legend(loc="outside right upper")
-    _save(fig, path)
+def save_plot(results: Sequence[Result], path: str | os.PathLike, model: str) -> None:
+    """PNG: tokens/s against depth, a line for each arm and context, with error bars of one standard deviation."""
+    save_speed_plot(plot_lines(results), path, os.path.basename(model))

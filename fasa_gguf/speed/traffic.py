@@ -1,20 +1,64 @@
-"""What `bench` measures of memory: the GPU's by the driver's count, pinned host memory, and what comes from there over PCIe."""
+"""What `bench` measures of memory: bytes that a step must read, copy rates, the GPU's memory, and traffic over PCIe."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .. import runtime
+from ..gguf.file import U16, U32, GGUFFile
+from ..runtime.devices import Device
+
+COPY_BYTES = 512 << 20  # of the copy that gives a device's rate: beyond its caches
+SIZES = ("bytes_k_dom", "bytes_kv", "bytes_kv_host", "bytes_row_cache")  # counters that are sizes, not sums
+
+
+# ---- weights and rates ----
+
+
+def weight_bytes(model: GGUFFile) -> tuple[int | None, str]:
+    """(bytes of weights that one decode step reads, "" or why that is not known).
+
+    All tensors count, except that of an embedding only a row is read, unless it is the output matrix too.
+    """
+    if model.get(f"{model.arch}.expert_count", U32, default=0):
+        return None, "mixture of experts: bytes of weights not counted"
+    if model.get("split.count", U16, default=1) > 1:
+        return None, "model in several files: bytes of weights not counted"
+    tied = not any(t.name == "output.weight" for t in model.tensors)
+    skip = {"per_layer_token_embd.weight"} | (set() if tied else {"token_embd.weight"})
+    return sum(t.n_bytes for t in model.tensors if t.name not in skip), ""
+
+
+def one_device(n_layer: int, n_gpu_layers: int, no_kv_offload: int, devices: Sequence[Device]) -> str | None:
+    """The device that holds all weights and the whole cache; None when there are several."""
+    gpus = [d.name for d in devices if d.is_gpu]
+    if not gpus or n_gpu_layers == 0:
+        return "CPU"
+    whole = n_gpu_layers < 0 or n_gpu_layers > n_layer  # the output matrix is one layer more
+    return gpus[0] if len(gpus) == 1 and whole and not no_kv_offload else None
+
+
+def copy_rates(
+    n_layer: int, n_gpu_layers: Sequence[int], no_kv_offload: Sequence[int], n_threads: int
+) -> dict[tuple[int, int], float | None]:
+    """Bytes/s that the one device copies, by (n_gpu_layers, no_kv_offload); None where there are several devices."""
+    devices, rates = runtime.devices.devices(), {}
+    for ngl, nkvo in itertools.product(n_gpu_layers, no_kv_offload):
+        device = one_device(n_layer, ngl, nkvo, devices)
+        rates[ngl, nkvo] = runtime.devices.copy_rate(device, COPY_BYTES, n_threads) if device else None
+    return rates
+
+
+# ---- FASA-M ----
 
 
 @dataclass
 class Figures:
-    """Of one row; None: not known, or there is no GPU."""
+    """Of one result; None: not known, or there is no GPU. vram_before and vram_peak count all CUDA devices."""
 
-    vram_before: int | None = (
-        None  # bytes in use on all CUDA devices with the model loaded, before its context was made
-    )
+    vram_before: int | None = None  # bytes in use with the model loaded, before its context was made
     vram_peak: int | None = None  # the most that was in use after a repetition
     pinned: int | None = None  # bytes of K and V in pinned host memory
     row_cache: int | None = None  # bytes of device memory that keep attended rows
@@ -22,17 +66,17 @@ class Figures:
     staged: float | None = None  # bytes of whole caches over PCIe per decode step, for dense layers
     reused: float | None = None  # share of the attended rows that the row cache had
     copy_rate: float | None = None  # bytes/s that the device takes from the pinned cache, as one copy
-    gather_rate: float | None = None  # as random rows, behind a layer's weights, by a kernel that does nothing else
-    fetch_rate: float | None = None  # and by the one that fetches the attended ones
+    gather_rate: float | None = None  # as random rows, after a layer's weights, by a kernel that does nothing else
+    fetch_rate: float | None = None  # and by the kernel that fetches the attended rows
 
     def floor_s(self) -> float | None:
-        """Seconds that the bytes of a step take over PCIe at the measured rates: rows by the gather's, staged ones by the copy's."""
+        """Seconds that a step's bytes take over PCIe: rows at the gather's rate, staged ones at the copy's."""
         if self.fetched is None or not self.gather_rate or not self.copy_rate:
             return None
         return self.fetched / self.gather_rate + (self.staged or 0.0) / self.copy_rate
 
     def take_counters(self, c: Mapping[str, int], steps: int) -> None:
-        """Traffic from FASA's counters over `steps` decode steps (bytes_kv_host and bytes_row_cache are sizes, not sums)."""
+        """Traffic from FASA's counters over `steps` decode steps (bytes_kv_host and bytes_row_cache are sizes)."""
         if not c.get("bytes_kv_host"):
             return
         self.pinned, self.row_cache = c["bytes_kv_host"], c["bytes_row_cache"]
@@ -43,8 +87,10 @@ class Figures:
     def take_rates(
         self, context: runtime.context.Context, n_cells: int, n_ctx: int, n_parallel: int, layer_bytes: int
     ) -> None:
-        """PCIe rates for as many rows of the first n_cells as a token fetched, each layer behind layer_bytes of weights. n_ctx: cells of all
-        sequences."""
+        """PCIe rates for as many rows of the first n_cells as a token fetched.
+
+        Each layer reads layer_bytes of weights first. n_ctx: cells of all sequences.
+        """
         if self.fetched and self.pinned:
             rows = self.fetched / n_parallel / (self.pinned / n_ctx)
             self.copy_rate, self.gather_rate, self.fetch_rate = context.host_rates(
@@ -53,12 +99,11 @@ class Figures:
 
 
 def vram() -> int | None:
-    """Bytes in use on all CUDA devices, by the driver's count: those of other processes too. None: there is no such device."""
+    """Bytes in use on all CUDA devices by the driver's count, other processes' too. None: there is no such device."""
     devices = runtime.devices.cuda_devices()
     return sum(total - free for free, total in map(runtime.devices.device_memory, devices)) if devices else None
 
 
 def merge(samples: Sequence[Mapping[str, int]]) -> dict[str, int]:
     """Counters of several repetitions: sums, but of sizes the largest."""
-    sizes = ("bytes_k_dom", "bytes_kv", "bytes_kv_host", "bytes_row_cache")
-    return {k: (max if k in sizes else sum)(x[k] for x in samples) for k in samples[0]}
+    return {k: (max if k in SIZES else sum)(x[k] for x in samples) for k in samples[0]}

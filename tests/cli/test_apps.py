@@ -49,7 +49,7 @@ def test_calibrate_for_more_chunks(library, tiny):
         plain.defaults,
     ) == (3, 4, {})
     assert all(
-        r[:, :4].tolist() == s[:, :4].tolist() for r, s in zip(p.ranking, plain.ranking)
+        r[:, :4].tolist() == s[:, :4].tolist() for r, s in zip(p.ranking, plain.ranking, strict=True)
     )  # the greedy search begins the same
     assert calibrate(tiny, params=dataclasses.replace(SMALL, chunks=99)).params().chunks == 8
     with pytest.raises(FasaError, match="--chunks -1: expected 0 to"):
@@ -78,7 +78,7 @@ def test_an_interrupted_calibration_goes_on(library, tiny, tmp_path, monkeypatch
 
 
 def test_calibration_refuses(library, tiny):
-    with pytest.raises(FasaError, match="the text has .* tokens; calibration needs at least 256"):
+    with pytest.raises(FasaError, match=r"the text has .* tokens; calibration needs at least 256"):
         calibrate(tiny, ("short", "a few words"), SMALL)
     with pytest.raises(FasaError, match="ranking method 'magic': expected one of recall, energy, ca"):
         calibrate(tiny, params=CalibrationParams(method="magic"))
@@ -97,7 +97,7 @@ def test_metrics_on_planted_logits():
         Score("dense", [np.array([1.0, 2.0])], [np.zeros(2)], [np.ones(2)]),
         Score("x", [np.array([1.5, 2.5])], [np.array([0.1, 0.3])], [np.array([1.0, 0])]),
     )
-    row = other.row(base)
+    row = other.figures(base)
     assert (
         np.isclose(row["ppl"], np.exp(2))
         and np.isclose(row["ppl_ratio"], np.exp(0.5))
@@ -108,34 +108,32 @@ def test_metrics_on_planted_logits():
 
 def test_eval(tiny_profiled):
     from fasa_gguf.quality.arms import Arm
-    from fasa_gguf.quality.perplexity import evaluate, table
+    from fasa_gguf.quality.perplexity import WindowSettings, evaluate, format_scores
 
     text = default_corpus()[1][:30000]
     rows = evaluate(
         tiny_profiled,
         text,
         [Arm("f", FasaParams(chunks=4, budget=60, sink=4, recent=8, min_context=0))],
-        windows=2,
-        window=300,
-        score=20,
+        WindowSettings(2, 300, 20),
     )
     assert (
         [r["arm"] for r in rows] == ["dense", "f"]
         and rows[1]["steps_sparse"] == 40
         and rows[1]["tokens_attended"] == 60
     )
-    assert rows[0]["kl"] == 0 and rows[1]["kl"] > 0 and "ppl" in table(rows)
+    assert rows[0]["kl"] == 0 and rows[1]["kl"] > 0 and "ppl" in format_scores(rows)
     with pytest.raises(FasaError, match="FASA was asked for and no step used it: the context is shorter"):
-        evaluate(tiny_profiled, text, [Arm("f", FasaParams(min_context=4096))], windows=1, window=300, score=5)
+        evaluate(tiny_profiled, text, [Arm("f", FasaParams(min_context=4096))], WindowSettings(1, 300, 5))
     with pytest.raises(FasaError, match="too short for 2 windows"):
-        evaluate(tiny_profiled, text[:100], [], windows=2, window=300, score=20)
+        evaluate(tiny_profiled, text[:100], [], WindowSettings(2, 300, 20))
 
 
 def test_dense_in_a_batch_is_dense_in_steps(smollm2):
     from fasa_gguf.quality.arms import Arm
-    from fasa_gguf.quality.perplexity import evaluate
+    from fasa_gguf.quality.perplexity import WindowSettings, evaluate
 
-    rows = evaluate(smollm2, default_corpus()[1][:20000], [Arm("dense by steps")], windows=1, window=600, score=40)
+    rows = evaluate(smollm2, default_corpus()[1][:20000], [Arm("dense by steps")], WindowSettings(1, 600, 40))
     assert rows[1]["kl"] < 0.006 and abs(rows[1]["ppl_ratio"] - 1) < 0.02
 
 
@@ -153,7 +151,7 @@ def test_drop_in(tiny_profiled, tiny, capfd):
     llm.create_completion(prompt + "b", max_tokens=5, temperature=0)
     assert llm.fasa_stats()["layers_sparse"] == 0
     llm.load_state(state)
-    with pytest.raises(FasaError, match="no FASA profile in .*; run `fasa-gguf embed-profile"):
+    with pytest.raises(FasaError, match=r"no FASA profile in .*; run `fasa-gguf embed-profile"):
         Llama(str(tiny), fasa=on, verbose=False)
     Llama(str(tiny), n_ctx=256, verbose=False)
     assert "no FASA profile in" in capfd.readouterr().err
@@ -166,7 +164,8 @@ def test_drop_in(tiny_profiled, tiny, capfd):
 def test_llama_cpp_imported_first(library, tmp_path):
     code = (
         "import sys, types\n"
-        "m = types.ModuleType('llama_cpp'); m.llama_cpp = types.SimpleNamespace(_lib=types.SimpleNamespace(_name='/elsewhere/libllama.so'))\n"
+        "m = types.ModuleType('llama_cpp')\n"
+        "m.llama_cpp = types.SimpleNamespace(_lib=types.SimpleNamespace(_name='/elsewhere/libllama.so'))\n"
         "sys.modules['llama_cpp'] = m\nimport fasa_gguf\nfasa_gguf.enable()"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
@@ -254,7 +253,7 @@ def test_settings_from_the_environment(monkeypatch):
 
 
 def test_defaults_are_the_same_in_c(library):
-    ffi, lib = library.library.api()
+    _, lib = library.library._api()
     p = lib.fasa_params_default()
     for name, value in FasaParams().__dict__.items():
         assert (K_DOM_TYPES[p.k_dom] if name == "k_dom" else getattr(p, name)) == value

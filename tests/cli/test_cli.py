@@ -9,6 +9,9 @@ from paths import ROOT
 
 from fasa_gguf import FasaError, FasaParams
 from fasa_gguf.cli import main as cli
+from fasa_gguf.cli import profile as cli_profile
+from fasa_gguf.cli import run as cli_run
+from fasa_gguf.cli.arguments import read_params
 from fasa_gguf.gguf import shape
 from fasa_gguf.gguf.file import GGUFFile
 from fasa_gguf.profile import embed
@@ -51,6 +54,8 @@ def error(capsys, *argv, code=1):
         (["bench", "m", "-d", "0,abc"], "-d/--n-depth: expected a whole number, found 'abc'"),
         (["bench", "m", "-d", ""], "-d/--n-depth: expected a whole number, found ''"),
         (["bench", "m", "-r", "0"], "-r/--repetitions: expected a number from 1"),
+        (["run", "m", "--fasa-mode", "gpu"], "--fasa-mode: expected one of auto, device, host"),
+        (["bench", "m", "--fasa-mode", "device,auto"], "--fasa-mode: bench measures the modes that it is given"),
         (["eval", "m", "-f", "t", "--windows", "0"], "--windows: expected a number from 1"),
         (["eval", "m", "-f", "t", "--budgets", "256,0"], "--budgets: expected a number from 1"),
     ],
@@ -66,27 +71,34 @@ def test_lists_and_the_two_ways_to_name_the_model():
     assert a.model == "m.gguf" and a.n_depth == [1, 22]
 
 
+def test_modes_and_their_letters():
+    for text, mode in (("device", "device"), ("c", "device"), ("host", "host"), ("m", "host"), ("auto", "auto")):
+        assert cli.parser().parse_args(["run", "m", "--fasa-mode", text]).fasa_mode == mode
+    assert cli.parser().parse_args(["bench", "m", "--fasa-mode", "c,host"]).fasa_mode == ["device", "host"]
+    assert cli.parser().parse_args(["run", "m"]).fasa_mode is None
+
+
 def test_a_setting_is_a_flag_over_the_environment_over_the_profile(monkeypatch):
     a = cli.parser().parse_args(["run", "m", "--fasa-budget", "7", "--fasa-k-dom", "q8"])
     monkeypatch.setenv("FASA_BUDGET", "8")
     monkeypatch.setenv("FASA_SINK", "9")
     profile = synthetic_profile([2], [8])
     profile.defaults = {"budget": 1, "sink": 1, "recent": 11}
-    assert cli._params(a, profile) == (FasaParams(budget=7, sink=9, recent=11, k_dom="q8"), profile)
+    assert read_params(a, profile) == (FasaParams(budget=7, sink=9, recent=11, k_dom="q8"), profile)
     a.fasa_mass = "0.9"
     profile.defaults["mean_budget"] = 99
-    assert cli._params(a, profile)[0] == FasaParams(
+    assert read_params(a, profile)[0] == FasaParams(
         budget=7, sink=9, recent=11, k_dom="q8", mass=0.9
     )  # not the mean budget of the profile
     a.fasa_mass, a.fasa_mean_budget = None, "64"
     profile.defaults["mass"] = profile.defaults.pop("mean_budget") / 100
-    assert cli._params(a, profile)[0] == FasaParams(
+    assert read_params(a, profile)[0] == FasaParams(
         budget=7, sink=9, recent=11, k_dom="q8", mean_budget=64
     )  # nor its mass
     a.fasa_mean_budget = None
-    assert cli._params(a, profile)[0] == FasaParams(budget=7, sink=9, recent=11, k_dom="q8")  # a budget is a fixed one
+    assert read_params(a, profile)[0] == FasaParams(budget=7, sink=9, recent=11, k_dom="q8")  # a budget is a fixed one
     a.fasa_preset, profile.ranking_method = "paper", "ca"
-    assert cli._params(a, profile)[0] == FasaParams(budget=7, sink=9, recent=0, k_dom="q8", chunks=2, per_head=1)
+    assert read_params(a, profile)[0] == FasaParams(budget=7, sink=9, recent=0, k_dom="q8", chunks=2, per_head=1)
 
 
 def test_errors_without_a_model(capsys, tmp_path):
@@ -102,7 +114,7 @@ def test_a_file_that_cannot_be_written_is_one_line(capsys, monkeypatch):
     def fail(a):
         raise PermissionError(13, "Permission denied", "p.json")
 
-    monkeypatch.setattr(cli, "cmd_inspect", fail)
+    monkeypatch.setattr(cli_profile, "cmd_inspect", fail)
     assert error(capsys, "inspect", "m") == "fasa-gguf: error: p.json: Permission denied"
     with pytest.raises(PermissionError):
         cli.main(["--debug", "inspect", "m"])
@@ -112,7 +124,7 @@ def test_interrupted(capsys, monkeypatch):
     def stop(a):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "cmd_inspect", stop)
+    monkeypatch.setattr(cli_profile, "cmd_inspect", stop)
     assert error(capsys, "inspect", "m", code=130) == "fasa-gguf: interrupted"
 
 
@@ -128,17 +140,18 @@ def test_the_line_of_figures():
         "bytes_dense": 100,
         "step_reason": "",
     }
-    assert cli._figures(s, 600, 2.0, 11, 0.5) == (
+    assert cli_run.summary(s, 600, 2.0, 11, 0.5) == (
         "prompt 600 tokens in 2.0 s (300.0 t/s); 11 tokens at 20.0 t/s; FASA in 9 steps, 1 dense; "
         "64 of 640 tokens attended, 20.0% of the KV bytes read"
     )
     m = {**s, "bytes_kv_host": 1, "bytes_fetched": 18_000_000, "rows_reused": 1, "rows_fetched": 3}
-    assert "; mode m, 2.0 MB a step over PCIe, 25% of the rows reused; FASA in 9 steps" in cli._figures(
+    assert "; host mode, 2.0 MB a step over PCIe, 25% of the rows reused; FASA in 9 steps" in cli_run.summary(
         m, 600, 2.0, 11, 0.5
     )
     dense = {**s, "steps_sparse": 0, "step_reason": "FASA is off"}
     assert (
-        cli._figures(dense, 600, 2.0, 1, 0.0) == "prompt 600 tokens in 2.0 s (300.0 t/s); 1 tokens; dense: FASA is off"
+        cli_run.summary(dense, 600, 2.0, 1, 0.0)
+        == "prompt 600 tokens in 2.0 s (300.0 t/s); 1 tokens; dense: FASA is off"
     )
 
 
@@ -160,9 +173,9 @@ def test_run(capsys, profiled):
 
 
 def test_run_writes_until_the_context_is_full(capsys, profiled, monkeypatch):
-    monkeypatch.setattr(cli, "_ends", lambda llm, token: False)
+    monkeypatch.setattr(cli_run, "_is_end", lambda llm, token: False)
     assert cli.main(["run", profiled, "-p", "x", "-n", "-1", "-c", "200"]) == 0  # llama.cpp makes it 256
-    n_prompt, n = (int(part.split()[i]) for part, i in zip(capsys.readouterr().err.split("; "), (1, 0)))
+    n_prompt, n = (int(part.split()[i]) for part, i in zip(capsys.readouterr().err.split("; "), (1, 0), strict=False))
     assert n_prompt + n == 256
 
 
@@ -183,7 +196,8 @@ def test_run_says_what_does_not_fit(capsys, profiled, tiny, tmp_path):
 
 def test_a_reader_that_goes_away_is_no_error(profiled):
     run = subprocess.run(
-        f"{sys.executable} -m fasa_gguf run {profiled} -p x -n 200 -c 512 | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}",
+        f"{sys.executable} -m fasa_gguf run {profiled} -p x -n 200 -c 512 | head -c 1 >/dev/null; "
+        "exit ${PIPESTATUS[0]}",
         shell=True,
         executable="/bin/bash",
         capture_output=True,

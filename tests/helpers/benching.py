@@ -1,26 +1,26 @@
-"""Short bench runs, and figures as a run would have left them."""
+"""Short bench runs, and results as a run would have left them."""
 
 from fasa_gguf import FasaParams
 from fasa_gguf.speed import bench as b
-from fasa_gguf.speed.bench import Plan, Row
+from fasa_gguf.speed.bench import BenchSettings
+from fasa_gguf.speed.results import Result
 
 ON = FasaParams(chunks=4, budget=64, min_context=0)
-QUICK = Plan(
-    [300], n_gen=4, repetitions=2, n_prompt=(), n_threads=1
-)  # two threads wait for each other on a busy machine
+# one thread: two wait for each other on a busy machine
+QUICK = BenchSettings([300], n_gen=4, repetitions=2, n_prompt=(), n_threads=1)
 
 
-def run(model, plan, profile, params=ON, **kw):
-    return b.bench(model, plan, {"fasa": params}, profile, **kw)
+def run(model, settings, profile, params=ON, **kw):
+    return b.bench(model, settings, {"fasa": params}, profile, **kw)
 
 
 def planted(*ratios: float | None):
-    """Rows at depths 0, 100, 200, ...: FASA at `ratio` times dense's 50 tokens/s; None: it stayed dense."""
-    rows = []
+    """Results at depths 0, 100, 200, ...: FASA at `ratio` times dense's 50 tokens/s; None: it stayed dense."""
+    results = []
     for i, ratio in enumerate(ratios):
-        rows.append(Row("dense", 100 * i, 8, samples_ts=[49.0, 51.0], kv_bytes=2e6, ratio=1.0, fill="prefill"))
-        rows.append(
-            Row(
+        results.append(Result("dense", 100 * i, 8, samples_ts=[49.0, 51.0], kv_bytes=2e6, ratio=1.0, fill="prefill"))
+        results.append(
+            Result(
                 "fasa",
                 100 * i,
                 8,
@@ -34,4 +34,4 @@ def planted(*ratios: float | None):
                 params=ON,
             )
         )
-    return rows
+    return results

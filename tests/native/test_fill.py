@@ -23,9 +23,7 @@ def rows_of(s, n_cells, n_layer, bytes_per_value, seq=0):
         at += 12  # type, bytes of a row
         out.append(np.frombuffer(raw, np.uint8, n_cells * size, at).reshape(n_cells, size))
         at += n_cells * size
-    assert at + 4 * (s.settings.n_seq_max - 1 - seq) == len(
-        raw
-    )  # the streams behind it have no cells of this sequence
+    assert at + 4 * (s.settings.n_seq_max - 1 - seq) == len(raw)  # the streams behind it have no cells of this sequence
     return np.stack(out)
 
 

@@ -238,7 +238,10 @@ BAD = [
     (put("rope.base", 0.0), "key fasa.rope.base: expected a number above 0, found 0.0"),
     (put("rope.base", float("inf")), "key fasa.rope.base: expected f32, found inf"),
     (put("rope.dims", -1), "key fasa.rope.dims: expected u32, found -1"),
-    (put("default.budget", 0), "keys fasa.default..: setting budget: expected a whole number from 1 to 2147483647, found 0"),
+    (
+        put("default.budget", 0),
+        "keys fasa.default..: setting budget: expected a whole number from 1 to 2147483647, found 0",
+    ),
     (
         put("default.budget", 2**31),
         "keys fasa.default..: setting budget: expected a whole number from 1 to 2147483647, found 2147483648",

@@ -1,5 +1,7 @@
 """Quality: metrics on planted logits, windows of a text, arms that share a prefix, what is refused."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -10,19 +12,19 @@ from fasa_gguf.profile.profile import Profile
 from fasa_gguf.quality.arms import Arm, ArmSwitch, parse_arms
 from fasa_gguf.quality.perplexity import (
     Score,
-    cut_windows,
-    detokenize_wikitext,
+    WindowSettings,
     evaluate,
+    format_scores,
     log_softmax,
     one_by_one,
     score_tokens,
-    table,
 )
+from fasa_gguf.quality.text import cut_windows, detokenize_wikitext
 from fasa_gguf.session import Session
 from fasa_gguf.speed.random_model import synthetic_profile
 
 ON = FasaParams(chunks=4, budget=60, sink=4, recent=8, min_context=0)
-SIZE = dict(windows=2, window=300, score=20)
+SIZE = WindowSettings(windows=2, window=300, score=20)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def test_means_and_standard_errors():
     nll = np.array([1.0, 2.0, 3.0, 2.0])
     dense = Score("dense", [nll[:2], nll[2:]], [np.zeros(2)] * 2, [np.ones(2)] * 2)
     arm = Score("arm", [nll[:2] + 0.1, nll[2:] + 0.1], [np.array([0.0, 0.2])] * 2, [np.array([1.0, 0.0])] * 2)
-    row = arm.row(dense)
+    row = arm.figures(dense)
     assert (
         row["n_scored"] == 4
         and np.isclose(row["ppl"], np.exp(2.1))
@@ -62,10 +64,12 @@ def test_means_and_standard_errors():
     assert np.isclose(row["dp_rms"], np.sqrt(np.mean(dp**2))) and np.isclose(row["dp_mean"], dp.mean())
     spread = np.mean(dp**4) - np.mean(dp**2) ** 2  # llama-perplexity's mean_and_uncertainty
     assert np.isclose(row["dp_rms_se"], 0.5 / row["dp_rms"] * np.sqrt(spread / 3))
-    assert np.isclose(row["kl_median"], 0.1) and np.isclose(row["kl_99"], 0.2) and dense.row(dense)["dp_rms_se"] == 0
+    assert (
+        np.isclose(row["kl_median"], 0.1) and np.isclose(row["kl_99"], 0.2) and dense.figures(dense)["dp_rms_se"] == 0
+    )
     assert row["tokens_attended"] is None and row["kv_read_share"] == 1.0
     single = Score("one", [np.array([1.0])], [np.array([0.5])], [np.array([1.0])])
-    assert single.row(single)["ppl_se"] == 0 and single.row(single)["kl"] == 0.5
+    assert single.figures(single)["ppl_se"] == 0 and single.figures(single)["kl"] == 0.5
 
 
 def test_counters_add_up_and_memory_does_not():
@@ -83,7 +87,7 @@ def test_counters_add_up_and_memory_does_not():
                 "bytes_kv": 100,
             }
         )
-    row = s.row(s)
+    row = s.figures(s)
     assert row["tokens_attended"] == 64 and row["kv_read_share"] == 0.25 and row["k_dom_share"] == 0.07
 
 
@@ -119,7 +123,7 @@ def test_windows_are_spread_evenly():
 
 
 def test_a_run_that_was_cut_off_goes_on(library, tiny, text, profile, tmp_path, monkeypatch):
-    whole = evaluate(tiny, text, [Arm("a", ON)], profile=profile, **SIZE)
+    whole = evaluate(tiny, text, [Arm("a", ON)], SIZE, profile=profile)
     path, clear, calls = tmp_path / "r.jsonl", Session.clear, []
 
     def stop(self):
@@ -130,25 +134,25 @@ def test_a_run_that_was_cut_off_goes_on(library, tiny, text, profile, tmp_path, 
 
     monkeypatch.setattr(Session, "clear", stop)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(tiny, text, [Arm("a", ON)], profile=profile, resume=path, **SIZE)
+        evaluate(tiny, text, [Arm("a", ON)], SIZE, profile=profile, resume=path)
     assert len(path.read_text().splitlines()) == 3  # the settings, and two arms of one window
-    assert evaluate(tiny, text, [Arm("a", ON)], profile=profile, resume=path, **SIZE) == whole and len(calls) == 3
-    assert evaluate(tiny, text, [Arm("a", ON)], profile=profile, resume=path, **SIZE) == whole and len(calls) == 3
+    assert evaluate(tiny, text, [Arm("a", ON)], SIZE, profile=profile, resume=path) == whole and len(calls) == 3
+    assert evaluate(tiny, text, [Arm("a", ON)], SIZE, profile=profile, resume=path) == whole and len(calls) == 3
     with pytest.raises(
         FasaError, match=r"r.jsonl: was begun with other settings \(score: 20 there, 21 here\); use the same"
     ):
-        evaluate(tiny, text, [Arm("a", ON)], profile=profile, resume=path, **{**SIZE, "score": 21})
+        evaluate(tiny, text, [Arm("a", ON)], replace(SIZE, score=21), profile=profile, resume=path)
     before = path.read_text()
     arms = [Arm("a", ON.replace(budget=61)), Arm("a", ON), Arm("c", ON)]  # other arms in the same file: only they run
-    fresh = evaluate(tiny, text, arms, profile=profile, **SIZE)
-    assert evaluate(tiny, text, arms, profile=profile, resume=path, **SIZE) == fresh and [fresh[0], fresh[2]] == whole
+    fresh = evaluate(tiny, text, arms, SIZE, profile=profile)
+    assert evaluate(tiny, text, arms, SIZE, profile=profile, resume=path) == fresh and [fresh[0], fresh[2]] == whole
     added = path.read_text().removeprefix(before).splitlines()
     assert [line[9:12] for line in added] == ["0 a", "0 c", "1 a", "1 c"] and len(calls) == 7
 
 
 def test_an_arm_that_was_cut_off_leaves_the_others(library, tiny, text, profile, tmp_path, monkeypatch):
     arms, path, use, calls = [Arm("a", ON), Arm("b", ON.replace(budget=61))], tmp_path / "r.jsonl", ArmSwitch.use, []
-    whole = evaluate(tiny, text, arms, profile=profile, **SIZE)
+    whole = evaluate(tiny, text, arms, SIZE, profile=profile)
 
     def stop(self, arm):
         calls.append(arm and arm.name)
@@ -158,8 +162,8 @@ def test_an_arm_that_was_cut_off_leaves_the_others(library, tiny, text, profile,
 
     monkeypatch.setattr(ArmSwitch, "use", stop)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(tiny, text, arms, profile=profile, resume=path, **SIZE)
-    assert evaluate(tiny, text, arms, profile=profile, resume=path, **SIZE) == whole
+        evaluate(tiny, text, arms, SIZE, profile=profile, resume=path)
+    assert evaluate(tiny, text, arms, SIZE, profile=profile, resume=path) == whole
     assert calls[3:] == [None, "b", None, "a", "b"]
 
 
@@ -207,7 +211,7 @@ def test_arms_by_text(profile):
 
 @pytest.mark.parametrize("kind, most", [("bf16", 1e-4), ("f16", 5e-2)])
 def test_dense_logits_in_a_batch_and_in_steps_agree(library, tiny, text, kind, most):
-    """With an f16 cache upstream's one-token flash attention on several threads sums V in f16, the batched one in f32."""
+    """With an f16 cache upstream's attention of one token on several threads sums V in f16, that of a batch in f32."""
     from fasa_gguf.session import Session
 
     with Session(tiny, n_ctx=512, type_k=kind, type_v=kind) as s:
@@ -221,14 +225,14 @@ def test_dense_logits_in_a_batch_and_in_steps_agree(library, tiny, text, kind, m
 
 def test_a_list_for_every_query_head(library, tiny, text, profile):
     heads = evaluate(
-        tiny, text, [Arm("kv", ON), Arm("q", ON.replace(per_head=1, sink=0, recent=0))], profile=profile, **SIZE
+        tiny, text, [Arm("kv", ON), Arm("q", ON.replace(per_head=1, sink=0, recent=0))], SIZE, profile=profile
     )
     assert heads[1]["tokens_attended"] == heads[2]["tokens_attended"] == ON.budget and heads[2]["kl"] > 0
     assert heads[2]["kv_read_share"] > 1.5 * heads[1]["kv_read_share"]  # two query heads a KV head: rows are read twice
 
 
 def test_a_budget_of_the_whole_context_is_dense(library, tiny, text, profile):
-    rows = evaluate(tiny, text, [Arm("all", ON.replace(budget=300))], profile=profile, **SIZE)
+    rows = evaluate(tiny, text, [Arm("all", ON.replace(budget=300))], SIZE, profile=profile)
     assert rows[1]["steps_sparse"] == 40 and rows[1]["layers_sparse"] == 120 and rows[1]["layers_dense"] == 0
     assert rows[1]["kl"] < 1e-4 and abs(rows[1]["ppl_ratio"] - 1) < 1e-3 and rows[1]["same_top"] > 0.97
     assert rows[1]["tokens_attended"] == np.mean(np.arange(281, 301))
@@ -238,7 +242,7 @@ def test_arms_do_not_touch_each_other(library, tiny, text, profile):
     other = synthetic_profile(profile.n_head_kv, profile.n_chunk, seed=3)
     told = []
     arms = [Arm("a", ON), Arm("b", ON.replace(budget=120)), Arm("c", ON, other), Arm("steps"), Arm("a again", ON)]
-    rows = evaluate(tiny, text, arms, profile=profile, progress=lambda *x: told.append(x), **SIZE)
+    rows = evaluate(tiny, text, arms, SIZE, profile=profile, progress=lambda *x: told.append(x))
     dense, a, wide, c, steps, again = rows
     assert [r["arm"] for r in rows] == ["dense", "a", "b", "c", "steps", "a again"] and told[-1] == (
         "evaluating",
@@ -263,10 +267,12 @@ def test_scored_tokens_in_batches_give_the_figures_of_steps(library, tiny, text,
         Arm("q", ON.replace(per_head=1)),
         Arm("steps"),
     ]
-    one = evaluate(tiny, text, arms, profile=profile, **SIZE)
+    one = evaluate(tiny, text, arms, SIZE, profile=profile)
     path = tmp_path / "r.jsonl"
-    many = evaluate(tiny, text, arms, profile=profile, batch=8, resume=path, **SIZE)  # batches of 8, 8 and 4
-    for a, b in zip(one[1:4], many[1:4]):
+    many = evaluate(
+        tiny, text, arms, replace(SIZE, score_batch=8), profile=profile, resume=path
+    )  # batches of 8, 8 and 4
+    for a, b in zip(one[1:4], many[1:4], strict=True):
         assert all(
             a[k] == b[k] for k in ("tokens_attended", "steps_sparse", "layers_sparse", "layers_dense", "n_scored")
         )
@@ -276,9 +282,9 @@ def test_scored_tokens_in_batches_give_the_figures_of_steps(library, tiny, text,
         assert b["fasa"]["max_tokens"] == 8 and b["score_batch"] == 8
     assert many[4]["kl"] == one[4]["kl"]  # dense by steps stays so
     with pytest.raises(FasaError, match=r"was begun with other settings \(score_batch"):
-        evaluate(tiny, text, arms, profile=profile, resume=path, **SIZE)
+        evaluate(tiny, text, arms, SIZE, profile=profile, resume=path)
     with pytest.raises(FasaError, match="--score-batch 0: expected at least 1"):
-        evaluate(tiny, text, arms, profile=profile, batch=0, **SIZE)
+        evaluate(tiny, text, arms, replace(SIZE, score_batch=0), profile=profile)
     assert one_by_one(
         {
             "steps_sparse": 3,
@@ -305,8 +311,8 @@ def test_the_table(library, tiny, text, profile):
     half = Profile(
         profile.n_head_kv, [8, 0, 8], [profile.ranking[0], np.zeros((0, 0), np.uint16), profile.ranking[2]], "synthetic"
     )
-    rows = evaluate(tiny, text, [Arm("a", ON), Arm("half", ON, half)], profile=profile, **SIZE)
-    lines = table(rows).splitlines()
+    rows = evaluate(tiny, text, [Arm("a", ON), Arm("half", ON, half)], SIZE, profile=profile)
+    lines = format_scores(rows).splitlines()
     assert len(lines) == 5 and len({len(line) for line in lines[:4]}) == 1
     assert lines[0].split() == [
         "arm",
@@ -333,11 +339,9 @@ def test_the_table(library, tiny, text, profile):
 
 def test_steps_that_stay_dense_are_told(library, tiny, text, profile):
     # the view of the cache grows from 256 to 512 cells within the scored tokens
-    rows = evaluate(
-        tiny, text, [Arm("late", ON.replace(min_context=300))], profile=profile, windows=1, window=260, score=10
-    )
+    rows = evaluate(tiny, text, [Arm("late", ON.replace(min_context=300))], WindowSettings(1, 260, 10), profile=profile)
     assert (rows[1]["steps_sparse"], rows[1]["steps_dense"]) == (4, 6)
-    assert table(rows).splitlines()[-1] == "late: 6 of 10 steps were dense"
+    assert format_scores(rows).splitlines()[-1] == "late: 6 of 10 steps were dense"
 
 
 def test_evaluate_refuses(library, tiny, text, profile):
@@ -345,19 +349,19 @@ def test_evaluate_refuses(library, tiny, text, profile):
     with pytest.raises(
         FasaError, match="arm f: FASA was asked for and no step used it: the context is shorter than min_context"
     ):
-        evaluate(tiny, text, [Arm("f", ON.replace(min_context=4096))], profile=profile, **SIZE)
+        evaluate(tiny, text, [Arm("f", ON.replace(min_context=4096))], SIZE, profile=profile)
     with pytest.raises(FasaError, match="there is no FASA profile in this model; run `fasa-gguf embed-profile"):
-        evaluate(tiny, text, arm, **SIZE)
+        evaluate(tiny, text, arm, SIZE)
     with pytest.raises(FasaError, match="--score 300: expected 1 to 299"):
-        evaluate(tiny, text, arm, windows=1, window=300, score=300, profile=profile)
+        evaluate(tiny, text, arm, WindowSettings(1, 300, 300), profile=profile)
     with pytest.raises(FasaError, match="--windows 0: expected at least 1"):
-        evaluate(tiny, text, arm, windows=0, window=300, score=20, profile=profile)
+        evaluate(tiny, text, arm, WindowSettings(0, 300, 20), profile=profile)
     with pytest.raises(
-        FasaError, match="--window 8192: .*tiny.gguf was trained on 4096 tokens of context; use a shorter --window"
+        FasaError, match=r"--window 8192: .*tiny\.gguf was trained on 4096 tokens of context; use a shorter --window"
     ):
-        evaluate(tiny, text, arm, windows=1, window=8192, score=20, profile=profile)
+        evaluate(tiny, text, arm, WindowSettings(1, 8192, 20), profile=profile)
     with pytest.raises(
         FasaError,
         match="too short for 2 windows of 300 tokens; use a longer -f TEXT, fewer --windows or a shorter --window",
     ):
-        evaluate(tiny, text[:310], arm, profile=profile, **SIZE)
+        evaluate(tiny, text[:310], arm, SIZE, profile=profile)

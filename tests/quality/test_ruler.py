@@ -57,10 +57,11 @@ def test_a_length_that_is_too_short_and_an_unknown_task():
     for name in TASKS:
         with pytest.raises(
             FasaError,
-            match=rf"task {name}.*: the smallest prompt has \d+ tokens and there is room for -?\d+; use larger --lengths",
+            match=rf"task {name}.*: the smallest prompt has \d+ tokens and there is room for -?\d+; "
+            "use larger --lengths",
         ):
             make_record(name, 0, 140, count)
-    with pytest.raises(FasaError, match="task 'niah': expected one of niah_single_1, .*, fwe"):
+    with pytest.raises(FasaError, match=r"task 'niah': expected one of niah_single_1, .*, fwe"):
         make_record("niah", 0, 4096, count)
     with pytest.raises(FasaError, match="the haystack's text has 3 words; use one of at least 50"):
         ruler.essay_words("a b c")
@@ -94,7 +95,8 @@ def test_the_prompt_is_rulers():
     r = make_record("niah_single_1", 0, 1000, count)
     ((key, value),) = needles(r)
     assert r["input"].startswith(
-        "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about the "
+        "A special magic number is hidden within the following text. Make sure to memorize it. I will quiz you about "
+        "the "
         "number afterwards.\nThe grass is green."
     )
     assert r["input"].endswith(f"\nWhat is the special magic number for {key} mentioned in the provided text?")
@@ -144,9 +146,10 @@ def test_variables_form_one_chain():
     assert [v for v, _ in chain] == r["outputs"] and len(
         set(r["outputs"])
     ) == 5  # in order, so that one reading suffices
-    assert [x for _, x in chain] == [value] + r["outputs"][:4]
+    assert [x for _, x in chain] == [value, *r["outputs"][:4]]
     assert r["answer_prefix"] == (
-        f" Answer: According to the chain(s) of variable assignment in the text above, 5 variables are assgined the value "
+        f" Answer: According to the chain(s) of variable assignment in the text above, 5 variables are assgined the "
+        "value "
         f"{value}, they are: "
     )
     answered = shot[shot.rindex("they are: ") :].split()[2:]
@@ -214,10 +217,10 @@ def test_records_are_written_and_read(tmp_path):
     ]
     for bad in ("[1]", "{", '{"input": "x"}', '{"input": "x", "outputs": []}', '{"input": "x", "outputs": [1]}'):
         (tmp_path / "bad.jsonl").write_text('{"input": "x", "outputs": ["y"]}\n' + bad)
-        with pytest.raises(FasaError, match="bad.jsonl: line 2: expected a JSON object with input"):
+        with pytest.raises(FasaError, match=r"bad\.jsonl: line 2: expected a JSON object with input"):
             ruler.read_records(tmp_path / "bad.jsonl")
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(FasaError, match="no records in it"):
         ruler.read_records(tmp_path / "empty.jsonl")
-    with pytest.raises(FasaError, match="none.jsonl: cannot be read as text"):
+    with pytest.raises(FasaError, match=r"none\.jsonl: cannot be read as text"):
         ruler.read_records(tmp_path / "none.jsonl")

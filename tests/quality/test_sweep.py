@@ -8,10 +8,13 @@ from fasa_gguf import FasaError, FasaParams
 from fasa_gguf.cli import main as cli
 from fasa_gguf.profile.embed import rewrite
 from fasa_gguf.quality import perplexity
-from fasa_gguf.quality.sweep import Grid, advice, make_arms, recommend, sweep, table
+from fasa_gguf.quality.perplexity import WindowSettings
+from fasa_gguf.quality.sweep import Grid, advice, format_sweep, make_arms, recommend, sweep
+from fasa_gguf.runtime.settings import ContextSettings
 
 BASE = FasaParams(sink=4, recent=8, min_context=0)
-SIZE = dict(windows=2, window=300, score=10, n_threads=1)
+SIZE = WindowSettings(windows=2, window=300, score=10)
+ONE_THREAD = ContextSettings(n_threads=1, mode="auto")
 
 
 def row(arm, loss, read, se=0.001, chunks=4, budget=128, mass=0.0):
@@ -53,7 +56,7 @@ def test_the_advice_says_how_sure_it_is():
 
 def test_the_table_is_cheapest_first_and_marks_the_best():
     rows = [row("b", 0.005, 0.20, budget=256), row("a", 0.02, 0.10), row("m", 0.001, 0.15, budget=0, mass=0.9)]
-    lines = table({"rows": rows, "max_loss": 0.01, "best": rows[2]}).splitlines()
+    lines = format_sweep({"rows": rows, "max_loss": 0.01, "best": rows[2]}).splitlines()
     assert [line.split()[:2] for line in lines[1:4]] == [["4", "128"], ["->", "4"], ["4", "256"]] and "0.9" in lines[2]
     assert lines[4].startswith("cheapest within 1%: --m")
 
@@ -78,7 +81,7 @@ def test_the_grid(profile):
 def test_sweep(library, tiny, text, profile, tmp_path):
     told = []
     grid = Grid([2, 8], [60, 400], [0.9])
-    out = sweep(tiny, text, tmp_path, grid, 0.001, BASE, profile, progress=lambda *x: told.append(x), **SIZE)
+    out = sweep(tiny, text, tmp_path, grid, 0.001, BASE, profile, SIZE, ONE_THREAD, lambda *x: told.append(x))
     by = {r["arm"]: r for r in out["rows"]}
     assert list(by) == ["k=2 B=60", "k=2 B=400", "k=8 B=60", "k=8 B=400", "k=2 mass=0.9", "k=8 mass=0.9"] and told[
         -1
@@ -104,7 +107,7 @@ def test_sweep(library, tiny, text, profile, tmp_path):
 
 def test_a_cut_off_sweep_goes_on(library, tiny, text, profile, tmp_path, monkeypatch):
     grid, calls, score = Grid([4], [60]), [], perplexity._score_window
-    whole = sweep(tiny, text, tmp_path / "a", grid, 0.01, BASE, profile, **SIZE)
+    whole = sweep(tiny, text, tmp_path / "a", grid, 0.01, BASE, profile, SIZE, ONE_THREAD)
 
     def stop(*args):
         calls.append(1)
@@ -114,11 +117,11 @@ def test_a_cut_off_sweep_goes_on(library, tiny, text, profile, tmp_path, monkeyp
 
     monkeypatch.setattr(perplexity, "_score_window", stop)
     with pytest.raises(KeyboardInterrupt):
-        sweep(tiny, text, tmp_path / "b", grid, 0.01, BASE, profile, **SIZE)
-    again = sweep(tiny, text, tmp_path / "b", grid, 0.01, BASE, profile, **SIZE)
+        sweep(tiny, text, tmp_path / "b", grid, 0.01, BASE, profile, SIZE, ONE_THREAD)
+    again = sweep(tiny, text, tmp_path / "b", grid, 0.01, BASE, profile, SIZE, ONE_THREAD)
     assert len(calls) == 3 and again["rows"] == whole["rows"]  # only the second window ran again
     other = sweep(
-        tiny, text, tmp_path / "b", Grid([2], [60]), 0.01, BASE, profile, **SIZE
+        tiny, text, tmp_path / "b", Grid([2], [60]), 0.01, BASE, profile, SIZE, ONE_THREAD
     )  # another grid, the same folder
     assert len(calls) == 5 and other["rows"][0]["arm"] == "k=2 B=60"
 

@@ -1,4 +1,4 @@
-"""The rows of `bench` as a table, JSON, CSV, and a picture."""
+"""The results of `bench` as a table, JSON, CSV, and a picture."""
 
 import csv
 import io
@@ -9,38 +9,44 @@ from benching import ON, planted
 
 from fasa_gguf import FasaError
 from fasa_gguf.speed import report
-from fasa_gguf.speed.bench import Row
+from fasa_gguf.speed.results import Result
 
 
-def figures(rows, **setup):
-    """The rows with weights of 8 MB, a device that copies 2 GB/s, and a setup."""
-    for r in rows:
-        r.weight_bytes, r.copy_rate, r.setup = 8_000_000, 2e9, setup
-    return rows
+def figures(results, **config):
+    """The results with weights of 8 MB, a device that copies 2 GB/s, and a config."""
+    for r in results:
+        r.weight_bytes, r.copy_rate, r.config = 8_000_000, 2e9, config
+    return results
 
 
 def test_the_table():
-    assert (
-        report.table(figures(planted(None, 1.5)), "dir/model.gguf")
-        == """\
-| model      | arm   |       test |           t/s | ratio | attended | KV MiB/token | MiB/token | GB/s | of copy rate | note           |
-| ---------- | ----- | ---------: | ------------: | ----: | -------: | -----------: | --------: | ---: | -----------: | -------------- |
-| model.gguf | dense |   tg8 @ d0 | 50.00 +- 1.41 |       |      all |         1.91 |      9.54 |  0.5 |          25% |                |
-| model.gguf | fasa  |   tg8 @ d0 | 50.00 +- 0.00 | 1.00x |      all |         1.91 |      9.54 |  0.5 |          25% | dense (n < 64) |
-| model.gguf | dense | tg8 @ d100 | 50.00 +- 1.41 |       |      all |         1.91 |      9.54 |  0.5 |          25% |                |
-| model.gguf | fasa  | tg8 @ d100 | 75.00 +- 0.00 | 1.50x |       64 |         0.48 |      8.11 |  0.6 |          32% |                |"""
-    )
+    lines = report.format_bench(figures(planted(None, 1.5)), "dir/model.gguf").splitlines()
+    assert lines == [
+        "| model      | arm   |       test |           t/s | ratio "
+        "| attended | KV MiB/token | MiB/token | GB/s | of copy rate | note           |",
+        "| ---------- | ----- | ---------: | ------------: | ----: "
+        "| -------: | -----------: | --------: | ---: | -----------: | -------------- |",
+        "| model.gguf | dense |   tg8 @ d0 | 50.00 +- 1.41 |       "
+        "|      all |         1.91 |      9.54 |  0.5 |          25% |                |",
+        "| model.gguf | fasa  |   tg8 @ d0 | 50.00 +- 0.00 | 1.00x "
+        "|      all |         1.91 |      9.54 |  0.5 |          25% | dense (n < 64) |",
+        "| model.gguf | dense | tg8 @ d100 | 50.00 +- 1.41 |       "
+        "|      all |         1.91 |      9.54 |  0.5 |          25% |                |",
+        "| model.gguf | fasa  | tg8 @ d100 | 75.00 +- 0.00 | 1.50x "
+        "|       64 |         0.48 |      8.11 |  0.6 |          32% |                |",
+    ]
 
 
-def test_columns_that_say_the_default_everywhere_are_left_away():
+def test_columns_with_only_default_values_are_hidden():
     first, other = planted(1.5), planted(2.0)
-    rows = figures(first, n_gpu_layers=99, type_k="f16", type_v="f16") + figures(
+    results = figures(first, n_gpu_layers=99, type_k="f16", type_v="f16") + figures(
         other, n_gpu_layers=99, type_k="q8_0", type_v="q8_0", no_kv_offload=True
     )
-    rows[3].n_parallel, rows[3].ratio_best = 4, 1.9
-    rows.append(Row("dense", 100, 8, note="not measured: no room", setup={"n_gpu_layers": 99}))
+    results[3].n_parallel, results[3].ratio_best = 4, 1.9
+    results.append(Result("dense", 100, 8, note="not measured: no room", config={"n_gpu_layers": 99}))
     head, _, *lines = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in report.table(rows, "m.gguf").splitlines()
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in report.format_bench(results, "m.gguf").splitlines()
     ]
     assert head == [
         "model",
@@ -99,13 +105,16 @@ def test_columns_that_say_the_default_everywhere_are_left_away():
         "",
         "not measured: no room",
     ]
-    prompt = Row("fasa", 0, 0, 512, samples_ts=[9.0], ratio=1.0, params=ON)
-    assert report.table([prompt], "m.gguf").splitlines()[2] == "| m.gguf | fasa | pp512 @ d0 | 9.00 +- 0.00 | 1.00x |"
+    prompt = Result("fasa", 0, 0, 512, samples_ts=[9.0], ratio=1.0, params=ON)
+    assert (
+        report.format_bench([prompt], "m.gguf").splitlines()[2]
+        == "| m.gguf | fasa | pp512 @ d0 | 9.00 +- 0.00 | 1.00x |"
+    )
 
 
 def test_the_formats(library):
-    rows = figures(planted(None, 1.5), type_k="f16", n_gpu_layers=0)
-    entries = json.loads(report.render(rows, "model.gguf", "json"))
+    results = figures(planted(None, 1.5), type_k="f16", n_gpu_layers=0)
+    entries = json.loads(report.format_results(results, "model.gguf", "json"))
     last = entries[3]
     assert (last["test"], last["arm"], last["n_prompt"], last["n_gen"], last["n_depth"], last["n_parallel"]) == (
         "tg8 @ d100",
@@ -128,8 +137,8 @@ def test_the_formats(library):
         and last["model_filename"] == "model.gguf"
         and "0.3.36" in last["build_commit"]
     )
-    assert [json.loads(line) for line in report.render(rows, "model.gguf", "jsonl").splitlines()] == entries
-    flat = list(csv.DictReader(io.StringIO(report.render(rows, "model.gguf", "csv"))))
+    assert [json.loads(line) for line in report.format_results(results, "model.gguf", "jsonl").splitlines()] == entries
+    flat = list(csv.DictReader(io.StringIO(report.format_results(results, "model.gguf", "csv"))))
     assert (
         len(flat) == 4
         and flat[3]["samples_ts"] == "75 75"
@@ -137,31 +146,29 @@ def test_the_formats(library):
         and flat[2]["fasa_budget"] == ""
     )
     assert flat[1]["note"] == "dense (n < 64)" and flat[0]["type_k"] == "f16" and flat[0]["ttft_ms"] == ""
-    assert report.render(rows, "model.gguf") == report.table(rows, "model.gguf")
+    assert report.format_results(results, "model.gguf") == report.format_bench(results, "model.gguf")
     with pytest.raises(FasaError, match="-o 'sql': expected one of md, json, jsonl, csv"):
-        report.render(rows, "model.gguf", "sql")
+        report.format_results(results, "model.gguf", "sql")
 
 
 def test_the_lines_of_the_picture():
-    rows = figures(planted(1.5, 2.0)[::-1], type_k="f16", type_v="f16")
-    assert {name: [r.n_depth for r in line] for name, line in report.lines(rows).items()} == {
+    results = figures(planted(1.5, 2.0)[::-1], type_k="f16", type_v="f16")
+    assert {name: [r.n_depth for r in line] for name, line in report.plot_lines(results).items()} == {
         "fasa": [0, 100],
         "dense": [0, 100],
     }
-    rows += figures(planted(1.0)[:1], type_k="q8_0", type_v="f16", no_kv_offload=True) + [
-        Row("dense", 0, 0, 512, samples_ts=[1.0]),
-        Row("dense", 7, 8),
-    ]
-    assert list(report.lines(rows)) == ["fasa KV f16", "dense KV f16", "dense -nkvo KV q8_0/f16"]
+    results += figures(planted(1.0)[:1], type_k="q8_0", type_v="f16", no_kv_offload=True)
+    results += [Result("dense", 0, 0, 512, samples_ts=[1.0]), Result("dense", 7, 8)]
+    assert list(report.plot_lines(results)) == ["fasa KV f16", "dense KV f16", "dense -nkvo KV q8_0/f16"]
 
 
 def test_the_picture(tmp_path):
     pytest.importorskip("matplotlib")
-    for rows in (planted(1.5, 2.0), planted(1.5, 2.0)[2:]):  # with depth 0 and without
+    for results in (planted(1.5, 2.0), planted(1.5, 2.0)[2:]):  # with depth 0 and without
         path = tmp_path / "plot.png"
-        report.save_plot(rows, path, "model.gguf")
+        report.save_plot(results, path, "model.gguf")
         assert path.read_bytes()[:4] == b"\x89PNG"
-    with pytest.raises(FasaError, match="/nowhere/p.png: cannot be written"):
-        report.save_plot(rows, "/nowhere/p.png", "model.gguf")
-    with pytest.raises(FasaError, match="no decode row was measured, so there is nothing to draw"):
+    with pytest.raises(FasaError, match=r"/nowhere/p\.png: cannot be written"):
+        report.save_plot(results, "/nowhere/p.png", "model.gguf")
+    with pytest.raises(FasaError, match="no decode result was measured, so there is nothing to draw"):
         report.save_plot([], tmp_path / "p.png", "model.gguf")
