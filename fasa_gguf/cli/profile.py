@@ -65,16 +65,16 @@ def cmd_embed_profile(a: argparse.Namespace) -> None:
 
 
 def cmd_inspect(a: argparse.Namespace) -> None:
-    from ..profile.profile import inspect_table
+    from ..profile.inspect import format_profile
 
     profile = Profile.load(a.model)
     if a.against:
-        from ..profile.agreement import compare_profiles
+        from ..profile.agreement import compare_profiles, format_agreement
 
         found = compare_profiles(profile, Profile.load(a.against), a.top)
-        print(json.dumps(found.as_dict()) if a.json else found.table())
+        print(json.dumps(found.as_dict()) if a.json else format_agreement(found))
     else:
-        print(profile.to_json() if a.json else inspect_table(profile))
+        print(profile.to_json() if a.json else format_profile(profile))
     if a.png:
         from ..report.pictures import save_heatmap
 

@@ -57,7 +57,9 @@ COLUMNS: dict[str, tuple[Callable[[Result], str], str | None]] = {
     "VRAM MiB": (lambda r: _number(r.memory.vram_peak and r.memory.vram_peak / MIB, "{:.0f}"), ""),
     "pinned MiB": (lambda r: _number(r.memory.pinned and r.memory.pinned / MIB, "{:.0f}"), ""),
     "PCIe MiB/step": (
-        lambda r: _number(None if r.memory.fetched is None else (r.memory.fetched + (r.memory.staged or 0)) / MIB, "{:.2f}"),
+        lambda r: _number(
+            None if r.memory.fetched is None else (r.memory.fetched + (r.memory.staged or 0)) / MIB, "{:.2f}"
+        ),
         "",
     ),
     "reused": (lambda r: _number(None if r.memory.reused is None else 100 * r.memory.reused, "{:.0f}%"), ""),
