@@ -18,7 +18,8 @@ def parse_mode(text: Any, where: str = "fasa_mode") -> str:
     """auto, device or host; c and m are short for device and host. Raises FasaError, which names `where`."""
     mode = MODE_ALIASES.get(text, text) if isinstance(text, str) else text
     if mode not in MODES:
-        raise FasaError(f"{where}: expected one of {', '.join(MODES)}, found {text!r}")
+        short = ", ".join(MODE_ALIASES)
+        raise FasaError(f"{where}: expected one of {', '.join(MODES)} (or {short}), found {text!r}")
     return mode
 
 
