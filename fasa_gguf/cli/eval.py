@@ -72,6 +72,13 @@ def _arm_name(a: argparse.Namespace, p: FasaParams, profile: Profile) -> str:
     return " ".join(filter(None, [a.fasa_preset, profile.ranking_method, f"k={p.chunks or 'auto'}", p.k_dom, size]))
 
 
+def _settings_of(
+    a: argparse.Namespace, own: tuple[FasaParams, Profile], path: str | None
+) -> tuple[FasaParams, Profile]:
+    """The settings and profile of an arm of --arms: those of a file that it names, else `own`."""
+    return read_params(a, Profile.load(path)) if path else own
+
+
 def _arms(a: argparse.Namespace) -> list[Arm]:
     """One arm for each profile and budget, mass or text of --arms; without any of the three, one for each profile."""
     if a.arms and not (a.profile or a.budgets or a.masses):
@@ -87,12 +94,8 @@ def _arms(a: argparse.Namespace) -> list[Arm]:
         for p in settings or ([] if a.arms else [base]):
             arms.append(Arm(_arm_name(a, p, profile), p.check(), profile))
         if a.arms:
-            own = (base, profile)
-            arms += parse_arms(
-                a.arms,
-                lambda other, own=own: read_params(a, Profile.load(other)) if other else own,
-                f"{Path(path).name} " if len(paths) > 1 else "",
-            )
+            prefix = f"{Path(path).name} " if len(paths) > 1 else ""
+            arms += parse_arms(a.arms, functools.partial(_settings_of, a, (base, profile)), prefix)
     return arms
 
 

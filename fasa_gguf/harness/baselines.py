@@ -77,7 +77,7 @@ class Quest(Policy):
         pages = F.pad(k, (0, 0, 0, n_page * self.page - n_kv)).unflatten(1, (n_page, self.page))
         low, high = pages.amin(2), pages.amax(2)  # [n_head_kv, n_page, d]
         bound = self._logits(q.clamp(min=0), high) + self._logits(q.clamp(max=0), low)  # [n_head, n_query, n_page]
-        end = (torch.arange(n_page, device=k.device) + 1) * self.page  # [n_page] first cell behind it
+        end = (torch.arange(n_page, device=k.device) + 1) * self.page  # [n_page] first cell after it
         filling = end > tail.visible.sum(-1, keepdim=True)  # [n_query, n_page]
         est = (bound * self.shape.scale).repeat_interleave(self.page, -1)[..., :n_kv]
         filling = filling.repeat_interleave(self.page, -1)[..., :n_kv]  # [n_query, n_kv]

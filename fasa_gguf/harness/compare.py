@@ -89,13 +89,11 @@ def find_profile(path: str | os.PathLike | None, model: str | os.PathLike) -> Pr
 
 def read_windows(settings: CompareSettings, journal: Journal) -> dict[str, list[list[int]]]:
     """Windows of window + 1 tokens of each part: text, tune, and the one window of `calibration`."""
-    parts = {
-        "text": (settings.text, settings.windows),
-        "tune": (settings.tune, settings.tune_windows),
-        "calibration": (settings.tune, 1),
-    }
+    parts = {"text": (settings.text, settings.windows)}
     if settings.tune is None:
-        parts = {"text": parts["text"], "calibration": (default_corpus()[1], 1)}
+        parts["calibration"] = default_corpus()[1], 1
+    else:
+        parts["tune"], parts["calibration"] = (settings.tune, settings.tune_windows), (settings.tune, 1)
     missing = [part for part in parts if journal.get(f"tokens {part}") is None]
     if missing:
         with Session(settings.model, n_ctx=256, n_batch=32, n_ubatch=32) as s:

@@ -140,7 +140,8 @@ class _Endless:
     """A list that draws what is asked of it, always in the same order."""
 
     def __init__(self, source: Iterable[str]) -> None:
-        self.source, self.items = iter(source), []
+        self.source = iter(source)
+        self.items: list[str] = []
 
     def first(self, n: int) -> list[str]:
         while len(self.items) < n:
@@ -152,7 +153,7 @@ class _Endless:
 
 
 def _insert(sentences: Sequence[str], needles: Sequence[str], depths: Sequence[float]) -> list[str]:
-    """The needles, in order, at ascending depths (0: before the first sentence, 1: behind the last)."""
+    """The needles, in order, at ascending depths (0: before the first sentence, 1: after the last)."""
     out: list[str] = []
     at = 0
     for needle, depth in zip(needles, depths, strict=False):
@@ -200,7 +201,8 @@ def _niah(task: Task, rng: random.Random, words: Sequence[str] | None, depths: S
     query = ", ".join(queries[:-1]) + ", and " + queries[-1] if len(queries) > 1 else queries[0]
     template, kind = NIAH, task.value
     if task.n_query * task.n_value == 1:  # RULER's way to the singular
-        template = tuple(t.replace("Some", "A").replace("are all", "is").replace("are", "is") for t in NIAH)
+        one, prefix = (t.replace("Some", "A").replace("are all", "is").replace("are", "is") for t in NIAH)
+        template = one, prefix
         kind = kind[:-1]
     sentences, glue = _haystack(task, rng, words, [*keys, *itertools.chain.from_iterable(values)])
 
@@ -227,7 +229,7 @@ def _chain(rng: random.Random, letters: int, n_hops: int = 4) -> Build:
 
 
 def _vt(rng: random.Random, count: Count, length: int) -> Build:
-    """The chain behind an answered example of at most 500 tokens (a third of a short prompt), as RULER has it."""
+    """The chain after an answered example of at most 500 tokens (a third of a short prompt), as RULER has it."""
     shot = _chain(rng, 3)
     text, prefix, chain = shot(_fit(shot, count, min(500, length // 3), "vt (its example)"))
     example = f"{text}{prefix} {' '.join(chain)}\n\n\n\n"
