@@ -13,7 +13,8 @@
 static void fasa_softmax(float * x, int64_t n, float sink) {
     const float most = std::max(fasa_max(x, n), sink);
     if (most == -INFINITY) {
-        return; // an empty list
+        std::fill(x, x + n, 0.0f); // an empty list, or one of hidden cells only: the output is 0
+        return;
     }
     fasa_f32x16 sums = {};
     float sum        = expf(sink - most);

@@ -18,7 +18,6 @@ class llama_kv_cache;
 class llama_kv_cache_context;
 struct llama_memory_i;
 struct llama_ubatch;
-struct fasa_pool;
 
 // What belongs to a context; shared by its caches (sliding-window models have two).
 struct fasa_state {
@@ -127,12 +126,9 @@ struct fasa_cache {
     // other step, for which llama.cpp looks at every cell (0.1 ms and more of a step at 131,072)
     bool set_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool causal) const;
 
-    // for fasa_fill_random
-    int check_fill(uint32_t n_cells) const;
-    void fill_random(uint32_t n_cells, uint64_t seed, std::map<ggml_type, fasa_pool> & pools);
-
-    // for fasa_host_rates
-    std::vector<std::pair<ggml_tensor *, ggml_tensor *>> pinned_rows(ggml_context * ctx) const;
+    // what `fasa-gguf bench` does with the cells of a cache: measure/fill.cpp and measure/rates.cpp
+    struct random_fill;
+    struct pinned_rows;
 
     uint32_t n_kv   = 0; // of the ubatch being computed
     uint64_t ubatch = 0; // its number
