@@ -13,7 +13,6 @@
 //             dimensions from g*D/8 on of tokens 2c, 2c + 1, and gets the D/4 from c*D/4 on of head g
 
 #include "cuda/fac.cuh"
-#include "cuda/fasa-hooks.cuh"
 
 static constexpr int N_WARP = 8, HEADS = 8, TOKENS = 8; // TOKENS: of a warp's turn
 
@@ -214,12 +213,12 @@ template <int D>
 static void fasa_fac_mma_launch(ggml_backend_cuda_context & ctx, fasa_fac_args a, int n_token) {
     const int n_chunk = (a.n_shared + HEADS - 1) / HEADS; // of a list
     a.by_n_chunk      = init_fastdiv_values(n_chunk);
-    const int nsm = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm, n_row = a.n_list * n_chunk * n_token;
+    const int nsm = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm, n_share = a.n_list * n_chunk * n_token;
     const int turns = (a.n_list_len - 1 + N_WARP * TOKENS - 1) / (N_WARP * TOKENS); // of one block
     const int n_split =
-        n_row > fasa_work::TICKETS ? 1 : std::max(1, std::min({ turns, MAX_PARTS, (nsm + n_row / 2) / n_row }));
+        n_share > fasa_work::TICKETS ? 1 : std::max(1, std::min({ turns, MAX_PARTS, (nsm + n_share / 2) / n_share }));
     const size_t part = HEADS * fasa_part_stride(D);
-    ggml_cuda_pool_alloc<float> parts(ctx.pool(), n_split == 1 ? 1 : n_row * n_split * part);
+    ggml_cuda_pool_alloc<float> parts(ctx.pool(), n_split == 1 ? 1 : n_share * n_split * part);
     a.part = parts.get();
     const ggml_cuda_kernel_launch_params params(
         dim3(n_split, a.n_list * n_chunk, n_token), dim3(32 * N_WARP), N_WARP * part * sizeof(float), ctx.stream());

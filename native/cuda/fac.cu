@@ -1,16 +1,16 @@
-// FAC: exact attention over the cells of a list, rows read in place (FASA-M: where cuda/fetch.cu has put them).
+// FAC: exact attention over the cells of a list. Rows are read in place; those of FASA-M where cuda/fetch.cu has put
+// them.
 //
-// A token's row is read by LANES lanes, eight dimensions each, so a warp works on 32/LANES tokens of the list at a
-// time, for up to M query heads of the group. Rows in f16 go to the tensor cores from compute capability 8.0 on
+// LANES lanes read a token's row, eight dimensions each, so a warp works on 32/LANES tokens of the list at a time, for
+// up to M query heads of the group. From compute capability 8.0 on, rows in f16 go to the tensor cores
 // (cuda/fac-mma.cu).
 
 #include "cuda/fac.cuh"
-#include "cuda/fasa-hooks.cuh"
 
 static constexpr int N_WARP      = 16;
 static constexpr int STATIC_SMEM = 1024; // bytes, at most, that the kernel has beside its dynamic shared memory
 
-// Eight values of a row: as they are stored where that is f16, so that more rows can be asked for at once
+// Eight values of a row. Those in f16 stay as they are stored, so that more rows can be read at once.
 template <bool F16>
 struct fasa_fac_values;
 template <>
@@ -245,12 +245,12 @@ static void fasa_fac_launch(ggml_backend_cuda_context & ctx, fasa_fac_args a, in
     a.by_n_chunk        = init_fastdiv_values(n_chunk);
     const int device    = ggml_cuda_get_device();
     const auto & info   = ggml_cuda_info().devices[device];
-    const int n_row     = a.n_list * n_chunk * n_token;
+    const int n_share   = a.n_list * n_chunk * n_token;
     const int tokens    = N_WARP * 32 / LANES * FASA_AHEAD<M, F16>; // of a block, at a time
-    const int n_split   = n_row > fasa_work::TICKETS ? 1 :
-                                                       std::max(1,
-                                                           std::min({ (a.n_list_len - 1 + tokens / 2 - 1) / (tokens / 2),
-                                                               MAX_PARTS, (info.nsm + n_row / 2) / n_row }));
+    const int turns     = (a.n_list_len - 1 + tokens / 2 - 1) / (tokens / 2);
+    const int n_split   = n_share > fasa_work::TICKETS ?
+        1 :
+        std::max(1, std::min({ turns, MAX_PARTS, (info.nsm + n_share / 2) / n_share }));
     const size_t n_byte = (size_t) N_WARP * M * fasa_part_stride(a.d) * sizeof(float);
     const auto kernel   = fasa_fac_kernel<LANES, M, F16>;
     static std::atomic<uint32_t> known{ 0 }; // devices whose limit was raised
@@ -261,7 +261,7 @@ static void fasa_fac_launch(ggml_backend_cuda_context & ctx, fasa_fac_args a, in
         known |= 1u << device;
     }
     ggml_cuda_pool_alloc<float> part(
-        ctx.pool(), n_split == 1 ? 1 : (size_t) n_row * n_split * M * fasa_part_stride(a.d));
+        ctx.pool(), n_split == 1 ? 1 : (size_t) n_share * n_split * M * fasa_part_stride(a.d));
     a.part = part.get();
     const ggml_cuda_kernel_launch_params params(
         dim3(n_split, a.n_list * n_chunk, n_token), dim3(32 * N_WARP), n_byte, ctx.stream());
@@ -317,7 +317,7 @@ void fasa_cuda_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fas
     a.scale            = p.scale;
     a.soft_cap         = p.soft_cap;
     const int n_stream = dst->ne[3], n_token = dst->ne[2] * n_stream;
-    const uint64_t n_row = k->ne[1] * n_stream;
+    const uint64_t n_row = k->ne[1] * n_stream; // of a cell
     a.row_bytes          = ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, v->ne[0]);
     a.bytes_dense        = k->ne[2] * n_row * a.row_bytes;
     const auto launch    = [&](int n) {

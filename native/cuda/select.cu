@@ -19,7 +19,7 @@
 // The blocks of a list are launched together (cooperatively), and their barriers spin. Where the device can, they begin
 // while the kernel before ends, and ask for the first tiles of K_dom.
 
-#include "cuda/fasa-hooks.cuh"
+#include "cuda/nodes.cuh"
 #include "cuda/select-keys.cuh"
 #include "cuda/select-steps.cuh"
 #include "cuda/tip.cuh"
