@@ -350,15 +350,19 @@ typedef struct fasa_op_case {
     int32_t per_head;  // n_list below: n_head when 1, n_head_kv when 0
     int32_t n_forced;  // forced cells per token
     const int32_t * forced; // [n_stream, n_tokens, n_forced] cells, -1: none
-    const float * q;        // [n_stream, n_tokens, n_head, n_embd_head_k]
-    const float * k;        // [n_stream, n_kv, n_head_kv, n_embd_head_k], converted to type_k
-    const float * v;        // [n_stream, n_kv, n_head_kv, n_embd_head_v]
-    const float * mask;     // [n_stream, n_tokens, n_kv] 0 or -inf
-    const float * sinks;    // [n_head] attention sinks or NULL
-    float * out_est;        // [n_stream, n_tokens, n_head, n_kv]
-    int32_t * out_count;    // [n_stream, n_tokens, n_list]
-    int32_t * out_list;     // [n_stream, n_tokens, n_list, list length = fasa_list_length of core/select.h]
-    float * out;            // [n_stream, n_tokens, n_head, n_embd_head_v]
+    int32_t list_length;    // cells that a given list has room for
+    const int32_t * list; // [n_stream, n_tokens, n_list, 1 + list_length] the count, then the cells: FAC runs alone on
+                          // these lists, and what only TIP and SELECT read is ignored; NULL: SELECT makes the lists
+    const float * q;      // [n_stream, n_tokens, n_head, n_embd_head_k]
+    const float * k;      // [n_stream, n_kv, n_head_kv, n_embd_head_k], converted to type_k
+    const float * v;      // [n_stream, n_kv, n_head_kv, n_embd_head_v]
+    const float * mask;   // [n_stream, n_tokens, n_kv] 0 or -inf
+    const float * sinks;  // [n_head] attention sinks or NULL
+    float * out_est;      // [n_stream, n_tokens, n_head, n_kv] must be NULL with a given list
+    int32_t * out_count;  // [n_stream, n_tokens, n_list]
+    int32_t * out_list;   // [n_stream, n_tokens, n_list, length] -1 behind the count; length: fasa_list_length of
+                          // core/select.h, or list_length
+    float * out;          // [n_stream, n_tokens, n_head, n_embd_head_v]
 } fasa_op_case;
 FASA_API int fasa_op_run(const fasa_op_case * test);
 

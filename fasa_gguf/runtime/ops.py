@@ -30,14 +30,15 @@ def rank_recall(
     candidate: np.ndarray | None = None,
     n_threads: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Greedy set ranking of one KV head's chunks (reference.rank_recall, in C++).
+    """Rank one KV head's chunks as a set, greedily: reference.rank_recall in C++.
 
-    q float32 [n_group, n_query, head_dim], k float32 [n_kv, head_dim], chunk_dims int32 [n_chunk, 2].
-    Returns (order int32 [n_rank], share of the attention mass kept float32 [n_rank]).
+    q float32 [n_group, n_query, head_dim], k float32 [n_kv, head_dim], chunk_dims int32 [n_chunk, 2]; q_pos: the
+    position of each query. candidate bool [n_chunk]: the chunks that may be chosen; None: all.
+    Returns (order int32 [n_rank], share of the attention mass kept float32 [n_rank]). Raises FasaError.
     """
     pq, q = _array("float", q, np.float32)
     pk, k = _array("float", k, np.float32)
-    pp, pos = _array("int32_t", q_pos, np.int32)
+    pp, _pos = _array("int32_t", q_pos, np.int32)
     pd, dims = _array("int32_t", chunk_dims, np.int32)
     po, order = _array("int32_t", np.zeros(n_rank), np.int32)
     pr, recall = _array("float", np.zeros(n_rank), np.float32)
@@ -74,10 +75,11 @@ def _op_case(
     q: np.ndarray,
     k: np.ndarray,
     v: np.ndarray,
-    dims: np.ndarray,
-    weight: np.ndarray,
-    forced: np.ndarray,
-    budget: int,
+    dims: np.ndarray | None = None,
+    weight: np.ndarray | None = None,
+    forced: np.ndarray | None = None,
+    list: np.ndarray | None = None,
+    budget: int = 0,
     scale: float,
     n_kv: int,
     mask: np.ndarray | None = None,
@@ -97,7 +99,7 @@ def _op_case(
     mode: int = 0,
     row_slots: int = 0,
 ) -> Any:
-    """struct fasa_op_case; what it points to goes into `keep`."""
+    """A struct fasa_op_case, without its outputs. `keep` gets the arrays that it points to."""
     ffi, _ = _api()
     n_stream, n_tokens, n_head, d_k = q.shape
 
@@ -126,9 +128,6 @@ def _op_case(
         type_k=text(type_k),
         type_v=text(type_v),
         k_dom=K_DOM_TYPES.index(k_dom),
-        n_dom=dims.shape[-1],
-        dims=array("int32_t", dims, np.int32),
-        weight=array("float", weight, np.float32),
         scale=scale,
         soft_cap=soft_cap,
         budget=budget,
@@ -138,12 +137,18 @@ def _op_case(
         per_head=per_head,
         mode=mode,
         row_slots=row_slots,
-        n_forced=forced.shape[-1],
-        forced=array("int32_t", forced, np.int32),
         q=array("float", q, np.float32),
         k=array("float", k, np.float32),
         v=array("float", v, np.float32),
     )
+    if dims is not None:
+        c.dims, c.n_dom = array("int32_t", dims, np.int32), dims.shape[-1]
+    if weight is not None:
+        c.weight = array("float", weight, np.float32)
+    if forced is not None:
+        c.forced, c.n_forced = array("int32_t", forced, np.int32), forced.shape[-1]
+    if list is not None:
+        c.list, c.list_length = array("int32_t", list, np.int32), list.shape[-1] - 1
     if mask is not None:
         c.mask = array("float", mask, np.float32)
     if sinks is not None:
@@ -151,44 +156,69 @@ def _op_case(
     return c
 
 
-def op_run(*, q: np.ndarray, v: np.ndarray, forced: np.ndarray, **case: Any) -> dict[str, np.ndarray]:
-    """The ops of one layer on host arrays, shapes as in struct fasa_op_case; returns est, count, list and out.
-    tip_backend: TIP runs there, and `backend` selects from its scores and attends. Raises FasaError."""
+_SELECTS = ("dims", "weight", "forced", "budget")  # what TIP and SELECT need, and FAC on a given list does not
+
+
+def _list_length(n_kv: int, case: dict[str, Any]) -> int:
+    """Cells that a list of the case has room for: fasa_list_length of core/select.h, or the given list's."""
+    if case.get("list") is not None:
+        return case["list"].shape[-1] - 1
+    most = case.get("cap", 1024) if case.get("mass", 0) > 0 else case["budget"]
+    return min(n_kv, max(most, case["forced"].shape[-1]))
+
+
+def _check_case(n_list: int, q: np.ndarray, case: dict[str, Any]) -> None:
+    given = case.get("list")
+    if given is None:
+        missing = [name for name in _SELECTS if case.get(name) is None]
+        if missing:
+            raise FasaError(f"op_run: expected a list, or {', '.join(_SELECTS)}; {', '.join(missing)} missing")
+    elif given.ndim != 4 or given.shape[:3] != (*q.shape[:2], n_list) or given.shape[3] < 2:
+        shape = f"[{q.shape[0]}, {q.shape[1]}, {n_list}, 1 + length]"
+        raise FasaError(f"op_run: expected a list of shape {shape}, found {[*given.shape]}")
+
+
+def op_run(*, q: np.ndarray, v: np.ndarray, **case: Any) -> dict[str, np.ndarray]:
+    """Run the ops of one layer on host arrays, whose shapes are those of struct fasa_op_case.
+
+    Returns est, count, list and out. tip_backend: TIP runs there, and `backend` selects from its scores and attends.
+    list int32 [n_stream, n_tokens, n_list, 1 + length]: the count, then the cells in any order. FAC then runs alone on
+    these lists; dims, weight, forced and budget are not needed, and est is not returned. Raises FasaError.
+    """
     n_stream, n_tokens, n_head, _ = q.shape
     _, n_kv, n_head_kv, d_v = v.shape
     n_list = n_head if case.get("per_head") else n_head_kv
-    longest = min(n_kv, max(case.get("cap", 1024) if case.get("mass", 0) > 0 else case["budget"], forced.shape[-1]))
+    _check_case(n_list, q, case)
     out = {
         "est": np.full((n_stream, n_tokens, n_head, n_kv), np.nan, np.float32),
         "count": np.full((n_stream, n_tokens, n_list), -1, np.int32),
-        "list": np.full((n_stream, n_tokens, n_list, longest), -1, np.int32),
+        "list": np.full((n_stream, n_tokens, n_list, _list_length(n_kv, case)), -1, np.int32),
         "out": np.full((n_stream, n_tokens, n_head, d_v), np.nan, np.float32),
     }
+    if case.get("list") is not None:
+        del out["est"]
     keep: list[Any] = []
-    c = _op_case(keep, q=q, v=v, forced=forced, n_kv=n_kv, **case)
-    for field, name, ctype in (
-        ("out_est", "est", "float"),
-        ("out_count", "count", "int32_t"),
-        ("out_list", "list", "int32_t"),
-        ("out", "out", "float"),
-    ):
-        pointer, _ = _array(ctype, out[name], out[name].dtype)
-        setattr(c, field, pointer)
+    c = _op_case(keep, q=q, v=v, n_kv=n_kv, **case)
+    for name, values in out.items():
+        pointer, _ = _array("float" if values.dtype == np.float32 else "int32_t", values, values.dtype)
+        setattr(c, f"out_{name}" if name != "out" else "out", pointer)
     _check(_api()[1].fasa_op_run(c))
     return out
 
 
-TIME_CELLS = 16384  # FASA_TIME_CELLS of measure/op-run.cpp
+TIME_CELLS = 16384  # FASA_TIME_CELLS of measure/op-time.cpp
 
 
 def op_time(*, n_layer: int = 4, n_rep: int = 20, **case: Any) -> dict[str, float]:
-    """Seconds a layer of dense flash attention ("dense"), of TIP and SELECT ("select"), and of all of FASA ("fasa"), the fastest of n_rep
-    runs over n_layer caches. k and v float32 [1, 16384, n_head_kv, head_dim] are repeated over n_kv cells. Raises FasaError."""
+    """Time one layer's attention, in seconds: the fastest of n_rep runs over n_layer caches.
+
+    Returns "dense" (dense flash attention), "select" (TIP and SELECT) and "fasa" (all three ops). k and v float32
+    [1, 16384, n_head_kv, head_dim] are repeated over n_kv cells. Raises FasaError.
+    """
     for name in ("k", "v"):
         if case[name].shape[:2] != (1, TIME_CELLS):
-            raise FasaError(
-                f"op_time: expected {name} of shape [1, {TIME_CELLS}, n_head_kv, head_dim], found {list(case[name].shape)}"
-            )
+            shape = f"[1, {TIME_CELLS}, n_head_kv, head_dim]"
+            raise FasaError(f"op_time: expected {name} of shape {shape}, found {[*case[name].shape]}")
     keep: list[Any] = []
     times = _struct("fasa_op_times")
     _check(_api()[1].fasa_op_time(_op_case(keep, **case), n_layer, n_rep, times))

@@ -1,6 +1,8 @@
 #pragma once
 
-// 16 floats or integers at once, one of each cell; the compiler splits the vector where the machine's are shorter.
+// Vectors of 16 floats or integers, one for each cell. The compiler splits them where the machine's are shorter.
+
+#include "ops/ops.h"
 
 #include "ggml-cpu.h"
 #include "ggml-impl.h"
@@ -59,8 +61,7 @@ static inline fasa_i32x16 fasa_dot4(fasa_i32x16 sum, fasa_i32x16 x, int32_t q) {
 #endif
 }
 
-// x*f + sum, rounded once where the machine can: the scores that CUDA selects from are made so, and not every compiler
-// contracts
+// x*f + sum, rounded once where the machine can. CUDA computes its scores so, and not every compiler contracts.
 static inline fasa_f32x16 fasa_fma(fasa_f32x16 x, float f, fasa_f32x16 sum) {
 #if defined(__AVX512F__)
     return (fasa_f32x16) _mm512_fmadd_ps((__m512) x, _mm512_set1_ps(f), (__m512) sum);
@@ -86,8 +87,8 @@ static inline fasa_f32x16 fasa_f32_i32(fasa_i32x16 x) {
 #endif
 }
 
-// e^x/2^e, relative error below 2e-7; 0 where that is below 2^-FASA_SPAN_RANGE (so e^-inf = 0). x <= 2^20; the bits of
-// the result are those of e^x but for the exponent.
+// e^x/2^e for x <= 2^20, relative error below 2e-7. 0 where that is below 2^-FASA_SPAN_RANGE, so e^-inf = 0. The
+// mantissa is that of e^x, whatever e is.
 static inline fasa_f32x16 fasa_exp(fasa_f32x16 x, float e) {
     const fasa_i32x16 keep = x * 1.44269504f > e - FASA_SPAN_RANGE;
     x                      = (fasa_f32x16) ((fasa_i32x16) x & keep);

@@ -13,7 +13,6 @@
 //             dimensions from g*D/8 on of tokens 2c, 2c + 1, and gets the D/4 from c*D/4 on of head g
 
 #include "cuda/fac.cuh"
-#include "cuda/fasa-hooks.cuh"
 
 static constexpr int N_WARP = 8, HEADS = 8, TOKENS = 8; // TOKENS: of a warp's turn
 
@@ -23,27 +22,10 @@ static __device__ __forceinline__ void fasa_halves(float x, float y, uint32_t & 
     high = *(const uint32_t *) &h, low = *(const uint32_t *) &l;
 }
 
-// what a thread has of eight tokens
+// A of the logits: a thread's dimensions of its head's query, times the scale; 0 where there is no head
 template <int D>
-struct fasa_fac_eight {
-    uint4 k[D / 32], v[2][D / 64];
-    float bias[2];
-};
-
-template <int D, bool FETCHED>
-static __global__ void __launch_bounds__(32 * N_WARP, 1) fasa_fac_mma_kernel(const fasa_fac_args a) {
-    extern __shared__ __align__(16) float smem[]; // [N_WARP][HEADS][stride]
-
-    const fasa_fac_share at = fasa_fac_share_of<HEADS>(a);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4,
-              h    = fastdiv(at.head0, a.by_n_group);
-    const uint2 st = fast_div_modulo(at.token, a.by_n_tps);
-    const int s = st.x, t = st.y;
-    const int32_t * cells = a.list + ((int64_t) at.token * a.n_list + at.list) * a.n_list_len + 1;
-    const char *k = a.k + s * a.k_nb3 + h * a.k_nb1, *v = a.v + s * a.v_nb3 + h * a.v_nb1;
-    const half * mask = (const half *) (a.mask + s * a.mask_nb3 + t * a.mask_nb1);
-
-    uint32_t q[D / 16][4]; // A of the logits
+static __device__ __forceinline__ void fasa_fac_mma_query(
+    const fasa_fac_args & a, const fasa_fac_share & at, int g, int c, uint32_t (&q)[D / 16][4]) {
 #pragma unroll
     for (int i = 0; i < D / 16; ++i) {
         float4 x = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
@@ -53,31 +35,43 @@ static __global__ void __launch_bounds__(32 * N_WARP, 1) fasa_fac_mma_kernel(con
         fasa_halves(x.x * a.scale, x.y * a.scale, q[i][0], q[i][1]);
         fasa_halves(x.z * a.scale, x.w * a.scale, q[i][2], q[i][3]);
     }
-    float acc[D / 8][4], most = -INFINITY, sum = 0.0f;
-#pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
-        acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
-    }
+}
 
-    ggml_cuda_pdl_lc();   // what follows FAC waits for it, and may as well begin
-    ggml_cuda_pdl_sync(); // q is older than SELECT, the list is not
-    const int first = (warp * at.n_split + at.split) * TOKENS, step = N_WARP * at.n_split * TOKENS;
-    int cell[3]; // of tokens g, 2c and 2c + 1
-    const auto ask = [&](int i0) {
+// What a thread reads of eight tokens: its dimensions of the key of token g, and of the values of tokens 2c and 2c + 1
+template <int D>
+struct fasa_fac_eight {
+    uint4 k[D / 32], v[2][D / 64];
+    float bias[2];
+};
+
+// The list as a thread reads it: turn after turn of eight tokens, the cells of one turn before its rows
+template <int D, bool FETCHED>
+struct fasa_fac_mma_list {
+    const fasa_fac_args & a;
+    const int list, h, g, c;
+    const int32_t * cells;
+    const char *k, *v; // of the stream and KV head
+    const half * mask;
+    int n;
+    int cell[3]; // of tokens g, 2c and 2c + 1 of the turn that is read next
+
+    __device__ __forceinline__ int token(int i0, int u) const { return i0 + (u == 0 ? g : 2 * c + u - 1); }
+
+    __device__ __forceinline__ void ask(int i0) {
 #pragma unroll
         for (int u = 0; u < 3; ++u) {
-            const int i = i0 + (u == 0 ? g : 2 * c + u - 1);
+            const int i = token(i0, u);
             cell[u]     = i < a.n_list_len - 1 ? cells[i] : 0;
         }
-    };
-    const int n     = cells[-1];
-    const auto load = [&](int i0) {
+    }
+
+    __device__ __forceinline__ fasa_fac_eight<D> load(int i0) const {
         fasa_fac_eight<D> x;
 #pragma unroll
         for (int u = 0; u < 3; ++u) {
-            const int i            = i0 + (u == 0 ? g : 2 * c + u - 1);
+            const int i            = token(i0, u);
             const bool is          = i < n;
-            const fasa_fac_row row = is ? fasa_fac_row_of<FETCHED>(a, k, v, at.list, h, i, cell[u]) : fasa_fac_row{};
+            const fasa_fac_row row = is ? fasa_fac_row_of<FETCHED>(a, k, v, list, h, i, cell[u]) : fasa_fac_row{};
             if (u == 0) {
 #pragma unroll
                 for (int j = 0; j < D / 32; ++j) {
@@ -92,18 +86,25 @@ static __global__ void __launch_bounds__(32 * N_WARP, 1) fasa_fac_mma_kernel(con
             }
         }
         return x;
-    };
-    ask(first);
-    fasa_fac_eight<D> next;
-#pragma unroll 1
-    for (int i0 = first; first < n; i0 += step) { // the rows of i0 are asked for, those before are worked on: in one
-                                                  // piece of code, which has to be fetched
-        const fasa_fac_eight<D> x = next;
-        next                      = load(i0);
-        ask(i0 + step);
-        if (i0 == first) {
-            continue;
+    }
+};
+
+// What a thread has of the tokens so far: the largest logit of head g (to base 2), its own weights' sum, and its part
+// of the weighted sum of the values
+template <int D>
+struct fasa_fac_mma_state {
+    float acc[D / 8][4], most = -INFINITY, sum = 0.0f;
+
+    __device__ __forceinline__ fasa_fac_mma_state() {
+#pragma unroll
+        for (int j = 0; j < D / 8; ++j) {
+            acc[j][0] = acc[j][1] = acc[j][2] = acc[j][3] = 0.0f;
         }
+    }
+
+    // eight tokens; first: acc is 0 still
+    __device__ __forceinline__ void add(
+        const fasa_fac_args & a, const uint32_t (&q)[D / 16][4], const fasa_fac_eight<D> & x, bool first) {
         const uint32_t * key = (const uint32_t *) x.k;
         float y[2][4]        = {};
 #pragma unroll
@@ -123,41 +124,88 @@ static __global__ void __launch_bounds__(32 * N_WARP, 1) fasa_fac_mma_kernel(con
         const float w0 = fasa_exp2(logit[0] - shift), w1 = fasa_exp2(logit[1] - shift);
         most = top;
         sum  = sum * scale + (w0 + w1);
-        if (i0 > first + step) {
+        if (!first) {
 #pragma unroll
             for (int j = 0; j < D / 8; ++j) {
                 acc[j][0] *= scale, acc[j][1] *= scale, acc[j][2] *= scale, acc[j][3] *= scale;
             }
         }
+        add_values(x, w0, w1);
+    }
+
+    __device__ __forceinline__ void add_values(const fasa_fac_eight<D> & x, float w0, float w1) {
         uint32_t high, low;
         fasa_halves(w0, w1, high, low);
         const uint32_t *v0 = (const uint32_t *) x.v[0], *v1 = (const uint32_t *) x.v[1];
 #pragma unroll
-        for (int j = 0; j < D / 8; ++j) {
-            fasa_mma(acc[j], high, low,
-                __byte_perm(v0[j / 2], v1[j / 2], j % 2 ? 0x7632 : 0x5410)); // dimension g*D/8 + j of both tokens
+        for (int j = 0; j < D / 8; ++j) { // dimension g*D/8 + j of both tokens
+            fasa_mma(acc[j], high, low, __byte_perm(v0[j / 2], v1[j / 2], j % 2 ? 0x7632 : 0x5410));
         }
-        if (i0 >= n) {
+    }
+
+    // the warp's part: parts [HEADS][stride] (fasa_part_stride), of which n_m are written
+    __device__ __forceinline__ void write(float * parts, int n_m, int g, int c) {
+        sum += __shfl_xor_sync(0xffffffff, sum, 1);
+        sum += __shfl_xor_sync(0xffffffff, sum, 2);
+        if (g < n_m) {
+            float *out = parts + g * fasa_part_stride(D), *mine = out + c * (D / 4);
+#pragma unroll
+            for (int u = 0; u < 2; ++u) { // dimensions (2c + u)*D/8 + j
+#pragma unroll
+                for (int j = 0; j < D / 8; j += 4) {
+                    *(float4 *) (mine + u * (D / 8) + j) =
+                        make_float4(acc[j][u] + acc[j][2 + u], acc[j + 1][u] + acc[j + 1][2 + u],
+                            acc[j + 2][u] + acc[j + 2][2 + u], acc[j + 3][u] + acc[j + 3][2 + u]);
+                }
+            }
+            if (c == 0) {
+                *(float2 *) (out + D) = make_float2(most, sum);
+            }
+        }
+    }
+};
+
+template <int D, bool FETCHED>
+static __global__ void __launch_bounds__(32 * N_WARP, 1) fasa_fac_mma_kernel(const fasa_fac_args a) {
+    extern __shared__ __align__(16) float smem[]; // [N_WARP][HEADS][stride]
+
+    const fasa_fac_share at = fasa_fac_share_of<HEADS>(a);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, c = lane % 4;
+    const int h    = fastdiv(at.head0, a.by_n_group);
+    const uint2 st = fast_div_modulo(at.token, a.by_n_tps);
+    const int s = st.x, t = st.y;
+
+    fasa_fac_mma_list<D, FETCHED> list = { a, at.list, h, g, c };
+    list.cells                         = a.list + ((int64_t) at.token * a.n_list + at.list) * a.n_list_len + 1;
+    list.k = a.k + s * a.k_nb3 + h * a.k_nb1, list.v = a.v + s * a.v_nb3 + h * a.v_nb1;
+    list.mask = (const half *) (a.mask + s * a.mask_nb3 + t * a.mask_nb1);
+
+    uint32_t q[D / 16][4];
+    fasa_fac_mma_query<D>(a, at, g, c, q);
+    fasa_fac_mma_state<D> state;
+
+    ggml_cuda_pdl_lc();   // what follows FAC waits for it, and may as well begin
+    ggml_cuda_pdl_sync(); // q is older than SELECT, the list is not
+    const int first = (warp * at.n_split + at.split) * TOKENS, step = N_WARP * at.n_split * TOKENS;
+    list.n = list.cells[-1];
+    list.ask(first);
+    fasa_fac_eight<D> next;
+    // a turn asks for the rows of i0, then works on those of the turn before: one piece of code, because code has to be
+    // fetched too
+#pragma unroll 1
+    for (int i0 = first; first < list.n; i0 += step) {
+        const fasa_fac_eight<D> x = next;
+        next                      = list.load(i0);
+        list.ask(i0 + step);
+        if (i0 == first) {
+            continue;
+        }
+        state.add(a, q, x, i0 <= first + step);
+        if (i0 >= list.n) {
             break;
         }
     }
-    sum += __shfl_xor_sync(0xffffffff, sum, 1);
-    sum += __shfl_xor_sync(0xffffffff, sum, 2);
-    if (g < at.n_m) {
-        float *out = smem + (warp * HEADS + g) * fasa_part_stride(D), *mine = out + c * (D / 4);
-#pragma unroll
-        for (int u = 0; u < 2; ++u) { // dimensions (2c + u)*D/8 + j
-#pragma unroll
-            for (int j = 0; j < D / 8; j += 4) {
-                *(float4 *) (mine + u * (D / 8) + j) =
-                    make_float4(acc[j][u] + acc[j][2 + u], acc[j + 1][u] + acc[j + 1][2 + u],
-                        acc[j + 2][u] + acc[j + 2][2 + u], acc[j + 3][u] + acc[j + 3][2 + u]);
-            }
-        }
-        if (c == 0) {
-            *(float2 *) (out + D) = make_float2(most, sum);
-        }
-    }
+    state.write(smem + warp * HEADS * fasa_part_stride(D), at.n_m, g, c);
     fasa_fac_finish<HEADS>(a, at, smem, N_WARP);
 }
 
@@ -165,12 +213,12 @@ template <int D>
 static void fasa_fac_mma_launch(ggml_backend_cuda_context & ctx, fasa_fac_args a, int n_token) {
     const int n_chunk = (a.n_shared + HEADS - 1) / HEADS; // of a list
     a.by_n_chunk      = init_fastdiv_values(n_chunk);
-    const int nsm = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm, n_row = a.n_list * n_chunk * n_token;
+    const int nsm = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm, n_share = a.n_list * n_chunk * n_token;
     const int turns = (a.n_list_len - 1 + N_WARP * TOKENS - 1) / (N_WARP * TOKENS); // of one block
     const int n_split =
-        n_row > fasa_work::TICKETS ? 1 : std::max(1, std::min({ turns, MAX_PARTS, (nsm + n_row / 2) / n_row }));
+        n_share > fasa_work::TICKETS ? 1 : std::max(1, std::min({ turns, MAX_PARTS, (nsm + n_share / 2) / n_share }));
     const size_t part = HEADS * fasa_part_stride(D);
-    ggml_cuda_pool_alloc<float> parts(ctx.pool(), n_split == 1 ? 1 : n_row * n_split * part);
+    ggml_cuda_pool_alloc<float> parts(ctx.pool(), n_split == 1 ? 1 : n_share * n_split * part);
     a.part = parts.get();
     const ggml_cuda_kernel_launch_params params(
         dim3(n_split, a.n_list * n_chunk, n_token), dim3(32 * N_WARP), N_WARP * part * sizeof(float), ctx.stream());

@@ -1,13 +1,13 @@
 #pragma once
 
-// What FAC's kernels share: their arguments, the row of a token, and how the parts of a list are added up.
+// What FAC's kernels share: their arguments, the row of a cell, and how the parts of a list are added up.
 //
-// A list is split over blocks and warps in turns, whatever its count, so that its cells are asked for together with the
-// count. Every warp leaves a part, every block adds up its warps', and the last block of a list that is done the
-// blocks', in the order of the list, so the result does not depend on which one that is.
+// A list is split over blocks and warps in turns, whatever its count, so that its cells can be read together with the
+// count. Every warp leaves a part, and every block adds up those of its warps. The last block of a list to be done adds
+// up those of the blocks, in the order of the list, so the result does not depend on which block that is.
 
 #include "cuda/device.cuh"
-#include "cuda/fasa-hooks.cuh"
+#include "cuda/nodes.cuh"
 
 static constexpr int MAX_PARTS = 16; // blocks of a list, warps of a block
 
@@ -17,7 +17,7 @@ struct fasa_fac_args {
     const char *q, *k, *v, *mask;
     const float * sinks; // [n_head] or nullptr
     fasa_work * work;
-    float * part; // [row][split][M][stride]
+    float * part; // [share][split][M][stride]
     int64_t q_nb1, q_nb2, k_nb1, k_nb2, k_nb3, v_nb1, v_nb2, v_nb3, mask_nb1, mask_nb3;
     ggml_type type_k, type_v;
     fasa_fetched fetched;
@@ -33,21 +33,21 @@ static constexpr __host__ __device__ int fasa_part_stride(int d) {
     return d + 4;
 }
 
-// What a block has to do: query heads [head0, head0 + n_m) of a list of a token; part i of n_split of it
+// A block's share of the work: query heads [head0, head0 + n_m) over part `split` of n_split of a token's list
 struct fasa_fac_share {
     int token, list, head0, n_m, split, n_split;
-    int row; // of `part` and of the tickets
+    int index; // of `part` and of the tickets: the same for all n_split blocks
 };
 
 template <int M>
 static __device__ __forceinline__ fasa_fac_share fasa_fac_share_of(const fasa_fac_args & a) {
-    const uint2 row = fast_div_modulo(blockIdx.y, a.by_n_chunk);
-    const int list = row.x, chunk = row.y;
+    const uint2 at = fast_div_modulo(blockIdx.y, a.by_n_chunk);
+    const int list = at.x, chunk = at.y;
     return { a.token0 + (int) blockIdx.z, list, list * a.n_shared + chunk * M, min(M, a.n_shared - chunk * M),
         (int) blockIdx.x, (int) gridDim.x, (int) (blockIdx.z * gridDim.y + blockIdx.y) };
 }
 
-// K and V of row i of a list, which is that of a cell. FETCHED: not read in place
+// Where K and V of the cell lie that is i-th of a list. FETCHED: not read in place
 struct fasa_fac_row {
     const char *key, *value;
 };
@@ -65,8 +65,8 @@ static __device__ __forceinline__ fasa_fac_row fasa_fac_row_of(
     return { key, key + a.fetched.v_at };
 }
 
-// parts [n_part][step] -> their sum: a part in `out`, or with `done` finished values. Two neighbouring threads share
-// four of them.
+// Adds up parts [n_part][step], into a part in `out`, or into finished values with `done`. Two neighbouring threads
+// share four dimensions.
 static __device__ __forceinline__ void fasa_fac_add(
     const float * parts, int n_part, int step, int n_m, int d, float * out, bool done, const float * sinks) {
     constexpr int MINE = MAX_PARTS / 2;
@@ -115,15 +115,15 @@ static __device__ __forceinline__ void fasa_fac_add(
     }
 }
 
-// The end of a block: warps [n_warp][M][stride], the parts of its warps, in shared memory. It goes through the same
-// code for them and for the blocks' parts: code that runs once takes about seven nanoseconds an instruction, to be
-// fetched.
+// The end of a block: adds up the parts of its warps [n_warp][M][stride], in shared memory, and in the last block those
+// of all blocks. Both go through the same code: code that runs once costs about seven nanoseconds an instruction, for
+// its fetch.
 template <int M>
 static __device__ __forceinline__ void fasa_fac_finish(
     const fasa_fac_args & a, const fasa_fac_share & at, const float * warps, int n_warp) {
     __shared__ bool last;
     const int step            = M * fasa_part_stride(a.d);
-    float *const parts        = a.part + (int64_t) at.row * at.n_split * step,
+    float *const parts        = a.part + (int64_t) at.index * at.n_split * step,
                  *const out   = a.dst + ((int64_t) at.token * a.n_head + at.head0) * a.d;
     const float * const sinks = a.sinks ? a.sinks + at.head0 : nullptr;
     __syncthreads();
@@ -137,7 +137,7 @@ static __device__ __forceinline__ void fasa_fac_finish(
         }
         __syncthreads();
         if (threadIdx.x == 0) {
-            last = fasa_count_up(&a.work->ticket[at.row], at.n_split - 1) ==
+            last = fasa_count_up(&a.work->ticket[at.index], at.n_split - 1) ==
                 at.n_split - 1u; // back to 0 with the last one
         }
         __syncthreads();

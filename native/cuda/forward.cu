@@ -1,4 +1,7 @@
+// Which nodes the CUDA backend takes, and who runs them.
+
 #include "cuda/fasa-hooks.cuh"
+#include "cuda/nodes.cuh"
 
 #include "common.cuh"
 

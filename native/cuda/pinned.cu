@@ -1,11 +1,11 @@
 // FASA-M's buffer type: pinned, mapped host memory that ggml's scheduler takes for the CUDA device's own. Kernels read
-// and write it in place over PCIe, and nothing copies a whole cache. Dense attention reads a copy of one layer in
-// device memory (STAGE).
+// and write it in place over PCIe, and nothing copies a whole cache.
 
 #include "cuda/fasa-hooks.cuh"
+#include "cuda/nodes.cuh"
+#include "cuda/pinned.cuh"
 
 #include "common.cuh"
-#include "core/select.h"
 #include "ggml-backend-impl.h"
 
 #include <algorithm>
@@ -23,7 +23,7 @@
 // ---- memory ----
 
 static constexpr size_t FASA_HUGE_PAGE = 2u << 20;
-static constexpr size_t FASA_TELL_FROM = (size_t) 4 << 30; // bytes from which on pinning says how far it is
+static constexpr size_t FASA_TELL_FROM = (size_t) 4 << 30; // bytes; pinning this many or more logs its progress
 
 static fasa_on_error_t fasa_on_error = nullptr;
 
@@ -50,7 +50,7 @@ static void fasa_in_pieces(size_t size, const F & f) {
     for (size_t i = 1; i < n; ++i) {
         try {
             threads.emplace_back(piece, i);
-        } catch (const std::system_error &) { // there may be no more of them
+        } catch (const std::system_error &) { // no more threads can be had
             piece(i);
         }
     }
@@ -75,8 +75,8 @@ static size_t fasa_read_number(const std::string & path, const char * format) {
     return SIZE_MAX;
 }
 
-// what a process may still take before the kernel kills somebody: of the machine, and of its control group and those
-// above
+// Bytes that a process may still take before the kernel kills one: of the machine's memory, and of its control group's
+// and those above it.
 static size_t fasa_host_free() {
     const size_t kib = fasa_read_number("/proc/meminfo", "MemAvailable: %llu kB");
     size_t room      = kib == SIZE_MAX ? SIZE_MAX : kib * 1024;
@@ -102,7 +102,7 @@ static size_t fasa_host_free() {
     }
 }
 
-// huge pages, touched before they are pinned: faster than cudaHostAlloc, and it can say how far it is
+// Huge pages, touched before they are pinned. This is faster than cudaHostAlloc, and can log its progress.
 static char * fasa_pin(size_t size) {
     const size_t room = fasa_host_free();
     if (size > room) {
@@ -171,38 +171,8 @@ static void fasa_unpin(char * mem, size_t) {
 
 // ---- the buffer ----
 
-// what the next layer stages, copied on a stream of its own
-struct fasa_ahead {
-    cudaStream_t stream = nullptr;
-    cudaEvent_t begin = nullptr, end = nullptr;
-    struct {
-        const void *from = nullptr, *to = nullptr;
-        size_t size     = 0;
-        uint64_t ubatch = 0;
-    } done[2]; // K and V
-
-    void init() {
-        CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-        CUDA_CHECK(cudaEventCreateWithFlags(&begin, cudaEventDisableTiming));
-        CUDA_CHECK(cudaEventCreateWithFlags(&end, cudaEventDisableTiming));
-        CUDA_CHECK(cudaEventRecord(end, stream));
-    }
-    void free() {
-        CUDA_CHECK(cudaStreamDestroy(stream));
-        CUDA_CHECK(cudaEventDestroy(begin));
-        CUDA_CHECK(cudaEventDestroy(end));
-    }
-};
-
-struct fasa_host_buffer {
-    int device;
-    char * mem;
-    size_t size; // as mapped
-    fasa_ahead ahead = {};
-};
-
-// the CPU reads and writes what the device did: the caller has waited for the backend's stream, as it must for any
-// tensor
+// Where the CPU reads or writes a tensor: it waits for the copies of AHEAD. The caller has waited for the backend's
+// stream, as it must for any tensor.
 static char * fasa_host_at(const fasa_host_buffer * b, const ggml_tensor * t, size_t offset) {
     CUDA_CHECK(cudaStreamSynchronize(b->ahead.stream));
     return (char *) t->data + offset;
@@ -335,98 +305,4 @@ ggml_backend_buffer_type_t fasa_cuda_host_buft(ggml_backend_dev_t dev, fasa_on_e
         }
     }
     return nullptr;
-}
-
-// ---- STAGE and AHEAD ----
-
-// T: what a thread copies at once. The cells of `fresh`, a stream per blockIdx.y
-template <typename T>
-static __global__ void fasa_fresh_kernel(
-    char * dst, const char * src, const int32_t * fresh, int row, size_t dst_stream, size_t src_stream) {
-    ggml_cuda_pdl_sync(); // as in fasa_place_kernel (cuda/fetch.cu)
-    const int s            = blockIdx.y;
-    const int32_t * ranges = fresh + s * 2 * FASA_MAX_RANGES;
-    dst += s * dst_stream, src += s * src_stream;
-    for (int r = 0; r < FASA_MAX_RANGES; ++r) {
-        const size_t begin = (size_t) ranges[2 * r] * row / sizeof(T),
-                     end   = (size_t) ranges[2 * r + 1] * row / sizeof(T);
-        for (size_t i = begin + blockIdx.x * blockDim.x + threadIdx.x; i < end; i += (size_t) gridDim.x * blockDim.x) {
-            ((T *) dst)[i] = ((const T *) src)[i];
-        }
-    }
-}
-
-static __global__ void fasa_count_kernel(uint64_t * counter, uint64_t n) {
-    ggml_cuda_pdl_sync();
-    *counter += n;
-}
-
-static bool fasa_is_capturing(cudaStream_t stream) {
-    cudaStreamCaptureStatus status;
-    CUDA_CHECK(cudaStreamIsCapturing(stream, &status));
-    return status != cudaStreamCaptureStatusNone;
-}
-
-// rows of a cache tensor behind each other; the cells of a stream are so already
-static void fasa_copy_rows(void * dst, const ggml_tensor * rows, cudaStream_t stream) {
-    const size_t size = rows->ne[2] * rows->nb[2];
-    for (int64_t s = 0; s < rows->ne[3]; ++s) {
-        CUDA_CHECK(cudaMemcpyAsync(
-            (char *) dst + s * size, (const char *) rows->data + s * rows->nb[3], size, cudaMemcpyDefault, stream));
-    }
-}
-
-static fasa_ahead & fasa_ahead_of(const ggml_tensor * rows) {
-    return ((fasa_host_buffer *) (rows->view_src ? rows->view_src : rows)->buffer->context)->ahead;
-}
-
-void fasa_cuda_stage(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    const ggml_tensor *src = dst->src[0], *fresh = dst->src[1], *work = dst->src[2];
-    auto & ahead          = fasa_ahead_of(src);
-    const bool capturing  = fasa_is_capturing(ctx.stream());
-    const uint64_t ubatch = *(const uint64_t *) fasa_op_get(dst)->userdata;
-    CUDA_CHECK(cudaStreamWaitEvent(ctx.stream(), ahead.end, capturing ? cudaEventWaitExternal : cudaEventWaitDefault));
-    bool there = false;
-    for (const auto & done : ahead.done) {
-        there = there ||
-            (!capturing && done.from == src->data && done.to == dst->data && done.size == ggml_nbytes(dst) &&
-                done.ubatch == ubatch);
-    }
-    if (there) {
-        const int row = src->nb[2];
-        const dim3 grid(64, src->ne[3]);
-        const auto * cells = (const int32_t *) fresh->data;
-        const auto copy    = [&](auto kernel) {
-            kernel<<<grid, 256, 0, ctx.stream()>>>(
-                (char *) dst->data, (const char *) src->data, cells, row, dst->nb[3], src->nb[3]);
-        };
-        const size_t any = row | dst->nb[3] | src->nb[3] | (uintptr_t) dst->data |
-            (uintptr_t) src->data; // its lowest bit is their alignment
-        any % 16 == 0    ? copy(fasa_fresh_kernel<uint4>) :
-            any % 4 == 0 ? copy(fasa_fresh_kernel<uint32_t>) :
-                           copy(fasa_fresh_kernel<uint16_t>);
-        CUDA_CHECK(cudaGetLastError());
-    } else {
-        fasa_copy_rows(dst->data, src, ctx.stream());
-    }
-    if (work) {
-        fasa_count_kernel<<<1, 1, 0, ctx.stream()>>>(
-            ((fasa_work *) work->data)->counter + fasa_work::BYTES_STAGED, ggml_nbytes(dst));
-        CUDA_CHECK(cudaGetLastError());
-    }
-}
-
-void fasa_cuda_ahead(ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
-    auto & ahead = fasa_ahead_of(dst->src[1]);
-    if (fasa_is_capturing(ctx.stream())) { // the graph may end before the next layer: that one copies for itself
-        return;
-    }
-    CUDA_CHECK(cudaEventRecord(ahead.begin, ctx.stream()));
-    CUDA_CHECK(cudaStreamWaitEvent(ahead.stream, ahead.begin));
-    for (int i = 0; i < 2; ++i) {
-        const ggml_tensor *rows = dst->src[1 + i], *place = dst->src[3 + i];
-        fasa_copy_rows(place->data, rows, ahead.stream);
-        ahead.done[i] = { rows->data, place->data, ggml_nbytes(place), *(const uint64_t *) fasa_op_get(dst)->userdata };
-    }
-    CUDA_CHECK(cudaEventRecord(ahead.end, ahead.stream));
 }

@@ -42,18 +42,19 @@ struct fasa_select_args {
     float * scores;         // the TIP node's memory [n_len, n_head, n_tps, n_stream]
     const int32_t * forced; // [n_forced, n_tps, n_stream]
     int32_t * dst;          // [n_list_len, n_list, n_tps, n_stream]
-    uint32_t * key;         // [row][n_kv]: keys of rows whose scores lie in global memory
+    uint32_t * key;         // [n_lists][n_kv]: keys of lists whose scores lie in global memory
     fasa_work * work;
-    int n_row, n_shared, n_forced, n_list_len, n_part, part_cells; // n_shared: query heads of a list
-    uint3 by_n_list;                                               // fastdiv
+    int n_lists, n_shared, n_forced, n_list_len, n_part,
+        part_cells;  // n_lists: of all tokens; n_shared: query heads of one
+    uint3 by_n_list; // fastdiv
     int bin_base;
     bool given; // the scores are in `scores` already
     uint32_t budget, floor, cap;
     uint64_t need;      // of the shares; 0: the budget decides
-    uint64_t bytes_tip; // that all rows together read
+    uint64_t bytes_tip; // that all lists together read
 };
 
-// what a block knows about its row, in shared memory
+// what a block knows about its list, in shared memory
 struct alignas(16) fasa_select_block {
     fasa_u64 mass[BINS]; // with count also the working memory of TIP; behind the histogram that of the edge's cells
     uint32_t count[BINS];
@@ -69,7 +70,7 @@ struct alignas(16) fasa_select_block {
     uint32_t n;                              // cells to take; of the ones at the edge: `n - before`
     uint32_t before;                         // cells above the edge
     fasa_u64 held;                           // their mass
-    uint32_t n_edge;                         // cells of the row at the edge
+    uint32_t n_edge;                         // cells of the list at the edge
     int bin;                                 // of the edge; -1: every cell is taken
     bool by_mass;                            // the edge's cells are taken until `need` is held
     uint32_t n_floor, n_cap;
@@ -98,7 +99,7 @@ static __device__ T fasa_block_scan(T x, T * warps, T & total) {
     return fasa_warp_sum(lane < warp ? other : T(0)) + sum - x;
 }
 
-// adds the block's histogram to the row's
+// adds the block's histogram to the list's
 static __device__ void fasa_select_publish(
     const fasa_select_args & a, const fasa_select_block & b, fasa_work::histogram & bins) {
 #pragma unroll 1
@@ -196,8 +197,8 @@ static __device__ void fasa_select_edge(
     __syncthreads();
 }
 
-// Step 2a: too many cells lie at the edge, in keys [low, last]: their histogram, over the row, in bins of 2^shift keys.
-// key: of `n` cells.
+// Step 2a: too many cells lie at the edge, in keys [low, last]: their histogram, over the list, in bins of 2^shift
+// keys. key: of `n` cells.
 static __device__ __noinline__ void fasa_select_refine(const fasa_select_args & a, fasa_select_block & b,
     fasa_work::histogram & bins, const uint32_t * key, int n, uint32_t low, uint32_t last, int shift) {
 #pragma unroll 1
@@ -221,7 +222,7 @@ static __device__ __noinline__ void fasa_select_refine(const fasa_select_args & 
     fasa_select_publish(a, b, bins);
 }
 
-// a cell of the edge as a number: larger is taken earlier
+// a cell of the edge as a number; the larger one is taken first
 static __device__ __forceinline__ fasa_u64 fasa_edge(uint32_t key, int cell) {
     return (fasa_u64) key << 32 | (0xffffffffu - (uint32_t) cell);
 }

@@ -21,7 +21,7 @@ struct fasa_tip_list {
     int first, last;
     float * x; // [n_shared][x_stride] exp(logit)/2^e of every cell from `first` on, -1: hidden
     int x_stride;
-    float * tip; // the rows of the list in the TIP node's memory; their ends take e and sum of every span
+    float * tip; // the list's heads in the TIP node's memory; their ends take e and sum of every span
 };
 
 // TIP of a list. smem: room for the queries and rows of warps (fasa_tip_smem); piece [2][TIP_WARPS][TIP_HEADS]. A warp

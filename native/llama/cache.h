@@ -19,7 +19,6 @@ class llama_kv_cache;
 class llama_kv_cache_context;
 struct llama_memory_i;
 struct llama_ubatch;
-struct fasa_pool;
 
 // where the cells come from that a layer attends to in a sparse step
 enum fasa_layer_source {
@@ -71,11 +70,9 @@ struct fasa_cache {
     bool gpu_waits(uint32_t n_kv) const;  // whether its layers on GPUs stay dense in a step that sees n_kv cells
     int32_t n_hadamard() const;           // block of the rotation of the stored K, 0: none
 
-    // ---- for fasa_fill_random and fasa_host_rates ----
-
-    int check_fill(uint32_t n_cells) const;
-    void fill_random(uint32_t n_cells, uint64_t seed, std::map<ggml_type, fasa_pool> & pools);
-    std::vector<std::pair<ggml_tensor *, ggml_tensor *>> pinned_rows(ggml_context * ctx) const;
+    // what `fasa-gguf bench` does with the cells of a cache: measure/fill.cpp and measure/rates.cpp
+    struct random_fill;
+    struct pinned_rows;
 
     // ---- counters: bytes by the names of the table ----
 

@@ -1,7 +1,8 @@
-"""The CUDA kernels against the CPU ops: estimated logits, lists index for index on equal scores, outputs. They need a device.
+"""The CUDA kernels against the CPU ops: estimated logits, lists index for index on equal scores, outputs.
 
-Tolerances, of the largest value: logits 2e-5 beside keys in f16 and 2e-4 beside those in 8 and 4 bits (a key times its scale is
-rounded to f16), but for cells whose dominant value lies on a rounding boundary; outputs 1e-4 (f32 sums reordered).
+They need a device. Tolerances, of the largest value: logits 2e-5 for keys in f16 and 2e-4 for keys in 8 and 4 bits (a key
+times its scale is rounded to f16), except for cells whose dominant value lies on a rounding boundary; outputs 1e-4 (f32
+sums in another order).
 """
 
 import numpy as np
@@ -74,7 +75,7 @@ def compare(library, cuda, **kw):
     assert (got["count"] == cpu["count"]).all()
     assert (got["list"] == cpu["list"]).all()
     assert np.abs(own["count"] - cpu["count"]).max() <= (2 if c.get("mass") else 0)
-    for a, n in zip(own["list"].reshape(-1, own["list"].shape[-1]), own["count"].ravel()):
+    for a, n in zip(own["list"].reshape(-1, own["list"].shape[-1]), own["count"].ravel(), strict=True):
         assert (np.diff(a[:n]) > 0).all() and (a[:n] >= 0).all() and (a[n:] == -1).all()
 
     assert np.isfinite(got["out"]).all()
@@ -157,7 +158,7 @@ def test_runs_give_the_same_bits(library, cuda):
         assert all((first[name] == again[name])[np.isfinite(first[name])].all() for name in first)
 
 
-HOST = dict(mode=1)  # FASA-M: k and v in pinned host memory
+HOST = {"mode": 1}  # FASA-M: k and v in pinned host memory
 
 
 @pytest.mark.parametrize("types", [("f16", "f16"), ("q8_0", "q8_0"), ("q4_0", "f16"), ("bf16", "q4_0"), ("f32", "f32")])
@@ -176,6 +177,27 @@ def test_tokens_and_streams_from_host_memory(library, cuda, tokens, streams, per
 
 def test_long_lists_from_host_memory(library, cuda):
     compare(library, cuda, n_kv=20000, budget=4096, d=128, row_slots=3000, **HOST)
+
+
+@pytest.mark.parametrize("type_k", ["f16", "q8_0"])
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("place", [{}, HOST, {**HOST, "row_slots": 64}])
+def test_a_given_list(library, cuda, type_k, per_head, place):
+    c = case(n_tokens=2, n_stream=2, n_head=8, n_head_kv=2, hidden=0, sinks=True)
+    rng = np.random.default_rng(1)
+    n_list, length, n_kv = 8 if per_head else 2, 150, c["k"].shape[1]
+    lists = np.full((2, 2, n_list, 1 + length), -1, np.int32)
+    for at in np.ndindex(lists.shape[:3]):
+        n = rng.integers(0, length + 1)
+        lists[at][0] = n
+        lists[at][1 : 1 + n] = rng.permutation(n_kv)[:n]  # in any order
+    lists[0, 0, 0, 0], lists[1, 1, -1] = 0, [length, *rng.permutation(n_kv)[:length]]
+    given = {name: c[name] for name in ("q", "k", "v", "mask", "scale", "sinks")}
+    given |= {"list": lists, "type_k": type_k, "per_head": per_head}
+    cpu, got = library.ops.op_run(**given), library.ops.op_run(**given, **place, backend=cuda)
+    assert (got["count"] == lists[..., 0]).all() and (got["list"] == cpu["list"]).all()
+    assert np.isfinite(got["out"]).all()
+    assert np.abs(got["out"] - cpu["out"]).max() <= 1e-4 * max(1, np.abs(cpu["out"]).max())
 
 
 def test_layers_that_waited_derive_what_the_others_had(library, cuda, tiny, profile):

@@ -1,4 +1,7 @@
-"""The CPU ops against reference.py: logits, lists index for index, outputs. Tolerances: f32 sums reordered, 2e-5 relative."""
+"""The CPU ops against reference.py: logits, lists index for index, outputs.
+
+Tolerance, 2e-5 relative: f32 sums in another order.
+"""
 
 import numpy as np
 import pytest
@@ -87,7 +90,8 @@ def run(
                 mine = got["est"][s, t, heads]
                 assert (np.isfinite(mine) == visible).all()
                 if type_k == "f16":
-                    # a value on a rounding boundary of K_dom may fall to the other side: few (one cell in a short row), by one step
+                    # a value on a rounding boundary of K_dom may fall to the other side, by one step: few of them, one
+                    # cell in a short row
                     bad = np.abs(mine - est)[:, visible] > 2e-5 * max(1, np.abs(est).max())
                     assert bad.sum() <= max(len(bad), 0.002 * bad.size)
                 f = np.zeros(n_kv, bool)
@@ -188,6 +192,85 @@ def test_odd_numbers_of_cells(library, n_kv):
     run(library, n_kv=n_kv, hidden=0)
 
 
+def list_case(rng, *, n_stream, n_tokens, n_list, n_kv, length):
+    """Lists of distinct cells in random order, one of them empty and one full; what is behind a count is no cell."""
+    lists = np.full((n_stream, n_tokens, n_list, 1 + length), -1, np.int32)
+    for at in np.ndindex(lists.shape[:3]):
+        n = rng.integers(0, length + 1)
+        lists[at][0] = n
+        lists[at][1 : 1 + n] = rng.permutation(n_kv)[:n]
+    lists[0, 0, 0, :1] = 0
+    lists[-1, -1, -1] = [length, *rng.permutation(n_kv)[:length]]
+    return lists
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("type_k", ["f16", "q8_0"])
+def test_a_given_list(library, per_head, type_k):
+    rng = np.random.default_rng(3)
+    n_stream, n_tokens, n_head, n_head_kv, n_kv, d, length = 2, 3, 6, 2, 300, 64, 70
+    group, n_list = n_head // n_head_kv, n_head if per_head else n_head_kv
+    q = rng.standard_normal((n_stream, n_tokens, n_head, d)).astype(np.float32) * 2
+    k, v = (rng.standard_normal((n_stream, n_kv, n_head_kv, d)).astype(np.float16).astype(np.float32) for _ in range(2))
+    lists = list_case(rng, n_stream=n_stream, n_tokens=n_tokens, n_list=n_list, n_kv=n_kv, length=length)
+    sinks = rng.standard_normal(n_head).astype(np.float32)
+    mask = np.zeros((n_stream, n_tokens, n_kv), np.float32)
+    case = {"q": q, "k": k, "v": v, "mask": mask, "list": lists, "scale": 0.2, "soft_cap": 5.0, "sinks": sinks}
+    got = library.ops.op_run(**case, type_k=type_k, per_head=per_head)
+    assert set(got) == {"count", "list", "out"} and (got["count"] == lists[..., 0]).all()
+    for s, t, head in np.ndindex(n_stream, n_tokens, n_head):
+        i, h = head if per_head else head // group, head // group
+        n = lists[s, t, i, 0]
+        cells = lists[s, t, i, 1 : 1 + n]
+        assert (got["list"][s, t, i, :n] == cells).all() and (got["list"][s, t, i, n:] == -1).all()
+        one = slice(head, head + 1)
+        out = (
+            np.zeros((1, d)) if n == 0 else R.attend(q[s, t, one], k[s, :, h], v[s, :, h], cells, 0.2, 5.0, sinks[one])
+        )
+        assert np.allclose(got["out"][s, t, one], out, atol=1e-4 if type_k == "f16" else 0.05)
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_the_list_of_select_gives_the_same_bits(library, n_threads):
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((3, 1, 500, 3, 64)).astype(np.float32)
+    base = {"q": x[0, :, :2].repeat(3, 2), "k": x[1], "v": x[2], "mask": np.zeros((1, 2, 500), np.float32)}
+    base |= {"scale": 0.125, "n_threads": n_threads}
+    selects = {"dims": np.tile(np.arange(24), (3, 1)), "weight": np.ones((3, 24)), "forced": np.full((1, 2, 4), 7)}
+    own = library.ops.op_run(**base, **selects, budget=60)
+    lists = np.concatenate([own["count"][..., None], own["list"]], -1)
+    given = library.ops.op_run(**base, list=lists)
+    assert all((given[name] == own[name]).all() for name in given)
+
+
+def test_bad_lists_are_refused(library):
+    from fasa_gguf import FasaError
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((1, 8, 1, 16)).astype(np.float32)
+    case = {"q": x[:, :1], "k": x, "v": x, "mask": np.zeros((1, 1, 8), np.float32), "scale": 1.0}
+
+    def run_list(*values, **more):
+        library.ops.op_run(**case, list=np.array(values, np.int32).reshape(1, 1, 1, -1), **more)
+
+    run_list(2, 0, 7, -1)
+    for message, values in [
+        ("list 0 names cell 8, outside of 0 to 7", (2, 0, 8)),
+        ("list 0 names cell -1, outside of 0 to 7", (2, 3, -1)),
+        ("list 0 has a count of 3, outside of 0 to list_length 2", (3, 0, 1)),
+        ("list 0 has a count of -1, outside of 0 to list_length 2", (-1, 0, 1)),
+        (r"expected a list of shape \[1, 1, 1, 1 \+ length\], found \[1, 1, 1, 1\]", (0,)),
+    ]:
+        with pytest.raises(FasaError, match=message):
+            run_list(*values)
+    with pytest.raises(FasaError, match=r"expected a list of shape \[1, 1, 1, 1 \+ length\], found \[1, 1, 2, 3\]"):
+        library.ops.op_run(**case, list=np.zeros((1, 1, 2, 3), np.int32))
+    with pytest.raises(
+        FasaError, match="expected a list, or dims, weight, forced, budget; dims, weight, forced missing"
+    ):
+        library.ops.op_run(**case, budget=3)
+
+
 def test_native_ranking_is_the_reference(library):
     rng = np.random.default_rng(5)
     for soft_cap in (0.0, 5.0):
@@ -224,24 +307,27 @@ def test_times_of_a_layer(library):
     from fasa_gguf import FasaError
 
     rng = np.random.default_rng(0)
-    rows = lambda n: rng.standard_normal((1, n, 1, 16)).astype(np.float32)
-    case = dict(
-        q=rows(1),
-        k=rows(16384),
-        v=rows(16384),
-        dims=np.arange(8)[None],
-        weight=np.ones((1, 8)),
-        forced=np.full((1, 1, 4), -1),
-        budget=64,
-        scale=0.25,
-        n_kv=2000,
-        n_threads=1,
-    )
+
+    def rows(n):
+        return rng.standard_normal((1, n, 1, 16)).astype(np.float32)
+
+    case = {
+        "q": rows(1),
+        "k": rows(16384),
+        "v": rows(16384),
+        "dims": np.arange(8)[None],
+        "weight": np.ones((1, 8)),
+        "forced": np.full((1, 1, 4), -1),
+        "budget": 64,
+        "scale": 0.25,
+        "n_kv": 2000,
+        "n_threads": 1,
+    }
     assert min(library.ops.op_time(n_layer=2, n_rep=1, **case).values()) > 0
     for message, wrong in [
-        (r"op_time: expected k of shape \[1, 16384, n_head_kv, head_dim\], found \[1, 100, 1, 16\]", dict(k=rows(100))),
-        ("n_layer .1 to 100. or n_rep .from 1. is out of range", dict(n_rep=0)),
-        ("there is no backend NONE", dict(backend="NONE")),
+        (r"op_time: expected k of shape \[1, 16384, n_head_kv, head_dim\], found \[1, 100, 1, 16\]", {"k": rows(100)}),
+        ("n_layer .1 to 100. or n_rep .from 1. is out of range", {"n_rep": 0}),
+        ("there is no backend NONE", {"backend": "NONE"}),
     ]:
         with pytest.raises(FasaError, match=message):
             library.ops.op_time(**{**case, **wrong})

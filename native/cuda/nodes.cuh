@@ -1,0 +1,31 @@
+#pragma once
+
+// What the files of this folder call of each other: the nodes of ops/ops.h, and FASA-M's memory.
+
+#include "ops/ops.h"
+
+struct ggml_backend_cuda_context;
+
+// TIP and SELECT (cuda/select.cu), FAC (cuda/fac.cu)
+void fasa_cuda_select(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
+void fasa_cuda_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
+
+// STAGE and AHEAD (cuda/stage.cu)
+void fasa_cuda_stage(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+void fasa_cuda_ahead(ggml_backend_cuda_context & ctx, const ggml_tensor * dst);
+
+// functions that libllama asks for by name: fasa_host_buft_t (cuda/pinned.cu), fasa_host_rates_t (cuda/rates.cu)
+ggml_backend_buffer_type_t fasa_cuda_host_buft(ggml_backend_dev_t dev, fasa_on_error_t on_error);
+const char * fasa_cuda_host_rates(ggml_backend_dev_t dev, const ggml_tensor * const * k, const ggml_tensor * const * v,
+    int n_layer, int n_cells, int n_rows, uint64_t between, fasa_rates * rates);
+
+// The rows of a token's lists on the device, as cuda/fetch.cu leaves them. Row i of a list is in slot
+// slots[i] & ~FASA_ROW_FETCH of the cache. Where there is no cache or slots[i] is -1, it is at place i of `rows`.
+struct fasa_fetched {
+    const char * rows; // [length, n_list] rows of `stride` bytes, V at v_at of each; nullptr: k and v are read in place
+    const char * cache;    // of the stream, slots of its first KV head
+    const int32_t * slots; // [length, n_list] or nullptr
+    int64_t cache_nb;      // from KV head to KV head
+    int stride, v_at;
+};
+fasa_fetched fasa_cuda_fetch(ggml_backend_cuda_context & ctx, const ggml_tensor * fac, int token);

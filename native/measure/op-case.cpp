@@ -1,0 +1,142 @@
+#include "measure/op-case.h"
+
+#include "core/error.h"
+#include "core/select.h"
+#include "llama/cache.h"
+
+#include <cstring>
+
+static bool fasa_type_by_name(const char * name, ggml_type & type) {
+    for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
+        if (name && ggml_type_name((ggml_type) i) && strcmp(ggml_type_name((ggml_type) i), name) == 0) {
+            type = (ggml_type) i;
+            return true;
+        }
+    }
+    return false;
+}
+
+std::vector<uint8_t> fasa_convert(const float * x, ggml_type type, int64_t n_row, int64_t n_per_row) {
+    std::vector<uint8_t> out(ggml_row_size(type, n_per_row) * n_row);
+    if (type == GGML_TYPE_F32) {
+        memcpy(out.data(), x, out.size());
+    } else {
+        ggml_quantize_chunk(type, x, out.data(), 0, n_row, n_per_row, nullptr);
+    }
+    return out;
+}
+
+// ---- a layer ----
+
+void fasa_op_layer_case::make(
+    const fasa_op_case & c, ggml_type type_k, ggml_type type_v, ggml_context * ctx, ggml_context * kv_ctx) {
+    auto & op = select;
+
+    op.q      = ggml_new_tensor_3d(ctx, GGML_TYPE_F32, c.n_embd_head_k, c.n_head, (int64_t) c.n_tokens * c.n_stream);
+    op.k      = ggml_new_tensor_4d(kv_ctx, type_k, c.n_embd_head_k, c.n_head_kv, c.n_kv, c.n_stream);
+    op.mask   = ggml_new_tensor_4d(ctx, GGML_TYPE_F16, c.n_kv, c.n_tokens, 1, c.n_stream);
+    op.ranges = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, 2 * FASA_MAX_RANGES, c.n_stream);
+    op.scale = fac.scale = c.scale;
+    op.soft_cap = fac.soft_cap = c.soft_cap;
+    fac.v                      = ggml_new_tensor_4d(kv_ctx, type_v, c.n_embd_head_v, c.n_head_kv, c.n_kv, c.n_stream);
+    fac.sinks                  = c.sinks ? ggml_new_tensor_1d(ctx, GGML_TYPE_F32, c.n_head) : nullptr;
+    if (c.list) {
+        fac.list = ggml_new_tensor_4d(
+            ctx, GGML_TYPE_I32, 1 + (int64_t) c.list_length, fasa_op_n_list(c), c.n_tokens, c.n_stream);
+    } else {
+        const int64_t n_tile = (c.n_kv + FASA_TILE - 1) / FASA_TILE;
+        op.k_dom =
+            ggml_new_tensor_4d(ctx, GGML_TYPE_I8, fasa_block_bytes(c.k_dom, c.n_dom), n_tile, c.n_head_kv, c.n_stream);
+        op.dims            = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, c.n_dom, c.n_head_kv);
+        op.weight          = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_dom, c.n_head_kv);
+        op.forced          = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, c.n_forced, c.n_tokens, c.n_stream);
+        op.k_dom_type      = c.k_dom;
+        op.n_hadamard      = c.n_hadamard;
+        op.params.budget   = c.budget;
+        op.params.mass     = c.mass;
+        op.params.floor    = c.floor;
+        op.params.cap      = c.cap;
+        op.params.per_head = c.per_head;
+    }
+    if (c.mode == FASA_MODE_HOST) {
+        make_rows(c, ctx);
+    }
+}
+
+void fasa_op_layer_case::make_rows(const fasa_op_case & c, ggml_context * ctx) {
+    const fasa_row_layout row(select.k->type, fac.v->type, c.n_embd_head_k, c.n_embd_head_v);
+    const int64_t length = c.list ? c.list_length : fasa_list_length(select.params, c.n_forced, c.n_kv);
+    fixed.rows           = ggml_new_tensor_1d(ctx, GGML_TYPE_I8, fasa_rows_bytes(row, length, fasa_op_n_list(c)));
+    fixed.row_cache      = c.row_slots ?
+        ggml_new_tensor_4d(ctx, GGML_TYPE_I8, FASA_ROW_HEAD + row.stride, c.row_slots, c.n_head_kv, c.n_stream) :
+        nullptr;
+}
+
+ggml_tensor * fasa_op_layer_case::build_select(ggml_context * ctx) {
+    select.layer = &fixed;
+    return fasa_build_select(ctx, select);
+}
+
+ggml_tensor * fasa_op_layer_case::build_fac(ggml_context * ctx, ggml_tensor * list) {
+    fac.list   = list;
+    fac.q      = select.q;
+    fac.k      = select.k;
+    fac.mask   = select.mask;
+    fac.ranges = select.ranges;
+    fac.layer  = &fixed;
+    return fasa_build_fac(ctx, fac);
+}
+
+ggml_backend_buffer_t fasa_op_alloc_kv(const fasa_op_case & c, ggml_context * kv_ctx, ggml_backend_t backend) {
+    const auto buft = ggml_backend_get_default_buffer_type(backend);
+    fasa_set_mode(c.mode);
+    const auto chosen = fasa_kv_buft(ggml_backend_get_device(backend), buft);
+    fasa_set_mode(FASA_MODE_DEVICE);
+    if (c.mode == FASA_MODE_HOST && chosen == buft) {
+        return nullptr;
+    }
+    return ggml_backend_alloc_ctx_tensors_from_buft(kv_ctx, chosen);
+}
+
+// ---- checks ----
+
+static int fasa_op_check_list(const fasa_op_case & c) {
+    if (c.list_length < 1) {
+        return fasa_set_error("fasa_op_case: list_length %d must be at least 1", c.list_length);
+    }
+    const int64_t n = (int64_t) c.n_stream * c.n_tokens * fasa_op_n_list(c);
+    for (int64_t i = 0; i < n; ++i) {
+        const int32_t *list = c.list + i * (1 + (int64_t) c.list_length), count = *list++;
+        if (count < 0 || count > c.list_length) {
+            return fasa_set_error("fasa_op_case: list %lld has a count of %d, outside of 0 to list_length %d",
+                (long long) i, count, c.list_length);
+        }
+        for (int32_t j = 0; j < count; ++j) {
+            if (list[j] < 0 || list[j] >= c.n_kv) {
+                return fasa_set_error(
+                    "fasa_op_case: list %lld names cell %d, outside of 0 to %d", (long long) i, list[j], c.n_kv - 1);
+            }
+        }
+    }
+    return 0;
+}
+
+int fasa_op_check(const fasa_op_case * c, ggml_type & type_k, ggml_type & type_v) {
+    if (c == nullptr || c->size != sizeof(*c)) {
+        return fasa_set_error("fasa_op_case: the header and the library differ");
+    }
+    if (!fasa_type_by_name(c->type_k, type_k) || !fasa_type_by_name(c->type_v, type_v)) {
+        return fasa_set_error("fasa_op_case: unknown cache type %s or %s", c->type_k, c->type_v);
+    }
+    if (c->row_slots < 0 || c->row_slots % FASA_ROW_WAYS != 0) {
+        return fasa_set_error("fasa_op_case: row_slots %d must be a multiple of %d", c->row_slots, FASA_ROW_WAYS);
+    }
+    const bool selects = c->list == nullptr;
+    if (c->n_head_kv < 1 || c->n_head % c->n_head_kv != 0 || c->n_kv < 1 || c->n_tokens < 1 || c->n_stream < 1 ||
+        (selects && (c->n_dom < 1 || c->n_dom % FASA_GROUP != 0 || c->n_forced < 1))) {
+        return fasa_set_error("fasa_op_case: n_dom %d must be a multiple of %d, n_head %d of n_head_kv %d, and "
+                              "n_forced, n_kv, n_tokens, n_stream at least 1",
+            c->n_dom, FASA_GROUP, c->n_head, c->n_head_kv);
+    }
+    return selects ? 0 : fasa_op_check_list(*c);
+}

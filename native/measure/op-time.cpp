@@ -1,0 +1,153 @@
+// fasa_op_time: how long the attention of one layer takes, dense and with FASA.
+
+#include "core/error.h"
+#include "core/select.h"
+#include "measure/op-case.h"
+#include "ops/ops.h"
+
+#include "ggml-cpp.h"
+#include "ggml-cpu.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <vector>
+
+static constexpr int64_t FASA_TIME_CELLS = 16384; // cells of k and v that the caller gives
+
+// Fills a cache tensor with the given rows, again and again, each time from another row on
+static void fasa_op_time_fill(ggml_tensor * t, const std::vector<uint8_t> & rows, size_t seed) {
+    const int64_t n_cell = t->ne[2] * t->ne[3];
+    for (int64_t cell = 0; cell < n_cell;) {
+        const int64_t from = (seed++ * 389) % FASA_TIME_CELLS, n = std::min(FASA_TIME_CELLS - from, n_cell - cell);
+        ggml_backend_tensor_set(t, rows.data() + from * t->nb[2], cell * t->nb[2], n * t->nb[2]);
+        cell += n;
+    }
+}
+
+enum fasa_op_time_kind { FASA_TIME_DENSE, FASA_TIME_SELECT, FASA_TIME_FASA };
+
+// Seconds per layer of a graph of these ops, the fastest of n_rep runs. Its nodes share memory as in a model's graph.
+// -1: out of memory
+static double fasa_op_time_graph(
+    ggml_backend_t backend, std::vector<fasa_op_layer_case> & layers, fasa_op_time_kind kind, int n_rep) {
+    ggml_context_ptr ctx(
+        ggml_init({ (8 * layers.size() + 8) * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
+    ggml_cgraph * graph = ggml_new_graph(ctx.get());
+    for (auto & layer : layers) {
+        const auto & op        = layer.select;
+        const int64_t n_stream = op.k->ne[3];
+        if (kind == FASA_TIME_DENSE) {
+            ggml_tensor * q =
+                ggml_reshape_4d(ctx.get(), op.q, op.q->ne[0], op.q->ne[1], op.q->ne[2] / n_stream, n_stream);
+            ggml_build_forward_expand(graph,
+                ggml_flash_attn_ext(ctx.get(), ggml_permute(ctx.get(), q, 0, 2, 1, 3),
+                    ggml_permute(ctx.get(), op.k, 0, 2, 1, 3), ggml_permute(ctx.get(), layer.fac.v, 0, 2, 1, 3),
+                    op.mask, op.scale, 0.0f, op.soft_cap));
+        } else {
+            ggml_tensor * select = layer.build_select(ctx.get());
+            ggml_build_forward_expand(graph, kind == FASA_TIME_SELECT ? select : layer.build_fac(ctx.get(), select));
+        }
+    }
+    ggml_gallocr_ptr alloc(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend)));
+    if (!ggml_gallocr_alloc_graph(alloc.get(), graph)) {
+        return -1.0;
+    }
+    double best = INFINITY;
+    for (int i = 0; i < n_rep + 3; ++i) { // a device captures its graph in the first runs
+        const auto start = std::chrono::steady_clock::now();
+        ggml_backend_graph_compute(backend, graph);
+        const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+        best                                     = i < 3 ? best : std::min(best, took.count());
+    }
+    return best / layers.size();
+}
+
+// the layers of a case, each with a cache of its own, and the backend that runs them
+struct fasa_op_time_run {
+    ggml_backend_ptr backend;
+    ggml_context_ptr ctx, kv_ctx;
+    ggml_backend_buffer_ptr buf, kv_buf;
+    std::vector<fasa_op_layer_case> layers;
+
+    int init(const fasa_op_case & c, int n_layer, ggml_type type_k, ggml_type type_v);
+    double time(fasa_op_time_kind kind, int n_rep) { return fasa_op_time_graph(backend.get(), layers, kind, n_rep); }
+
+private:
+    void set_inputs(const fasa_op_case & c, ggml_type type_k, ggml_type type_v);
+};
+
+int fasa_op_time_run::init(const fasa_op_case & c, int n_layer, ggml_type type_k, ggml_type type_v) {
+    backend.reset(ggml_backend_init_by_name(c.backend, nullptr));
+    if (!backend) {
+        return fasa_set_error("fasa_op_time: there is no backend %s", c.backend);
+    }
+    const bool on_cpu = ggml_backend_is_cpu(backend.get());
+    if (on_cpu) {
+        ggml_backend_cpu_set_n_threads(backend.get(), c.n_threads);
+    }
+    ctx.reset(ggml_init({ (16 * (size_t) n_layer + 1) * ggml_tensor_overhead(), nullptr, true }));
+    ggml_tensor * work = on_cpu ? nullptr : ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, sizeof(fasa_work));
+    kv_ctx.reset(ggml_init({ 2 * (size_t) n_layer * ggml_tensor_overhead(), nullptr, true }));
+    layers.resize(n_layer);
+    for (auto & layer : layers) {
+        layer.make(c, type_k, type_v, ctx.get(), kv_ctx.get());
+        layer.fixed.work = work;
+    }
+    buf.reset(ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()));
+    kv_buf.reset(fasa_op_alloc_kv(c, kv_ctx.get(), backend.get()));
+    if (!buf || !kv_buf) {
+        return fasa_set_error("fasa_op_time: out of memory, or the device has no mode %d", c.mode);
+    }
+    ggml_backend_buffer_clear(buf.get(), 0);
+    set_inputs(c, type_k, type_v);
+    return 0;
+}
+
+// and derives the dominant keys, so that no cell is stale when the time is taken
+void fasa_op_time_run::set_inputs(const fasa_op_case & c, ggml_type type_k, ggml_type type_v) {
+    const auto k = fasa_convert(c.k, type_k, FASA_TIME_CELLS * c.n_head_kv, c.n_embd_head_k);
+    const auto v = fasa_convert(c.v, type_v, FASA_TIME_CELLS * c.n_head_kv, c.n_embd_head_v);
+    std::vector<int32_t> all(2 * FASA_MAX_RANGES * c.n_stream, 0);
+    for (int s = 0; s < c.n_stream; ++s) {
+        all[s * 2 * FASA_MAX_RANGES + 1] = c.n_kv;
+    }
+    for (size_t i = 0; i < layers.size(); ++i) {
+        fasa_op_time_fill(layers[i].select.k, k, 7 * i);
+        fasa_op_time_fill(layers[i].fac.v, v, 7 * i + 3);
+        fasa_case_write(layers[i].select.q, c.q);
+        fasa_case_write(layers[i].select.dims, c.dims);
+        fasa_case_write(layers[i].select.weight, c.weight);
+        fasa_case_write(layers[i].select.forced, c.forced);
+        fasa_case_write(layers[i].select.ranges, all.data());
+    }
+    time(FASA_TIME_SELECT, 1);
+    for (auto & layer : layers) {
+        ggml_backend_tensor_memset(layer.select.ranges, 0, 0, ggml_nbytes(layer.select.ranges));
+    }
+}
+
+int fasa_op_time(const fasa_op_case * c, int32_t n_layer, int32_t n_rep, fasa_op_times * times) {
+    ggml_type type_k, type_v;
+    if (fasa_op_check(c, type_k, type_v) != 0) {
+        return -1;
+    }
+    if (times == nullptr || times->size != sizeof(*times) || n_layer < 1 || n_layer > 100 || n_rep < 1) {
+        return fasa_set_error(
+            "fasa_op_time: the header and the library differ, or n_layer (1 to 100) or n_rep (from 1) is out of range");
+    }
+    if (c->list) {
+        return fasa_set_error("fasa_op_time: it times SELECT too, and takes no given list");
+    }
+    fasa_op_time_run run;
+    if (run.init(*c, n_layer, type_k, type_v) != 0) {
+        return -1;
+    }
+    times->dense  = run.time(FASA_TIME_DENSE, n_rep);
+    times->select = run.time(FASA_TIME_SELECT, n_rep);
+    times->fasa   = run.time(FASA_TIME_FASA, n_rep);
+    if (std::min({ times->dense, times->select, times->fasa }) < 0) {
+        return fasa_set_error("fasa_op_time: out of memory");
+    }
+    return 0;
+}
