@@ -4,7 +4,7 @@ Only the header is read. The raw bytes of each key-value pair are kept, so a rew
 
 Value types, tensor types and key names are gguf-py's. Two things that it does not do are done here:
 - Reading untrusted headers. Its GGUFReader maps the whole file and trusts every count and length in it: a damaged file
-  takes memory without bound, or ends in an error that does not name the key.
+  can cost time and memory without bound, or end in an error that names no key.
 - Rewriting in constant memory. Its GGUFWriter packs every key and tensor anew, so a file whose FASA keys are removed
   would not be the original byte for byte. `pack_kv` makes single entries, and profile/embed.py copies the rest.
 """

@@ -6,13 +6,14 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import gguf
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType, GGUFWriter, LlamaFileType
+from gguf import GGMLQuantizationType, GGUFValueType
 
 from ..errors import FasaError
 from ..profile.profile import Profile
 
-Q4_0_BLOCK, Q4_0_BYTES = GGML_QUANT_SIZES[GGMLQuantizationType.Q4_0]
+Q4_0_BLOCK, Q4_0_BYTES = gguf.GGML_QUANT_SIZES[GGMLQuantizationType.Q4_0]
 SHAPES = {  # n_embd, n_ff, n_layer, n_head, n_head_kv, head_dim, n_vocab
     "8b": (4096, 14336, 32, 32, 8, 128, 128256),
     "3b": (3072, 8192, 28, 24, 8, 128, 128256),
@@ -66,7 +67,7 @@ def write_model(path: str | os.PathLike, shape: str, seed: int = 0) -> None:
         raise FasaError(f"shape {shape!r}: expected one of {', '.join(SHAPES)}")
     rng = np.random.default_rng(seed)
     temporary = Path(f"{path}.tmp-{os.getpid()}")
-    w = GGUFWriter(temporary, "llama")
+    w = gguf.GGUFWriter(temporary, "llama")
     _add_keys(w, shape, seed)
     tensors = _tensors(shape)
     for name, rows, cols in tensors:
@@ -94,7 +95,7 @@ def write_model(path: str | os.PathLike, shape: str, seed: int = 0) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _add_keys(w: GGUFWriter, shape: str, seed: int) -> None:
+def _add_keys(w: gguf.GGUFWriter, shape: str, seed: int) -> None:
     """The metadata, and the profile."""
     n_embd, n_ff, n_layer, n_head, n_head_kv, width, n_vocab = SHAPES[shape]
     w.add_name(f"random-{shape}")
@@ -111,7 +112,7 @@ def _add_keys(w: GGUFWriter, shape: str, seed: int) -> None:
     w.add_rope_freq_base(500000.0)
     w.add_layer_norm_rms_eps(1e-5)
     w.add_tokenizer_model("no_vocab")
-    w.add_file_type(LlamaFileType.MOSTLY_Q4_0)
+    w.add_file_type(gguf.LlamaFileType.MOSTLY_Q4_0)
     profile = synthetic_profile([n_head_kv] * n_layer, [width // 2] * n_layer, seed)
     profile.rope = {"layout": "norm", "dims": width, "base": 500000.0}
     for key, kind, value, item in profile.to_gguf_kv():
