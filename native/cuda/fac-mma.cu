@@ -1,22 +1,20 @@
-// FAC by the tensor cores, K and V in f16: eight tokens of the list a warp and turn, for up to eight query heads.
+// FAC by the tensor cores, K and V in f16: eight tokens of the list per warp and turn, for up to eight query heads.
 //
-// Both products have the heads as rows 0 to 7 of m16n8 and, so that nothing is lost of the f32 queries and weights,
-// what f16 leaves of them as rows 8 to 15; a thread has both rows of a head, and adds their results. Which dimension a
-// column is does not matter as long as both factors, or the result, agree: so a thread reads its dimensions of a row in
-// one piece.
+// Both products are m16n8. Rows 0 to 7 are the heads. Rows 8 to 15 are what f16 leaves of the f32 queries and weights,
+// so that nothing is lost; a thread has both rows of a head, and adds their results. Which dimension a column is does
+// not matter as long as both factors, or the result, agree, so a thread reads its dimensions of a row in one piece.
+// Thread (g, c) = (lane/4, lane%4):
 //
-//   logits    [head, token]: A = q [16, D], B = K; thread (g, c) = (lane/4, lane%4) reads the D/4 dimensions from c*D/4
-//   on of token g, and gets the
-//             logits of head g and tokens 2c, 2c + 1
-//   values    [head, dimension]: A = the weights [16, 8 tokens], as they lie in the thread that has them; B = V; thread
-//   (g, c) reads the D/8
-//             dimensions from g*D/8 on of tokens 2c, 2c + 1, and gets the D/4 from c*D/4 on of head g
+//   logits    [head, token]: A = q [16, D], B = K
+//             reads the D/4 dimensions from c*D/4 on of token g, and gets the logits of head g and tokens 2c, 2c + 1
+//   values    [head, dimension]: A = the weights [16, 8 tokens], as they lie in the thread that has them, B = V
+//             reads the D/8 dimensions from g*D/8 on of tokens 2c, 2c + 1, and gets the D/4 from c*D/4 on of head g
 
 #include "cuda/fac.cuh"
 
-static constexpr int N_WARP = 8, HEADS = 8, TOKENS = 8; // TOKENS: of a warp's turn
+static constexpr int N_WARP = 8, HEADS = 8, TOKENS = 8; // TOKENS: of a warp and turn
 
-// x and y as f16, and what that leaves
+// high: x and y as f16; low: what that leaves of them
 static __device__ __forceinline__ void fasa_halves(float x, float y, uint32_t & high, uint32_t & low) {
     const half2 h = __floats2half2_rn(x, y), l = __floats2half2_rn(x - __low2float(h), y - __high2float(h));
     high = *(const uint32_t *) &h, low = *(const uint32_t *) &l;

@@ -73,8 +73,8 @@ ggml_tensor * fasa_build_select(ggml_context * ctx, const fasa_select_op & op) {
     p.mass                                      = op.params.mass;
     p.floor                                     = op.params.floor;
     p.cap                                       = op.params.cap;
-    // on a device SELECT runs TIP too: without ranges among its sources their memory could become its dst in the last
-    // layer
+    // On a device SELECT runs TIP too. Without ranges among its sources, the allocator could reuse their memory for its
+    // dst in the last layer.
     std::initializer_list<ggml_tensor *> on_cpu = { tip, op.forced }, on_device = { tip, op.forced, op.ranges };
     return fasa_layer_node(ctx, GGML_TYPE_I32, { 1 + length, n_list, n_tps, n_stream },
         op.layer->work ? on_device : on_cpu, p, "fasa_select");
@@ -117,9 +117,10 @@ ggml_tensor * fasa_build_ahead(ggml_context * ctx, ggml_tensor * behind, ggml_te
     ggml_tensor * k_place, ggml_tensor * v_place, const uint64_t * ubatch) {
     ggml_tensor * src[] = { behind, k, v, k_place, v_place };
     ggml_tensor * t     = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, src, 5, fasa_cpu_op_get(), 1, nullptr);
-    t->buffer = k_place->buffer; // it is not written, but the allocator never takes back what nobody reads, and could
-                                 // not put large tensors there
-    t->data   = k_place->data;
+    // Nothing is written there. The allocator never takes back what nobody reads, so its own memory would be lost to
+    // large tensors.
+    t->buffer           = k_place->buffer;
+    t->data             = k_place->data;
     fasa_op_set(t, fasa_op_make(FASA_OP_AHEAD, const_cast<uint64_t *>(ubatch), FASA_ON_DEVICE), "fasa_ahead");
     return t;
 }

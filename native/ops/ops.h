@@ -1,42 +1,40 @@
 #pragma once
 
-// The ops of FASA: GGML_OP_CUSTOM nodes marked by a magic and a kind in op_params, with a CPU function
-// (native/cpu/, compiled into ggml-cpu) and, where ggml-cuda has them, CUDA kernels.
+// The ops of FASA: GGML_OP_CUSTOM nodes marked by a magic and a kind in op_params, with a CPU function (native/cpu/,
+// compiled into ggml-cpu) and, where ggml-cuda has them, CUDA kernels.
 //
-// A layer's list of cells has a source: its own TIP and SELECT, or those of another layer. FAC takes any list. What is
-// constant while the settings are (fasa_layer_const) lies outside of graphs and does not take a node's sources, of
-// which there are nine.
+// A layer's list of cells has a source: its own TIP and SELECT, or those of another layer. FAC takes any list. What
+// stays the same while the settings do (fasa_layer_const) lies outside of graphs, so it takes up none of a node's nine
+// sources.
 //
 // One layer's decode step, in this order. d: head dimension, n_tps: tokens per stream.
 //
 //   TIP      refreshes K_dom of the stale cells from the stored K, then estimates logits from the dominant dimensions
-//            dst  f32 [n_kv + 2*n_span, n_head, n_tps, n_stream]: exp(logit)/2^e of every cell, e the exponent of its
-//            span
-//                 of FASA_SPAN cells, or -1 where the mask hides the cell; then e of every span; then the sum of every
-//                 span
-//            src  K_dom i8 [block, n_tile, n_head_kv, n_stream], k [d, n_head_kv, n_kv, n_stream],
-//                 ranges i32 [2*FASA_MAX_RANGES, n_stream], q f32 [d, n_head, n_tokens], dims i32 [n_dom, n_head_kv],
-//                 weight f32 [n_dom, n_head_kv], mask f16 [n_kv, n_tps, 1, n_stream]
+//     dst    f32 [n_kv + 2*n_span, n_head, n_tps, n_stream]: exp(logit)/2^e of every cell, e the exponent of its
+//            span of FASA_SPAN cells, or -1 where the mask hides the cell; then e of every span; then the sum of each
+//     src    K_dom i8 [block, n_tile, n_head_kv, n_stream], k [d, n_head_kv, n_kv, n_stream],
+//            ranges i32 [2*FASA_MAX_RANGES, n_stream], q f32 [d, n_head, n_tokens], dims i32 [n_dom, n_head_kv],
+//            weight f32 [n_dom, n_head_kv], mask f16 [n_kv, n_tps, 1, n_stream]
 //   SELECT   the cells to attend, per list and token
-//            dst  i32 [1 + length, n_list, n_tps, n_stream]: the count, then the cells, ascending; n_list is n_head_kv,
-//            or n_head
-//                 when every query head has a list of its own (fasa_params::per_head)
-//            src  TIP, forced i32 [n_forced, n_tps, n_stream], -1: none; on a device also ranges, which its launch
-//            reads for TIP
+//     dst    i32 [1 + length, n_list, n_tps, n_stream]: the count, then the cells, ascending; n_list is n_head_kv, or
+//            n_head when every query head has a list of its own (fasa_params::per_head)
+//     src    TIP, forced i32 [n_forced, n_tps, n_stream], -1: none; on a device also ranges, which its launch reads for
+//            TIP
 //   FAC      exact attention over those cells
-//            dst  f32 [d_v, n_head, n_tps, n_stream]
-//            src  a list as SELECT writes it, q, k, v [d_v, n_head_kv, n_kv, n_stream], mask, sinks f32 [n_head] or
-//            none; where k and v
-//                 lie in pinned host memory (FASA-M) also ranges, whose cells fall out of the row cache
+//     dst    f32 [d_v, n_head, n_tps, n_stream]
+//     src    a list of SELECT's shape, its cells in any order, q, k, v [d_v, n_head_kv, n_kv, n_stream], mask,
+//            sinks f32 [n_head] or none; where k and v lie in pinned host memory (FASA-M) also ranges, whose cells fall
+//            out of the row cache
 //   STAGE    a layer's k or v of pinned host memory, copied to a place on the device for dense attention
-//            dst  as k or v, in that place;  src  k or v, fresh i32 [2*FASA_MAX_RANGES, n_stream] (the cells that this
-//            ubatch writes),
-//                 work or none
-//   AHEAD    starts to copy what the next layer stages, behind the attention that read the place before; does nothing
-//   in a CUDA graph
-//            dst  f32 [1];  src  that attention's result, k and v of the next layer, and their places
+//     dst    as k or v, in that place
+//     src    k or v, fresh i32 [2*FASA_MAX_RANGES, n_stream] (the cells that this ubatch writes), work or none
+//   AHEAD    starts to copy what the next layer stages, behind the attention that read the place before; in a CUDA
+//            graph it does nothing
+//     dst    f32 [1]
+//     src    that attention's result, k and v of the next layer, and their places
 //   OBSERVE  hands q and k to an observer on the host
-//            dst  f32 [1];  src  q, k
+//     dst    f32 [1]
+//     src    q, k
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -50,8 +48,7 @@
 enum fasa_op_kind { FASA_OP_TIP = 1, FASA_OP_SELECT, FASA_OP_FAC, FASA_OP_OBSERVE, FASA_OP_STAGE, FASA_OP_AHEAD };
 
 // The softmax over all cells is put together from spans that different threads, or thread blocks, work on. A span's
-// exponent is a whole number, so that putting it together rounds nothing: equal logits get equal scores, wherever they
-// lie.
+// exponent is a whole number, so this rounds nothing: equal logits get equal scores, wherever their cells lie.
 static constexpr int FASA_SPAN = 256; // cells
 
 constexpr int64_t fasa_n_span(int64_t n_kv) {
@@ -72,9 +69,9 @@ inline uint64_t fasa_tip_bytes(const ggml_tensor * tip) {
     return (k->ne[2] + FASA_TILE - 1) / FASA_TILE * k_dom->ne[0] * k->ne[1] * k->ne[3];
 }
 
-// SELECT adds up a group's shares times 2^FASA_SCORE_EXP and drops what is smaller than 2^-FASA_SCORE_RANGE of a row's
-// largest exponent, so that no float is ever subnormal: machines that flush those take the same cells as machines that
-// do not.
+// SELECT adds up a group's shares times 2^FASA_SCORE_EXP, and drops what is smaller than 2^-FASA_SCORE_RANGE of a
+// head's largest exponent. So no float is ever subnormal, and machines that flush subnormals take the same cells as
+// those that do not.
 static constexpr int FASA_SCORE_EXP   = 60;
 static constexpr int FASA_SCORE_RANGE = 64;
 static constexpr int FASA_SUM_PARTS   = 4;   // SELECT: a head's sum is that of four, of every fourth 32 spans
@@ -91,7 +88,7 @@ struct fasa_work {
             N_COUNTER
     };
     uint64_t counter[16];       // as in fasa_stats
-    uint32_t clock, unused[31]; // FASA-M: how often the rows of a token and layer were fetched
+    uint32_t clock, unused[31]; // FASA-M: goes up with every fetch of a token's rows
     uint32_t ticket[TICKETS];   // FAC: blocks of a list that are done
     struct histogram {
         uint64_t mass[BINS];
@@ -101,7 +98,7 @@ struct fasa_work {
         histogram bins[3];
         uint64_t edge[EDGE];
         uint32_t part[PARTS], equal[PARTS];
-        uint32_t n_edge, unused_1[31]; // cache lines of their own: every block of a row is at them
+        uint32_t n_edge, unused_1[31]; // cache lines of their own: every block of a list writes to them
         uint32_t arrived, unused_2[31];
     } slots[SLOTS];
 };
@@ -142,14 +139,14 @@ struct fasa_observer_slot {
 // is built anew, and `serial` changes too, so that a captured CUDA graph, which compares op_params, is not taken for
 // the same.
 struct fasa_layer_const {
-    fasa_stats * stats = nullptr; // nullptr: nothing is counted on the CPU
-    ggml_tensor * work =
-        nullptr; // i8 [sizeof(fasa_work)] on the layer's device, one for all its layers; nullptr: on the CPU
-    ggml_tensor * rows =
-        nullptr; // i8 [fasa_rows_bytes] on the device, where k and v lie in pinned host memory; else nullptr
-    ggml_tensor * row_cache =
-        nullptr; // i8 [FASA_ROW_HEAD + stride, n_slot, n_head_kv, streams of the cache] or nullptr
-    uint32_t serial = 0;
+    fasa_stats * stats      = nullptr; // nullptr: nothing is counted on the CPU
+    // i8 [sizeof(fasa_work)] on the layer's device, one for all its layers; nullptr: the layer is on the CPU
+    ggml_tensor * work      = nullptr;
+    // i8 [fasa_rows_bytes] on the device, where k and v lie in pinned host memory; else nullptr
+    ggml_tensor * rows      = nullptr;
+    // i8 [FASA_ROW_HEAD + stride, n_slot, n_head_kv, streams of the cache] or nullptr
+    ggml_tensor * row_cache = nullptr;
+    uint32_t serial         = 0;
 };
 
 // the whole of ggml_tensor::op_params; fun, n_tasks and userdata are ggml's own (struct ggml_custom_op_params)
@@ -157,8 +154,8 @@ struct fasa_op_params {
     ggml_custom_op_t fun;
     int32_t n_tasks;
     uint32_t magic; // in what is padding there
-    void *
-        userdata; // fasa_layer_const; OBSERVE: fasa_observer_slot; STAGE and AHEAD: uint64_t, the number of the ubatch
+    // fasa_layer_const; OBSERVE: fasa_observer_slot; STAGE and AHEAD: uint64_t, the number of the ubatch
+    void * userdata;
     uint8_t kind;
     uint8_t device;  // enum fasa_op_device; 0: in host memory
     int16_t k_dom;   // enum fasa_k_dom_type; OBSERVE: the layer
@@ -215,7 +212,7 @@ struct fasa_select_op {
 
 // what FAC of one layer is built from
 struct fasa_fac_op {
-    ggml_tensor * list;   // i32 [1 + length, n_list, n_tps, n_stream], whoever made it
+    ggml_tensor * list;   // i32 [1 + length, n_list, n_tps, n_stream], of any source
     ggml_tensor * q;      // f32 [d, n_head, n_tokens]
     ggml_tensor * k;      // [d, n_head_kv, n_kv, n_stream]
     ggml_tensor * v;      // [d_v, n_head_kv, n_kv, n_stream]

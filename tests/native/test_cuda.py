@@ -1,8 +1,8 @@
 """The CUDA kernels against the CPU ops: estimated logits, lists index for index on equal scores, outputs.
 
-They need a device. Tolerances, of the largest value: logits 2e-5 for keys in f16 and 2e-4 for keys in 8 and 4 bits (a key
-times its scale is rounded to f16), except for cells whose dominant value lies on a rounding boundary; outputs 1e-4 (f32
-sums in another order).
+They need a device. Tolerances, of the largest value: logits 2e-5 for keys in f16 and 2e-4 for keys in 8 and 4 bits (a
+key times its scale is rounded to f16), except for cells whose dominant value lies on a rounding boundary; outputs 1e-4
+(f32 sums in another order).
 """
 
 import numpy as np

@@ -60,7 +60,7 @@ def greedy(s, n_prompt=600, steps=100):
 @pytest.mark.parametrize("types", ["f16", "q8_0", "q4_0"])
 @pytest.mark.parametrize("row_cache", [0, 1])
 def test_the_same_text_as_on_the_device(make, types, row_cache):
-    kv = dict(type_k=types, type_v=types)
+    kv = {"type_k": types, "type_v": types}
     there, here = make("c", **kv), make("m", ON.replace(row_cache=row_cache), **kv)
     (a, x), (b, y) = greedy(there), greedy(here)
     assert a == b and np.abs(x - y).max() < 1e-4 * np.abs(x).max()
@@ -155,7 +155,7 @@ def test_sequences(make, unified):
 def test_memory_that_cannot_be_pinned(make, model):
     row = 2 * 2 * 64 * sum(model_shape(GGUFFile(model))[0])  # bytes of a cell: K and V of its KV heads in f16
     with pytest.raises(
-        FasaError, match="GiB of pinned host memory: only .* GiB of host memory are free; use a smaller context"
+        FasaError, match=r"GiB of pinned host memory: only .* GiB of host memory are free; use a smaller context"
     ):
         make("m", n_ctx=1 << (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // row).bit_length())
     greedy(make("m"), steps=4)  # nothing is left behind that hinders the next one
@@ -194,7 +194,7 @@ def test_a_device_without_memory_for_the_context(make, cuda):
     greedy(make("m"), steps=4)  # what CUDA itself takes is there
     with (
         device_memory_left(cuda, 100 << 20),
-        pytest.raises(FasaError, match="cannot make a context|cannot be allocated"),
+        pytest.raises(FasaError, match=r"cannot make a context|cannot be allocated"),
     ):
         make("m", n_ctx=1 << 18)
     greedy(make("m"), steps=4)
@@ -205,7 +205,7 @@ def test_a_device_without_memory_for_the_prefill(make, cuda):
     s.decode([1], 0)
     with (
         device_memory_left(cuda, 8 << 20),
-        pytest.raises(FasaError, match="has . MiB of memory free, and computing 1500 tokens together takes about"),
+        pytest.raises(FasaError, match=r"has . MiB of memory free, and computing 1500 tokens together takes about"),
     ):
         s.decode(prompt(s, 1500), 1)
     rows = [s.decode(prompt(s, 1500), 1), s.decode([2], 1501)]
@@ -215,7 +215,10 @@ def test_a_device_without_memory_for_the_prefill(make, cuda):
 
 
 def test_an_interrupted_prefill(make, cuda):
-    """Given up between two batches, with copies of the next layer on their way: the context goes on, or is closed, and nothing stays behind."""
+    """Interrupted between two batches, with copies of the next layer under way.
+
+    The context goes on, or is closed, and no memory is left.
+    """
     whole = greedy(make("m"), steps=20)
     make("m").close()
     before = runtime.devices.device_memory(cuda)[0]

@@ -54,7 +54,10 @@ def test_auto_stays_on_the_device_where_there_is_room(cuda, profiled, capfd):
 
 @pytest.mark.parametrize("n_ctx", [32768, 131072])
 def test_planned_memory_is_what_the_driver_counts(cuda, tmp_path_factory, n_ctx):
-    """Within 3% (issue 5) of the model, its context, and scratch; kernels that CUDA loads late are not the plan's, and 200 MiB at the most."""
+    """Within 3% (issue 5) of the model, its context, and scratch.
+
+    The plan does not count the kernels that CUDA loads late: 200 MiB at the most.
+    """
     path = tmp_path_factory.getbasetemp() / "random-1b.gguf"
     if not path.exists():
         synthetic.write_model(path, "1b")
