@@ -135,8 +135,8 @@ class DoubleSparsity(Policy):
 class SparQ(Policy):
     """The r dimensions in which the step's query is largest (arXiv 2312.04985).
 
-    shared: chosen by the sum of |q| over the group, as the authors do for grouped queries. The authors' mean-V correction
-    is no part of a selection, and is not made.
+    shared: chosen by the sum of |q| over the group, as the authors do for grouped queries. Their mean-V
+    correction is no part of a selection, and is not made.
     """
 
     name = "sparq"

@@ -152,11 +152,15 @@ def test_calibrate_layers(library, tiny, text, profile, tmp_path):
 
     # what was asked for in the mean is what is taken, through the library
     from fasa_gguf.quality.arms import Arm
-    from fasa_gguf.quality.perplexity import evaluate
+    from fasa_gguf.quality.perplexity import WindowSettings, evaluate
+    from fasa_gguf.runtime.settings import ContextSettings
+
+    sizes = WindowSettings(SIZE["windows"], SIZE["window"], SIZE["score"])
+    settings = ContextSettings(n_threads=SIZE.get("n_threads", 0), mode="auto")
 
     for n in (80, 100, 120, 170):  # in the table, and between
         row = evaluate(
-            tiny, text, [Arm("mean", done.params().replace(mean_budget=n, min_context=0))], profile=done, **SIZE
+            tiny, text, [Arm("mean", done.params().replace(mean_budget=n, min_context=0))], sizes, settings, profile=done
         )[1]
         assert abs(row["tokens_attended"] / n - 1) < 0.1
 
