@@ -23,7 +23,7 @@ $(VENV)/.ready: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) cmake ninja
 	$(PIP) llama-cpp-python==$(PIN) --config-settings=cmake.args=-DLLAMA_BUILD=OFF
-	$(PIP) 'cffi>=1.16' 'matplotlib>=3.7' 'numpy>=1.24' 'tqdm>=4.60' 'pytest>=7.4' 'gguf>=0.10'
+	$(PIP) 'cffi>=1.16' 'matplotlib>=3.7' 'numpy>=1.24' 'tqdm>=4.60' 'pytest>=7.4' 'gguf>=0.19'
 	@touch $@
 
 build/native/build.ninja: $(VENV)/.ready

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..params import FasaParams
 from ..profile.profile import Profile
 from ..speed.random_model import SHAPES
-from .main import _fasa_flags, _model, _params, _run_flags, _whole
+from .arguments import add_context_flags, add_fasa_flags, add_model, add_shape_flags, random_model, read_params, whole
 
 if TYPE_CHECKING:
     from ..memory.host import Available
@@ -30,15 +30,14 @@ def cmd_plan(a: argparse.Namespace) -> None:
     from ..runtime.settings import ContextSettings
     from ..speed.plan_check import check, format_check
     from ..speed.random_model import synthetic_profile
-    from .bench import _shape
 
-    path = _shape(a) if a.shape else a.model
+    path = random_model(a) if a.shape else a.model
     gguf = GGUFFile(path)
     profile = Profile.load(a.profile) if a.profile else Profile.from_gguf(gguf)
     if profile is None:
         print("no FASA profile in the model: planned as if it ranked every attention layer", file=sys.stderr)
         profile = synthetic_profile(*model_shape(gguf))
-    params, profile = _params(a, profile)
+    params, profile = read_params(a, profile)
     model = read_model(gguf, profile)
     settings = ContextSettings(
         n_ctx=a.ctx_size,
@@ -89,21 +88,20 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "What a context takes, dense and with FASA, and which one fits; nothing is loaded.",
         "model.gguf -c 131072 --vram 24G",
     )
-    _model(p)
-    _run_flags(p)
+    add_model(p)
+    add_context_flags(p)
     p.set_defaults(n_gpu_layers=-1)
-    _fasa_flags(p)
+    add_fasa_flags(p)
     p.add_argument(
-        "-c", "--ctx-size", type=_whole(0), default=0, help="context in tokens, over all sequences; 0: the model's own"
+        "-c", "--ctx-size", type=whole(0), default=0, help="context in tokens, over all sequences; 0: the model's own"
     )
     p.add_argument(
-        "-np", "--n-parallel", type=_whole(1), default=1, help="sequences, each with its part of the context [1]"
+        "-np", "--n-parallel", type=whole(1), default=1, help="sequences, each with its part of the context [1]"
     )
-    p.add_argument("-ub", "--ubatch-size", type=_whole(1), default=512, help="tokens computed at once in prefill [512]")
+    p.add_argument("-ub", "--ubatch-size", type=whole(1), default=512, help="tokens computed at once in prefill [512]")
     p.add_argument("--vram", metavar="12G", help="memory of the GPU; default: what is free on the GPUs here")
     p.add_argument("--ram", metavar="64G", help="host memory for K and V; default: what is available here")
-    p.add_argument("--shape", choices=tuple(SHAPES), help="make and use a random model of this shape")
-    p.add_argument("--output-model", help="where --shape writes its model; default: the user's cache folder")
+    add_shape_flags(p, tuple(SHAPES))
     p.add_argument(
         "--check", action="store_true", help="load the model on the GPU, and print planned against measured memory"
     )
