@@ -183,7 +183,12 @@ class Llama(_Base):
     def fasa_stats(self) -> dict[str, Any]:
         """Counters since the model was loaded or reset_fasa_stats, and the reasons for what was dense."""
         context = self._live()
-        return {**context.counters(), "step_reason": context.step_reason(), "step_reason_code": context.step_reason_code(), "layer_reasons": context.layer_reasons()}
+        return {
+            **context.counters(),
+            "step_reason": context.step_reason(),
+            "step_reason_code": context.step_reason_code(),
+            "layer_reasons": context.layer_reasons(),
+        }
 
     def reset_fasa_stats(self) -> None:
         self._live().reset_counters()

@@ -71,7 +71,8 @@ def fetch() -> Path:
             ]
             if subprocess.run(command).returncode != 0:
                 raise QueueError(
-                    f"pip could not download {up['package']} {up['version']}; check the index that pip is configured for, or give -DFASA_LLAMA_SOURCE=DIR"
+                    f"pip could not download {up['package']} {up['version']}; check the index that pip is configured "
+                    "for, or give -DFASA_LLAMA_SOURCE=DIR"
                 )
             os.replace(Path(folder) / path.name, path)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -95,7 +96,7 @@ def unpack(target: Path) -> None:
 
 
 def prepare(target: Path, source: Path | None, patched: bool) -> None:
-    """A source tree ready to build; made anew when the pin or the patches changed, and always from a local tree."""
+    """Make a source tree ready to build. A tree of the same pin and patches stays, unless it came from `source`."""
     stamp = hashlib.sha256(repr((upstream(), str(source), patched)).encode())
     for p in patches() if patched else []:
         stamp.update(p.read_bytes())
@@ -105,9 +106,10 @@ def prepare(target: Path, source: Path | None, patched: bool) -> None:
     fresh = target.with_name(target.name + ".new")
     shutil.rmtree(fresh, ignore_errors=True)
     if source:
-        build_folders = lambda folder, names: [
-            n for n in names if n == ".git" or (Path(folder) / n / "CMakeCache.txt").exists()
-        ]
+
+        def build_folders(folder: str, names: list[str]) -> list[str]:
+            return [n for n in names if n == ".git" or (Path(folder) / n / "CMakeCache.txt").exists()]
+
         shutil.copytree(source, fresh, ignore=build_folders)
     else:
         unpack(fresh)
@@ -133,7 +135,7 @@ def split(patch: Path) -> tuple[str, list[tuple[str, list[str]]]]:
     files = []
     for part in parts:
         name, body = part.split("\n", 1)
-        files.append((name.strip(), [line for line in body[body.index("@@") :].splitlines()]))
+        files.append((name.strip(), body[body.index("@@") :].splitlines()))
     return header, files
 
 
@@ -198,7 +200,7 @@ def check() -> str:
 
 
 def refresh(tree: Path) -> None:
-    """Write every patch anew from `tree`: the difference of its files to the pinned source. A file belongs to one patch."""
+    """Write every patch anew from `tree`: what its files differ in from the pinned source. A file is in one patch."""
     with tempfile.TemporaryDirectory() as folder:
         unpack(Path(folder))
         for patch in patches():

@@ -201,9 +201,9 @@ int fasa_get_counters(const llama_context * ctx, fasa_counters * c) {
     FASA_COUNTERS_DEVICE(X)
 #undef X
 #define X(name, NAME) c->name = s.steps.name;
-        FASA_COUNTERS_STEP(X)
+    FASA_COUNTERS_STEP(X)
 #undef X
-            for (auto * cache : caches) {
+    for (auto * cache : caches) {
 #define X(name, NAME) c->name += cache->name();
         FASA_COUNTERS_MEMORY(X)
 #undef X
@@ -222,7 +222,7 @@ int fasa_reset_counters(llama_context * ctx) {
     FASA_COUNTERS_OP(X)
     FASA_COUNTERS_DEVICE(X)
 #undef X
-        return 0;
+    return 0;
 }
 
 // ---- reasons ----
