@@ -26,8 +26,8 @@ GROUP = 8  # dominant dimensions that share one scale
 def chunk_dims(head_dim: int, n_rot: int, layout: str) -> np.ndarray:
     """The two dimensions of every chunk, int32 [head_dim/2, 2].
 
-    Chunk i < n_rot/2 is the RoPE pair of frequency i (0 is the fastest): (2i, 2i+1) under "norm", (i, i + n_rot/2) under
-    "neox". The chunks behind are pairs that do not rotate.
+    Chunk i < n_rot/2 is the RoPE pair of frequency i (0 is the fastest): (2i, 2i+1) under "norm", (i, i + n_rot/2)
+    under "neox". The chunks behind are pairs that do not rotate.
     """
     i = np.arange(head_dim // 2)  # [n_chunk]
     dims = np.stack([2 * i, 2 * i + 1], -1)  # [n_chunk, 2]
@@ -60,7 +60,7 @@ def hadamard(x: np.ndarray, block: int) -> np.ndarray:
 
 
 def quantize_k_dom(k: np.ndarray, dims: np.ndarray, kind: str) -> np.ndarray:
-    """The dominant values as they are read back, f32 [n_kv, n_dom], from keys [n_kv, head_dim]; padded dimensions are 0.
+    """The dominant values as they are read back, f32 [n_kv, n_dom], from keys [n_kv, head_dim]; padding is 0.
 
     A group of 8 shares one f16 scale: q8 is absmax/127, q4 the value of largest magnitude over -8 (as ggml's q4_0).
     """
@@ -287,8 +287,8 @@ def rank_recall(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chunks as a set, by recall: each time the one is added that raises most the true attention mass kept.
 
-    The mass is that of the top `budget` tokens of the chosen set's shared score, sinks and recent ones forced. Ties: the
-    lower id. Returns (order int32 [n_rank], share of the mass kept after each choice f32 [n_rank]). Cell = position.
+    The mass is that of the top `budget` tokens of the chosen set's shared score, sinks and recent ones forced. Ties:
+    the lower id. Returns (order int32 [n_rank], share of the mass kept after each choice f32 [n_rank]). Cell = position.
     """
     n_kv = len(k)
     parts = chunk_scores(q, k, dims, scale)  # [n_chunk, G, n_query, n_kv]

@@ -43,8 +43,8 @@ def open_session(model, profile, **kw):
 def test_identity(smollm2, profile, text, cache):
     """Budget >= the cached tokens: dense attention up to a reordered sum.
 
-    The model's 4-bit products make noise of their own: dense with one thread and dense with two differ by a KL of 0.003.
-    FASA must stay within 0.006, and greedy text be equal.
+    The model's 4-bit products make noise of their own: dense with one thread and dense with two differ by a KL of
+    0.003. FASA must stay within 0.006, and greedy text be equal.
     """
     with open_session(smollm2, profile, type_k=cache, type_v=cache) as s:
         tokens = s.tokenize(text)[: PREFIX + 48]
@@ -66,7 +66,7 @@ def test_identity(smollm2, profile, text, cache):
 
 def test_greedy_text_of_500_tokens_is_equal(smollm2, profile):
     with open_session(smollm2, profile) as s:
-        # the model continues this text with certainty: its two best logits stay 1.9 apart, and rounding moves one by 0.7
+        # the model is certain of this text: its two best logits stay 1.9 apart, and rounding moves one by 0.7
         prompt = s.tokenize("".join(f"{i}, {i + 1}, {i + 2}, " for i in range(1, 10)) * 12)
         texts = []
         for params in (None, ALL):
