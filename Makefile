@@ -4,7 +4,8 @@ JOBS   ?= $(shell $(PYTHON) -c 'import os; print(os.cpu_count())')
 VENV   := .venv
 PY     := $(VENV)/bin/python
 PIP    := $(PY) -m pip install -q --disable-pip-version-check
-CMAKE  := $(VENV)/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja -DPython3_EXECUTABLE=$(CURDIR)/$(PY)
+CMAKE  := $(VENV)/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
+          -DPython3_EXECUTABLE=$(CURDIR)/$(PY)
 PIN    := $(shell sed -n 's/^version = //p' patches/UPSTREAM)
 MODEL  := models/cache/SmolLM2-135M-Instruct.Q4_1.gguf
 

@@ -1,7 +1,7 @@
 """FASA in plain numpy: the definition that the CPU ops, the CUDA kernels and the calibration are tested against.
 
-RoPE turns a head's dimensions into frequency chunks: pairs that rotate together. A few of them, the dominant ones, rank the
-cached tokens almost as the whole head does. One decode step of one KV head with its G query heads:
+RoPE turns a head's dimensions into frequency chunks: pairs that rotate together. A few of them, the dominant ones, rank
+the cached tokens almost as the whole head does. One decode step of one KV head with its G query heads:
 
     K_dom    the dominant dimensions of every cached key, in few bits          quantize_k_dom
     TIP      token importance prediction: logits from those dimensions alone   estimate, group_score
@@ -10,8 +10,8 @@ cached tokens almost as the whole head does. One decode step of one KV head with
 
 `decode_step` is the four in a row.
 
-Source: FASA, arXiv 2602.03152, sections 3 and 4; what differs from it (one selection per KV head, forced tokens, the ranking
-of chunks as a set) is explained in docs/reference/method.md.
+Source: FASA, arXiv 2602.03152, sections 3 and 4; what differs from it (one selection per KV head, forced tokens, the
+ranking of chunks as a set) is explained in docs/method.md.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ GROUP = 8  # dominant dimensions that share one scale
 
 
 def chunk_dims(head_dim: int, n_rot: int, layout: str) -> np.ndarray:
-    """The two dimensions of every chunk, int32 [head_dim/2, 2]. Chunk i < n_rot/2 is the RoPE pair of frequency i (0 is the
-    fastest): (2i, 2i+1) under "norm", (i, i + n_rot/2) under "neox"; the chunks behind are pairs that do not rotate."""
+    """The two dimensions of every chunk, int32 [head_dim/2, 2].
+
+    Chunk i < n_rot/2 is the RoPE pair of frequency i (0 is the fastest): (2i, 2i+1) under "norm", (i, i + n_rot/2)
+    under "neox". The chunks behind are pairs that do not rotate.
+    """
     i = np.arange(head_dim // 2)  # [n_chunk]
     dims = np.stack([2 * i, 2 * i + 1], -1)  # [n_chunk, 2]
     if layout == "neox":
@@ -34,13 +37,19 @@ def chunk_dims(head_dim: int, n_rot: int, layout: str) -> np.ndarray:
 
 
 def dominant_dims(ranking: np.ndarray, chunks: int, dims: np.ndarray) -> np.ndarray:
-    """The dimensions of the best chunks, int32 [n_dom], rank order, padded with -1 to whole groups. ranking [n_chunk]."""
+    """The dimensions of the best chunks, int32 [n_dom], in rank order, padded with -1 to whole groups.
+
+    ranking [n_chunk], dims [n_chunk, 2].
+    """
     d = dims[ranking[:chunks].astype(int)].ravel()  # [2*chunks]
     return np.append(d, np.full(-len(d) % GROUP, -1)).astype(np.int32)  # [n_dom]
 
 
 def hadamard(x: np.ndarray, block: int) -> np.ndarray:
-    """Orthonormal Walsh-Hadamard transform of each block of the last axis; its own inverse. llama.cpp stores quantised K so."""
+    """Orthonormal Walsh-Hadamard transform of each block of the last axis; its own inverse.
+
+    llama.cpp stores quantised K under it.
+    """
     y = x.reshape(*x.shape[:-1], -1, block).astype(np.float32)  # [..., n_block, block]
     h = 1
     while h < block:
@@ -51,8 +60,10 @@ def hadamard(x: np.ndarray, block: int) -> np.ndarray:
 
 
 def quantize_k_dom(k: np.ndarray, dims: np.ndarray, kind: str) -> np.ndarray:
-    """The dominant values as they are read back, f32 [n_kv, n_dom], from keys [n_kv, head_dim]; a padded dimension is 0.
-    A group of 8 shares one f16 scale: q8 is absmax/127, q4 the value of largest magnitude over -8 (as ggml's q4_0)."""
+    """The dominant values as they are read back, f32 [n_kv, n_dom], from keys [n_kv, head_dim]; padding is 0.
+
+    A group of 8 shares one f16 scale: q8 is absmax/127, q4 the value of largest magnitude over -8 (as ggml's q4_0).
+    """
     x = np.where(dims >= 0, k[:, np.maximum(dims, 0)], 0).astype(np.float32)  # [n_kv, n_dom]
     if kind == "f16":
         return x.astype(np.float16).astype(np.float32)
@@ -74,7 +85,10 @@ def capped(x: np.ndarray, soft_cap: float) -> np.ndarray:
 
 
 def quantize_query(x: np.ndarray, kind: str) -> np.ndarray:
-    """The dominant part of the queries f32 [G, n_dom] as TIP uses it: beside q8 and q4 keys in 8 bits, a scale for every 8."""
+    """The dominant part of the queries, f32 [G, n_dom], as TIP uses it.
+
+    Against q8 and q4 keys the queries have 8 bits, with a scale for every 8 dimensions.
+    """
     if kind == "f16":
         return x
     g = x.reshape(len(x), -1, GROUP)  # [G, n_group, 8]
@@ -93,7 +107,10 @@ def estimate(
     soft_cap: float = 0,
     kind: str = "f16",
 ) -> np.ndarray:
-    """TIP: estimated logits f32 [G, n_kv] of the query heads q [G, head_dim]; weight [n_dom], k_dom [n_kv, n_dom] of `kind`."""
+    """TIP: estimated logits f32 [G, n_kv] of the query heads q [G, head_dim].
+
+    weight [n_dom], k_dom [n_kv, n_dom] of `kind`.
+    """
     x = np.where(dims >= 0, q[:, np.maximum(dims, 0)], 0) * weight * np.float32(scale)  # [G, n_dom]
     return capped((quantize_query(x.astype(np.float32), kind) @ k_dom.T).astype(np.float32), soft_cap)  # [G, n_kv]
 
@@ -130,9 +147,11 @@ def select(
     floor: int = 64,
     cap: int = 1024,
 ) -> np.ndarray:
-    """The cells to attend, ascending. Forced cells first, then by score, ties to the lower cell; `budget` of them, or with
-    mass > 0 until they hold that share of the estimated attention, between floor and cap. The forced ones are always in.
-    Shares are summed as integers of 2^-40, so that every order of summation takes the same count."""
+    """The cells to attend, ascending: forced cells first, then by score, ties to the lower cell.
+
+    `budget` of them; with mass > 0 as many as hold that share of the estimated attention, between floor and cap. Forced
+    cells are always in. Shares are summed as integers of 2^-40, so that every order of summation takes the same count.
+    """
     forced = forced & visible
     order = np.lexsort((np.arange(len(score)), -score, ~forced, ~visible))[: visible.sum()]  # [n_visible]
     n = budget
@@ -174,9 +193,12 @@ def decode_step(
     weight: np.ndarray | None = None,
     sink: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One token, one KV head: (output f32 [G, d_v], the cells attended, ascending). q [G, head_dim], k [n_kv, head_dim],
-    v [n_kv, d_v], positions and visible [n_kv], ranking [n_chunk], dims [n_chunk, 2]; weight [m] of the m leading chunks,
-    the others have 1. With per_head the selection is a query head's own: call it for each, G = 1."""
+    """One token, one KV head: (output f32 [G, d_v], the cells attended, ascending).
+
+    q [G, head_dim], k [n_kv, head_dim], v [n_kv, d_v], positions and visible [n_kv], ranking [n_chunk], dims
+    [n_chunk, 2]; weight [m] of the m leading chunks, the others have 1. With per_head every query head selects for
+    itself: call it for each, G = 1.
+    """
     chosen = dominant_dims(ranking, p.chunks, dims)  # [n_dom]
     w = np.ones(len(chosen), np.float32)  # [n_dom]
     if weight is not None:
@@ -194,15 +216,21 @@ MASS_LEAST = 2.0**-20  # 0 would be a fixed budget
 
 
 def layer_mass(mass: float, miss: float) -> np.float32:
-    """The target mass of a layer that may miss `miss` times what others miss (fasa.layer_miss): 1 - (1 - mass)*miss, kept above 0."""
+    """The target mass of a layer that may miss `miss` times what others miss (fasa.layer_miss): 1 - (1 - mass)*miss.
+
+    It is kept above 0, which would mean a fixed budget.
+    """
     return np.float32(
         min(max(1 - (1 - float(np.float32(mass))) * float(np.float32(miss)), MASS_LEAST), 1.0) if mass > 0 else 0.0
     )
 
 
 def mean_budget_mass(tokens: np.ndarray, mass: np.ndarray, n: int) -> np.float32:
-    """The target mass that takes n tokens in the mean, by a table (fasa.mean_budget, fasa.mean_budget_mass), both [n_entry] and
-    ascending: log(1 - mass) is linear in log(tokens) between two entries. 0 when n lies outside."""
+    """The target mass that takes n tokens in the mean, by a table (fasa.mean_budget, fasa.mean_budget_mass).
+
+    Both columns [n_entry] are ascending; between two entries log(1 - mass) is linear in log(tokens). 0 when n lies
+    outside.
+    """
     tokens, missed = np.asarray(tokens, np.float64), np.log(1 - np.asarray(mass, np.float32).astype(np.float64))
     if not len(tokens) or not tokens[0] <= n <= tokens[-1]:
         return np.float32(0)
@@ -223,13 +251,16 @@ def rank_energy(q_energy: np.ndarray, k_energy: np.ndarray) -> np.ndarray:
 
 
 def chunk_scores(q: np.ndarray, k: np.ndarray, dims: np.ndarray, scale: float) -> np.ndarray:
-    """Logits of each chunk alone: f32 [n_chunk, G, n_query, n_kv], from q [G, n_query, head_dim], k [n_kv, head_dim]."""
+    """Logits of each chunk alone, f32 [n_chunk, G, n_query, n_kv]; q [G, n_query, head_dim], k [n_kv, head_dim]."""
     return np.einsum("gqcd,ncd->cgqn", q[..., dims], k[:, dims]).astype(np.float32) * np.float32(scale)
 
 
 def rank_ca(q: np.ndarray, k: np.ndarray, q_pos: np.ndarray, dims: np.ndarray, scale: float, budget: int) -> np.ndarray:
-    """As published, by contextual agreement: the share of the head's top `budget` tokens that the chunk's top tokens hit, mean
-    over the group's heads and the queries. Best first."""
+    """Chunks, best first, as published, by contextual agreement.
+
+    That is the share of the head's top `budget` tokens that the chunk's top tokens hit, mean over the group's heads and
+    the queries.
+    """
     agree = np.zeros(len(dims))  # [n_chunk]
     for i, pos in enumerate(q_pos):
         seen, n = k[: pos + 1], min(budget, pos + 1)  # [n_visible, head_dim]
@@ -254,9 +285,11 @@ def rank_recall(
     sink: int,
     recent: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """As a set, by recall: chunks are added one at a time, each time the one that raises most the true attention mass held by
-    the top `budget` tokens of the chosen set's shared score, sinks and recent ones forced. Ties: the lower id.
-    Returns (order int32 [n_rank], share of the mass kept after each choice f32 [n_rank]). Cell = position."""
+    """Chunks as a set, by recall: each time the one is added that raises most the true attention mass kept.
+
+    The mass is that of the top `budget` tokens of the chosen set's shared score, sinks and recent ones forced. Ties:
+    the lower id. Returns (order int32 [n_rank], share of the mass kept after each choice f32 [n_rank]). Cell = position.
+    """
     n_kv = len(k)
     parts = chunk_scores(q, k, dims, scale)  # [n_chunk, G, n_query, n_kv]
     full = capped(np.einsum("gqd,nd->gqn", q, k) * scale, soft_cap)  # [G, n_query, n_kv]
@@ -292,8 +325,11 @@ def fit_weights(
     scale: float,
     soft_cap: float = 0,
 ) -> np.ndarray:
-    """A weight per chosen chunk, f32 [len(chosen)], >= 0: weighted least squares of the true logits (before soft-capping) on
-    the chunks' logits, each centred per query and head, the weight of a cell being the root of its true attention."""
+    """A weight per chosen chunk, f32 [len(chosen)], >= 0.
+
+    Weighted least squares of the true logits (before soft-capping) on the chunks' logits, each centred per query and
+    head; the weight of a cell is the root of its true attention.
+    """
     a = np.zeros((len(chosen), len(chosen)))  # [m, m]
     b = np.zeros(len(chosen))  # [m]
     for i, pos in enumerate(q_pos):

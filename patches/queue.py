@@ -99,7 +99,7 @@ def unpack(target: Path) -> None:
 
 
 def prepare(target: Path, source: Path | None, patched: bool) -> None:
-    """A source tree ready to build; made anew when the pin or the patches changed, and always from a local tree."""
+    """Make a source tree ready to build. A tree of the same pin and patches stays, unless it came from `source`."""
     stamp = hashlib.sha256(repr((upstream(), str(source), patched)).encode())
     for p in patches() if patched else []:
         stamp.update(p.read_bytes())

@@ -127,8 +127,11 @@ def brute_step(q, k, v, visible, forced, dims, weight, n, scale, cap):
     """The same step with loops over heads and cells and one sort of (not forced, -score, cell)."""
     score = np.zeros(len(k))
     for head in q:
-        est = [cap * np.tanh(scale * sum(head[d] * w * key[d] for d, w in zip(dims, weight)) / cap) for key in k]
-        e = [np.exp(x) if see else 0.0 for x, see in zip(est, visible)]
+        est = [
+            cap * np.tanh(scale * sum(head[d] * w * key[d] for d, w in zip(dims, weight, strict=True)) / cap)
+            for key in k
+        ]
+        e = [np.exp(x) if see else 0.0 for x, see in zip(est, visible, strict=True)]
         score += np.array(e) / sum(e)
     order = sorted((not forced[j], -score[j], j) for j in range(len(k)) if visible[j])
     cells = sorted(j for _, _, j in order[:n])

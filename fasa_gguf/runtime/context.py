@@ -141,8 +141,8 @@ class Context:
         """(copy, gather, fetch): bytes per second that the device takes from K and V in pinned host memory (FASA-M).
 
         copy: in one piece. gather: the rows of n_rows random cells of the first n_cells, K and V of every KV head,
-        layer by layer, each behind `between` bytes of device memory (a layer's weights), by a kernel that does nothing else.
-        fetch: the same by the kernel that fetches rows for attention. Raises FasaError.
+        layer by layer, each behind `between` bytes of device memory (a layer's weights), by a kernel that does nothing
+        else. fetch: the same by the kernel that fetches rows for attention. Raises FasaError.
         """
         rates = struct("fasa_rates")
         check(self._lib.fasa_host_rates(self._ctx, n_cells, n_rows, between, rates))

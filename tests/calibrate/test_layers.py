@@ -160,7 +160,12 @@ def test_calibrate_layers(library, tiny, text, profile, tmp_path):
 
     for n in (80, 100, 120, 170):  # in the table, and between
         row = evaluate(
-            tiny, text, [Arm("mean", done.params().replace(mean_budget=n, min_context=0))], sizes, settings, profile=done
+            tiny,
+            text,
+            [Arm("mean", done.params().replace(mean_budget=n, min_context=0))],
+            sizes,
+            settings,
+            profile=done,
         )[1]
         assert abs(row["tokens_attended"] / n - 1) < 0.1
 

@@ -41,8 +41,11 @@ def open_session(model, profile, **kw):
 
 @pytest.mark.parametrize("cache", ["f16", "q8_0"])
 def test_identity(smollm2, profile, text, cache):
-    """Budget >= the cached tokens: dense attention up to a reordered sum. The model's 4-bit products make noise of their own:
-    dense with one thread and dense with two differ by a KL of 0.003; FASA must stay within 0.006, and greedy text be equal."""
+    """Budget >= the cached tokens: dense attention up to a reordered sum.
+
+    The model's 4-bit products make noise of their own: dense with one thread and dense with two differ by a KL of
+    0.003. FASA must stay within 0.006, and greedy text be equal.
+    """
     with open_session(smollm2, profile, type_k=cache, type_v=cache) as s:
         tokens = s.tokenize(text)[: PREFIX + 48]
         out = []
@@ -63,7 +66,7 @@ def test_identity(smollm2, profile, text, cache):
 
 def test_greedy_text_of_500_tokens_is_equal(smollm2, profile):
     with open_session(smollm2, profile) as s:
-        # a text that the model continues with certainty (its two best logits stay 1.9 apart), for rounding alone moves a logit by 0.7
+        # the model is certain of this text: its two best logits stay 1.9 apart, and rounding moves one by 0.7
         prompt = s.tokenize("".join(f"{i}, {i + 1}, {i + 2}, " for i in range(1, 10)) * 12)
         texts = []
         for params in (None, ALL):
@@ -113,7 +116,7 @@ def test_below_min_context_nothing_changes(smollm2, profile, text):
 
 @pytest.mark.parametrize("unified", [False, True])
 def test_a_decode_steps_mask_is_the_stock_one(tiny, unified):
-    """A sequence without holes gets its mask by its length. Every history must give the bits of the mask that looks at every cell."""
+    """A sequence without holes gets its mask by its length: the bits of the mask that looks at every cell."""
     got = []
     for params in (None, SOME.replace(min_context=4096)):
         with open_session(tiny, synthetic_profile([2] * 3, [8] * 3, seed=2), n_seq_max=2, kv_unified=unified) as s:
@@ -275,24 +278,25 @@ def test_a_layer_has_its_own_mass(smollm2, profile, text):
         s.fasa.set_params(SOME.replace(mean_budget=300))
         with pytest.raises(
             FasaError,
-            match="mean_budget 300: the profile has no table of mean budgets; make one with `fasa-gguf calibrate-layers MODEL -f TEXT`",
+            match="mean_budget 300: the profile has no table of mean budgets; make one with "
+            "`fasa-gguf calibrate-layers MODEL -f TEXT`",
         ):
             s.fasa.set_profile(profile)
         assert np.isclose(s.fasa.layer_params(0).mass, 0.95)  # what was there stays
         s.fasa.set_profile(replace(own, mean_budget={300: 0.8, 500: 0.9}, layer_miss=None))
         assert np.isclose(s.fasa.layer_params(0).mass, 0.8)  # a live context takes the new table
         for bad, message in (
-            (dict(layer_miss=np.array([1.0] * 29 + [0.0])), "layer 29: layer_miss is 0, and must be above 0"),
+            ({"layer_miss": np.array([1.0] * 29 + [0.0])}, "layer 29: layer_miss is 0, and must be above 0"),
             (
-                dict(layer_miss=np.array([1.0, np.nan] + [1.0] * 28)),
+                {"layer_miss": np.array([1.0, np.nan] + [1.0] * 28)},
                 "layer 1: layer_miss is nan, and must be above 0",
             ),
             (
-                dict(mean_budget={300: 0.9, 500: 0.8}),
+                {"mean_budget": {300: 0.9, 500: 0.8}},
                 "entry 1 of the table of mean budgets: 500 tokens at a mass of 0.8; both must ascend",
             ),
-            (dict(mean_budget={300: 0.9, 200: 0.95}), "entry 1 of the table of mean budgets: 200 tokens"),
-            (dict(mean_budget={300: 1.0}), "entry 0 of the table"),
+            ({"mean_budget": {300: 0.9, 200: 0.95}}, "entry 1 of the table of mean budgets: 200 tokens"),
+            ({"mean_budget": {300: 1.0}}, "entry 0 of the table"),
         ):
             with pytest.raises(FasaError, match=message):
                 s.fasa.set_profile(replace(own, **bad))
@@ -310,6 +314,8 @@ def test_what_cannot_run_says_why(smollm2, profile):
             s.fasa.set_profile(synthetic_profile([3] * 2, [32] * 2))
         with pytest.raises(FasaError, match="layer 0: the profile has 3 KV heads of 16 chunks, the model 3 of 32"):
             s.fasa.set_profile(synthetic_profile([3] * 30, [16] * 30))
-    with open_session(smollm2, profile, flash_attn=False, n_ctx=256) as s:
-        with pytest.raises(FasaError, match="flash attention is off in this context"):
-            s.fasa.set_params(SOME)
+    with (
+        open_session(smollm2, profile, flash_attn=False, n_ctx=256) as s,
+        pytest.raises(FasaError, match="flash attention is off in this context"),
+    ):
+        s.fasa.set_params(SOME)
