@@ -288,7 +288,8 @@ def rank_recall(
     """Chunks as a set, by recall: each time the one is added that raises most the true attention mass kept.
 
     The mass is that of the top `budget` tokens of the chosen set's shared score, sinks and recent ones forced. Ties:
-    the lower id. Returns (order int32 [n_rank], share of the mass kept after each choice f32 [n_rank]). Cell = position.
+    the lower id. Returns (order int32 [n_rank], share of the mass kept after each choice f32 [n_rank]).
+    Cell = position.
     """
     n_kv = len(k)
     parts = chunk_scores(q, k, dims, scale)  # [n_chunk, G, n_query, n_kv]
