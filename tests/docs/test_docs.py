@@ -161,11 +161,17 @@ def table(page, title):
     return rows
 
 
+def load(path):
+    """A module by its file."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def generated(name, page):
     """The block of a page that native/generate.py writes, after a check that it is there and up to date."""
-    spec = importlib.util.spec_from_file_location("generate", ROOT / "native" / "generate.py")
-    generate = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(generate)
+    generate = load(ROOT / "native" / "generate.py")
     text = (ROOT / "docs" / page).read_text()
     shown = re.search(f"<!-- begin {name} -->\n(.*?)<!-- end {name} -->\n", text, re.S)
     assert shown and shown.group(1) == generate.docs_blocks()[name], f"{page}: {name}: run `make tables`"
@@ -213,8 +219,9 @@ def test_the_key_table_is_the_profiles_keys():
 
 def alternatives(text):
     """`a/{b,c}.py` -> `a/b.py`, `a/c.py`."""
-    parts = [part.split(",") for part in re.split(r"\{([^}]*)\}", text)[1::2]]
-    return [re.sub(r"\{[^}]*\}", lambda m, it=iter(x): next(it), text) for x in itertools.product(*parts)]
+    parts = re.split(r"\{([^}]*)\}", text)  # every other one stood in braces
+    choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
+    return ["".join(x) for x in itertools.product(*choices)]
 
 
 PLACES = r"(?:native|fasa_gguf|tests|patches|models|docs)/[\w./{},*-]*"
@@ -246,10 +253,8 @@ def test_the_order_of_packages_is_the_imports():
     start = page.index("| fasa_gguf/, lowest first")
     rows = page[start:].split("\n\n")[0].split("\n")[2:]
     shown = [re.findall(r"`(\w+)/?`", row.split("|")[1]) for row in rows]
-    import test_imports
-
-    order = [list(names) for names in test_imports.LAYERS if names != ("__main__",)]
-    assert shown == order
+    layers = load(ROOT / "tests" / "test_imports.py").LAYERS
+    assert shown == [list(names) for names in layers if names != ("__main__",)]
 
 
 def test_the_bench_columns_are_in_the_docs():
