@@ -216,7 +216,7 @@ enum fasa_reason {
 // end reasons
 
 FASA_API const char * fasa_version(void);          // "0.1.0"
-FASA_API const char * fasa_upstream_version(void); // the llama-cpp-python whose llama.cpp this is: "0.3.36"
+FASA_API const char * fasa_upstream_version(void); // the version of llama-cpp-python whose llama.cpp this is
 FASA_API const char * fasa_error(void);            // the last error of this thread, one sentence; "" if none
 FASA_API fasa_params fasa_params_default(void);
 // The chunks that the setting 0 stands for in a head that has n_chunk: 3/8 of them, in whole groups of 4.

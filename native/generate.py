@@ -113,21 +113,26 @@ def markdown(columns: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
+def items(texts: list[str]) -> str:
+    """A list of Markdown, for what is too wide for a table; its lines are wrapped."""
+    wrap = textwrap.TextWrapper(WIDTH, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False)
+    return "".join(wrap.fill(text) + "\n" for text in texts)
+
+
 def docs_blocks() -> dict[str, str]:
-    settings = [
-        [f"`{s.name}`", f"`{s.default}`", s.unit, s.expected() if s.choices else f"{s.low} to {s.high}", s.help]
-        for s in SETTINGS
-    ]
     return {
-        "settings": markdown(["setting", "default", "unit", "range", "meaning"], settings),
-        "counters": markdown(
-            ["counter", "unit", "counted by", "meaning"],
-            [[f"`{c.name}`", c.unit, c.counted_by, c.help] for c in COUNTERS],
-        ),
-        "reasons": markdown(
-            ["reason", "text", "remedy"], [[f"`{r.name}`", r.text or "(sparse)", r.remedy] for r in Reason]
-        ),
+        "settings": items([f"**`{s.name}`** = {default_text(s)} ({unit_text(s)}): {s.help}" for s in SETTINGS]),
+        "counters": markdown(["counter", "unit", "meaning"], [[f"`{c.name}`", c.unit, c.help] for c in COUNTERS]),
+        "reasons": items([f"`{r.name}`: {r.text}{'; ' if r.remedy else ''}{r.remedy}" for r in Reason if r.text]),
     }
+
+
+def default_text(s: Setting) -> str:
+    return f"{s.default:g}" if s.kind is float else str(s.default)
+
+
+def unit_text(s: Setting) -> str:
+    return s.unit if s.choices else c_unit(s)
 
 
 # ---- files ----

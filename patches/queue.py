@@ -20,12 +20,10 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 MAX_ADDED = 100  # lines that all patches together may add
-# where the version stands, and how
+# where the version stands, and how; all else reads UPSTREAM
 PINNED = (
     ("patches/UPSTREAM", "version = {}"),
     ("pyproject.toml", "llama-cpp-python=={}"),
-    ("Makefile", "llama-cpp-python=={}"),
-    ("fasa_gguf/runtime/library.py", '"{}"'),
 )
 # what a build of the libraries does not need
 SKIP = re.compile(r"^(docs|models|media|app|tools/ui|benches|\.git|\.github|\.devops|ci)(/|$)")

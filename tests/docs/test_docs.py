@@ -1,16 +1,19 @@
 """The documentation against the code: commands, snippets, links, tables, words, widths."""
 
 import argparse
-import dataclasses
+import importlib.util
+import itertools
 import re
 import shlex
 
 import pytest
 from paths import ROOT
 
-from fasa_gguf import FasaParams
 from fasa_gguf.cli.main import parser
-from fasa_gguf.profile.profile import KEYS
+from fasa_gguf.counters import COUNTERS
+from fasa_gguf.params import SETTINGS
+from fasa_gguf.profile.keys import KEYS
+from fasa_gguf.reasons import Reason
 
 PAGES = sorted(p for p in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *ROOT.glob("[mp]*/README.md")])
 SHOWN = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs" / "guide").rglob("*.md"))]
@@ -158,32 +161,100 @@ def table(page, title):
     return rows
 
 
-def test_the_settings_table_is_the_settings():
-    shown = [row[:3] for row in table("reference/settings.md", "# Settings")]
-    assert shown == [
-        [f.name, f"{f.default:g}" if isinstance(f.default, float) else str(f.default), f.metadata["unit"]]
-        for f in dataclasses.fields(FasaParams)
+def load(path):
+    """A module by its file."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def generated(name, page):
+    """The block of a page that native/generate.py writes, after a check that it is there and up to date."""
+    generate = load(ROOT / "native" / "generate.py")
+    text = (ROOT / "docs" / page).read_text()
+    shown = re.search(f"<!-- begin {name} -->\n(.*?)<!-- end {name} -->\n", text, re.S)
+    assert shown and shown.group(1) == generate.docs_blocks()[name], f"{page}: {name}: run `make tables`"
+    return shown.group(1)
+
+
+def test_the_settings_are_in_the_docs():
+    block = generated("settings", "reference/settings.md")
+    assert re.findall(r"^- \*\*`(\w+)`\*\* = (\S+) \(", block, re.M) == [
+        (s.name, f"{s.default:g}" if s.kind is float else str(s.default)) for s in SETTINGS
     ]
 
 
-def test_the_key_table_is_the_profiles_keys():
-    assert [row[:2] for row in table("reference/profile.md", "## Keys")] == [[name, kind] for name, kind, _ in KEYS]
-
-
-def test_the_counters_table_is_the_counters():
-    counters = pytest.importorskip("fasa_gguf.counters")
+def test_the_counters_are_in_the_docs():
+    generated("counters", "reference/counters.md")
     shown = [row[:2] for row in table("reference/counters.md", "## Counters")]
-    assert shown == [[c.name, c.unit] for c in counters.COUNTERS]
+    assert shown == [[c.name, c.unit] for c in COUNTERS]
 
 
 def test_the_reasons_are_in_the_docs():
-    reasons = pytest.importorskip("fasa_gguf.reasons")
-    page = "reference/counters.md"
-    shown = [row[0] for row in table(page, "## Why a step is dense")]
-    shown += [row[0] for row in table(page, "## Why a layer is dense in a sparse step")]
-    texts = [reason.text for reason in reasons.Reason if reason.text]
-    assert [t for t in texts if not any(t.startswith(x) for x in shown)] == []
-    assert [x for x in shown if not any(t.startswith(x) for t in texts)] == []
+    block = generated("reasons", "reference/counters.md")
+    shown = [" ".join(x.split()) for x in re.split(r"^- ", block, flags=re.M)[1:]]
+    assert [x.split("`: ")[0].strip("`") for x in shown] == [r.name for r in Reason if r.text]
+    assert all(x.split("`: ", 1)[1].startswith(Reason[x.split("`: ")[0].strip("`")].text) for x in shown)
+
+
+def test_the_troubleshooting_table_quotes_reasons():
+    shown = [row[0] for row in table("guide/troubleshoot.md", "# Troubleshoot")]
+    assert len(shown) >= 5 and set(shown) <= {r.text for r in Reason}
+
+
+def test_the_key_table_is_the_profiles_keys():
+    """The keys of settings are one row, which names the types that are not u32."""
+    own = [(name, kind) for name, kind, _ in KEYS if not name.startswith("fasa.default.")]
+    other = ", ".join(f"`{s.name}` {s.gguf_type}" for s in SETTINGS if s.gguf_type != "u32")
+    at = next(i for i, key in enumerate(KEYS) if key.name.startswith("fasa.default."))
+    expected = [*own[:at], ("fasa.default.NAME", "u32"), *own[at:]]
+    rows = table("reference/profile.md", "## Keys")
+    assert [tuple(row[:2]) for row in rows] == expected
+    assert rows[at][2] == f"default of the setting NAME; {other}"
+
+
+# ---- names of files ----
+
+
+def alternatives(text):
+    """`a/{b,c}.py` -> `a/b.py`, `a/c.py`."""
+    parts = re.split(r"\{([^}]*)\}", text)  # every other one stood in braces
+    choices = [part.split(",") if i % 2 else [part] for i, part in enumerate(parts)]
+    return ["".join(x) for x in itertools.product(*choices)]
+
+
+PLACES = r"(?:native|fasa_gguf|tests|patches|models|docs)/[\w./{},*-]*"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_files_that_are_named_exist(page):
+    """Paths from the root of the repository; `NAME` in one, and models/cache/, stand for what is not there yet."""
+    text = re.sub(r"\]\([^)]*\)", "]", page.read_text())  # links have a test of their own
+    text = re.sub(r"<!-- .*? -->", "", text, flags=re.S)
+    for found in re.findall(rf"(?<![\w./-]){PLACES}", text):
+        for name in alternatives(found.rstrip(".,")):
+            if "NAME" not in name and not name.startswith("models/cache"):
+                assert any(ROOT.glob(name.rstrip("/"))), f"{ids(page)}: {name}"
+
+
+def test_files_in_the_tables_of_the_design_exist():
+    folders = {row[0].rstrip("/"): row[1] for row in table("design.md", "## Layers of code")}
+    assert set(folders) == {p.name for p in (ROOT / "native").iterdir() if p.is_dir() and p.name != "__pycache__"}
+    for folder, text in folders.items():
+        named = {x for found in re.findall(r"`([^`]*)`", text) for x in alternatives(found)}
+        there = {p.name for p in (ROOT / "native" / folder).iterdir()}
+        stems = {name.rsplit(".", 1)[0] for name in there}
+        assert {x for x in named if re.fullmatch(r"[a-z-]+(\.\w+)?", x)} <= there | stems, folder
+
+
+def test_the_order_of_packages_is_the_imports():
+    page = (ROOT / "docs" / "design.md").read_text()
+    start = page.index("| fasa_gguf/, lowest first")
+    rows = page[start:].split("\n\n")[0].split("\n")[2:]
+    shown = [re.findall(r"`(\w+)/?`", row.split("|")[1]) for row in rows]
+    layers = load(ROOT / "tests" / "test_imports.py").LAYERS
+    assert shown == [list(names) for names in layers if names != ("__main__",)]
 
 
 def test_the_bench_columns_are_in_the_docs():

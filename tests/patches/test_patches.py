@@ -93,7 +93,7 @@ def test_a_local_tree_is_copied_whole_without_its_builds(monkeypatch, tmp_path):
 
 
 def test_a_pin_changes_every_file_that_has_it_or_none(monkeypatch, tmp_path):
-    """On a copy: UPSTREAM, pyproject.toml, Makefile and the library's version."""
+    """On a copy: UPSTREAM and pyproject.toml."""
     for name, _ in Q.PINNED:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())
@@ -104,7 +104,14 @@ def test_a_pin_changes_every_file_that_has_it_or_none(monkeypatch, tmp_path):
     for name, form in Q.PINNED:
         text = (tmp_path / name).read_text()
         assert form.format("9.9.9") in text and form.format(old["version"]) not in text
-    (tmp_path / "Makefile").write_text("nothing here\n")
-    with pytest.raises(Q.QueueError, match=r"Makefile: expected 'llama-cpp-python==9.9.9', which is not there"):
+    (tmp_path / "pyproject.toml").write_text("nothing here\n")
+    with pytest.raises(Q.QueueError, match=r"pyproject.toml: expected 'llama-cpp-python==9.9.9', which is not there"):
         Q.write_pin(tmp_path, "9.9.10", "cd" * 32)
     assert Q.upstream()["version"] == "9.9.9"
+
+
+def test_the_version_stands_nowhere_else():
+    version = Q.upstream()["version"]
+    files = [ROOT / "Makefile", ROOT / "CMakeLists.txt", *(ROOT / "fasa_gguf").rglob("*.py")]
+    files += [p for p in (ROOT / "native").rglob("*") if p.is_file()]
+    assert [p for p in files if version in p.read_text()] == []

@@ -70,8 +70,12 @@ def test_documented_blocks_are_replaced(generate):
     block = generate.docs_blocks()["counters"]
     new = generate.fill(text, "counters", block, "<!-- begin {name} -->", "<!-- end {name} -->")
     assert new == f"before\n<!-- begin counters -->\n{block}<!-- end counters -->\nafter\n"
-    assert "| `lists` | lists | op |" in block and "| `MIN_CONTEXT` |" in generate.docs_blocks()["reasons"]
-    assert "| `k_dom` | `q4` | f16, q8 or q4 | one of f16, q8, q4 |" in generate.docs_blocks()["settings"]
+    assert "| `lists` | lists | lists selected: " in block
+    assert "- `MIN_CONTEXT`: the context is shorter than min_context; use" in generate.docs_blocks()["reasons"]
+    settings = generate.docs_blocks()["settings"]
+    assert "- **`k_dom`** = q4 (f16, q8 or q4): how" in settings
+    assert "- **`sink`** = 4 (tokens, from 0 to 65536): " in settings
+    assert all(f"- **`{row.name}`** = " in settings for row in SETTINGS)
 
 
 # ---- settings ----
