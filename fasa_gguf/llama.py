@@ -282,4 +282,4 @@ def enable(params: FasaParams | str = "auto", mode: str | None = None) -> None:
     _check_choice(params)
     mode = None if mode is None else chosen_mode(mode)
     Llama._fasa_default, Llama._mode_default, Llama._foreign_callers = params, mode, True
-    llama_cpp.Llama = llama_cpp.llama.Llama = Llama  # type: ignore[misc]
+    llama_cpp.Llama = llama_cpp.llama.Llama = Llama

@@ -10,7 +10,7 @@ import functools
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import numpy as np
 
@@ -255,6 +255,14 @@ class Session:
     def logits(self, i: int) -> np.ndarray:
         """float32 [n_vocab] of the i-th item of the last batch, which must have wanted them; a copy."""
         return np.ctypeslib.as_array(self.llama.llama_get_logits_ith(self.ctx, i), (self.n_vocab,)).copy()
+
+    @overload
+    def decode(
+        self, tokens: Sequence[int], pos0: int, seq: int = 0, logits: Literal["last", "all"] = "last"
+    ) -> np.ndarray: ...
+
+    @overload
+    def decode(self, tokens: Sequence[int], pos0: int, seq: int = 0, *, logits: Literal["none"]) -> None: ...
 
     def decode(
         self, tokens: Sequence[int], pos0: int, seq: int = 0, logits: Literal["last", "all", "none"] = "last"

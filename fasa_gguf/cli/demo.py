@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ..calibrate.gguf import calibrate, default_corpus
+from ..calibrate.corpus import default_corpus
+from ..calibrate.gguf import calibrate
 from ..errors import FasaError
 from ..llama import Llama
 from ..profile.embed import rewrite

@@ -16,7 +16,8 @@ from .arguments import AddCommand, add_machine_flags, add_model, progress_bar, r
 
 
 def _calibrate(a: argparse.Namespace, out: str | None) -> Profile:
-    from ..calibrate.gguf import CalibrationParams, calibrate
+    from ..calibrate.gguf import calibrate
+    from ..calibrate.ranking import CalibrationParams
 
     params = CalibrationParams(method=a.method, context=a.ctx_size, chunks=a.chunks)
     corpus = (Path(a.file).name, read_text(a.file)) if a.file else None

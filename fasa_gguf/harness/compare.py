@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..calibrate.gguf import default_corpus
+from ..calibrate.corpus import default_corpus
 from ..errors import FasaError
 from ..gguf.file import GGUFFile
 from ..params import FasaParams

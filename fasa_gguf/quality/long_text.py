@@ -191,7 +191,7 @@ def run_long(
     dense = [p["tokens"] for p in kept[0]]
     names = ["dense", *(a.name for a in arms)]
     return {
-        "config": {**config, "llama_cpp_python": runtime.library.LLAMA_CPP_VERSION},
+        "config": {**config, "llama_cpp_python": runtime.library.upstream_version()},
         "rows": [_figures(name, pieces, dense) for name, pieces in zip(names, kept, strict=True)],
         "texts": [{"arm": name, "texts": t} for name, t in zip(names, written, strict=True)],
     }

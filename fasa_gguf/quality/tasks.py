@@ -209,7 +209,7 @@ def result(
 ) -> dict[str, Any]:
     """Everything for --json: the config, the summary as `rows`, and every sample."""
     described = settings.describe(model, arms, needed_profile(model, arms, profile))
-    config = {**described, "llama_cpp_python": runtime.library.LLAMA_CPP_VERSION}
+    config = {**described, "llama_cpp_python": runtime.library.upstream_version()}
     return {"config": config, "rows": summarize(samples), "samples": list(samples)}
 
 

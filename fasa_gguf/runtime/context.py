@@ -183,7 +183,7 @@ class Context:
         """(n_head, n_head_kv, head_dim, n_rot) of one layer; n_head_kv is 0 where there is no attention."""
         out = self._ffi.new("int32_t[4]")
         check(self._lib.fasa_get_layer_shape(self._ctx, il, out))
-        return tuple(out)  # type: ignore[return-value]
+        return tuple(out)
 
     def observe(self, fn: Callable[[Observation], None] | None) -> None:
         """Call fn for every attention layer of every ubatch, from a compute thread; None removes the observer.

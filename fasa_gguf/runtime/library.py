@@ -52,12 +52,6 @@ def upstream_version() -> str:
         raise FasaError(f"{path}: this libllama has no FASA, or that of another version; run `make build`") from None
 
 
-def __getattr__(name: str) -> str:
-    if name == "LLAMA_CPP_VERSION":
-        return upstream_version()
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
 @functools.cache
 def load() -> Any:
     """llama_cpp with our library underneath.

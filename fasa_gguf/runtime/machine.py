@@ -24,7 +24,7 @@ class Machine:
         """This machine. n_threads: 0 for all CPUs. Raises FasaError when the native library cannot be loaded."""
         found = devices.devices()
         cpu, gpu = (", ".join(d.description for d in found if d.is_gpu == is_gpu) for is_gpu in (False, True))
-        return cls(library.version(), library.LLAMA_CPP_VERSION, cpu, gpu, thread_count(n_threads))
+        return cls(library.version(), library.upstream_version(), cpu, gpu, thread_count(n_threads))
 
     @property
     def build(self) -> str:

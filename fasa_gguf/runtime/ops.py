@@ -10,16 +10,13 @@ import numpy as np
 
 from ..errors import FasaError
 from ..params import K_DOM_TYPES
-from .library import api as _api
-from .library import array as _array
-from .library import check as _check
-from .library import struct as _struct
+from .library import api, array, check, struct
 
 
 def rank_recall(
     q: np.ndarray,
     k: np.ndarray,
-    q_pos: Sequence[int],
+    q_pos: Sequence[int] | np.ndarray,
     chunk_dims: np.ndarray,
     n_rank: int,
     budget: int,
@@ -36,13 +33,13 @@ def rank_recall(
     position of each query. candidate bool [n_chunk]: the chunks that may be chosen; None: all.
     Returns (order int32 [n_rank], share of the attention mass kept float32 [n_rank]). Raises FasaError.
     """
-    pq, q = _array("float", q, np.float32)
-    pk, k = _array("float", k, np.float32)
-    pp, _pos = _array("int32_t", q_pos, np.int32)
-    pd, dims = _array("int32_t", chunk_dims, np.int32)
-    po, order = _array("int32_t", np.zeros(n_rank), np.int32)
-    pr, recall = _array("float", np.zeros(n_rank), np.float32)
-    c = _struct(
+    pq, q = array("float", q, np.float32)
+    pk, k = array("float", k, np.float32)
+    pp, _pos = array("int32_t", q_pos, np.int32)
+    pd, dims = array("int32_t", chunk_dims, np.int32)
+    po, order = array("int32_t", np.zeros(n_rank), np.int32)
+    pr, recall = array("float", np.zeros(n_rank), np.float32)
+    c = struct(
         "fasa_rank_case",
         n_group=q.shape[0],
         n_query=q.shape[1],
@@ -64,8 +61,8 @@ def rank_recall(
         out_recall=pr,
     )
     if candidate is not None:
-        c.candidate, _keep = _array("uint8_t", candidate, np.uint8)
-    _check(_api()[1].fasa_rank_recall(c))
+        c.candidate, _keep = array("uint8_t", candidate, np.uint8)
+    check(api()[1].fasa_rank_recall(c))
     return order, recall
 
 
@@ -100,11 +97,11 @@ def _op_case(
     row_slots: int = 0,
 ) -> Any:
     """A struct fasa_op_case, without its outputs. `keep` gets the arrays that it points to."""
-    ffi, _ = _api()
+    ffi, _ = api()
     n_stream, n_tokens, n_head, d_k = q.shape
 
-    def array(ctype: str, values: Any, dtype: Any) -> Any:
-        pointer, owner = _array(ctype, values, dtype)
+    def kept(ctype: str, values: Any, dtype: Any) -> Any:
+        pointer, owner = array(ctype, values, dtype)
         keep.append(owner)
         return pointer
 
@@ -112,7 +109,7 @@ def _op_case(
         keep.append(ffi.new("char[]", value.encode()))
         return keep[-1]
 
-    c = _struct(
+    c = struct(
         "fasa_op_case",
         backend=text(backend),
         tip_backend=text(tip_backend or backend),
@@ -137,22 +134,22 @@ def _op_case(
         per_head=per_head,
         mode=mode,
         row_slots=row_slots,
-        q=array("float", q, np.float32),
-        k=array("float", k, np.float32),
-        v=array("float", v, np.float32),
+        q=kept("float", q, np.float32),
+        k=kept("float", k, np.float32),
+        v=kept("float", v, np.float32),
     )
     if dims is not None:
-        c.dims, c.n_dom = array("int32_t", dims, np.int32), dims.shape[-1]
+        c.dims, c.n_dom = kept("int32_t", dims, np.int32), dims.shape[-1]
     if weight is not None:
-        c.weight = array("float", weight, np.float32)
+        c.weight = kept("float", weight, np.float32)
     if forced is not None:
-        c.forced, c.n_forced = array("int32_t", forced, np.int32), forced.shape[-1]
+        c.forced, c.n_forced = kept("int32_t", forced, np.int32), forced.shape[-1]
     if list is not None:
-        c.list, c.list_length = array("int32_t", list, np.int32), list.shape[-1] - 1
+        c.list, c.list_length = kept("int32_t", list, np.int32), list.shape[-1] - 1
     if mask is not None:
-        c.mask = array("float", mask, np.float32)
+        c.mask = kept("float", mask, np.float32)
     if sinks is not None:
-        c.sinks = array("float", sinks, np.float32)
+        c.sinks = kept("float", sinks, np.float32)
     return c
 
 
@@ -200,9 +197,9 @@ def op_run(*, q: np.ndarray, v: np.ndarray, **case: Any) -> dict[str, np.ndarray
     keep: list[Any] = []
     c = _op_case(keep, q=q, v=v, n_kv=n_kv, **case)
     for name, values in out.items():
-        pointer, _ = _array("float" if values.dtype == np.float32 else "int32_t", values, values.dtype)
+        pointer, _ = array("float" if values.dtype == np.float32 else "int32_t", values, values.dtype)
         setattr(c, f"out_{name}" if name != "out" else "out", pointer)
-    _check(_api()[1].fasa_op_run(c))
+    check(api()[1].fasa_op_run(c))
     return out
 
 
@@ -220,6 +217,6 @@ def op_time(*, n_layer: int = 4, n_rep: int = 20, **case: Any) -> dict[str, floa
             shape = f"[1, {TIME_CELLS}, n_head_kv, head_dim]"
             raise FasaError(f"op_time: expected {name} of shape {shape}, found {[*case[name].shape]}")
     keep: list[Any] = []
-    times = _struct("fasa_op_times")
-    _check(_api()[1].fasa_op_time(_op_case(keep, **case), n_layer, n_rep, times))
-    return {name: getattr(times, name) for name, _ in _api()[0].typeof("fasa_op_times").fields if name != "size"}
+    times = struct("fasa_op_times")
+    check(api()[1].fasa_op_time(_op_case(keep, **case), n_layer, n_rep, times))
+    return {name: getattr(times, name) for name, _ in api()[0].typeof("fasa_op_times").fields if name != "size"}

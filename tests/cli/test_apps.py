@@ -17,7 +17,6 @@ from fasa_gguf.calibrate.gguf import (
     default_corpus,
 )
 from fasa_gguf.cli import main as cli
-from fasa_gguf.params import K_DOM_TYPES
 from fasa_gguf.profile import embed
 from fasa_gguf.profile.profile import Profile
 
@@ -250,10 +249,3 @@ def test_settings_from_the_environment(monkeypatch):
     monkeypatch.setenv("FASA_BUDGET", "x")
     with pytest.raises(FasaError, match="environment: setting budget: expected tokens per step"):
         FasaParams.from_env()
-
-
-def test_defaults_are_the_same_in_c(library):
-    _, lib = library.library._api()
-    p = lib.fasa_params_default()
-    for name, value in FasaParams().__dict__.items():
-        assert (K_DOM_TYPES[p.k_dom] if name == "k_dom" else getattr(p, name)) == value

@@ -2,8 +2,8 @@
 
     compare_checkouts.py OTHER [MODEL...]   OTHER: a checkout whose library is built; MODEL: a GGUF with a profile
 
-Both sides run the same work on the same random models, each in a process of its own with its own library. Prints one line
-a case and ends with 1 when a case differs. For changes that must not change any result.
+Both sides run the same work on the same random models, each in a process of its own with its own library. Prints a
+line for each case and ends with 1 when a case differs. For changes that must not change any result.
 """
 
 from __future__ import annotations
@@ -110,6 +110,9 @@ def ops(report) -> None:
     """The ops of one layer on random arrays."""
     import numpy as np
 
+    def normal(*shape):
+        return rng.standard_normal(shape).astype(np.float32)
+
     try:
         from fasa_gguf.runtime.ops import op_run
     except ModuleNotFoundError:
@@ -120,7 +123,6 @@ def ops(report) -> None:
         heads, heads_kv = [(4, 2), (6, 2), (8, 1), (3, 3)][seed % 4]
         d, k_dom = [64, 80, 96, 128][seed // 4 % 4], ["q4", "q8", "f16"][seed % 3]
         n_dom = 8 * int(rng.integers(1, d // 16 + 1))
-        normal = lambda *shape: rng.standard_normal(shape).astype(np.float32)  # noqa: E731
         mask = np.where(rng.random((n_stream, n_tokens, n_kv)) < 0.1, -np.inf, 0).astype(np.float32)
         case = {
             "q": normal(n_stream, n_tokens, heads, d) * 2,

@@ -1,5 +1,8 @@
-"""Every architecture of the pinned source, as random tiny models that its own test-llama-archs writes (`make upstream-tests`):
-with all chunks ranked and a budget beyond the context, the sparse path agrees with dense, or is dense with its reason."""
+"""Every architecture of the pinned source, as tiny random models that its own test-llama-archs writes.
+
+With all chunks ranked and a budget beyond the context, the sparse path agrees with dense, or is dense with its reason.
+`make upstream-tests` writes the models.
+"""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Mode host end to end on a GPU: its text is that of mode device, and memory is what the plan says. They need a CUDA device."""
+"""Mode host end to end on a GPU: its text is that of mode device, and memory is what the plan says."""
 
 import pytest
 

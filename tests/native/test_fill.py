@@ -12,7 +12,7 @@ ROW = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  #
 
 
 def rows_of(s, n_cells, n_layer, bytes_per_value, seq=0):
-    """uint8 [2 * n_layer, n_cells, bytes]: K, then V of every layer, as llama.cpp itself writes them into the state of a sequence."""
+    """uint8 [2 * n_layer, n_cells, bytes]: K, then V of every layer, as llama.cpp writes them into a state."""
     raw = s.state(seq)
     size = int(32 * bytes_per_value)  # 2 KV heads of 16
     at = (
@@ -132,14 +132,12 @@ def test_a_hybrid_cache(library, hybrid):
 
 
 def test_fill_refuses(library, tiny):
-    with Session(tiny, n_ctx=512, n_threads=1) as s:
-        with pytest.raises(FasaError, match="513 cells cannot be filled: a sequence of this context has 512"):
-            s.fasa.fill_random(513)
-    with Session(tiny, n_ctx=512, flash_attn=False) as s:
-        with pytest.raises(
-            FasaError, match="flash attention is off in this context, and its V cannot be filled at random"
-        ):
-            s.fasa.fill_random(5)
+    too_many = pytest.raises(FasaError, match="513 cells cannot be filled: a sequence of this context has 512")
+    with Session(tiny, n_ctx=512, n_threads=1) as s, too_many:
+        s.fasa.fill_random(513)
+    no_flash = pytest.raises(FasaError, match="flash attention is off in this context, and its V cannot be filled")
+    with Session(tiny, n_ctx=512, flash_attn=False) as s, no_flash:
+        s.fasa.fill_random(5)
 
 
 def test_a_session_reopens(library, tiny):

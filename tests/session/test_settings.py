@@ -49,7 +49,7 @@ def test_the_machine(library, monkeypatch):
     monkeypatch.setattr(runtime.devices, "devices", lambda: devices)
     version = runtime.library.version()
     assert Machine.here(3).as_dict() == {
-        "build_commit": f"fasa_gguf {version}, llama-cpp-python {runtime.library.LLAMA_CPP_VERSION}",
+        "build_commit": f"fasa_gguf {version}, llama-cpp-python {runtime.library.upstream_version()}",
         "cpu_info": "Some CPU",
         "gpu_info": "Big GPU, Small GPU",
         "n_threads": 3,
