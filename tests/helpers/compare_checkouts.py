@@ -137,7 +137,6 @@ def ops(report) -> None:
             "cap": 300,
             "scale": d**-0.5,
             "soft_cap": [0.0, 30.0][seed // 2 % 2],
-            "n_kv": n_kv,
             "mask": mask,
             "k_dom": k_dom,
             "type_k": ["f16", "f32", "q8_0"][seed % 3] if d % 32 == 0 else "f16",
