@@ -11,9 +11,9 @@ void fasa_cpu_observe(ggml_tensor * dst, const fasa_op_params & p, int ith) {
         return; // ggml calls every thread, whatever n_tasks says
     }
     const ggml_tensor *q = dst->src[0], *k = dst->src[1];
-    const auto * slot    = (const fasa_observer_slot *) p.userdata;
-    *(float *) dst->data = 0.0f;
-    if (slot == nullptr || slot->fn == nullptr) {
+    const auto * observer = (const fasa_observer_ref *) p.userdata;
+    *(float *) dst->data  = 0.0f;
+    if (observer == nullptr || observer->fn == nullptr) {
         return;
     }
     std::vector<float> copy(ggml_nelements(q)); // q may be a view with gaps
@@ -34,5 +34,5 @@ void fasa_cpu_observe(ggml_tensor * dst, const fasa_op_params & p, int ith) {
     seen.k_is_f16         = k->type == GGML_TYPE_F16;
     seen.scale            = p.scale;
     seen.soft_cap         = p.soft_cap;
-    slot->fn(&seen, slot->user);
+    observer->fn(&seen, observer->user);
 }

@@ -56,7 +56,7 @@ void * fasa_cuda_proc_address(const char * name) {
 
 bool fasa_cuda_supported(int device, const ggml_tensor * op) {
     const fasa_op_params * p = fasa_op_get(op);
-    if (p == nullptr || p->kind == FASA_OP_OBSERVE || !p->device) {
+    if (p == nullptr || p->kind == FASA_OP_OBSERVE || !p->flags) {
         return false;
     }
     if (p->kind == FASA_OP_STAGE || p->kind == FASA_OP_AHEAD) {

@@ -236,9 +236,9 @@ static __device__ uint32_t fasa_select_before(const uint32_t * count, int part) 
 }
 
 // Step 2b: the cells of [first, last) that are surely taken, those with keys above `edge_last`, are counted, and those
-// at the edge go to the slot, in any order; where they are too many, and so equal, only their number.
-static __device__ __forceinline__ void fasa_select_hand_in(fasa_select_block & b, fasa_work::slot & slot, int part,
-    int first, int last, const uint32_t * key, uint32_t edge_first, uint32_t edge_last, bool equal) {
+// at the edge go to the state, in any order; where they are too many, and so equal, only their number.
+static __device__ __forceinline__ void fasa_select_hand_in(fasa_select_block & b, fasa_work::list_state & state,
+    int part, int first, int last, const uint32_t * key, uint32_t edge_first, uint32_t edge_last, bool equal) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     uint32_t n_mine = 0, n_equal = 0;
 #pragma unroll 2
@@ -249,7 +249,7 @@ static __device__ __forceinline__ void fasa_select_hand_in(fasa_select_block & b
         } else if (k >= edge_first) {
             n_equal++;
             if (!equal) {
-                slot.edge[atomicAdd(&slot.n_edge, 1)] = fasa_edge(k, j);
+                state.edge[atomicAdd(&state.n_edge, 1)] = fasa_edge(k, j);
             }
         }
     }
@@ -264,8 +264,8 @@ static __device__ __forceinline__ void fasa_select_hand_in(fasa_select_block & b
         const uint32_t n_part       = fasa_warp_sum(lane < N_WARP ? b.scan[lane] : 0u),
                        n_part_equal = fasa_warp_sum(lane < N_WARP ? b.scan_equal[lane] : 0u);
         if (lane == 0) {
-            slot.part[part]  = n_part;
-            slot.equal[part] = b.n_edge_mine = n_part_equal;
+            state.part[part]  = n_part;
+            state.equal[part] = b.n_edge_mine = n_part_equal;
         }
     }
 }
@@ -331,7 +331,7 @@ static __device__ __forceinline__ fasa_select_last fasa_select_rank(
 
 // Step 3a where the edge's cells are all equal: the lower ones are taken. Its last cell is that of [first, last).
 static __device__ __noinline__ fasa_select_last fasa_select_equal(const fasa_select_args & a, fasa_select_block & b,
-    const fasa_work::slot & slot, int part, int first, int last, const uint32_t * key, uint32_t value) {
+    const fasa_work::list_state & state, int part, int first, int last, const uint32_t * key, uint32_t value) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, each = (last - first + N_THREAD - 1) / N_THREAD * 32;
     const int from = first + warp * each, to = min(last, from + each);
     uint32_t n = b.n;
@@ -339,7 +339,7 @@ static __device__ __noinline__ fasa_select_last fasa_select_equal(const fasa_sel
         const fasa_u64 share = fasa_key_share(value), some = share > 0 ? (a.need - b.held + share - 1) / share : 1;
         n = (uint32_t) min((fasa_u64) b.n_cap, max((fasa_u64) b.n_floor, b.before + some));
     }
-    const uint32_t taken = n - b.before, before = min(taken, fasa_select_before(slot.equal, part));
+    const uint32_t taken = n - b.before, before = min(taken, fasa_select_before(state.equal, part));
     const auto equal = [&](int j) {
         return __ballot_sync(0xffffffff, j + lane < to && key[j + lane - first] == value);
     };

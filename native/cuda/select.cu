@@ -29,17 +29,17 @@ static constexpr int STATIC_SMEM = 1024; // bytes, at most, that the kernel has 
 
 // All blocks of a list arrive before one leaves. What they wrote before is seen after (through L2: __ldcg).
 struct fasa_list_barrier {
-    fasa_work::slot & slot;
+    fasa_work::list_state & state;
     const int n_part;
-    const uint32_t mine; // the top bit of slot.arrived turns with every barrier: its blocks add 2^31 together
+    const uint32_t mine; // the top bit of state.arrived turns with every barrier: its blocks add 2^31 together
     uint32_t phase = 0;
 
-    __device__ fasa_list_barrier(fasa_work::slot & slot, int part, int n_part)
-        : slot(slot), n_part(n_part), mine(part == 0 ? 0x80000001u - n_part : 1) {}
+    __device__ fasa_list_barrier(fasa_work::list_state & state, int part, int n_part)
+        : state(state), n_part(n_part), mine(part == 0 ? 0x80000001u - n_part : 1) {}
 
     // To be called before the first wait, when the kernels before this one are done. To call it again does no harm: the
     // top bit does not turn while this block has not arrived. Only thread 0 uses the phase.
-    __device__ void read_phase() { phase = *(volatile uint32_t *) &slot.arrived; }
+    __device__ void read_phase() { phase = *(volatile uint32_t *) &state.arrived; }
 
     __device__ void wait() {
         if (n_part == 1) {
@@ -48,8 +48,8 @@ struct fasa_list_barrier {
         }
         __syncthreads();
         if (threadIdx.x == 0) {
-            fasa_add_release(&slot.arrived, mine);
-            while (((fasa_load_acquire(&slot.arrived) ^ phase) & 0x80000000u) == 0) {
+            fasa_add_release(&state.arrived, mine);
+            while (((fasa_load_acquire(&state.arrived) ^ phase) & 0x80000000u) == 0) {
             }
         }
         phase ^= 0x80000000u;
@@ -66,15 +66,15 @@ struct fasa_select_range {
 // Step 2: the edge, in the histograms of the list; the first one is published. Where too many keys are at the edge,
 // ever narrower bins, until they are few or equal.
 static __device__ __forceinline__ fasa_select_range fasa_select_find_edge(const fasa_select_args & a,
-    fasa_select_block & b, const fasa_tip_list & l, fasa_work::slot & slot, fasa_list_barrier & barrier, int part,
-    const uint32_t * key) {
+    fasa_select_block & b, const fasa_tip_list & l, fasa_work::list_state & state, fasa_list_barrier & barrier,
+    int part, const uint32_t * key) {
     fasa_select_range at = { FASA_KEY_HIDDEN + 1, FASA_KEY_HIDDEN, 0 }; // no key: every cell is taken
     for (int shift = 0;; ++at.level) {
         barrier.wait();
         if (at.level > 0) {
-            fasa_select_clear(slot.bins[(at.level - 1) % 3], part, a.n_part); // read by all; used again two levels on
+            fasa_select_clear(state.bins[(at.level - 1) % 3], part, a.n_part); // read by all; used again two levels on
         }
-        fasa_select_edge(a, b, slot.bins[at.level % 3], at.level == 0);
+        fasa_select_edge(a, b, state.bins[at.level % 3], at.level == 0);
         if (b.bin < 0) {
             break;
         }
@@ -90,7 +90,7 @@ static __device__ __forceinline__ fasa_select_range fasa_select_find_edge(const 
         }
         shift = max(0, 32 - __clz(at.last - at.first) - 11);
         __syncthreads();
-        fasa_select_refine(a, b, slot.bins[(at.level + 1) % 3], key, l.last - l.first, at.first, at.last, shift);
+        fasa_select_refine(a, b, state.bins[(at.level + 1) % 3], key, l.last - l.first, at.first, at.last, shift);
     }
     return at;
 }
@@ -98,31 +98,32 @@ static __device__ __forceinline__ fasa_select_range fasa_select_find_edge(const 
 // Steps 1 to 3 of list `index` of all tokens' lists
 template <bool FOURS>
 static __device__ __forceinline__ void fasa_select_list(const fasa_select_args & a, fasa_select_block & b,
-    const fasa_tip_list & l, fasa_work::slot & slot, fasa_list_barrier & barrier, int index, int part, uint32_t * key) {
+    const fasa_tip_list & l, fasa_work::list_state & state, fasa_list_barrier & barrier, int index, int part,
+    uint32_t * key) {
     fasa_select_keys<FOURS>(a, b, l, key);
-    fasa_select_publish(a, b, slot.bins[0]);
-    const fasa_select_range at = fasa_select_find_edge(a, b, l, slot, barrier, part, key);
+    fasa_select_publish(a, b, state.bins[0]);
+    const fasa_select_range at = fasa_select_find_edge(a, b, l, state, barrier, part, key);
     const bool equal           = b.bin >= 0 && b.n_edge > EDGE;
     __syncthreads();
-    fasa_select_hand_in(b, slot, part, l.first, l.last, key, at.first, at.last, equal);
+    fasa_select_hand_in(b, state, part, l.first, l.last, key, at.first, at.last, equal);
     barrier.wait();
 
     const fasa_u64 edge =
-        !equal && b.bin >= 0 && threadIdx.x < b.n_edge ? __ldcg(&slot.edge[threadIdx.x]) : 0; // asked for early
-    const uint32_t above = fasa_select_before(slot.part, part);
-    fasa_select_clear(slot.bins[at.level % 3], part, a.n_part);
+        !equal && b.bin >= 0 && threadIdx.x < b.n_edge ? __ldcg(&state.edge[threadIdx.x]) : 0; // asked for early
+    const uint32_t above = fasa_select_before(state.part, part);
+    fasa_select_clear(state.bins[at.level % 3], part, a.n_part);
     fasa_select_last taken = { at.first, INT_MAX, 0, b.n }; // every cell
     if (equal) {
-        taken = fasa_select_equal(a, b, slot, part, l.first, l.last, key, at.first);
+        taken = fasa_select_equal(a, b, state, part, l.first, l.last, key, at.first);
     } else if (b.bin >= 0) {
         taken = fasa_select_rank(a, b, edge, l.first);
     }
     int32_t * list = a.dst + (int64_t) index * a.n_list_len;
     fasa_select_write(b, l.first, l.last, key, taken, list + 1 + above + taken.before);
     if (part == 0 && threadIdx.x == 0) {
-        list[0]     = taken.n;
-        slot.n_edge = 0;
-        auto * c    = (fasa_u64 *) a.work->counter;
+        list[0]      = taken.n;
+        state.n_edge = 0;
+        auto * c     = (fasa_u64 *) a.work->counter;
         atomicAdd(&c[fasa_work::TOKENS_ATTENDED], (fasa_u64) taken.n);
         atomicAdd(&c[fasa_work::TOKENS_VISIBLE], (fasa_u64) b.n_visible);
         atomicAdd(&c[fasa_work::LISTS], 1ull);
@@ -141,7 +142,7 @@ static __global__ void __launch_bounds__(N_THREAD, 1) fasa_select_kernel(const _
     float * in_smem       = (float *) (smem + sizeof(fasa_select_block));
 
     const int part     = blockIdx.x;
-    auto & slot        = a.work->slots[blockIdx.y];
+    auto & state       = a.work->lists[blockIdx.y];
     const auto list_at = [&](int index) {
         fasa_tip_list l;
         const uint2 at = fast_div_modulo(index, a.by_n_list);
@@ -155,7 +156,7 @@ static __global__ void __launch_bounds__(N_THREAD, 1) fasa_select_kernel(const _
         l.x_stride     = IN_SMEM ? a.part_cells + HEAD_PAD : a.tip.n_len;
         return l;
     };
-    fasa_list_barrier barrier(slot, part, a.n_part);
+    fasa_list_barrier barrier(state, part, a.n_part);
     const auto wait_for_before = [&]() {
         ggml_cuda_pdl_sync();
         ggml_cuda_pdl_lc(); // FAC may take the place of blocks that are done
@@ -177,10 +178,10 @@ static __global__ void __launch_bounds__(N_THREAD, 1) fasa_select_kernel(const _
             }
             barrier.wait();
         }
-        fasa_select_list<IN_SMEM>(a, b, l, slot, barrier, index, part,
+        fasa_select_list<IN_SMEM>(a, b, l, state, barrier, index, part,
             IN_SMEM ? (uint32_t *) in_smem : a.key + (int64_t) index * a.tip.n_kv + l.first);
         if (index + (int) gridDim.y < a.n_lists) {
-            barrier.wait(); // the slot is used again
+            barrier.wait(); // the state is used again
         }
     }
 }
@@ -188,7 +189,7 @@ static __global__ void __launch_bounds__(N_THREAD, 1) fasa_select_kernel(const _
 // ---- how a list is divided ----
 
 struct fasa_select_division {
-    int slots;   // lists at a time
+    int lists;   // lists at a time
     size_t smem; // bytes
 };
 
@@ -209,9 +210,9 @@ static bool fasa_select_divide_together(F kernel, fasa_select_args & a, fasa_sel
         return per_sm * info.nsm;
     };
     const int most = together(sizeof(fasa_select_block)), useful = std::max(1, a.tip.n_span / 2);
-    division.slots  = std::min({ a.n_lists, most, (int) fasa_work::SLOTS });
+    division.lists  = std::min({ a.n_lists, most, (int) fasa_work::LISTS_AT_ONCE });
     const int parts = info.supports_cooperative_launch ?
-        std::max(1, std::min({ most / division.slots, (int) fasa_work::PARTS, useful })) :
+        std::max(1, std::min({ most / division.lists, (int) fasa_work::PARTS, useful })) :
         1;
     for (int p = parts; p > 0 && in_smem; --p) {
         fasa_select_divide(a, p);
@@ -219,7 +220,7 @@ static bool fasa_select_divide_together(F kernel, fasa_select_args & a, fasa_sel
         if (division.smem > info.smpbo - STATIC_SMEM) {
             break; // fewer parts need more
         }
-        if (together(division.smem) >= a.n_part * division.slots) {
+        if (together(division.smem) >= a.n_part * division.lists) {
             return true;
         }
     }
@@ -269,7 +270,7 @@ static void fasa_select_run(
         attrs[n_attr++].val.programmaticStreamSerializationAllowed = 1;
     }
     cudaLaunchConfig_t config = {};
-    config.gridDim            = dim3(a.n_part, division.slots);
+    config.gridDim            = dim3(a.n_part, division.lists);
     config.blockDim           = dim3(N_THREAD);
     config.dynamicSmemBytes   = division.smem;
     config.stream             = stream;
@@ -320,14 +321,14 @@ void fasa_cuda_select(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const 
     a.by_n_list            = init_fastdiv_values(dst->ne[1]);
     a.n_forced             = forced->ne[0];
     a.n_list_len           = dst->ne[0];
-    a.given                = p.device & FASA_SCORES_GIVEN;
+    a.given                = p.flags & FASA_SCORES_GIVEN;
     a.budget               = p.budget;
     a.floor                = p.floor;
     a.cap                  = p.cap;
     a.need                 = p.mass > 0 ? std::max<uint64_t>(1, fasa_mass_need(p.mass, a.n_shared)) : 0;
     a.bin_base             = fasa_bin_base(std::max<uint32_t>(p.mass > 0 ? p.cap : p.budget, a.n_forced), a.n_shared);
     a.bytes_tip            = fasa_tip_bytes(tip);
-    const bool keep_scores = p.device & FASA_SCORES_KEPT;
+    const bool keep_scores = p.flags & FASA_SCORES_KEPT;
     switch (fasa_op_get(tip)->k_dom) {
         case FASA_K_DOM_F16: fasa_select_quads<FASA_K_DOM_F16>(ctx, a, keep_scores); break;
         case FASA_K_DOM_Q8: fasa_select_quads<FASA_K_DOM_Q8>(ctx, a, keep_scores); break;

@@ -27,7 +27,7 @@ struct fasa_state {
     fasa_stats stats;
     fasa_step_counts steps;
     fasa_reason step_reason = FASA_REASON_NOT_STARTED; // of the last decode step
-    fasa_observer_slot observer;
+    fasa_observer_ref observer;
 
     size_t n_row_layers = 0; // layers, of all caches, that share params.row_cache
     uint64_t epoch      = 0; // goes up with every change that a built graph depends on

@@ -17,14 +17,14 @@ ggml_custom_op_t fasa_cpu_op_get(void) {
     return fun;
 }
 
-static fasa_op_params fasa_op_make(fasa_op_kind kind, void * userdata, int device = 0) {
+static fasa_op_params fasa_op_make(fasa_op_kind kind, void * userdata, int flags = 0) {
     fasa_op_params p = {};
     p.fun            = fasa_cpu_op_get();
     p.n_tasks        = GGML_N_TASKS_MAX;
     p.userdata       = userdata;
     p.magic          = FASA_OP_MAGIC;
     p.kind           = kind;
-    p.device         = device;
+    p.flags          = flags;
     return p;
 }
 
@@ -126,11 +126,11 @@ ggml_tensor * fasa_build_ahead(ggml_context * ctx, ggml_tensor * behind, ggml_te
 }
 
 ggml_tensor * fasa_build_observe(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, int32_t il, float scale,
-    float soft_cap, fasa_observer_slot * slot) {
+    float soft_cap, fasa_observer_ref * observer) {
     ggml_tensor * src[] = { q, k };
-    ggml_tensor * t     = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, src, 2, fasa_cpu_op_get(), 1, slot);
+    ggml_tensor * t     = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, src, 2, fasa_cpu_op_get(), 1, observer);
 
-    fasa_op_params p = fasa_op_make(FASA_OP_OBSERVE, slot);
+    fasa_op_params p = fasa_op_make(FASA_OP_OBSERVE, observer);
     p.n_tasks        = 1;
     p.scale          = scale;
     p.soft_cap       = soft_cap;

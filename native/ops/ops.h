@@ -3,9 +3,9 @@
 // The ops of FASA: GGML_OP_CUSTOM nodes marked by a magic and a kind in op_params, with a CPU function (native/cpu/,
 // compiled into ggml-cpu) and, where ggml-cuda has them, CUDA kernels.
 //
-// A layer's list of cells has a source: its own TIP and SELECT, or those of another layer. FAC takes any list. What
-// stays the same while the settings do (fasa_layer_const) lies outside of graphs, so it takes up none of a node's nine
-// sources.
+// FAC takes any list of cells: that of its layer's own TIP and SELECT, or that of another layer (fasa_layer_source). A
+// node has at most nine tensors as inputs (src). What changes only with the settings (fasa_layer_const) lies outside of
+// the graph and takes up none of them.
 //
 // One layer's decode step, in this order. d: head dimension, n_tps: tokens per stream.
 //
@@ -43,6 +43,7 @@
 #include "core/layout.h"
 #include "fasa.h"
 
+#include <cstddef>
 #include <cstdint>
 
 enum fasa_op_kind { FASA_OP_TIP = 1, FASA_OP_SELECT, FASA_OP_FAC, FASA_OP_OBSERVE, FASA_OP_STAGE, FASA_OP_AHEAD };
@@ -69,17 +70,19 @@ inline uint64_t fasa_tip_bytes(const ggml_tensor * tip) {
     return (k->ne[2] + FASA_TILE - 1) / FASA_TILE * k_dom->ne[0] * k->ne[1] * k->ne[3];
 }
 
-// SELECT adds up a group's shares times 2^FASA_SCORE_EXP, and drops what is smaller than 2^-FASA_SCORE_RANGE of a
-// head's largest exponent. So no float is ever subnormal, and machines that flush subnormals take the same cells as
-// those that do not.
+// SELECT adds up the shares of a KV head's query heads, times 2^FASA_SCORE_EXP, and drops what is smaller than
+// 2^-FASA_SCORE_RANGE of a head's largest exponent. So no float is ever subnormal, and machines that flush subnormals
+// take the same cells as those that do not.
 static constexpr int FASA_SCORE_EXP   = 60;
 static constexpr int FASA_SCORE_RANGE = 64;
-static constexpr int FASA_SUM_PARTS   = 4;   // SELECT: a head's sum is that of four, of every fourth 32 spans
+// SELECT sums a head's spans in FASA_SUM_PARTS interleaved parts (span i goes to part i / 32 % 4), in the order of the
+// CUDA kernel.
+static constexpr int FASA_SUM_PARTS   = 4;
 static constexpr int FASA_SPAN_RANGE  = 100; // TIP: a score below 2^-FASA_SPAN_RANGE of its span's exponent is 0
 
-// What the kernels of a device keep across launches: zeroed once, and left zero where it matters (counts, tickets).
+// What the kernels of a device keep across launches. It is zeroed once; kernels leave counts and tickets zero.
 struct fasa_work {
-    static constexpr int BINS = 2048, EDGE = 128, PARTS = 64, SLOTS = 64, TICKETS = 4096;
+    static constexpr int BINS = 2048, EDGE = 128, PARTS = 64, LISTS_AT_ONCE = 64, TICKETS = 4096;
 
     enum {
 #define X(name, NAME) NAME,
@@ -94,13 +97,13 @@ struct fasa_work {
         uint64_t mass[BINS];
         uint32_t count[BINS];
     };
-    struct slot { // SELECT: one list
+    struct list_state { // SELECT: one list of those that it makes at a time
         histogram bins[3];
         uint64_t edge[EDGE];
         uint32_t part[PARTS], equal[PARTS];
         uint32_t n_edge, unused_1[31]; // cache lines of their own: every block of a list writes to them
         uint32_t arrived, unused_2[31];
-    } slots[SLOTS];
+    } lists[LISTS_AT_ONCE];
 };
 
 // ---- FASA-M: a row is K and V of a cell and KV head, side by side on the device ----
@@ -113,7 +116,7 @@ struct fasa_row_layout {
           stride(v_at + (bytes_v + 15) / 16 * 16) {}
 };
 
-// Where FAC fetches the rows of one token's lists to: the slot of every row, then the rows that have none
+// Where FAC finds the rows of one token's lists: the slot of every row in the row cache, then the rows without a slot
 inline size_t fasa_rows_slots(int64_t length, int64_t n_list) {
     return (size_t) (length * n_list * sizeof(int32_t) + 255) / 256 * 256;
 }
@@ -123,21 +126,21 @@ inline size_t fasa_rows_bytes(const fasa_row_layout & row, int64_t length, int64
 
 // The row cache of a layer keeps, for every stream and KV head: i32 tag [n_slot], the cell + 1 or 0; u32 used [n_slot],
 // the clock's time of its last use; the rows [n_slot]. Zeroed, it is empty. Stale cells (`ranges`) fall out of it.
-static constexpr int FASA_ROW_WAYS  = 8;       // slots that a cell may be in; n_slot is a multiple
-static constexpr int FASA_ROW_HEAD  = 8;       // bytes of tag and used
-static constexpr int FASA_ROW_FETCH = 1 << 30; // a row's slot is its own, but the row has yet to come
+static constexpr int FASA_ROW_WAYS = 8; // slots that a cell may be in; n_slot is a multiple
+static constexpr int FASA_ROW_HEAD = 8; // bytes of tag and used
+static constexpr int FASA_ROW_FETCH =
+    1 << 30; // bit of a slot's number: the slot is reserved, its row still to be fetched
 
 static constexpr uint32_t FASA_OP_MAGIC = 0x41534146; // "FASA"
 
 // where an OBSERVE node sends what it sees
-struct fasa_observer_slot {
+struct fasa_observer_ref {
     fasa_observer fn = nullptr;
     void * user      = nullptr;
 };
 
-// What TIP, SELECT and FAC of one layer have beside their sources. It changes only with the settings: then every graph
-// is built anew, and `serial` changes too, so that a captured CUDA graph, which compares op_params, is not taken for
-// the same.
+// What TIP, SELECT and FAC of one layer need beside their src tensors. It changes only with the settings. Every graph
+// is then built anew, and `serial` changes: a captured CUDA graph compares op_params, and is captured anew too.
 struct fasa_layer_const {
     fasa_stats * stats      = nullptr; // nullptr: nothing is counted on the CPU
     // i8 [sizeof(fasa_work)] on the layer's device, one for all its layers; nullptr: the layer is on the CPU
@@ -149,15 +152,23 @@ struct fasa_layer_const {
     uint32_t serial         = 0;
 };
 
+// Flags of fasa_op_params::flags. With FASA_ON_DEVICE one launch of SELECT computes TIP too; the TIP node's data is
+// then undefined unless FASA_SCORES_KEPT.
+enum fasa_op_flags {
+    FASA_ON_DEVICE    = 1, // the tensors lie on a device whose backend has kernels
+    FASA_SCORES_KEPT  = 2, // the TIP node holds the scores afterwards, as on the CPU
+    FASA_SCORES_GIVEN = 4, // the TIP node holds scores already
+};
+
 // the whole of ggml_tensor::op_params; fun, n_tasks and userdata are ggml's own (struct ggml_custom_op_params)
 struct fasa_op_params {
     ggml_custom_op_t fun;
     int32_t n_tasks;
     uint32_t magic; // in what is padding there
-    // fasa_layer_const; OBSERVE: fasa_observer_slot; STAGE and AHEAD: uint64_t, the number of the ubatch
+    // fasa_layer_const; OBSERVE: fasa_observer_ref; STAGE and AHEAD: uint64_t, the number of the ubatch
     void * userdata;
     uint8_t kind;
-    uint8_t device;  // enum fasa_op_device; 0: in host memory
+    uint8_t flags;   // enum fasa_op_flags; 0: a CPU node
     int16_t k_dom;   // enum fasa_k_dom_type; OBSERVE: the layer
     uint32_t serial; // of fasa_layer_const
     float scale;
@@ -183,14 +194,6 @@ inline const fasa_layer_const & fasa_op_layer(const ggml_tensor * t) {
     return *(const fasa_layer_const *) fasa_op_get(t)->userdata;
 }
 
-// fasa_op_params::device. There SELECT runs TIP too, in one launch, and the TIP node need not hold the scores
-// afterwards.
-enum fasa_op_device {
-    FASA_ON_DEVICE    = 1, // the tensors lie on a device whose backend has kernels
-    FASA_SCORES_KEPT  = 2, // the TIP node holds the scores afterwards, as on the CPU
-    FASA_SCORES_GIVEN = 4, // the TIP node holds scores already
-};
-
 // what TIP and SELECT of one layer are built from
 struct fasa_select_op {
     ggml_tensor * q;      // f32 [d, n_head, n_tokens]
@@ -212,7 +215,7 @@ struct fasa_select_op {
 
 // what FAC of one layer is built from
 struct fasa_fac_op {
-    ggml_tensor * list;   // i32 [1 + length, n_list, n_tps, n_stream], of any source
+    ggml_tensor * list;   // i32 [1 + length, n_list, n_tps, n_stream], of any origin
     ggml_tensor * q;      // f32 [d, n_head, n_tokens]
     ggml_tensor * k;      // [d, n_head_kv, n_kv, n_stream]
     ggml_tensor * v;      // [d_v, n_head_kv, n_kv, n_stream]
@@ -260,4 +263,4 @@ ggml_tensor * fasa_build_ahead(ggml_context * ctx, ggml_tensor * behind, ggml_te
     ggml_tensor * k_place, ggml_tensor * v_place, const uint64_t * ubatch);
 
 ggml_tensor * fasa_build_observe(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, int32_t il, float scale,
-    float soft_cap, fasa_observer_slot * slot);
+    float soft_cap, fasa_observer_ref * observer);
