@@ -221,19 +221,44 @@ def pin(version: str) -> str:
     return check()
 
 
+def stages(old: list[str], new: list[str], owners: list[list[str]]) -> list[list[str]]:
+    """A file's lines after each of the patches that change it, from their hunks.
+
+    A change belongs to the patch that has most of its lines; to the first one where none has any.
+    """
+    has = [{line[1:] for line in hunks if line[:1] in ("+", "-")} for hunks in owners]
+    changes = []
+    for tag, i, i_end, j, j_end in difflib.SequenceMatcher(None, old, new).get_opcodes():
+        if tag != "equal":
+            lines = [line.rstrip("\n") for line in old[i:i_end] + new[j:j_end]]
+            shared = [sum(line in known for line in lines if line.strip()) for known in has]
+            changes.append((i, i_end, new[j:j_end], shared.index(max(shared))))
+    out = []
+    for patch in range(len(owners)):
+        lines, at = [], 0
+        for i, i_end, changed, owner in changes:
+            lines += old[at:i] + (changed if owner <= patch else old[i:i_end])
+            at = i_end
+        out.append(lines + old[at:])
+    return out
+
+
 def refresh(tree: Path) -> None:
-    """Write every patch anew: the difference of `tree`'s files to the pinned source. A file belongs to one patch."""
+    """Write every patch anew: the difference of `tree`'s files to the pinned source."""
+    parts = [(patch, *split(patch)) for patch in patches()]
+    texts = {patch: header for patch, header, _ in parts}
     with tempfile.TemporaryDirectory() as folder:
         unpack(Path(folder))
-        for patch in patches():
-            header, files = split(patch)
-            text = header
-            for name, _ in files:
-                old, new = (Path(d, name).read_text().splitlines(keepends=True) for d in (folder, tree))
-                text += f"diff --git a/{name} b/{name}\n" + "".join(
-                    difflib.unified_diff(old, new, f"a/{name}", f"b/{name}")
+        for name in dict.fromkeys(name for _, _, files in parts for name, _ in files):
+            old, new = (Path(d, name).read_text().splitlines(keepends=True) for d in (folder, tree))
+            owners = {patch: hunks for patch, _, files in parts for found, hunks in files if found == name}
+            steps = [old, *stages(old, new, list(owners.values()))]
+            for patch, before, after in zip(owners, steps, steps[1:], strict=False):
+                texts[patch] += f"diff --git a/{name} b/{name}\n" + "".join(
+                    difflib.unified_diff(before, after, f"a/{name}", f"b/{name}")
                 )
-            patch.write_text(text)
+    for patch, text in texts.items():
+        patch.write_text(text)
 
 
 def main() -> int:

@@ -128,8 +128,8 @@ inline size_t fasa_rows_bytes(const fasa_row_layout & row, int64_t length, int64
 // the clock's time of its last use; the rows [n_slot]. Zeroed, it is empty. Stale cells (`ranges`) fall out of it.
 static constexpr int FASA_ROW_WAYS = 8; // slots that a cell may be in; n_slot is a multiple
 static constexpr int FASA_ROW_HEAD = 8; // bytes of tag and used
-static constexpr int FASA_ROW_FETCH =
-    1 << 30; // bit of a slot's number: the slot is reserved, its row still to be fetched
+// bit set in a slot number: the slot is reserved and its row is still to be fetched
+static constexpr int FASA_ROW_FETCH = 1 << 30;
 
 static constexpr uint32_t FASA_OP_MAGIC = 0x41534146; // "FASA"
 

@@ -53,6 +53,11 @@ def test_another_source_is_refused(monkeypatch, tmp_path):
         Q.fetch()
 
 
+def changed(patch):
+    """The added and removed lines. Sorted: an equal change may begin a line earlier."""
+    return sorted(line for _, hunks in Q.split(patch)[1] for line in hunks if line[:1] in "+-")
+
+
 def test_the_series_applies_to_the_pinned_source_and_refresh_keeps_it(tmp_path):
     try:
         Q.fetch()
@@ -62,8 +67,11 @@ def test_the_series_applies_to_the_pinned_source_and_refresh_keeps_it(tmp_path):
     Q.unpack(tmp_path / "a")
     Q.apply(tmp_path / "a")
     before = {p: p.read_text() for p in Q.patches()}
+    changes = {p: changed(p) for p in before}
     try:
         Q.refresh(tmp_path / "a")
+        for p, lines in changes.items():
+            assert changed(p) == lines, p.name
         Q.unpack(tmp_path / "b")
         Q.apply(tmp_path / "b")
         assert all(
@@ -74,6 +82,13 @@ def test_the_series_applies_to_the_pinned_source_and_refresh_keeps_it(tmp_path):
     finally:
         for p, text in before.items():
             p.write_text(text)
+
+
+def test_refresh_gives_each_change_of_a_shared_file_to_its_patch():
+    old, new = (text.splitlines(keepends=True) for text in ("a\nb\nc\nd\ne\n", "a\nB2\nc\nd\nx\ny\ne\n"))
+    first, second = Q.stages(old, new, [["@@ -4 +4,2 @@", " d", "+x", " e"], ["@@ -2 +2 @@", "-b", "+B"]])
+    assert "".join(first) == "a\nb\nc\nd\nx\ny\ne\n"
+    assert second == new
 
 
 def test_a_local_tree_is_copied_whole_without_its_builds(monkeypatch, tmp_path):
