@@ -126,8 +126,8 @@ inline size_t fasa_rows_bytes(const fasa_row_layout & row, int64_t length, int64
 
 // The row cache of a layer keeps, for every stream and KV head: i32 tag [n_slot], the cell + 1 or 0; u32 used [n_slot],
 // the clock's time of its last use; the rows [n_slot]. Zeroed, it is empty. Stale cells (`ranges`) fall out of it.
-static constexpr int FASA_ROW_WAYS = 8; // slots that a cell may be in; n_slot is a multiple
-static constexpr int FASA_ROW_HEAD = 8; // bytes of tag and used
+static constexpr int FASA_ROW_WAYS  = 8; // slots that a cell may be in; n_slot is a multiple
+static constexpr int FASA_ROW_HEAD  = 8; // bytes of tag and used
 // bit set in a slot number: the slot is reserved and its row is still to be fetched
 static constexpr int FASA_ROW_FETCH = 1 << 30;
 
