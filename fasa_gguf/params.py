@@ -31,9 +31,9 @@ def parse_mode(text: Any, where: str = "fasa_mode") -> str:
 
 
 def default_chunks(n_chunk: int) -> int:
-    """Dominant chunks of a head of n_chunk when the setting is 0: 3/8 of them in groups of 4, at least one group.
+    """Dominant chunks of a head of n_chunk when the setting is 0: 3/8 of them, rounded down to a multiple of 4, at least 4.
 
-    The library's fasa_default_chunks. A head with fewer chunks than a group uses all that it has.
+    The library's fasa_default_chunks. A head with fewer than 4 chunks uses all of them.
     """
     return max(4, 3 * n_chunk // 8 // 4 * 4)
 
@@ -109,7 +109,11 @@ class FasaParams:
     Raises FasaError from `check` when a value is out of range.
     """
 
-    chunks: int = _row(0, "frequency chunks per KV head", "dominant chunks that score the tokens; 0: 3/8 of the head's")
+    chunks: int = _row(
+        0,
+        "frequency chunks per KV head",
+        "dominant chunks that score the tokens; 0: 3/8 of the head's chunks, rounded down to a multiple of 4, at least 4",
+    )
     budget: int = _row(
         512, "tokens per step and KV head", "tokens attended; sinks and recent tokens count in it", low=1
     )
@@ -135,8 +139,8 @@ class FasaParams:
     )
     mean_budget: int = _row(
         0,
-        "tokens in the mean",
-        "> 0: tokens attended in the mean; mass is then looked up in the profile, floor is a quarter of it (at least "
+        "tokens on average",
+        "> 0: tokens attended on average; mass is then looked up in the profile, floor is a quarter of it (at least "
         "64), cap twice",
     )
     row_cache: int = _row(

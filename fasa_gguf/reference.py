@@ -11,7 +11,7 @@ the cached tokens almost as the whole head does. One decode step of one KV head 
 `decode_step` is the four in a row.
 
 Source: FASA, arXiv 2602.03152, sections 3 and 4; what differs from it (one selection per KV head, forced tokens, the
-ranking of chunks as a set) is explained in docs/method.md.
+ranking of chunks as a set) is explained in docs/reference/method.md.
 """
 
 from __future__ import annotations
@@ -226,7 +226,7 @@ def layer_mass(mass: float, miss: float) -> np.float32:
 
 
 def mean_budget_mass(tokens: np.ndarray, mass: np.ndarray, n: int) -> np.float32:
-    """The target mass that takes n tokens in the mean, by a table (fasa.mean_budget, fasa.mean_budget_mass).
+    """The target mass that takes n tokens on average, by a table (fasa.mean_budget, fasa.mean_budget_mass).
 
     Both columns [n_entry] are ascending; between two entries log(1 - mass) is linear in log(tokens). 0 when n lies
     outside.

@@ -60,7 +60,8 @@ typedef struct fasa_params {
     uint64_t size;
     // 0: the stock library's graphs, bit for bit
     int32_t enabled;
-    // frequency chunks per KV head, from 0: dominant chunks that score the tokens; 0: 3/8 of the head's
+    // frequency chunks per KV head, from 0: dominant chunks that score the tokens; 0: 3/8 of the head's chunks, rounded
+    // down to a multiple of 4, at least 4
     uint32_t chunks;
     // tokens per step and KV head, from 1: tokens attended; sinks and recent tokens count in it
     uint32_t budget;
@@ -84,7 +85,7 @@ typedef struct fasa_params {
     int32_t k_dom;
     // 0 or 1: 1: every query head selects for itself, as published; 0: those of a KV head together
     uint32_t per_head;
-    // tokens in the mean, from 0: > 0: tokens attended in the mean; mass is then looked up in the profile, floor is a
+    // tokens on average, from 0: > 0: tokens attended on average; mass is then looked up in the profile, floor is a
     // quarter of it (at least 64), cap twice
     uint32_t mean_budget;
     // MiB, from -1: FASA-M: device memory, over all layers, that keeps recently attended rows; 0: none, -1: twice what

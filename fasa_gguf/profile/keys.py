@@ -57,7 +57,7 @@ KEYS = (
         "[f32]",
         "with a target mass, a layer's is 1 - (1 - mass) * layer_miss: how much more than others it may miss",
     ),
-    Key("fasa.mean_budget", "[u32]", "table of mean budgets: tokens per step and KV head in the mean, ascending"),
+    Key("fasa.mean_budget", "[u32]", "table of mean budgets: tokens per step and KV head on average, ascending"),
     Key(
         "fasa.mean_budget_mass",
         "[f32]",
