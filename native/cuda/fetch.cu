@@ -1,5 +1,5 @@
 // FASA-M: the rows of a list, K and V of a cell side by side, from pinned host memory to the device, before FAC attends
-// to them.
+// to them. Read in place, a row would come over PCIe once for every two query heads that share it.
 //
 // With a row cache (ops/ops.h) rows stay on the device from step to step. A set of FASA_ROW_WAYS slots holds the cells
 // that fall into it, and the least recently used one makes room. Which rows are there changes the time alone.

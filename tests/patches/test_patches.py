@@ -1,4 +1,5 @@
 import importlib.util
+import shutil
 
 import pytest
 from paths import ROOT
@@ -58,7 +59,7 @@ def changed(patch):
     return sorted(line for _, hunks in Q.split(patch)[1] for line in hunks if line[:1] in "+-")
 
 
-def test_the_series_applies_to_the_pinned_source_and_refresh_keeps_it(tmp_path):
+def test_the_series_applies_to_the_pinned_source_and_refresh_keeps_it(monkeypatch, tmp_path):
     try:
         Q.fetch()
     except Q.QueueError as e:
@@ -66,22 +67,15 @@ def test_the_series_applies_to_the_pinned_source_and_refresh_keeps_it(tmp_path):
     assert "all apply" in Q.check()
     Q.unpack(tmp_path / "a")
     Q.apply(tmp_path / "a")
-    before = {p: p.read_text() for p in Q.patches()}
-    changes = {p: changed(p) for p in before}
-    try:
-        Q.refresh(tmp_path / "a")
-        for p, lines in changes.items():
-            assert changed(p) == lines, p.name
-        Q.unpack(tmp_path / "b")
-        Q.apply(tmp_path / "b")
-        assert all(
-            (tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes()
-            for p in Q.patches()
-            for n, _ in Q.split(p)[1]
-        )
-    finally:
-        for p, text in before.items():
-            p.write_text(text)
+    shutil.copytree(Q.HERE, tmp_path / "patches")
+    monkeypatch.setattr(Q, "HERE", tmp_path / "patches")
+    before = {p: changed(p) for p in Q.patches()}
+    Q.refresh(tmp_path / "a")
+    assert {p: changed(p) for p in Q.patches()} == before
+    Q.unpack(tmp_path / "b")
+    Q.apply(tmp_path / "b")
+    for name in {name for p in Q.patches() for name, _ in Q.split(p)[1]}:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
 def test_refresh_gives_each_change_of_a_shared_file_to_its_patch():
