@@ -238,6 +238,16 @@ def test_files_that_are_named_exist(page):
                 assert any(ROOT.glob(name.rstrip("/"))), f"{ids(page)}: {name}"
 
 
+def test_files_that_the_source_names_exist():
+    """In comments and docstrings."""
+    sources = [p for folder in ("fasa_gguf", "native") for p in (ROOT / folder).rglob("*.*") if "lib" not in p.parts]
+    for source in [p for p in sources if p.suffix in (".py", ".h", ".cpp", ".cu", ".cuh")]:
+        for name in re.findall(
+            r"(?<![\w./-])(?:docs|native|patches|tests)/[\w./-]*\.(?:md|py|h|cpp|cuh?)\b", source.read_text()
+        ):
+            assert "NAME" in name or (ROOT / name).exists(), f"{ids(source)}: {name}"
+
+
 def test_files_in_the_design_exist():
     page = (ROOT / "docs" / "design.md").read_text()
     folders = dict(re.findall(r"^- `(\w+)/` \([\w-]+\): (.*?)(?=^- |\n\n)", page, re.M | re.S))
