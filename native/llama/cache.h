@@ -33,7 +33,7 @@ struct fasa_layer {
     ggml_tensor * k_dom      = nullptr;    // i8  [block, n_tile, n_head_kv, n_stream]; nullptr: it cannot run sparse
     ggml_tensor * dims       = nullptr;    // i32 [n_dom, n_head_kv]
     ggml_tensor * weight     = nullptr;    // f32 [n_dom, n_head_kv]
-    fasa_layer_const fixed;                // what its nodes have beside their sources
+    fasa_layer_const fixed;                // what its nodes need beside their src tensors
     fasa_reason reason = FASA_REASON_NONE; // why it is dense in every step
     fasa_reason now    = FASA_REASON_NOT_BUILT; // why it was dense in the last graph, had that been a sparse step
 };
