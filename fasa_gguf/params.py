@@ -31,7 +31,7 @@ def parse_mode(text: Any, where: str = "fasa_mode") -> str:
 
 
 def default_chunks(n_chunk: int) -> int:
-    """Dominant chunks of a head of n_chunk when the setting is 0: 3/8 of them, rounded down to a multiple of 4, at least 4.
+    """Dominant chunks of a head of n_chunk when the setting is 0: 3/8, rounded down to a multiple of 4, at least 4.
 
     The library's fasa_default_chunks. A head with fewer than 4 chunks uses all of them.
     """
@@ -112,7 +112,8 @@ class FasaParams:
     chunks: int = _row(
         0,
         "frequency chunks per KV head",
-        "dominant chunks that score the tokens; 0: 3/8 of the head's chunks, rounded down to a multiple of 4, at least 4",
+        "dominant chunks that score the tokens; 0: 3/8 of the head's chunks, rounded down to a multiple of 4, at "
+        "least 4",
     )
     budget: int = _row(
         512, "tokens per step and KV head", "tokens attended; sinks and recent tokens count in it", low=1
