@@ -12,7 +12,7 @@ MODEL  := models/cache/SmolLM2-135M-Instruct.Q4_1.gguf
 help:
 	@echo 'make demo   set everything up, then show dense beside FASA on a small model'
 	@echo 'make test   the test-suite'
-	@echo 'make build  the native library, into fasa_gguf/lib'
+	@echo 'make build  the native library, into fasa_gguf/lib; CMAKE_ARGS=... takes options of llama.cpp'
 	@echo 'make stock  the unpatched library with the same flags, into build/stock-lib'
 	@echo 'make upstream-tests  the own tests of the pinned llama.cpp, against the patched library'
 	@echo 'make check  does the patch queue apply'
@@ -82,10 +82,12 @@ $(MODEL): $(VENV)/.ready
 demo: build $(MODEL)
 	$(PY) -m fasa_gguf.cli.demo $(MODEL)
 
-# TEST_EXTRAS: packages of the optional extras; without torch and transformers their tests skip, and say so
+# TEST_EXTRAS: packages of the optional extras; without torch and transformers their tests skip, and say so.
+# TEST_JOBS: processes of pytest-xdist; 0 is this one
+TEST_JOBS ?= auto
 test: build stock $(MODEL)
 	$(if $(TEST_EXTRAS),$(PIP) $(foreach p,$(TEST_EXTRAS),'$(p)'))
-	$(PY) -m pytest -q -rs
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -rs -n $(TEST_JOBS) --dist loadfile
 
 check: $(VENV)/.ready
 	$(PY) patches/queue.py check

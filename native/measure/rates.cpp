@@ -103,24 +103,37 @@ double read_seconds(const std::vector<span> & spans, int n_threads, int repeat) 
 
 } // namespace
 
+// K and V of every layer of a cache
+struct fasa_cache::all_rows {
+    std::vector<ggml_tensor *> tensors; // [values of a cell, cells, streams]
+
+    void add(const fasa_cache & cache);
+};
+
+void fasa_cache::all_rows::add(const fasa_cache & cache) {
+    for (const auto & l : cache.kv.layers) {
+        tensors.push_back(l.k);
+        if (l.v != nullptr) { // latent attention has none
+            tensors.push_back(l.v);
+        }
+    }
+}
+
 int fasa_read_rate(llama_context * ctx, uint32_t n_cells, double * bytes_per_second) {
-    std::vector<span> spans; // the first n_cells cells of K and V, by layer and stream
-    size_t size = 0;
+    fasa_cache::all_rows rows;
     for (const auto * cache : ctx ? fasa_caches(llama_get_memory(ctx)) : std::vector<fasa_cache *>()) {
-        for (const auto & l : cache->kv.layers) {
-            for (const ggml_tensor * t : { l.k, l.v }) { // [values of a cell, cells, streams]
-                if (t == nullptr) {
-                    continue;
-                }
-                if (!ggml_backend_buffer_is_host(t->buffer)) {
-                    return fasa_set_error("read rate: %s is not in host memory", t->name);
-                }
-                const size_t bytes = t->nb[1] * std::min<int64_t>(n_cells, t->ne[1]);
-                for (int64_t s = 0; s < t->ne[2]; ++s) {
-                    spans.push_back({ (const char *) t->data + s * t->nb[2], bytes });
-                    size += bytes;
-                }
-            }
+        rows.add(*cache);
+    }
+    std::vector<span> spans; // the first n_cells cells of every tensor and stream
+    size_t size = 0;
+    for (const ggml_tensor * t : rows.tensors) {
+        if (!ggml_backend_buffer_is_host(t->buffer)) {
+            return fasa_set_error("read rate: %s is not in host memory", t->name);
+        }
+        const size_t bytes = t->nb[1] * std::min<int64_t>(n_cells, t->ne[1]);
+        for (int64_t s = 0; s < t->ne[2]; ++s) {
+            spans.push_back({ (const char *) t->data + s * t->nb[2], bytes });
+            size += bytes;
         }
     }
     if (size == 0) {
