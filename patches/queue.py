@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The patch queue: fetch the pinned llama.cpp, check, apply and refresh the patches. Standard library only.
 
-usage: queue.py fetch | check | prepare DIR [--source TREE] [--unpatched] | apply DIR [--force] | refresh DIR | pin VERSION
+usage: queue.py fetch | check | prepare DIR [--source TREE] [--unpatched] | apply DIR [--force] | refresh DIR |
+       pin VERSION
 """
 
 from __future__ import annotations
