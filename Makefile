@@ -12,7 +12,7 @@ MODEL  := models/cache/SmolLM2-135M-Instruct.Q4_1.gguf
 help:
 	@echo 'make demo   set everything up, then show dense beside FASA on a small model'
 	@echo 'make test   the test-suite'
-	@echo 'make build  the native library, into fasa_gguf/lib'
+	@echo 'make build  the native library, into fasa_gguf/lib; CMAKE_ARGS=... takes options of llama.cpp'
 	@echo 'make stock  the unpatched library with the same flags, into build/stock-lib'
 	@echo 'make upstream-tests  the own tests of the pinned llama.cpp, against the patched library'
 	@echo 'make check  does the patch queue apply'
@@ -20,27 +20,55 @@ help:
 	@echo 'make tables writes the C side of settings, counters and reasons anew, from the Python tables'
 	@echo 'make compare OTHER=DIR  does this checkout compute what another one does, bit for bit'
 
-$(VENV)/.ready: pyproject.toml
+# .venv/bin/fasa-gguf, with the package of this checkout; nothing is built for it
+define COMMAND
+#!/bin/sh
+'''exec' "$(CURDIR)/$(PY)" "$$0" "$$@"
+' '''
+import sys
+from fasa_gguf.cli.main import main
+sys.exit(main())
+endef
+
+# llama-cpp-python without a library of its own. A wheel that pip builds by itself would stay in its cache and be given
+# to other environments, so this one is built into build/, from the sdist that the library is built from too.
+$(VENV)/.ready: export FASA_COMMAND = $(COMMAND)
+$(VENV)/.ready: pyproject.toml patches/UPSTREAM
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) cmake ninja
-	$(PIP) llama-cpp-python==$(PIN) --config-settings=cmake.args=-DLLAMA_BUILD=OFF
-	$(PIP) 'cffi>=1.16' 'matplotlib>=3.7' 'numpy>=1.24' 'tqdm>=4.60' 'pytest>=7.4' 'gguf>=0.19'
+	rm -rf build/wheels
+	sdist=$$($(PY) patches/queue.py fetch) && $(PY) -m pip wheel -q --disable-pip-version-check --no-cache-dir \
+	    --no-deps -w build/wheels "$$sdist" --config-settings=cmake.args=-DLLAMA_BUILD=OFF
+	$(PIP) --force-reinstall --no-deps build/wheels/llama_cpp_python-*.whl
+	$(PIP) llama-cpp-python==$(PIN) 'cffi>=1.16' 'matplotlib>=3.7' 'numpy>=1.24' 'tqdm>=4.60' 'gguf>=0.19' \
+	    'pytest>=7.4' 'pytest-xdist>=3.5'
+	printf '%s\n' "$$FASA_COMMAND" > $(VENV)/bin/fasa-gguf && chmod +x $(VENV)/bin/fasa-gguf
+	echo '$(CURDIR)' > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fasa_gguf.pth"
 	@touch $@
 
-build/native/build.ninja: $(VENV)/.ready
-	$(CMAKE) -S . -B build/native $(CMAKE_ARGS)
+# CMAKE_ARGS that are not given are those of the last `make build`; CMAKE_ARGS= is none. Other ones configure anew.
+ifeq ($(origin CMAKE_ARGS),undefined)
+CMAKE_ARGS := $(shell cat build/native/fasa-cmake-args 2>/dev/null)
+endif
+export FASA_CMAKE_ARGS = $(CMAKE_ARGS)
+# $(call configure,folder,options)
+configure = if [ ! -f $(1)/build.ninja ] || [ "$$(cat $(1)/fasa-cmake-args 2>&1)" != "$$FASA_CMAKE_ARGS" ]; then \
+	    $(CMAKE) --fresh -S . -B $(1) $(2) $(CMAKE_ARGS) && printf '%s\n' "$$FASA_CMAKE_ARGS" > $(1)/fasa-cmake-args; fi
 
-build: build/native/build.ninja
+build: $(VENV)/.ready
+	@$(call configure,build/native)
 	$(VENV)/bin/cmake --build build/native -j $(JOBS)
+	@rm -rf fasa_gguf/lib
 	$(VENV)/bin/cmake --install build/native --prefix . --component fasa
 
 stock: $(VENV)/.ready
-	$(CMAKE) -S . -B build/stock -DFASA_PATCHED=OFF $(CMAKE_ARGS)
+	@$(call configure,build/stock,-DFASA_PATCHED=OFF)
 	$(VENV)/bin/cmake --build build/stock -j $(JOBS)
+	@rm -rf build/stock-lib
 	$(VENV)/bin/cmake --install build/stock --prefix build/stock-lib --component fasa
 
 upstream-tests: build $(MODEL)
-	$(CMAKE) -S . -B build/upstream-tests -DFASA_UPSTREAM_TESTS=ON $(CMAKE_ARGS)
+	@$(call configure,build/upstream-tests,-DFASA_UPSTREAM_TESTS=ON)
 	$(VENV)/bin/cmake --build build/upstream-tests -j $(JOBS) --target test-llama-archs test-save-load-state
 	build/upstream-tests/bin/test-llama-archs
 	build/upstream-tests/bin/test-save-load-state -m $(MODEL)
@@ -54,10 +82,12 @@ $(MODEL): $(VENV)/.ready
 demo: build $(MODEL)
 	$(PY) -m fasa_gguf.cli.demo $(MODEL)
 
-# TEST_EXTRAS: packages of the optional extras; without torch and transformers their tests skip, and say so
+# TEST_EXTRAS: packages of the optional extras; without torch and transformers their tests skip, and say so.
+# TEST_JOBS: processes of pytest-xdist; 0 is this one
+TEST_JOBS ?= auto
 test: build stock $(MODEL)
 	$(if $(TEST_EXTRAS),$(PIP) $(foreach p,$(TEST_EXTRAS),'$(p)'))
-	$(PY) -m pytest -q -rs
+	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -rs -n $(TEST_JOBS) --dist loadfile
 
 check: $(VENV)/.ready
 	$(PY) patches/queue.py check

@@ -301,6 +301,9 @@ FASA_API int fasa_fill_random(struct llama_context * ctx, uint32_t n_cells, uint
 // Bytes read plus bytes written per second when the backend ("CPU", "CUDA0") copies `bytes` from one of its tensors to
 // another; n_threads of a CPU do it.
 FASA_API int fasa_copy_rate(const char * backend, int32_t n_threads, uint64_t bytes, double * bytes_per_second);
+// Bytes per second at which the context's threads read the first n_cells cells of K and V of every layer and stream,
+// and do nothing else with them. A cache in device memory is an error.
+FASA_API int fasa_read_rate(struct llama_context * ctx, uint32_t n_cells, double * bytes_per_second);
 
 // Bytes per second that the device takes from the K and V of a FASA-M context, in pinned host memory: as one copy; and,
 // layer by layer, each behind `between` bytes of device memory as in a decode step behind weights, the rows of n_rows

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """The patch queue: fetch the pinned llama.cpp, check, apply and refresh the patches. Standard library only.
 
-usage: queue.py check | prepare DIR [--source TREE] [--unpatched] | apply DIR [--force] | refresh DIR | pin VERSION
+usage: queue.py fetch | check | prepare DIR [--source TREE] [--unpatched] | apply DIR [--force] | refresh DIR |
+       pin VERSION
 """
 
 from __future__ import annotations
@@ -264,6 +265,7 @@ def refresh(tree: Path) -> None:
 def main() -> int:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sub = ap.add_subparsers(dest="command", required=True)
+    sub.add_parser("fetch", help="print where the pinned sdist lies; download it first if need be")
     sub.add_parser("check")
     p = sub.add_parser("prepare")
     p.add_argument("dir", type=Path)
@@ -276,7 +278,9 @@ def main() -> int:
     sub.add_parser("pin").add_argument("version")
     a = ap.parse_args()
     try:
-        if a.command == "check":
+        if a.command == "fetch":
+            print(fetch())
+        elif a.command == "check":
             print(check())
         elif a.command == "prepare":
             prepare(a.dir, a.source, not a.unpatched)

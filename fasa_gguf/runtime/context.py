@@ -137,6 +137,15 @@ class Context:
         """Give every sequence `n_cells` cells of random K and V instead of what it has (fasa_fill_random)."""
         check(self._lib.fasa_fill_random(self._ctx, n_cells, seed))
 
+    def read_rate(self, n_cells: int) -> float:
+        """Bytes per second at which the context's threads read the first n_cells cells of K and V of every sequence.
+
+        Nothing else is done with them. Raises FasaError where the cache is in device memory.
+        """
+        rate = self._ffi.new("double *")
+        check(self._lib.fasa_read_rate(self._ctx, n_cells, rate))
+        return rate[0]
+
     def host_rates(self, n_cells: int, n_rows: int, between: int) -> tuple[float, float, float]:
         """(copy, gather, fetch): bytes per second that the device takes from K and V in pinned host memory (FASA-M).
 

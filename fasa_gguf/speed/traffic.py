@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .. import runtime
+from ..errors import FasaError
 from ..gguf.file import U16, U32, GGUFFile
 from ..runtime.devices import Device
 
+PLAIN_READ_FROM = 1024  # tokens of depth from which dense attention is compared with a plain read of the cache
 COPY_BYTES = 512 << 20  # of the copy that gives a device's rate: beyond its caches
 SIZES = ("bytes_k_dom", "bytes_kv", "bytes_kv_host", "bytes_row_cache")  # counters that are sizes, not sums
 
@@ -49,6 +51,14 @@ def copy_rates(
         device = one_device(n_layer, ngl, nkvo, devices)
         rates[ngl, nkvo] = runtime.devices.copy_rate(device, COPY_BYTES, n_threads) if device else None
     return rates
+
+
+def read_rate(context: runtime.context.Context, n_cells: int) -> float | None:
+    """Bytes/s at which the context's threads read n_cells cells of its cache; None: it is not in host memory."""
+    try:
+        return context.read_rate(n_cells)
+    except FasaError:
+        return None
 
 
 # ---- FASA-M ----

@@ -73,6 +73,7 @@ struct fasa_cache {
     // what `fasa-gguf bench` does with the cells of a cache: measure/fill.cpp and measure/rates.cpp
     struct random_fill;
     struct pinned_rows;
+    struct all_rows;
 
     // ---- counters: bytes by the names of the table ----
 

@@ -1,5 +1,5 @@
-// For `fasa-gguf bench` and `plan`: how fast a device copies and takes rows from pinned host memory, and what memory it
-// has.
+// For `fasa-gguf bench` and `plan`: how fast a device copies and takes rows from pinned host memory, how fast the cores
+// read a cache, and what memory a device has.
 
 #include "core/error.h"
 #include "llama/cache.h"
@@ -10,7 +10,10 @@
 #include "ggml-cpu.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
+#include <cstring>
+#include <thread>
 #include <vector>
 
 int fasa_copy_rate(const char * backend_name, int32_t n_threads, uint64_t bytes, double * bytes_per_second) {
@@ -48,6 +51,100 @@ int fasa_copy_rate(const char * backend_name, int32_t n_threads, uint64_t bytes,
         const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
         if (seconds > 0.2 && repeat > 1) {
             *bytes_per_second = 2.0 * n * sizeof(float) * repeat / seconds;
+            return 0;
+        }
+    }
+}
+
+// ---- a plain read of the cache ----
+
+namespace {
+
+struct span {
+    const char * data;
+    size_t size; // bytes
+};
+
+uint64_t read_words(const char * data, size_t size) {
+    uint64_t sum[8] = { 0 }, words[8];
+    for (size_t i = 0; i + sizeof(words) <= size; i += sizeof(words)) {
+        memcpy(words, data + i, sizeof(words));
+        for (int j = 0; j < 8; ++j) {
+            sum[j] += words[j];
+        }
+    }
+    return sum[0] + sum[1] + sum[2] + sum[3] + sum[4] + sum[5] + sum[6] + sum[7];
+}
+
+// Seconds in which n_threads, a part of every span each, read all of them `repeat` times.
+double read_seconds(const std::vector<span> & spans, int n_threads, int repeat) {
+    std::atomic<uint64_t> sum{ 0 }; // so that nothing is left out
+    const auto work = [&](int part) {
+        uint64_t mine = 0;
+        for (int r = 0; r < repeat; ++r) {
+            for (const span & s : spans) {
+                const size_t from = s.size * part / n_threads, to = s.size * (part + 1) / n_threads;
+                mine += read_words(s.data + from, to - from);
+            }
+        }
+        sum += mine;
+    };
+    const auto start = std::chrono::steady_clock::now();
+    std::vector<std::thread> threads;
+    for (int part = 1; part < n_threads; ++part) {
+        threads.emplace_back(work, part);
+    }
+    work(0);
+    for (auto & t : threads) {
+        t.join();
+    }
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+} // namespace
+
+// K and V of every layer of a cache
+struct fasa_cache::all_rows {
+    std::vector<ggml_tensor *> tensors; // [values of a cell, cells, streams]
+
+    void add(const fasa_cache & cache);
+};
+
+void fasa_cache::all_rows::add(const fasa_cache & cache) {
+    for (const auto & l : cache.kv.layers) {
+        tensors.push_back(l.k);
+        if (l.v != nullptr) { // latent attention has none
+            tensors.push_back(l.v);
+        }
+    }
+}
+
+int fasa_read_rate(llama_context * ctx, uint32_t n_cells, double * bytes_per_second) {
+    fasa_cache::all_rows rows;
+    for (const auto * cache : ctx ? fasa_caches(llama_get_memory(ctx)) : std::vector<fasa_cache *>()) {
+        rows.add(*cache);
+    }
+    std::vector<span> spans; // the first n_cells cells of every tensor and stream
+    size_t size = 0;
+    for (const ggml_tensor * t : rows.tensors) {
+        if (!ggml_backend_buffer_is_host(t->buffer)) {
+            return fasa_set_error("read rate: %s is not in host memory", t->name);
+        }
+        const size_t bytes = t->nb[1] * std::min<int64_t>(n_cells, t->ne[1]);
+        for (int64_t s = 0; s < t->ne[2]; ++s) {
+            spans.push_back({ (const char *) t->data + s * t->nb[2], bytes });
+            size += bytes;
+        }
+    }
+    if (size == 0) {
+        return fasa_set_error("read rate: expected a context with a KV cache, and at least one cell");
+    }
+    llama_synchronize(ctx);
+    const int n_threads = std::max(1, llama_n_threads(ctx));
+    for (int repeat = 1;; repeat *= 2) { // the rounds before the last one are the warm-up
+        const double seconds = read_seconds(spans, n_threads, repeat);
+        if (seconds > 0.1 && repeat > 1) {
+            *bytes_per_second = (double) size * repeat / seconds;
             return 0;
         }
     }

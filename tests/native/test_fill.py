@@ -1,4 +1,4 @@
-"""fasa_fill_random on every kind of cache, and the copy rate of a device."""
+"""fasa_fill_random on every kind of cache, the copy rate of a device, and the read rate of a cache."""
 
 import numpy as np
 import pytest
@@ -161,3 +161,13 @@ def test_devices_and_their_copy_rate(library):
         runtime.devices.copy_rate("CUDA99", 1 << 20)
     with pytest.raises(FasaError, match="copy rate: expected 4 to 8589934588 bytes, found 0"):
         runtime.devices.copy_rate("CPU", 0)
+
+
+def test_the_read_rate_of_a_cache(library, tiny):
+    with Session(tiny, n_ctx=4096, n_seq_max=2, n_threads=2) as s:
+        s.fasa.fill_random(2000)
+        before = s.state(1)
+        assert 1e7 < s.fasa.read_rate(2000) < 1e13 and s.fasa.read_rate(1) > 0
+        assert s.fasa.read_rate(10**6) > 0 and s.state(1) == before  # no more cells than there are; nothing changed
+        with pytest.raises(FasaError, match="read rate: expected a context with a KV cache, and at least one cell"):
+            s.fasa.read_rate(0)

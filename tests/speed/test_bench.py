@@ -8,7 +8,7 @@ import pytest
 from benching import ON, QUICK, planted, run
 from tiny_gguf import gguf_bytes
 
-from fasa_gguf import FasaError, FasaParams
+from fasa_gguf import FasaError, FasaParams, runtime
 from fasa_gguf.cli import main as cli
 from fasa_gguf.cli.bench import _types
 from fasa_gguf.gguf.file import STR, U16, U32, GGUFFile, pack_kv
@@ -112,6 +112,25 @@ def test_bytes_and_tokens_of_a_result(library, tiny, profile):
         and dense.of_copy_rate == dense.bytes_per_second / dense.copy_rate
     )
     assert 0 < dense.of_copy_rate < 1e3
+
+
+def test_dense_beside_a_plain_read(library, tiny, profile, monkeypatch):
+    asked = []
+    monkeypatch.setattr(b, "PLAIN_READ_FROM", 200)
+    monkeypatch.setattr(runtime.context.Context, "read_rate", lambda self, n: asked.append(n) or 1e15)
+    results = run(tiny, replace(QUICK, depths=[100, 300]), profile)
+    assert asked == [1, 300] and [r.read_rate for r in results] == [None, None, 1e15, None]
+    assert results[2].base_s > 0 and results[2].plain_ts == pytest.approx(1 / results[2].base_s, rel=1e-3)
+    monkeypatch.setattr(b.Result, "kv_rate", 3e9)
+    dense = run(tiny, QUICK, profile)[0]
+    assert dense.note == "dense reads the cache at 3 GB/s, a plain read at 1e+06"
+    assert dense.kv_bytes == CELL * (300 + 3 + 2.5)  # the steps with an empty cache left nothing behind
+
+    def on_a_device(self, n):
+        raise FasaError("read rate: cache_k_l0 is not in host memory")
+
+    monkeypatch.setattr(runtime.context.Context, "read_rate", on_a_device)
+    assert [(r.base_s, r.read_rate, r.note) for r in run(tiny, QUICK, profile)] == [(None, None, "")] * 2
 
 
 def test_arms_take_turns(library, tiny, profile, monkeypatch):

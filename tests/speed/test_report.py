@@ -172,3 +172,23 @@ def test_the_picture(tmp_path):
         report.save_plot(results, "/nowhere/p.png", "model.gguf")
     with pytest.raises(FasaError, match="no decode result was measured, so there is nothing to draw"):
         report.save_plot([], tmp_path / "p.png", "model.gguf")
+
+
+def test_a_dense_row_far_below_a_plain_read_says_so():
+    def dense(speed, **kw):
+        return Result("dense", 8192, 32, samples_ts=[speed], kv_bytes=2e8, base_s=0.005, read_rate=20e9, **kw)
+
+    slow, good = dense(5.0), dense(50.0)  # 195 and 15 ms for 200 MB, which a plain read takes 10 ms for
+    assert slow.kv_rate == pytest.approx(2e8 / 0.195) and good.kv_rate == pytest.approx(2e8 / 0.015)
+    assert slow.plain_ts == pytest.approx(1 / 0.015) == good.plain_ts
+    assert slow.slow_read == "dense reads the cache at 1 GB/s, a plain read at 20" and good.slow_read == ""
+    assert dense(25.0, n_parallel=4).kv_rate == pytest.approx(4 * 2e8 / 0.155)  # a step reads four caches
+    assert dense(180.0).kv_rate is None  # nearly all of the step is something else
+    unknown = Result("dense", 8192, 32, samples_ts=[5.0], kv_bytes=2e8)
+    assert (unknown.kv_rate, unknown.plain_ts, unknown.slow_read) == (None, None, "")
+    entry = report.as_dict(slow, "m.gguf", "b")
+    assert (entry["kv_bytes_per_second"], entry["plain_read_bytes_per_second"], entry["plain_read_ts"]) == (
+        slow.kv_rate,
+        20e9,
+        slow.plain_ts,
+    )
