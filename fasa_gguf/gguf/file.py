@@ -18,7 +18,7 @@ import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from gguf import GGML_QUANT_SIZES, GGUFValueType, Keys
 
@@ -39,6 +39,7 @@ SCALARS: dict[int, str] = {  # letters of struct
     U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", U64: "Q", I64: "q", F32: "f", F64: "d", BOOL: "?",
 }
 # fmt: on
+INTEGERS = frozenset([U8, I8, U16, I16, U32, I32, U64, I64])
 SIZES = {t: struct.calcsize("<" + c) for t, c in SCALARS.items()}  # bytes
 
 # Where gguf 0.19 differs from the pinned source (ggml-common.h): Q8_1 has two f16 before its 32 bytes, not two f32;
@@ -198,28 +199,37 @@ class GGUFFile:
 
     version; kv: KeyValue by name, in file order; tensors: list of TensorInfo, in file order; in bytes: size of the
     file, alignment, and data_offset, where the tensor data begin; info_raw: the tensor infos as they stand in the file.
-    Raises FasaError when the file is not GGUF, is cut short, or lies about counts.
+    file: the same file, if it is open already. Raises FasaError when the file is not GGUF, is cut short, or lies about
+    counts.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike, file: BinaryIO | None = None) -> None:
         self.path = Path(path)
         try:
+            if file is not None:
+                self._read(file)
+                return
             if not stat.S_ISREG(os.stat(self.path).st_mode):  # opening a pipe would wait for a writer
                 raise FasaError(
                     f"{self.path}: not a GGUF file: expected a regular file; give the path of a model in GGUF format"
                 )
             with open(self.path, "rb") as f:
-                status = os.fstat(f.fileno())
-                self.size, self._stamp = status.st_size, _stamp(status)
-                if self.size < 24:
-                    raise FasaError(
-                        f"{self.path}: not a GGUF file: it has {self.size} bytes, expected at least 24; "
-                        "give a model in GGUF format"
-                    )
-                with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                    self._parse(_Reader(data, str(self.path)))
+                self._read(f)
         except OSError as e:
             raise FasaError(f"{self.path}: cannot be read: {e.strerror or e}; check the path") from None
+        except ValueError as e:  # a path with a null byte
+            raise FasaError(f"{str(self.path)!r}: cannot be read: {e}; check the path") from None
+
+    def _read(self, f: BinaryIO) -> None:
+        status = os.fstat(f.fileno())
+        self.size, self._stamp = status.st_size, _stamp(status)
+        if self.size < 24:
+            raise FasaError(
+                f"{self.path}: not a GGUF file: it has {self.size} bytes, expected at least 24; "
+                "give a model in GGUF format"
+            )
+        with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            self._parse(_Reader(data, str(self.path)))
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -233,6 +243,10 @@ class GGUFFile:
             return _stamp(os.stat(self.path)) == self._stamp
         except OSError:
             return False
+
+    def is_open_as(self, file: BinaryIO) -> bool:
+        """Whether `file` is the file that was read, and unchanged since."""
+        return _stamp(os.fstat(file.fileno())) == self._stamp
 
     def _parse(self, r: _Reader) -> None:
         n_kv, n_tensors = self._counts(r)
