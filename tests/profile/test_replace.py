@@ -225,6 +225,20 @@ def test_a_file_that_changes_meanwhile(model, monkeypatch, change, beside):
     assert os.listdir(model.parent) == (["m.gguf"] if model.exists() else [])
 
 
+def test_a_file_replaced_between_its_header_and_its_tensors(model, monkeypatch):
+    """The tensors are those of the header, whatever stands under the name by then."""
+
+    def doubts(*_):
+        put_another(model)
+        return []
+
+    monkeypatch.setattr(embed, "doubts", doubts)
+    with pytest.raises(FasaError, match=CHANGED):
+        embed.embed(model, plain_profile())
+    write_tiny(model.with_name("want.gguf"), seed=7)
+    assert model.read_bytes() == model.with_name("want.gguf").read_bytes()
+
+
 def test_weights_are_hashed_by_the_header_that_was_read(model):
     """Otherwise the tensors of one file would be looked for at the offsets of another."""
     old = GGUFFile(model)
@@ -237,19 +251,15 @@ def test_a_file_replaced_while_it_is_calibrated(model, monkeypatch, capsys):
     def calibrate(a, out):
         p = plain_profile()
         p.calibration = {"source": "gguf", "weights_sha256": shape.weights_sha256(GGUFFile(a.model))}
-        change()
+        changes.pop()()
         return p
 
-    def change():
-        put_another(model)
-
+    # the second run meets another one, which leaves the same weights
+    changes = [lambda: embed.embed(model, plain_profile()), lambda: put_another(model)]
     monkeypatch.setattr("fasa_gguf.cli.profile._calibrate", calibrate)
     assert cli.main(["embed-profile", str(model)]) == 1
     assert "was replaced by one with other weights while it was calibrated" in capsys.readouterr().err
     assert Profile.from_gguf(GGUFFile(model)) is None
-
-    def change():
-        embed.embed(model, plain_profile())  # another run: the same weights
 
     assert cli.main(["embed-profile", str(model)]) == 0
     assert "other weights" not in capsys.readouterr().err
