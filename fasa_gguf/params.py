@@ -70,7 +70,7 @@ class Setting:
 
     @property
     def gguf_type(self) -> str:
-        return {float: "f32", str: "str"}.get(self.kind, "u32")
+        return {float: "f32", str: "str"}.get(self.kind, "i32" if self.low < 0 else "u32")
 
     @property
     def c_type(self) -> str:

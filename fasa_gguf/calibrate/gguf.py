@@ -44,10 +44,11 @@ class Calibration(Calibrator):
         if not any(shape[1] for shape in self.shapes):
             raise self._refuse("has no attention layer with a KV cache")
         self.windows = sliding_windows(self.model, info["n_layer"])
+        self.weights_sha256 = weights_sha256(self.model)  # now: the file may be another one when calibration ends
         self._read(corpus, min(session.n_ctx, session.n_ctx_train), session.tokenize)
 
     def _origin(self) -> dict[str, str]:
-        return {"source": "gguf", "weights_sha256": weights_sha256(self.model)}
+        return {"source": "gguf", "weights_sha256": self.weights_sha256}
 
     def _identity(self) -> list[Any]:
         return [os.path.getsize(self.where), os.path.getmtime(self.where)]

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FasaError
+from ..gguf.file import printable
 from ..profile.profile import Profile
 from .arguments import AddCommand, add_machine_flags, add_model, progress_bar, read_text, whole
 
@@ -20,7 +21,7 @@ def _calibrate(a: argparse.Namespace, out: str | None) -> Profile:
     from ..calibrate.ranking import CalibrationParams
 
     params = CalibrationParams(method=a.method, context=a.ctx_size, chunks=a.chunks)
-    corpus = (Path(a.file).name, read_text(a.file)) if a.file else None
+    corpus = (printable(Path(a.file).name), read_text(a.file)) if a.file else None
     hf = getattr(a, "hf", None) or (a.model if os.path.isdir(a.model) else None)
     start = time.perf_counter()
     if hf:
@@ -47,7 +48,7 @@ def cmd_calibrate(a: argparse.Namespace) -> None:
 
 
 def cmd_embed_profile(a: argparse.Namespace) -> None:
-    from ..profile.embed import check_embeddable, rewrite
+    from ..profile.embed import check_embeddable, check_weights, rewrite
 
     if a.profile and (a.remove or a.file or a.hf):
         other = "--remove" if a.remove else "-f" if a.file else "--hf"
@@ -59,8 +60,10 @@ def cmd_embed_profile(a: argparse.Namespace) -> None:
     elif a.profile:
         profile = Profile.load(a.profile)
     else:
-        check_embeddable(a.model, a.output, a.force)  # not after a minute of calibration
+        header = check_embeddable(a.model, a.output, a.force)  # not after a minute of calibration
         profile = _calibrate(a, None)
+        if not a.hf:
+            check_weights(header, profile)
     bar = progress_bar()
     print(rewrite(a.model, profile, a.output, a.force, lambda done, total: bar("writing", done, total)))
 
@@ -127,7 +130,7 @@ def add_commands(command: AddCommand) -> None:
     _add_calibration_flags(p)
     p.add_argument("--hf", metavar="HF_DIR", help="calibrate from the model's Hugging Face weights in this folder")
     p.add_argument("--profile", help="a profile's JSON file, or a GGUF that has one")
-    p.add_argument("--force", action="store_true", help="overwrite OUTPUT")
+    p.add_argument("--force", action="store_true", help="overwrite OUTPUT, or a model that is read-only")
     p.add_argument("--remove", action="store_true", help="take the profile out")
     p = command("inspect", cmd_inspect, "Show the profile of a GGUF or JSON file.", "model.gguf --png heatmap.png")
     add_model(p)

@@ -4,7 +4,8 @@ Only the header is read. The raw bytes of each key-value pair are kept, so a rew
 
 Value types, tensor types and key names are gguf-py's. Two things that it does not do are done here:
 - Reading untrusted headers. Its GGUFReader maps the whole file and trusts every count and length in it: a damaged file
-  can cost time and memory without bound, or end in an error that names no key.
+  can cost time and memory without bound, or end in an error that names no key. A mapped file that another program cuts
+  short ends the process, so this one is read.
 - Rewriting in constant memory. Its GGUFWriter packs every key and tensor anew, so a file whose FASA keys are removed
   would not be the original byte for byte. `pack_kv` makes single entries, and profile/embed.py copies the rest.
 """
@@ -12,13 +13,12 @@ Value types, tensor types and key names are gguf-py's. Two things that it does n
 from __future__ import annotations
 
 import math
-import mmap
 import os
 import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from gguf import GGML_QUANT_SIZES, GGUFValueType, Keys
 
@@ -39,6 +39,7 @@ SCALARS: dict[int, str] = {  # letters of struct
     U8: "B", I8: "b", U16: "H", I16: "h", U32: "I", I32: "i", U64: "Q", I64: "q", F32: "f", F64: "d", BOOL: "?",
 }
 # fmt: on
+INTEGERS = frozenset([U8, I8, U16, I16, U32, I32, U64, I64])
 SIZES = {t: struct.calcsize("<" + c) for t, c in SCALARS.items()}  # bytes
 
 # Where gguf 0.19 differs from the pinned source (ggml-common.h): Q8_1 has two f16 before its 32 bytes, not two f32;
@@ -54,6 +55,7 @@ MAX_STRING = 1 << 26  # bytes; a chat template is far below
 MAX_ARRAY = 1 << 24  # elements; the largest vocabularies have 2^18
 MAX_HEADER = 1 << 28  # bytes of all keys and tensor infos together; a tokenizer has 2^23
 MAX_ALIGNMENT = 1 << 20
+READ = 1 << 20  # bytes read at a time
 NEXT = "download or convert the model again"
 
 
@@ -115,10 +117,22 @@ class TensorInfo:
 
 
 class _Reader:
-    """Reads forward through a header. Lengths are checked against the file before they are used."""
+    """Reads forward through a header. Lengths are checked against the file before they are used.
 
-    def __init__(self, data: mmap.mmap | bytes, where: str) -> None:
-        self.data, self.where, self.at, self.end = data, where, 0, len(data)
+    data: as much of the file's beginning as was needed so far; at: the offset to read next; end: the file's size.
+    """
+
+    def __init__(self, file: BinaryIO, size: int, where: str) -> None:
+        self.file, self.data, self.where, self.at, self.end = file, bytearray(), where, 0, size
+
+    def load(self, end: int) -> None:
+        """Have at least the first `end` bytes of the file in `data`; `end` is within the file."""
+        while len(self.data) < end:
+            want = min(max(end - len(self.data), READ), self.end - len(self.data))
+            more = os.pread(self.file.fileno(), want, len(self.data))
+            if not more:
+                raise self.fail("it was cut short while it was read")
+            self.data += more
 
     def fail(self, what: str) -> FasaError:
         return FasaError(f"{self.where}: not a usable GGUF file: {what}; {NEXT}")
@@ -128,6 +142,7 @@ class _Reader:
             raise self.fail(f"{what} at byte {self.at} needs {n} bytes and the file has {self.end - self.at} left")
         if self.at + n > MAX_HEADER:
             raise self.fail(f"{what} takes the header past {MAX_HEADER} bytes")
+        self.load(self.at + n)
 
     def number(self, code: str, what: str) -> Any:
         size = struct.calcsize("<" + code)
@@ -136,7 +151,7 @@ class _Reader:
         self.at += size
         return value
 
-    def string(self, what: str, most: int = MAX_STRING) -> bytes:
+    def string(self, what: str, most: int = MAX_STRING) -> bytearray:
         n = self.number("Q", f"the length of {what}")
         if n > most:
             raise self.fail(f"{what} claims {n} bytes, expected at most {most}")
@@ -174,15 +189,19 @@ class _Reader:
             self.at += n * SIZES[item]
         elif item == STR:
             self.need(n * 8, key)
-            unpack, data, at = struct.Struct("<Q").unpack_from, self.data, self.at
+            unpack, data, at, loaded = struct.Struct("<Q").unpack_from, self.data, self.at, 0
             last = min(self.end, MAX_HEADER) - 8
             place = "file" if self.end <= MAX_HEADER else "header"
             for i in range(n):
                 if at > last:
                     raise self.fail(f"string {i} of {n} of {key} runs past the end of the {place}")
+                if at + 8 > loaded:
+                    self.load(at + 8)
+                    loaded = len(data)
                 at += 8 + unpack(data, at)[0]
             if at > last + 8:
                 raise self.fail(f"the last string of {key} runs past the end of the {place}")
+            self.load(at)
             self.at = at
         else:
             raise self.fail(f"{key} is an array of the unknown type {item}")
@@ -198,28 +217,36 @@ class GGUFFile:
 
     version; kv: KeyValue by name, in file order; tensors: list of TensorInfo, in file order; in bytes: size of the
     file, alignment, and data_offset, where the tensor data begin; info_raw: the tensor infos as they stand in the file.
-    Raises FasaError when the file is not GGUF, is cut short, or lies about counts.
+    file: the same file, if it is open already. Raises FasaError when the file is not GGUF, is cut short, or lies about
+    counts.
     """
 
-    def __init__(self, path: str | os.PathLike) -> None:
+    def __init__(self, path: str | os.PathLike, file: BinaryIO | None = None) -> None:
         self.path = Path(path)
         try:
+            if file is not None:
+                self._read(file)
+                return
             if not stat.S_ISREG(os.stat(self.path).st_mode):  # opening a pipe would wait for a writer
                 raise FasaError(
                     f"{self.path}: not a GGUF file: expected a regular file; give the path of a model in GGUF format"
                 )
             with open(self.path, "rb") as f:
-                status = os.fstat(f.fileno())
-                self.size, self._stamp = status.st_size, _stamp(status)
-                if self.size < 24:
-                    raise FasaError(
-                        f"{self.path}: not a GGUF file: it has {self.size} bytes, expected at least 24; "
-                        "give a model in GGUF format"
-                    )
-                with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                    self._parse(_Reader(data, str(self.path)))
+                self._read(f)
         except OSError as e:
             raise FasaError(f"{self.path}: cannot be read: {e.strerror or e}; check the path") from None
+        except ValueError as e:  # a path with a null byte
+            raise FasaError(f"{str(self.path)!r}: cannot be read: {e}; check the path") from None
+
+    def _read(self, f: BinaryIO) -> None:
+        status = os.fstat(f.fileno())
+        self.size, self._stamp = status.st_size, _stamp(status)
+        if self.size < 24:
+            raise FasaError(
+                f"{self.path}: not a GGUF file: it has {self.size} bytes, expected at least 24; "
+                "give a model in GGUF format"
+            )
+        self._parse(_Reader(f, self.size, str(self.path)))
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -233,6 +260,10 @@ class GGUFFile:
             return _stamp(os.stat(self.path)) == self._stamp
         except OSError:
             return False
+
+    def is_open_as(self, file: BinaryIO) -> bool:
+        """Whether `file` is the file that was read, and unchanged since."""
+        return _stamp(os.fstat(file.fileno())) == self._stamp
 
     def _parse(self, r: _Reader) -> None:
         n_kv, n_tensors = self._counts(r)
@@ -248,7 +279,8 @@ class GGUFFile:
 
     def _counts(self, r: _Reader) -> tuple[int, int]:
         """(keys, tensors) that the first 24 bytes claim."""
-        magic = r.data[:4]
+        r.load(24)
+        magic = bytes(r.data[:4])
         if magic != b"GGUF":
             raise FasaError(
                 f"{self.path}: not a GGUF file: expected it to begin with b'GGUF', found {magic!r}; "

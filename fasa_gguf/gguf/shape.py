@@ -6,16 +6,19 @@ every name in them in the lists of architectures.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from gguf import Keys
 
 from ..errors import FasaError
 from .file import ARR, BOOL, F32, I32, NEXT, STR, U16, U32, GGUFFile, printable
+
+MAX_LAYERS = 4096
 
 # fmt: off
 # llama_model_rope_type of the pinned llama.cpp (src/llama-model.cpp): architectures without RoPE, and those that rotate
@@ -155,7 +158,7 @@ def read_shape(model: GGUFFile) -> ModelShape:
     """
     m = _Metadata(model)
     _check_scope(m)
-    m.n_block = m.number(Keys.LLM.BLOCK_COUNT, 4096)
+    m.n_block = m.number(Keys.LLM.BLOCK_COUNT, MAX_LAYERS)
     # layers that draft tokens are not the model's own
     n_layer = m.n_block - m.number(Keys.LLM.NEXTN_PREDICT_LAYERS, m.n_block - 1, 0, 0)
     n_head = m.per_layer(Keys.Attention.HEAD_COUNT, None)
@@ -192,7 +195,10 @@ def sliding_windows(model: GGUFFile, n_layer: int) -> list[int]:
     window = m.get(Keys.Attention.SLIDING_WINDOW, U32, default=0)
     pattern = m.entry(Keys.Attention.SLIDING_WINDOW_PATTERN)
     if pattern is not None and pattern.type == ARR:
-        local = [pattern.item_type != STR and il < pattern.count and bool(pattern.value[il]) for il in range(n_layer)]
+        if pattern.count > MAX_LAYERS:
+            raise m.fail(Keys.Attention.SLIDING_WINDOW_PATTERN, f"at most {MAX_LAYERS} values", pattern.count)
+        flags = [] if pattern.item_type == STR else pattern.value
+        local = [il < len(flags) and bool(flags[il]) for il in range(n_layer)]
     else:
         period = pattern.value if pattern is not None and pattern.type == U32 else SWA_PERIOD.get(m.arch, 1)
         local = [period == 0 or il % period < period - 1 for il in range(n_layer)]
@@ -236,14 +242,18 @@ def shards(model: GGUFFile) -> Iterator[GGUFFile]:
         yield GGUFFile(_shard(model, i))
 
 
-def weights_sha256(model: GGUFFile) -> str:
+def weights_sha256(model: GGUFFile, file: BinaryIO | None = None) -> str:
     """Hash of the q and k projection weights as stored, in file order: it tells models of one shape apart.
 
-    A split model has the hash of the whole. Raises FasaError as `shards` does, or when a tensor is cut short.
+    file: the model, if it is open already. A split model has the hash of the whole. Raises FasaError as `shards` does,
+    or when a file is not the one whose header was read, or cut short.
     """
     h = hashlib.sha256()
     for part in shards(model):
-        with open(part.path, "rb") as f:
+        with contextlib.ExitStack() as stack:
+            f = file if file is not None and part is model else stack.enter_context(open(part.path, "rb"))
+            if not part.is_open_as(f):
+                raise FasaError(f"{part.path}: the file changed after its header was read; run the command again")
             for t in part.tensors:
                 if any(name in t.name for name in ("attn_q.weight", "attn_k.weight", "attn_qkv.weight")):
                     h.update(t.name.encode())

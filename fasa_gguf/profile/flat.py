@@ -1,7 +1,8 @@
 """The flat form of a profile: plain numbers, strings and lists by key name, as JSON and GGUF files hold them.
 
 Keys are those of keys.py without `fasa.`. `read_flat` checks every value and returns the fields of a Profile;
-`write_flat` is its opposite. JSON and GGUF are read into the flat form, and written from it.
+`write_flat` is its opposite. JSON and GGUF are read into the flat form, and written from it. Values from a GGUF stay
+undecoded until their number is known to be right: a hostile file costs no more memory than its own bytes.
 """
 
 from __future__ import annotations
@@ -16,14 +17,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import FasaError
-from ..gguf.file import ARR, F32, STR, TYPE_NAMES, U8, U16, U32, GGUFFile, printable
+from ..gguf.file import ARR, F32, F64, I32, INTEGERS, STR, U8, U16, U32, GGUFFile, KeyValue, printable
 from ..params import FasaParams
 from .keys import (
     DROPPED,
+    MAX_BUDGETS,
     MAX_CHUNKS,
     MAX_HEADS,
     MAX_JSON,
     MAX_LAYERS,
+    MAX_NAMES,
     MAX_NUMBERS,
     MAX_TEXT,
     METHODS,
@@ -36,7 +39,8 @@ if TYPE_CHECKING:
     from .profile import Profile
 
 MAX_F32 = float(np.finfo(np.float32).max)
-_GGUF_TYPES = {"u32": U32, "f32": F32, "str": STR}
+_GGUF_TYPES = {"u32": U32, "i32": I32, "f32": F32, "str": STR}
+_ROUNDED = ("weight", "recall")  # long lists, whose order and neighbours do not matter
 
 
 # ---- writing ----
@@ -58,7 +62,7 @@ def write_flat(profile: Profile) -> dict[str, Any]:
     }
     out |= {f"rope.{k}": v for k, v in profile.rope.items()}
     out |= {f"default.{k}": v for k, v in profile.defaults.items()}
-    out |= {f"calibration.{k}": v for k, v in profile.calibration.items()}
+    out |= {f"calibration.{k}": _text(v) for k, v in profile.calibration.items()}
     if profile.weight is not None:
         out |= {"weight_k": profile.weight_k, "weight": flat(profile.weight, float)}
     if profile.recall is not None:
@@ -77,8 +81,10 @@ def write_flat(profile: Profile) -> dict[str, Any]:
 
 
 def write_json(values: dict[str, Any]) -> str:
-    """Readable JSON of a flat form, one key a line; floats have 5 digits."""
-    body = ",\n".join(f"  {json.dumps(k)}: {json.dumps(_short(v))}" for k, v in values.items())
+    """Readable JSON of a flat form, one key a line; floats have 5 digits, or as many as tell them from their neighbours
+    in f32 where a reader compares them."""
+    lines = ((k, _short(v) if k in _ROUNDED else _exact(v)) for k, v in values.items())
+    body = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in lines)
     return "{\n" + body + "\n}\n"
 
 
@@ -90,6 +96,8 @@ def gguf_entries(values: dict[str, Any]) -> list[tuple[str, int, Any, int | None
         if kind.startswith("["):
             item = {"[u32]": U32, "[f32]": F32}.get(kind, U8 if max(value, default=0) < 256 else U16)
             out.append(("fasa." + key, ARR, value, item))
+        elif kind == "i32" and value >= 0:  # versions before this key could be negative read u32 only
+            out.append(("fasa." + key, U32, value, None))
         else:
             out.append(("fasa." + key, _GGUF_TYPES[kind], value, None))
     return out
@@ -102,6 +110,8 @@ def read_file(path: str | os.PathLike) -> tuple[dict[str, Any] | None, GGUFFile 
     """(flat form, None) of a JSON file, (None, header) of a GGUF; a GGUFFile is taken as it is."""
     if isinstance(path, GGUFFile):
         return None, path
+    if not isinstance(path, (str, os.PathLike)):
+        raise FasaError(f"profile: expected the path of a file, JSON or GGUF, found {type(path).__name__}; {REMAKE}")
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise FasaError(f"{path}: not a FASA profile: expected a regular file, JSON or GGUF; {REMAKE}")
@@ -111,29 +121,38 @@ def read_file(path: str | os.PathLike) -> tuple[dict[str, Any] | None, GGUFFile 
                 data += f.read(MAX_JSON)
         if data == b"GGUF":
             return None, GGUFFile(path)
-        if len(data) > MAX_JSON:
-            raise FasaError(
-                f"{path}: not a FASA profile: expected at most {MAX_JSON} bytes of JSON, found more; {REMAKE}"
-            )
+        _check_size(len(data), str(path))
         text = data.decode()
     except OSError as e:
         raise FasaError(f"{path}: cannot be read: {e.strerror or e}; check the path") from None
-    except UnicodeDecodeError:
+    except UnicodeDecodeError:  # before its base class, ValueError: a path with a null byte
         raise FasaError(f"{path}: not a FASA profile: expected JSON or GGUF, found other bytes; {REMAKE}") from None
+    except ValueError as e:
+        raise FasaError(f"{os.fspath(path)!r}: cannot be read: {e}; check the path") from None
     return read_json(text, str(path)), None
+
+
+def _check_size(n_bytes: int, where: str) -> None:
+    if n_bytes > MAX_JSON:
+        raise FasaError(f"{where}: not a FASA profile: expected at most {MAX_JSON} bytes of JSON, found more; {REMAKE}")
 
 
 def read_json(text: str, where: str) -> dict[str, Any]:
     """The flat form that JSON holds, not yet checked. Raises FasaError naming `where`."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise FasaError(f"{where}: key fasa.{printable(twice)}: expected it once, found it twice; {REMAKE}")
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise FasaError(f"{where}: key fasa.{printable(name)}: expected it once, found it twice; {REMAKE}")
+            found[name] = value
         return found
 
+    _check_size(len(text), where)
+    # before they become objects, which take up to 50 times as much memory
+    if text.count("[") + text.count("{") > MAX_NAMES or text.count('"') > 2 * MAX_NAMES:
+        what = f"expected JSON, found more than {MAX_NAMES} names, texts and lists"
+        raise FasaError(f"{where}: not a FASA profile: {what}; {REMAKE}")
     try:
         values = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
@@ -145,12 +164,16 @@ def read_json(text: str, where: str) -> dict[str, Any]:
 
 
 def read_gguf(model: GGUFFile) -> dict[str, Any] | None:
-    """The flat form of an embedded profile, None when there is none. Types are checked: FasaError naming the key."""
+    """The flat form of an embedded profile, None when there is none. Types are checked: FasaError naming the key.
+
+    The values are KeyValue, which `read_flat` decodes. An integer may have any type of integers: other programs that
+    write GGUF choose their own.
+    """
     entries = {key[5:]: entry for key, entry in model.kv.items() if key.startswith("fasa.")}
     if not entries:
         return None
     version = entries.get("version")
-    if version is not None and version.type == U32 and version.value > VERSION:
+    if version is not None and version.type in INTEGERS and version.value > VERSION:
         return {"version": version.value}  # read_flat refuses it, whatever the other keys are
     values: dict[str, Any] = {}
     for key, entry in entries.items():
@@ -159,14 +182,20 @@ def read_gguf(model: GGUFFile) -> dict[str, Any] | None:
         kind = TYPES.get(key)
         if kind is None:
             raise _unknown(key, str(model))
-        name = f"[{TYPE_NAMES[entry.item_type]}]" if entry.type == ARR else TYPE_NAMES[entry.type]
-        if name not in kind.split(" or "):
+        if (entry.type == ARR) != kind.startswith("[") or entry.item_type not in _readable(kind):
             raise FasaError(f"{model}: key fasa.{key}: expected {kind}, found {entry.type_name}; {REMAKE}")
         if entry.count > MAX_NUMBERS:
             what = f"expected at most {MAX_NUMBERS} elements, found {entry.count}"
             raise FasaError(f"{model}: key fasa.{key}: {what}; {REMAKE}")
-        values[key] = entry.value
+        values[key] = entry
     return values
+
+
+def _readable(kind: str) -> frozenset[int]:
+    """The GGUF types whose values a key of this type may have."""
+    if kind == "str":
+        return frozenset([STR])
+    return INTEGERS | {F32, F64} if "f32" in kind else INTEGERS
 
 
 # ---- checking ----
@@ -175,8 +204,12 @@ def read_gguf(model: GGUFFile) -> dict[str, Any] | None:
 def read_flat(values: dict[str, Any], where: str) -> dict[str, Any]:
     """The fields of the Profile that a flat form describes. Every value is checked: type, length, range, order.
 
-    Raises FasaError naming `where` and the key.
+    values: numbers, strings and lists, or KeyValue of a GGUF. Raises FasaError naming `where` and the key.
     """
+    if not isinstance(values, dict):
+        raise FasaError(
+            f"{where}: not a FASA profile: expected keys and values, found {type(values).__name__}; {REMAKE}"
+        )
     checked = _Values({key: value for key, value in values.items() if key not in DROPPED}, where)
     _check_version(checked)
     n_head_kv, n_chunk = _read_shape(checked)
@@ -211,6 +244,13 @@ class _Values:
         """The same, with the text of what was found."""
         return FasaError(f"{self.where}: key fasa.{key}: expected {expected}, found {found}; {REMAKE}")
 
+    def count(self, key: str) -> int | None:
+        """Elements of an array, which is not decoded; None for anything else."""
+        value = self.values.get(key)
+        if isinstance(value, KeyValue):
+            return value.count if value.type == ARR else None
+        return len(value) if isinstance(value, list) else None
+
     def get(self, key: str, default: Any = ...) -> Any:
         """The value; `default` when it is missing, FasaError if that is `...`."""
         kind = TYPES[key]
@@ -219,10 +259,13 @@ class _Values:
                 raise self.fail(key, kind, None)
             return default
         value = self.values[key]
-        good = _is_f32 if "f32" in kind else _is_u32
+        value = value.value if isinstance(value, KeyValue) else value
+        good = _is_f32 if "f32" in kind else _is_i32 if kind == "i32" else _is_u32
         if kind == "str":
             if not isinstance(value, str) or len(value) >= MAX_TEXT:
                 raise self.fail(key, f"text of fewer than {MAX_TEXT} characters", value)
+            if value != _text(value):
+                raise self.fail(key, "text that can be written as UTF-8", value)
         elif kind.startswith("["):
             if not isinstance(value, list):
                 raise self.fail(key, f"an array, {kind}", value)
@@ -255,12 +298,13 @@ def _check_version(v: _Values) -> None:
 def _read_shape(v: _Values) -> tuple[list[int], list[int]]:
     """n_head_kv and n_chunk, both [n_layer]."""
     n_layer = v.get("n_layer")
-    n_head_kv, n_chunk = v.get("n_head_kv"), v.get("n_chunk")
     if not 1 <= n_layer <= MAX_LAYERS:
         raise v.fail("n_layer", f"1 to {MAX_LAYERS}", n_layer)
+    for key in ("n_head_kv", "n_chunk"):
+        if v.count(key) not in (None, n_layer):
+            raise v.explain(key, f"{n_layer} numbers, one a layer", f"{v.count(key)} numbers")
+    n_head_kv, n_chunk = v.get("n_head_kv"), v.get("n_chunk")
     for key, numbers, most in (("n_head_kv", n_head_kv, MAX_HEADS), ("n_chunk", n_chunk, MAX_CHUNKS)):
-        if len(numbers) != n_layer:
-            raise v.explain(key, f"{n_layer} numbers, one a layer", f"{len(numbers)} numbers")
         il = next((il for il, x in enumerate(numbers) if x > most), None)
         if il is not None:
             raise v.explain(key, f"numbers from 0 to {most}", f"{numbers[il]} in layer {il}")
@@ -276,12 +320,11 @@ def _per_layer(
     v: _Values, key: str, n_head_kv: Sequence[int], per_head: Sequence[int], ranked: Sequence[int], dtype: Any
 ) -> list[np.ndarray]:
     """An array as [n_head_kv, per_head] for every layer; [0, 0] where `ranked` is 0."""
-    flat = v.get(key)
     shapes = [(h, n) if c else (0, 0) for h, n, c in zip(n_head_kv, per_head, ranked, strict=True)]
     sizes = [h * n for h, n in shapes]
-    if len(flat) != sum(sizes):
-        raise v.explain(key, f"{sum(sizes)} numbers for this shape", f"{len(flat)} numbers")
-    parts = np.split(np.asarray(flat, dtype), np.cumsum(sizes)[:-1])
+    if v.count(key) not in (None, sum(sizes)):
+        raise v.explain(key, f"{sum(sizes)} numbers for this shape", f"{v.count(key)} numbers")
+    parts = np.split(np.asarray(v.get(key), dtype), np.cumsum(sizes)[:-1])
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
@@ -289,10 +332,11 @@ def _read_ranking(v: _Values, n_head_kv: list[int], n_chunk: list[int]) -> list[
     """Per layer uint16 [n_head_kv, n_chunk], every chunk of a head once."""
     layers = _per_layer(v, "ranking", n_head_kv, n_chunk, n_chunk, np.uint32)
     for il, heads in enumerate(layers):
-        for h, order in enumerate(heads):
-            n = len(order)
-            if np.array_equal(np.sort(order), np.arange(n)):
-                continue
+        n = heads.shape[1]
+        wrong = (np.sort(heads, axis=1) != np.arange(n)).any(axis=1)  # [n_head_kv]
+        if wrong.any():
+            h = int(np.argmax(wrong))
+            order = heads[h]
             bad = next(int(x) for x in order if x >= n or (order == x).sum() > 1)
             expected = f"each chunk from 0 to {n - 1} once in layer {il}, KV head {h}"
             raise v.explain("ranking", expected, f"chunk {bad} twice" if bad < n else f"chunk {bad}")
@@ -320,9 +364,12 @@ def _read_layer_miss(v: _Values, n_layer: int) -> dict[str, Any]:
     """layer_miss, float32 [n_layer], if it is there."""
     if "layer_miss" not in v:
         return {}
+    expected, n = f"{n_layer} factors above 0 and below 100", v.count("layer_miss")
+    if n not in (None, n_layer):
+        raise v.explain("layer_miss", expected, f"a list of {n}")
     each = np.asarray(v.get("layer_miss"), np.float32)
-    if len(each) != n_layer or not ((each > 0) & (each < 100)).all():
-        raise v.fail("layer_miss", f"{n_layer} factors above 0 and below 100", v.values["layer_miss"])
+    if not ((each > 0) & (each < 100)).all():
+        raise v.explain("layer_miss", expected, f"a list of {n}")
     return {"layer_miss": each}
 
 
@@ -330,6 +377,9 @@ def _read_mean_budget(v: _Values) -> dict[str, Any]:
     """The table of mean budgets as {tokens: mass}, both ascending, if it is there."""
     if "mean_budget" not in v and "mean_budget_mass" not in v:
         return {}
+    for key in ("mean_budget", "mean_budget_mass"):
+        if (v.count(key) or 0) > MAX_BUDGETS:
+            raise v.explain(key, f"at most {MAX_BUDGETS} numbers", f"{v.count(key)} numbers")
     tokens, masses = v.get("mean_budget"), v.get("mean_budget_mass")
     if not tokens or tokens[0] < 1 or any(a >= b for a, b in pairwise(tokens)):
         found = str(tokens[:8]) if tokens else _brief(tokens)
@@ -353,7 +403,7 @@ def _read_groups(v: _Values) -> dict[str, Any]:
     if rope.get("layout", "norm") not in ("norm", "neox"):
         raise v.fail("rope.layout", "norm or neox", rope["layout"])
     for key in ("base", "scale"):
-        if rope.get(key, 1.0) <= 0:
+        if np.float32(rope.get(key, 1.0)) <= 0:
             raise v.fail("rope." + key, "a number above 0", rope[key])
     try:
         FasaParams.from_mapping(defaults, "fasa.default")
@@ -386,8 +436,24 @@ def _is_u32(x: Any) -> bool:
     return isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 1 << 32
 
 
+def _is_i32(x: Any) -> bool:
+    return isinstance(x, int) and not isinstance(x, bool) and -(1 << 31) <= x < 1 << 31
+
+
 def _is_f32(x: Any) -> bool:
     return isinstance(x, (int, float)) and not isinstance(x, bool) and -MAX_F32 <= x <= MAX_F32  # false for NaN
+
+
+def _text(value: Any) -> Any:
+    """A string with `?` for what UTF-8 cannot hold, such as the odd bytes of a file name; anything else as it is."""
+    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+def _exact(value: Any) -> Any:
+    """Floats with the fewest digits that give the same f32, also those of a list."""
+    if isinstance(value, list):
+        return [_exact(x) for x in value]
+    return float(str(np.float32(value))) if isinstance(value, float) and _is_f32(value) else value
 
 
 def _short(value: Any) -> Any:

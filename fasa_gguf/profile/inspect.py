@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..gguf.file import printable
 from ..params import default_chunks
 from .profile import Profile, span
 
@@ -30,8 +31,8 @@ def _origin(profile: Profile) -> list[str]:
     lines = [
         f"method {profile.ranking_method}, {len(profile.n_chunk)} layers, {span(profile.n_head_kv)} KV heads, "
         f"{span(profile.n_chunk)} chunks per head, rope {rope.get('layout', '?')} base {rope.get('base', '?')}",
-        f"calibrated on {c.get('corpus', '?')}: {c.get('tokens', '?')} tokens in windows of {c.get('context', '?')}, "
-        f"from {c.get('source', '?')}",
+        f"calibrated on {printable(c.get('corpus', '?'))}: {c.get('tokens', '?')} tokens in windows of "
+        f"{c.get('context', '?')}, from {printable(c.get('source', '?'))}",
     ]
     if profile.defaults:
         lines.append("defaults: " + ", ".join(f"{n} {v}" for n, v in profile.defaults.items()))

@@ -5,16 +5,17 @@ Keys are named as in a GGUF, with `fasa.` in front; JSON has the same names with
 
 from __future__ import annotations
 
-from dataclasses import fields
 from typing import NamedTuple
 
-from ..params import FasaParams
+from ..params import SETTINGS
 
 VERSION = 1
 METHODS = ("recall", "energy", "ca", "synthetic")
 MAX_LAYERS, MAX_HEADS, MAX_CHUNKS = 4096, 4096, 4096
 MAX_NUMBERS = 1 << 22  # elements of one array; 80 layers of 8 KV heads of 64 chunks have 41,000
-MAX_JSON = 1 << 26  # bytes
+MAX_BUDGETS = 4096  # entries of the table of mean budgets; calibration makes about 20
+MAX_JSON = 1 << 24  # bytes; a model of 80 layers has 2^19
+MAX_NAMES = 1 << 16  # of anything in a JSON file: names, texts, lists; a profile has fewer than 100
 MAX_TEXT = 4096  # characters
 REMAKE = "make the profile anew with `fasa-gguf embed-profile MODEL`"
 DROPPED = frozenset(["layer_budget"])  # keys that older files may have, without the prefix; they are ignored
@@ -24,12 +25,8 @@ class Key(NamedTuple):
     """One key of a profile."""
 
     name: str
-    type: str  # u8, u16, u32, f32 or str; in brackets: an array of these
+    type: str  # u8, u16, u32, i32, f32 or str; in brackets: an array of these. Any type that holds the value is read
     meaning: str
-
-
-def _default_key(name: str, default: object, meaning: str) -> Key:
-    return Key(f"fasa.default.{name}", {float: "f32", str: "str"}.get(type(default), "u32"), meaning)
 
 
 KEYS = (
@@ -71,7 +68,7 @@ KEYS = (
     Key("fasa.rope.dims", "u32", "rotated dimensions per head"),
     Key("fasa.rope.base", "f32", "frequency base under which the ranking was made"),
     Key("fasa.rope.scale", "f32", "frequency scale under which the ranking was made"),
-    *(_default_key(f.name, f.default, f.metadata["help"]) for f in fields(FasaParams)),
+    *(Key(row.key, row.gguf_type, row.help) for row in SETTINGS),
     Key("fasa.calibration.tool", "str", "fasa_gguf version"),
     Key("fasa.calibration.corpus", "str", "name of the text"),
     Key("fasa.calibration.corpus_sha256", "str", "hash of the text"),

@@ -123,14 +123,20 @@ class Profile:
         Raises FasaError for a value out of range, or when the file cannot be written.
         """
         self.check_values(str(path))
+        text = self.to_json()
+        self.from_json(text, str(path))  # a file that `load` would refuse is not written
         temporary = Path(f"{path}.tmp-{os.getpid()}")
         try:
-            temporary.write_text(self.to_json())
+            if os.path.exists(path) and not os.path.isfile(path):  # a device would be replaced by the file
+                raise FasaError(f"{path}: expected the name of a file to write, found something else there")
+            temporary.write_text(text)
             os.replace(temporary, path)
+        except ValueError as e:  # a path with a null byte
+            raise FasaError(f"{os.fspath(path)!r}: cannot be written: {e}; give another path with -o") from None
         except OSError as e:
             raise FasaError(f"{path}: cannot be written: {e.strerror or e}; give another path with -o") from None
         finally:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, ValueError):
                 temporary.unlink()
 
     @classmethod

@@ -292,6 +292,34 @@ def test_paths_that_are_no_files(tmp_path):
         GGUFFile(tmp_path / "none")
 
 
+@pytest.mark.parametrize("left", [0, 10, 5000, 70_000])
+def test_a_file_cut_short_while_its_header_is_read(tmp_path, monkeypatch, left):
+    """As `cp` onto it does. A mapped file would end the process with SIGBUS."""
+    path, real = tmp_path / "x.gguf", os.fstat
+    path.write_bytes(gguf_bytes([ARCH, strings("tokens", ["token"] * 20_000), pack_kv("n", ARR, [1] * 50_000, U32)]))
+
+    def fstat(fd):
+        status = real(fd)
+        os.truncate(path, left)
+        return status
+
+    monkeypatch.setattr(os, "fstat", fstat)
+    monkeypatch.setattr(gguf_file, "READ", 4096)
+    with pytest.raises(FasaError, match=r"x.gguf: not a usable GGUF file: it was cut short while it was read"):
+        GGUFFile(path)
+
+
+@pytest.mark.parametrize("size", [1, 7, 64, 1000])
+def test_a_header_read_in_pieces(tmp_path, monkeypatch, size):
+    path = tmp_path / "m.gguf"
+    write_tiny(path)
+    whole = GGUFFile(path)
+    monkeypatch.setattr(gguf_file, "READ", size)
+    pieces = GGUFFile(path)
+    assert [kv.raw for kv in pieces.kv.values()] == [kv.raw for kv in whole.kv.values()]
+    assert (pieces.tensors, pieces.info_raw, pieces.data_offset) == (whole.tensors, whole.info_raw, whole.data_offset)
+
+
 def small():
     """A whole file of about 700 bytes: keys of several types, two tensors, an embedded profile."""
     p = Profile(

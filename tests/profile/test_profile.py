@@ -9,7 +9,7 @@ from profiles import full_profile
 from tiny_gguf import N_HEAD_KV, WIDTH, gguf_bytes, insert
 
 from fasa_gguf import FasaError
-from fasa_gguf.gguf.file import ARR, F32, I32, STR, U8, U16, U32, GGUFFile, pack_kv
+from fasa_gguf.gguf.file import ARR, BOOL, F32, STR, U8, U16, U32, GGUFFile, pack_kv
 from fasa_gguf.params import FasaParams
 from fasa_gguf.profile import embed
 from fasa_gguf.profile import flat as flat_module
@@ -115,6 +115,7 @@ def test_gguf_both_ways_with_an_independent_reader(tiny, tmp_path):
     fields = GGUFReader(out).fields
     kinds = {
         "u32": [GGUFValueType.UINT32],
+        "i32": [GGUFValueType.UINT32],  # unless it is negative
         "f32": [GGUFValueType.FLOAT32],
         "str": [GGUFValueType.STRING],
         "[u32]": [GGUFValueType.ARRAY, GGUFValueType.UINT32],
@@ -310,6 +311,7 @@ def test_what_cannot_be_read_is_not_written(tiny, tmp_path):
         (b"[1]", "not a FASA profile: expected a JSON object, found list"),
         (b"{}", "key fasa.version: expected u32, found nothing"),
         (b"[" * 100_000, "not a FASA profile: expected JSON, found"),
+        (b"[]", "not a FASA profile: expected a JSON object, found list"),
         (b'{"version": 1, "version": 1}', "key fasa.version: expected it once, found it twice"),
         (b'{"version": ' + b"9" * 5000 + b"}", "p.json: "),
         (b"\xff\xfe\xfd\xfc\xfb", "not a FASA profile: expected JSON or GGUF, found other bytes"),
@@ -331,8 +333,8 @@ def test_files_that_cannot_be_read(tiny, tmp_path, monkeypatch):
         FasaError, match=r"there is no FASA profile in this model; run `fasa-gguf embed-profile .*tiny.gguf`"
     ):
         Profile.load(tiny)
-    monkeypatch.setattr(flat_module, "MAX_JSON", 100)
     full_profile().save(tmp_path / "p.json")
+    monkeypatch.setattr(flat_module, "MAX_JSON", 100)
     with pytest.raises(FasaError, match="expected at most 100 bytes of JSON, found more"):
         Profile.load(tmp_path / "p.json")
 
@@ -347,7 +349,8 @@ def test_files_that_cannot_be_read(tiny, tmp_path, monkeypatch):
         ),
         ([pack_kv("fasa.ranking", ARR, [1.0], F32)], "key fasa.ranking: expected .u8. or .u16., found array of f32"),
         ([pack_kv("fasa.ranking", U8, 3)], "key fasa.ranking: expected .u8. or .u16., found u8"),
-        ([pack_kv("fasa.n_head_kv", ARR, [1], I32)], "key fasa.n_head_kv: expected .u32., found array of i32"),
+        ([pack_kv("fasa.n_head_kv", ARR, [1], BOOL)], "key fasa.n_head_kv: expected .u32., found array of bool"),
+        ([pack_kv("fasa.n_layer", F32, 3.0)], "key fasa.n_layer: expected u32, found f32"),
         (
             [pack_kv("fasa.odd", U32, 1)],
             "key fasa.odd: expected one of the keys of format version 1, found an unknown one",

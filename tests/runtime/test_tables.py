@@ -138,7 +138,11 @@ def test_names_follow_from_the_row():
         "fasa.default.min_context_gpu",
         "u32",
     )
-    assert {row.name: row.gguf_type for row in SETTINGS if row.gguf_type != "u32"} == {"mass": "f32", "k_dom": "str"}
+    assert {row.name: row.gguf_type for row in SETTINGS if row.gguf_type != "u32"} == {
+        "mass": "f32",
+        "k_dom": "str",
+        "row_cache": "i32",
+    }
     assert FasaParams.from_env(environ={row.variable: "77"}).min_context_gpu == 77
 
 
