@@ -22,7 +22,7 @@ from typing import Any
 
 from gguf import GGML_QUANT_SIZES, GGUFValueType, Keys
 
-from ..errors import FasaError
+from ..errors import FasaError, check_path
 
 U8, I8 = GGUFValueType.UINT8, GGUFValueType.INT8
 U16, I16 = GGUFValueType.UINT16, GGUFValueType.INT16
@@ -202,6 +202,7 @@ class GGUFFile:
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
+        check_path(path)
         self.path = Path(path)
         try:
             if not stat.S_ISREG(os.stat(self.path).st_mode):  # opening a pipe would wait for a writer

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from gguf import Keys
 
-from ..errors import FasaError
+from ..errors import FasaError, check_path
 from ..gguf.file import GGUFFile, pack_kv, read_header
 from ..gguf.shape import first_shard, read_shape, weights_sha256
 from .profile import Profile
@@ -139,6 +139,8 @@ def _copy(source: int, target: int, at: int, n: int, progress: Callable[[int, in
 
 def _open(model: str | os.PathLike, out: str | os.PathLike | None, force: bool) -> tuple[GGUFFile, Path, Path]:
     """(model, its path, the path to write). Raises what rewrite raises whatever the profile."""
+    check_path(model)
+    check_path(out or model)
     source = Path(os.path.realpath(model))  # a link is followed: the file behind it changes, the link stays
     header = read_header(model if isinstance(model, GGUFFile) else source)
     first_shard(header)

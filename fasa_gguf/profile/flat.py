@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import FasaError
+from ..errors import FasaError, check_path
 from ..gguf.file import ARR, F32, STR, TYPE_NAMES, U8, U16, U32, GGUFFile, printable
 from ..params import FasaParams
 from .keys import (
@@ -102,6 +102,7 @@ def read_file(path: str | os.PathLike) -> tuple[dict[str, Any] | None, GGUFFile 
     """(flat form, None) of a JSON file, (None, header) of a GGUF; a GGUFFile is taken as it is."""
     if isinstance(path, GGUFFile):
         return None, path
+    check_path(path)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise FasaError(f"{path}: not a FASA profile: expected a regular file, JSON or GGUF; {REMAKE}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import FasaError
+from ..errors import FasaError, check_path
 from ..gguf.file import GGUFFile
 from ..params import FasaParams
 from . import flat
@@ -122,6 +122,7 @@ class Profile:
 
         Raises FasaError for a value out of range, or when the file cannot be written.
         """
+        check_path(path)
         self.check_values(str(path))
         temporary = Path(f"{path}.tmp-{os.getpid()}")
         try:

@@ -247,3 +247,13 @@ def test_the_ranking_refuses_what_it_cannot_rank(library):
         case = {**good, **changes}
         with pytest.raises(FasaError, match=message):
             library.ops.rank_recall(case["q"], case["k"], pos, dims, 1, 1, 0, 0, 1.0, n_threads=case["n_threads"])
+
+
+@pytest.mark.parametrize(
+    "value",
+    [float("inf"), -float("inf"), float("nan"), 10**400, "inf", "nan", "9" * 5000, 2**31, -2, 1.5, None, [], b"x"],
+)
+@pytest.mark.parametrize("name", ["budget", "row_cache", "mass", "k_dom"])
+def test_settings_by_name_refuse_what_is_no_number(name, value):
+    with pytest.raises(FasaError, match=rf"setting {name}: expected "):
+        FasaParams.from_mapping({name: value}, "profile defaults")
