@@ -23,7 +23,7 @@ from ..runtime.machine import Machine
 from ..session import Session
 from .results import Result, dense_layers, set_ratio_best, set_ratios
 from .timing import WARM_STEPS, Progress, Sample, Timer, take_turns
-from .traffic import copy_rates, merge, vram, weight_bytes
+from .traffic import PLAIN_READ_FROM, copy_rates, merge, vram, weight_bytes
 
 Emit = Callable[[list[Result]], None]
 
@@ -222,6 +222,9 @@ def _measure_context(
     if is_offloaded:
         s.fasa.set_profile(profile)
     timer = Timer(s, n, settings.fill, progress or (lambda what, done, total: None))
+    # with a cache in device memory the copy rate says enough
+    on_cpu = not is_host and (config["n_gpu_layers"] == 0 or not is_offloaded or not runtime.devices.cuda_devices())
+    base_s = timer.empty_step(settings.n_gen) if on_cpu and max(depths) >= PLAIN_READ_FROM else None
     for depth in depths:
         group = _measure(timer, settings, here, depth)
         for r in group:
@@ -231,7 +234,9 @@ def _measure_context(
             layer_bytes = (subject.weight_bytes or 0) // s.fasa.model_info()["n_layer"]
             r.memory.take_rates(s.fasa, max(depth, 1), s.n_ctx, n, layer_bytes)
             if r.n_gen and r.params is None:
-                r.note = "; ".join(filter(None, [r.note, subject.weight_note]))
+                if base_s is not None and depth >= PLAIN_READ_FROM:
+                    r.base_s, r.read_rate = base_s, s.fasa.read_rate(depth)
+                r.note = "; ".join(filter(None, [r.note, subject.weight_note, r.slow_read]))
         yield group
 
 

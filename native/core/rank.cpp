@@ -219,7 +219,7 @@ struct ranker {
     // f(query) for every query, on all threads
     template <typename F>
     void for_queries(F f) const {
-        const int n_threads = std::max(1, std::min(c.n_threads, c.n_query));
+        const int n_threads = std::clamp<int64_t>(c.n_threads, 1, std::min<int64_t>(c.n_query, FASA_MOST_THREADS));
         std::vector<std::thread> threads;
         const auto part = [&](int t) {
             return int(int64_t(c.n_query) * t / n_threads);
@@ -308,7 +308,6 @@ static int fasa_rank_check(const fasa_rank_case * c) {
         fasa_check_given(c->q, "q") != 0 || fasa_check_given(c->k, "k") != 0 ||
         fasa_check_given(c->q_pos, "q_pos") != 0 || fasa_check_given(c->out_order, "out_order") != 0 ||
         fasa_check_given(c->out_recall, "out_recall") != 0 ||
-        fasa_check_range("n_threads", c->n_threads, 1, FASA_MOST_THREADS) != 0 ||
         fasa_check_range("n_chunk", c->n_chunk, 1, UINT16_MAX + 1) != 0) {
         return -1;
     }
