@@ -188,7 +188,9 @@ class FasaParams:
                 raise FasaError(f"{where}: unknown setting {name!r}; known are {', '.join(known)}")
             try:
                 changes[name] = known[name].kind(value)
-            except (TypeError, ValueError):
+                if isinstance(value, float) and changes[name] != value:
+                    raise ValueError("a fraction")
+            except (TypeError, ValueError, OverflowError):
                 raise FasaError(f"{where}: setting {name}: expected {known[name].unit}, found {value!r}") from None
         if changes.get("mass", 0) > 0 or ("budget" in changes and "mass" not in changes):
             changes.setdefault("mean_budget", 0)

@@ -18,9 +18,12 @@ from __future__ import annotations
 
 import numpy as np
 
-from .params import FasaParams
+from .errors import FasaError
+from .params import FasaParams, default_chunks
 
 GROUP = 8  # dominant dimensions that share one scale
+SPAN = 256  # cells whose scores are kept relative to one power of two
+SPAN_RANGE, SCORE_RANGE = 100, 64  # powers of two that scores reach down to: in a span, and of a span in the head
 
 
 def chunk_dims(head_dim: int, n_rot: int, layout: str) -> np.ndarray:
@@ -122,8 +125,23 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 def group_score(est: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """The group's shared score f32 [n_kv]: the sum of its query heads' softmaxes. visible: bool [n_kv]."""
-    return softmax(np.where(visible, est, -np.inf)).sum(0).astype(np.float32)  # [n_kv]
+    """The group's shared score [n_kv]: the sum of its query heads' softmaxes. visible: bool [n_kv].
+
+    A score that is out of reach is 0, and such cells are taken from the lowest on. Out of reach is what is not above
+    2^-100 of its span of 256 cells, and a span that is not above 2^-64 of the head; spans count by the power of two
+    nearest to their largest exponential. A score has the precision of f32, without f32's underflow, so it is an f64.
+    """
+    x = np.where(visible, est, -np.inf)  # [G, n_kv]
+    log2 = x.astype(np.float32) * np.float32(np.log2(np.e))  # [G, n_kv]
+    first = np.arange(0, x.shape[-1], SPAN)  # [n_span]
+    span = np.rint(np.maximum.reduceat(log2, first, -1))  # [G, n_span]
+    head = span.max(-1, keepdims=True)  # [G, 1]
+    with np.errstate(invalid="ignore"):  # -inf of a head or span that sees nothing
+        near = np.repeat(span - head > -SCORE_RANGE, SPAN, -1)[:, : x.shape[-1]]  # [G, n_kv]
+        near &= log2 - np.repeat(span, SPAN, -1)[:, : x.shape[-1]] > -SPAN_RANGE
+        share = softmax(x.astype(np.float64))  # [G, n_kv]
+    scaled = np.where(near, share * 2.0**60, 0).sum(0)  # [n_kv]
+    return scaled.astype(np.float32).astype(np.float64) * 2.0**-60
 
 
 def forced_cells(positions: np.ndarray, visible: np.ndarray, sink: int, recent: int) -> np.ndarray:
@@ -199,14 +217,21 @@ def decode_step(
     [n_chunk, 2]; weight [m] of the m leading chunks, the others have 1. With per_head every query head selects for
     itself: call it for each, G = 1.
     """
-    chosen = dominant_dims(ranking, p.chunks, dims)  # [n_dom]
+    if p.mean_budget > 0:
+        raise FasaError(
+            f"decode_step: mean_budget {p.mean_budget} needs a profile's table; give the mass, floor and cap that "
+            "mean_budget_mass and mean_budget_bounds find"
+        )
+    chunks = p.chunks or default_chunks(len(ranking))
+    budget = max(p.budget, p.sink + p.recent + 1)
+    chosen = dominant_dims(ranking, chunks, dims)  # [n_dom]
     w = np.ones(len(chosen), np.float32)  # [n_dom]
     if weight is not None:
-        known = np.repeat(weight[: p.chunks], 2)  # [2*m]
+        known = np.repeat(weight[:chunks], 2)  # [2*m]
         w[: len(known)] = known
     est = estimate(q, quantize_k_dom(k, chosen, p.k_dom), chosen, w, scale, soft_cap, p.k_dom)  # [G, n_kv]
     forced = forced_cells(positions, visible, p.sink, p.recent)  # [n_kv]
-    cells = select(group_score(est, visible), visible, forced, len(q), p.budget, p.mass, p.floor, p.cap)
+    cells = select(group_score(est, visible), visible, forced, len(q), budget, p.mass, p.floor, p.cap)
     return attend(q, k, v, cells, scale, soft_cap, sink), cells
 
 
@@ -296,12 +321,16 @@ def rank_recall(
     full = capped(np.einsum("gqd,nd->gqn", q, k) * scale, soft_cap)  # [G, n_query, n_kv]
     cell = np.arange(n_kv)  # [n_kv]
 
+    def plain_score(est: np.ndarray, visible: np.ndarray) -> np.ndarray:  # [n_kv], 0 below e^-87 of a head's best
+        x = np.where(visible, est, -np.inf)  # [G, n_kv]
+        return np.where(x - x.max(-1, keepdims=True) > -87, softmax(x), 0).sum(0).astype(np.float32)
+
     def kept(est: np.ndarray) -> float:
         total = 0.0
         for i, pos in enumerate(q_pos):
             visible = cell <= pos  # [n_kv]
-            mass = group_score(full[:, i], visible)  # [n_kv]
-            score = group_score(capped(est[:, i], soft_cap), visible)  # [n_kv]
+            mass = plain_score(full[:, i], visible)  # [n_kv]
+            score = plain_score(capped(est[:, i], soft_cap), visible)  # [n_kv]
             total += mass[select(score, visible, forced_cells(cell, visible, sink, recent), len(q), budget)].sum()
         return total / (len(q_pos) * len(q))
 

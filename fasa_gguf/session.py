@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from . import runtime
-from .errors import FasaError
+from .errors import FasaError, check_path
 from .gguf.cache_types import cache_type
 from .memory.model import Model, read_model
 from .memory.placement import choose_mode
@@ -61,8 +61,9 @@ class Session:
     `Session(path, n_ctx=6144, n_seq_max=12)`. arms: the FASA settings that will run; mode auto plans for the largest of
     them and says on stderr what it found. profile: what auto plans with, None: the model's own.
 
-    Attributes: settings, the ContextSettings in force; mode, device or host; n_ctx, tokens over all sequences, and
-    n_batch; n_vocab, n_ctx_train. Raises FasaError when the model cannot be loaded or the context cannot be made.
+    Attributes: settings, the ContextSettings in force; mode, device or host; n_ctx, tokens over all sequences; n_batch,
+    tokens per llama_decode, at most n_ctx; n_vocab, n_ctx_train. Raises FasaError when the model cannot be loaded or
+    the context cannot be made.
     """
 
     settings: ContextSettings
@@ -89,6 +90,7 @@ class Session:
         self._model: Any = None
         self._ctx: Any = None
         quiet()
+        check_path(model_path)
         if not os.path.exists(model_path):
             raise FasaError(f"{model_path}: no such file")
         llama.llama_backend_init()
@@ -125,7 +127,8 @@ class Session:
             self._ctx = self.llama.llama_init_from_model(model, self._context_params())
             if not self._ctx:
                 raise FasaError(f"{self.path}: llama.cpp cannot make a context of {new.n_ctx} tokens: {last_log()}")
-        self.n_ctx, self.n_batch = self.llama.llama_n_ctx(self.ctx), new.n_batch
+        # llama.cpp makes a batch no larger than the context
+        self.n_ctx, self.n_batch = self.llama.llama_n_ctx(self.ctx), self.llama.llama_n_batch(self.ctx)
         self._fasa = runtime.context.Context(ctypes.cast(self.ctx, ctypes.c_void_p).value or 0)
         if self.mode == "host" and (why := runtime.context.not_pinned(self._fasa)):
             self.free_context()
@@ -236,6 +239,11 @@ class Session:
 
         Raises FasaError when the context is full or llama.cpp fails, and what an observer raised.
         """
+        if not 1 <= len(items) <= self.n_batch:
+            raise FasaError(
+                f"{self.path}: expected a batch of 1 to {self.n_batch} tokens (n_batch, at most n_ctx), "
+                f"found {len(items)}"
+            )
         _log.clear()
         batch = self.llama.llama_batch_init(len(items), 0, 1)
         try:
@@ -254,7 +262,10 @@ class Session:
 
     def logits(self, i: int) -> np.ndarray:
         """float32 [n_vocab] of the i-th item of the last batch, which must have wanted them; a copy."""
-        return np.ctypeslib.as_array(self.llama.llama_get_logits_ith(self.ctx, i), (self.n_vocab,)).copy()
+        found = self.llama.llama_get_logits_ith(self.ctx, i)
+        if not found:
+            raise FasaError(f"{self.path}: item {i} of the last batch has no logits; it must have wanted them")
+        return np.ctypeslib.as_array(found, (self.n_vocab,)).copy()
 
     @overload
     def decode(

@@ -4,7 +4,8 @@
 // FASA_API, no inline code. Every struct starts with its size in bytes, which the caller sets; a size that the library
 // does not know is refused, so an old caller and a new library never misread each other.
 //
-// Every function that can fail returns 0 on success and -1 on failure; fasa_error() then gives one sentence.
+// Every function that can fail returns 0 on success and -1 on failure; fasa_error() then gives one sentence. NULL where
+// a pointer is needed, and numbers that are out of range, are failures too.
 
 #ifndef FASA_H
 #define FASA_H
@@ -38,17 +39,20 @@ enum fasa_mode {
                           // stay on the device
 };
 
-// The ranking of the frequency chunks. All arrays are copied by fasa_set_profile.
-// The flat arrays run over layers, then KV heads, then ranks.
+// The ranking of the frequency chunks. All arrays are copied by fasa_set_profile, which refuses a length that does not
+// fit the shape. The flat arrays run over the layers that are ranked, then KV heads, then ranks.
 typedef struct fasa_profile {
     uint64_t size;
     uint32_t n_layer;
     const uint32_t * n_head_kv;     // [n_layer]
     const uint32_t * n_chunk;       // [n_layer], 0: the layer has no ranking and stays dense
-    const uint16_t * ranking;       // [sum over layers of n_head_kv*n_chunk] chunk ids, best first
+    uint64_t n_ranking;             // entries of ranking: the sum over ranked layers of n_head_kv*n_chunk
+    const uint16_t * ranking;       // [n_ranking] chunk ids, best first
     uint32_t weight_k;              // number of leading chunks that have a weight, 0: none
-    const float * weight;           // [sum over ranked layers of n_head_kv*weight_k] or NULL
-    const float * layer_miss;       // [n_layer] > 0: with a target mass a layer's is 1 - (1 - mass)*layer_miss; or NULL
+    uint64_t n_weight;              // entries of weight: the sum over ranked layers of n_head_kv*weight_k
+    const float * weight;           // [n_weight] finite, or NULL
+    uint64_t n_layer_miss;          // entries of layer_miss: n_layer, or 0
+    const float * layer_miss;       // [n_layer_miss] > 0: with a target mass a layer's is 1 - (1 - mass)*layer_miss
     uint32_t n_mean_budget;         // entries of the table of mean budgets, 0: none
     const uint32_t * mean_budget;   // [n_mean_budget] mean number of tokens, ascending
     const float * mean_budget_mass; // [n_mean_budget] the target mass that takes as many, ascending, between 0 and 1

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from fasa_gguf import FasaParams
+from fasa_gguf import FasaError, FasaParams
 from fasa_gguf import reference as R
 
 
@@ -174,6 +174,35 @@ def test_decode_step_with_every_cell_is_dense_attention():
         0.25,
     )
     assert cells.tolist() == list(range(40)) and np.allclose(out, R.softmax(q @ k.T * 0.25) @ v, atol=1e-6)
+
+
+def test_decode_step_with_default_settings_finds_a_needle():
+    rng = np.random.default_rng(11)
+    n, d, needle = 900, 80, 333
+    q, k, v = (rng.standard_normal(s).astype(np.float32) * 0.1 for s in ((2, d), (n, d), (n, 4)))
+    dims = R.chunk_dims(d, d, "neox")
+    k[needle, dims[7]] = q[:, dims[7]] = 6.0
+    k[222, dims[9]] = q[:, dims[9]] = 6.0
+    ranking = np.array(
+        [*range(20, 31), 7, 9, *range(7), 8, *range(10, 20), *range(31, 40)]
+    )  # 7 is the 12th, 9 the 13th
+    step = (q, k, v, np.arange(n), np.ones(n, bool), ranking, dims)
+    for p in (FasaParams(budget=40), FasaParams(budget=40, chunks=12)):  # 3/8 of 40 chunks, in groups of 4: 12
+        cells = R.decode_step(*step, p, 0.2)[1].tolist()
+        assert needle in cells and 222 not in cells
+    assert 222 in R.decode_step(*step, FasaParams(budget=40, chunks=13), 0.2)[1]
+    assert len(R.decode_step(*step, FasaParams(budget=1), 0.2)[1]) == 4 + 32 + 1  # room for one beside the forced ones
+    with pytest.raises(FasaError, match="decode_step: mean_budget 256 needs a profile's table"):
+        R.decode_step(*step, FasaParams(mean_budget=256), 0.2)
+
+
+def test_scores_out_of_reach_are_zero():
+    est = np.full((1, 600), -80.0)  # in the second span 2^-115 of the head, out of the first's reach
+    est[0, [3, 9, 300, 301, 599]] = 0.0, -65.0, -40.0, -109.0, -45.0
+    score = R.group_score(est, np.arange(600) != 5)
+    assert set(np.flatnonzero(score)) == {3, 9} | set(range(256, 512))  # -45 is 2^-65: the third span is not seen
+    assert score[9] == np.float32(np.exp(-65.0) * 2.0**60).astype(float) * 2.0**-60
+    assert (R.group_score(est, np.zeros(600, bool)) == 0).all()
 
 
 def test_energy_ranks_by_the_product():

@@ -261,7 +261,7 @@ class _Runs:
         fit = fit_layers(self.grid.masses, tokens, kl - noise[:, None], se)
         factors = np.ones(len(profile.n_chunk), np.float32)
         for layers, f in zip(groups, fit.factor, strict=True):
-            factors[layers] = float(f"{f:.3g}")
+            factors[layers] = float(f"{f:.3g}") if math.isfinite(f) else 1.0
         figures = [
             {
                 "layers": g,
@@ -304,6 +304,7 @@ def calibrate_layers(
     out = Path(out)
     if not out.resolve().parent.is_dir():
         raise FasaError(f"{out}: the folder does not exist; make it, or give another -o")
+    check_writable(out)
     kept = Path(resume) if resume else Path(f"{out}.partial.jsonl")
     plain = replace(profile, layer_miss=None, mean_budget={})
     sizes, settings = WindowSettings(windows, window, score), ContextSettings(**{"mode": "auto", **machine})
@@ -312,7 +313,7 @@ def calibrate_layers(
         told = progress and (lambda _, n, total: progress(what, n, total))
         return evaluate(model, text, arms, sizes, settings, profile=plain, progress=told, resume=kept)[1:]
 
-    best, found, result = _measure(_Runs(run, grid, base, window), plain)
+    best, found, result = _measure(_Runs(run, grid, base, window), plain, profile.defaults.get("mean_budget", 0))
     changed = {k: getattr(base, k) for k in CALIBRATED if getattr(base, k) != getattr(profile.params(), k)}
     done = replace(best, mean_budget=mean_budget_table(found), defaults={**profile.defaults, **changed})
     done.save(out)
@@ -321,20 +322,42 @@ def calibrate_layers(
     return done, result
 
 
-def _measure(runs: _Runs, plain: Profile) -> tuple[Profile, dict[int, dict[str, Any]], dict[str, Any]]:
-    """(the better profile, its results by mean budget, all figures)."""
+def check_writable(out: Path) -> None:
+    """Raises FasaError when no file can be made beside `out`: to call before hours of measuring."""
+    probe = Path(f"{out}.tmp-{os.getpid()}")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as e:
+        raise FasaError(f"{out}: cannot be written: {e.strerror or e}; give another path with -o") from None
+
+
+def _reaches(found: dict[int, dict[str, Any]], default: int) -> bool:
+    """Whether the table has the profile's default mean budget, without which the profile could not be saved."""
+    table = mean_budget_table(found)
+    return not default or bool(table and min(table) <= default <= max(table))
+
+
+def _measure(runs: _Runs, plain: Profile, default: int) -> tuple[Profile, dict[int, dict[str, Any]], dict[str, Any]]:
+    """(the better profile, its results by mean budget, all figures). default: the profile's mean budget, or 0."""
     found = runs.mean_budgets(plain, "all alike")
     if not found:
         raise FasaError(
             f"--budgets {','.join(map(str, runs.grid.budgets))}: no mass takes as many tokens of a window of "
             f"{runs.window}; use other --budgets or a longer --window"
         )
+    if not _reaches(found, default):
+        budgets, reached = (",".join(map(str, ns)) or "none" for ns in (runs.grid.budgets, mean_budget_table(found)))
+        raise FasaError(
+            f"--budgets {budgets}: masses were found for {reached}, and the profile's default mean_budget is {default}; "
+            "use other --budgets or a longer --window"
+        )
     result: dict[str, Any] = {"layers": [], "table": list(found.values()), "kept": False}
     if not runs.grid.masses:
         return plain, found, result
     layered, figures = runs.layer_factors(plain)
     other = runs.mean_budgets(layered, "by layer")
-    better = gain(result["table"], list(other.values()))
+    better = gain(result["table"], list(other.values())) if _reaches(other, default) else 0.0
     result |= {"b": figures["b"], "d": figures["d"], "gain": better, "kept": better > 0, "layers": figures["layers"]}
     result["table"] += other.values()
     return (layered, other, result) if better > 0 else (plain, found, result)

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .. import reference, runtime
+from ..params import default_chunks
 
 TOKENS = 1024  # whose pair lengths are taken at once
 
@@ -27,14 +28,13 @@ class CalibrationParams:
     sink: int = 4
     recent: int = 32
     rank_share: float = 0.5  # share of the chunks that are chosen greedily; the rest follows by energy
-    weight_share: float = 0.375  # share of the chunks that get a weight
-    chunks: int = 0  # dominant chunks that decoding will use, chosen as a set and weighted; 0: by the shares
+    chunks: int = 0  # dominant chunks that decoding will use, chosen as a set and weighted; 0: those of the setting 0
     memory: int = 512 << 20  # bytes that one pass over a GGUF may keep
 
     def counts(self, n_chunk: int) -> tuple[int, int]:
         """(chunks chosen greedily, chunks that get a weight) of a head's n_chunk."""
         n = min(self.chunks, n_chunk)
-        return max(1, n, int(n_chunk * self.rank_share)), n or max(1, int(n_chunk * self.weight_share))
+        return max(1, n, int(n_chunk * self.rank_share)), n or min(default_chunks(n_chunk), n_chunk)
 
     def budget_in(self, n_keys: int) -> int:
         """Tokens that the ranking keeps of n_keys; at most half of them, or there is nothing to choose."""

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from gguf import GGML_QUANT_SIZES, GGUFValueType, Keys
 
-from ..errors import FasaError
+from ..errors import FasaError, check_path
 
 U8, I8 = GGUFValueType.UINT8, GGUFValueType.INT8
 U16, I16 = GGUFValueType.UINT16, GGUFValueType.INT16
@@ -222,6 +222,7 @@ class GGUFFile:
     """
 
     def __init__(self, path: str | os.PathLike, file: BinaryIO | None = None) -> None:
+        check_path(path)
         self.path = Path(path)
         try:
             if file is not None:

@@ -56,10 +56,8 @@ class Fasa(Policy):
     @classmethod
     def candidates(cls, shape: Shape) -> list[dict[str, Any]]:
         n = shape.head_dim // 2
-        return [
-            {"k": k, "k_dom": t}
-            for k, t in ((n // 4, "q4"), (n // 4, "q8"), (3 * n // 8, "q4"), (3 * n // 8, "q8"), (n // 2, "q4"))
-        ]
+        m = min(default_chunks(n), n)
+        return [{"k": k, "k_dom": t} for k, t in ((n // 4, "q4"), (n // 4, "q8"), (m, "q4"), (m, "q8"), (n // 2, "q4"))]
 
     def bounds(self) -> tuple[int, int]:
         """floor and cap, in tokens."""

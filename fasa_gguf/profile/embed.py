@@ -21,7 +21,7 @@ from typing import BinaryIO
 
 from gguf import Keys
 
-from ..errors import FasaError
+from ..errors import FasaError, check_path
 from ..gguf.file import GGUFFile, pack_kv, read_header
 from ..gguf.shape import first_shard, read_shape, weights_sha256
 from .profile import Profile
@@ -164,12 +164,11 @@ def _is_named_by_content(path: Path) -> bool:
 
 def _places(model: str | os.PathLike, out: str | os.PathLike | None, force: bool) -> tuple[Path, Path]:
     """(path of the model, path to write), links followed. Raises FasaError when the second may not be written."""
-    try:
-        source = Path(os.path.realpath(model))
-        target = source if out is None else Path(os.path.realpath(out))
-        there = os.path.lexists(target)
-    except ValueError as e:
-        raise FasaError(f"{os.fspath(model if out is None else out)!r}: not a path: {e}") from None
+    check_path(model)
+    check_path(model if out is None else out)
+    source = Path(os.path.realpath(model))
+    target = source if out is None else Path(os.path.realpath(out))
+    there = os.path.lexists(target)
     named = model if out is None else out
     if out is not None and there:
         if not stat.S_ISREG(os.lstat(target).st_mode):

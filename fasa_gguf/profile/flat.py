@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import FasaError
+from ..errors import FasaError, check_path
 from ..gguf.file import ARR, F32, F64, I32, INTEGERS, STR, U8, U16, U32, GGUFFile, KeyValue, printable
 from ..params import FasaParams
 from .keys import (
@@ -112,6 +112,7 @@ def read_file(path: str | os.PathLike) -> tuple[dict[str, Any] | None, GGUFFile 
         return None, path
     if not isinstance(path, (str, os.PathLike)):
         raise FasaError(f"profile: expected the path of a file, JSON or GGUF, found {type(path).__name__}; {REMAKE}")
+    check_path(path)
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise FasaError(f"{path}: not a FASA profile: expected a regular file, JSON or GGUF; {REMAKE}")

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import FasaError
+from ..errors import FasaError, check_path
 from ..gguf.file import GGUFFile
 from ..params import FasaParams
 from . import flat
@@ -122,6 +122,7 @@ class Profile:
 
         Raises FasaError for a value out of range, or when the file cannot be written.
         """
+        check_path(path)
         self.check_values(str(path))
         text = self.to_json()
         self.from_json(text, str(path))  # a file that `load` would refuse is not written

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..errors import FasaError
+from ..errors import FasaError, check_path
 
 
 def text_print(text: str | None) -> str | None:
@@ -51,6 +51,8 @@ class Journal:
     def __init__(self, path: str | os.PathLike | None, settings: dict[str, Any]) -> None:
         self.path, self.settings, self.done = path, json.loads(json.dumps(settings)), {}
         self._file: Any = None
+        if path is not None:
+            check_path(path)
         if path is None or not os.path.exists(path):
             return
         data = Path(path).read_bytes()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FasaError
-from ..params import FasaParams
+from ..params import FasaParams, default_chunks
 from ..profile.profile import Profile
 from ..report.columns import columns
 from ..runtime.settings import ContextSettings
@@ -28,13 +28,19 @@ class Grid:
     masses: Sequence[float] = ()  # shares of the estimated attention
 
 
+def _eighths(n_chunk: int) -> list[int]:
+    """1/8, 1/4, 3/8 and 1/2 of the chunks; 3/8 as the setting 0 takes them, where that is fewer than half."""
+    three = default_chunks(n_chunk)
+    return [max(1, n_chunk * n // 8) if n != 3 or 2 * three >= n_chunk else three for n in (1, 2, 3, 4)]
+
+
 def make_arms(grid: Grid, base: FasaParams, profile: Profile) -> list[Arm]:
     """One arm for each chunk count and budget, then for each mass.
 
     Raises FasaError for a setting that is out of range.
     """
     most = max(profile.n_chunk)
-    chunks = sorted(set(grid.chunks or [max(1, most * n // 8) for n in (1, 2, 3, 4)]))
+    chunks = sorted(set(grid.chunks or _eighths(most)))
     if chunks[-1] > most or chunks[0] < 1:
         raise FasaError(
             f"--chunks {','.join(map(str, chunks))}: expected 1 to {most}, the chunks of this model's heads"

@@ -13,7 +13,8 @@ from ..counters import COUNTERS
 from ..errors import FasaError
 from ..params import SETTINGS, FasaParams
 from ..reasons import Reason
-from .library import api, array, check, last_error, struct
+from .attach import Attached
+from .library import api, check, last_error, struct
 
 
 @contextlib.contextmanager
@@ -68,26 +69,13 @@ class Context:
         self._observer_error: BaseException | None = None
 
     def set_profile(self, profile: Any) -> None:
-        """Attach a Profile; raises FasaError naming both shapes when it does not fit the model."""
-        n_layer = len(profile.n_chunk)
-        ranked = [il for il in range(n_layer) if profile.n_chunk[il]]
-        flat = np.concatenate([np.asarray(profile.ranking[il]).ravel() for il in ranked]) if ranked else np.zeros(0)
-        heads, _a = array("uint32_t", profile.n_head_kv, np.uint32)
-        chunks, _b = array("uint32_t", profile.n_chunk, np.uint32)
-        ranking, _c = array("uint16_t", flat, np.uint16)
-        p = struct("fasa_profile", n_layer=n_layer, n_head_kv=heads, n_chunk=chunks, ranking=ranking)
-        if profile.weight is not None and profile.weight_k:
-            p.weight_k = profile.weight_k
-            p.weight, _d = array(
-                "float", np.concatenate([np.asarray(profile.weight[il]).ravel() for il in ranked]), np.float32
-            )
-        if profile.layer_miss is not None:
-            p.layer_miss, _f = array("float", profile.layer_miss, np.float32)
-        if profile.mean_budget:
-            p.n_mean_budget = len(profile.mean_budget)
-            p.mean_budget, _g = array("uint32_t", list(profile.mean_budget), np.uint32)
-            p.mean_budget_mass, _h = array("float", list(profile.mean_budget.values()), np.float32)
-        check(self._lib.fasa_set_profile(self._ctx, p))
+        """Attach a Profile, which may be made by hand.
+
+        Raises FasaError naming what does not fit: the shapes of profile and model, an array that is shorter or longer
+        than the shape, a value out of range.
+        """
+        attached = Attached(profile)  # owns the arrays, so it must outlive the call
+        check(self._lib.fasa_set_profile(self._ctx, attached.struct))
 
     def set_params(self, params: FasaParams | None) -> None:
         """Turn FASA on with these settings, or off with None; the context stays live."""

@@ -9,6 +9,8 @@ from typing import Any
 
 from .library import api, check, find_library
 
+MAX_THREADS = 512  # GGML_MAX_N_THREADS
+
 
 @dataclass
 class Device:
@@ -62,7 +64,7 @@ def copy_rate(device: str, n_bytes: int, n_threads: int = 0) -> float:
     """
     ffi, lib = api()
     rate = ffi.new("double *")
-    check(lib.fasa_copy_rate(device.encode(), n_threads or os.cpu_count() or 1, n_bytes, rate))
+    check(lib.fasa_copy_rate(device.encode(), min(n_threads or os.cpu_count() or 1, MAX_THREADS), n_bytes, rate))
     return rate[0]
 
 

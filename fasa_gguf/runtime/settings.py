@@ -7,8 +7,11 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from ..errors import FasaError
 from ..gguf.cache_types import cache_type
-from ..params import parse_mode
+from ..params import INT_MAX, parse_mode
 
 
 def thread_count(n_threads: int = 0) -> int:
@@ -16,9 +19,19 @@ def thread_count(n_threads: int = 0) -> int:
     return n_threads or os.cpu_count() or 1
 
 
+_RANGES = {  # of the numbers of a context, both ends included
+    "n_ctx": (0, INT_MAX),
+    "n_batch": (1, INT_MAX),
+    "n_ubatch": (1, INT_MAX),
+    "n_seq_max": (1, 256),  # LLAMA_MAX_SEQ
+    "n_threads": (0, 512),  # GGML_MAX_N_THREADS
+    "n_gpu_layers": (-INT_MAX - 1, INT_MAX),
+}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ContextSettings:
-    """The settings of one context. Raises FasaError for an unknown cache type or mode.
+    """The settings of one context. Raises FasaError for an unknown cache type or mode, and a number out of range.
 
     n_ctx: tokens over all sequences, 0 for what the model was trained on.
     n_batch, n_ubatch: tokens per llama_decode, and per graph; a ubatch is never larger than a batch.
@@ -46,6 +59,10 @@ class ContextSettings:
     def __post_init__(self) -> None:
         cache_type(self.type_k)
         cache_type(self.type_v)
+        for name, (low, high) in _RANGES.items():
+            value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)) or not low <= value <= high:
+                raise FasaError(f"{name}: expected a whole number from {low} to {high}, found {value!r}")
         object.__setattr__(self, "mode", parse_mode(self.mode, "mode"))
 
     @property

@@ -97,7 +97,7 @@ class _Subject:
 
     config: dict[str, Any]  # llama-bench's fields of model and machine
     weight_bytes: int | None  # that a step reads; None: not known
-    weight_note: str  # why not
+    weight_note: str  # why not, and why a rate is missing
     rates: dict[tuple[int, int], float | None]  # bytes/s by (n_gpu_layers, no_kv_offload)
 
     @classmethod
@@ -114,8 +114,8 @@ class _Subject:
             "n_ubatch": settings.n_ubatch,
             "flash_attn": 1,
         }
-        rates = copy_rates(n_layer, settings.n_gpu_layers, settings.no_kv_offload, settings.n_threads)
-        return cls(config, n_bytes, why, rates)
+        rates, unmeasured = copy_rates(n_layer, settings.n_gpu_layers, settings.no_kv_offload, settings.n_threads)
+        return cls(config, n_bytes, "; ".join(filter(None, [why, unmeasured])), rates)
 
 
 @dataclass
@@ -231,7 +231,8 @@ def _measure_context(
             r.copy_rate = None if is_host else subject.rates[config["n_gpu_layers"], int(config["no_kv_offload"])]
             r.memory.vram_before, r.memory.vram_peak = opened.vram_before, timer.vram_peak
             layer_bytes = (subject.weight_bytes or 0) // s.fasa.model_info()["n_layer"]
-            r.memory.take_rates(s.fasa, max(depth, 1), s.n_ctx, n, layer_bytes)
+            unmeasured = r.memory.take_rates(s.fasa, max(depth, 1), s.n_ctx, n, layer_bytes)
+            r.note = "; ".join(filter(None, [r.note, unmeasured]))
             if r.n_gen and r.params is None:
                 if base_s is not None and depth >= PLAIN_READ_FROM:
                     r.base_s, r.read_rate = base_s, read_rate(s.fasa, depth)

@@ -44,13 +44,20 @@ def one_device(n_layer: int, n_gpu_layers: int, no_kv_offload: int, devices: Seq
 
 def copy_rates(
     n_layer: int, n_gpu_layers: Sequence[int], no_kv_offload: Sequence[int], n_threads: int
-) -> dict[tuple[int, int], float | None]:
-    """Bytes/s that the one device copies, by (n_gpu_layers, no_kv_offload); None where there are several devices."""
-    devices, rates = runtime.devices.devices(), {}
+) -> tuple[dict[tuple[int, int], float | None], str]:
+    """(bytes/s that the one device copies by (n_gpu_layers, no_kv_offload), "" or why one could not be measured).
+
+    None where there are several devices, or memory is short for the copy.
+    """
+    devices, why = runtime.devices.devices(), ""
+    rates: dict[tuple[int, int], float | None] = {}
     for ngl, nkvo in itertools.product(n_gpu_layers, no_kv_offload):
         device = one_device(n_layer, ngl, nkvo, devices)
-        rates[ngl, nkvo] = runtime.devices.copy_rate(device, COPY_BYTES, n_threads) if device else None
-    return rates
+        try:
+            rates[ngl, nkvo] = runtime.devices.copy_rate(device, COPY_BYTES, n_threads) if device else None
+        except FasaError as e:
+            rates[ngl, nkvo], why = None, f"copy rate not measured: {e}"
+    return rates, why
 
 
 def read_rate(context: runtime.context.Context, n_cells: int) -> float | None:
@@ -96,16 +103,20 @@ class Figures:
 
     def take_rates(
         self, context: runtime.context.Context, n_cells: int, n_ctx: int, n_parallel: int, layer_bytes: int
-    ) -> None:
-        """PCIe rates for as many rows of the first n_cells as a token fetched.
+    ) -> str:
+        """PCIe rates for as many rows of the first n_cells as a token fetched. Returns "", or why there are none.
 
         Each layer reads layer_bytes of weights first. n_ctx: cells of all sequences.
         """
-        if self.fetched and self.pinned:
-            rows = self.fetched / n_parallel / (self.pinned / n_ctx)
-            self.copy_rate, self.gather_rate, self.fetch_rate = context.host_rates(
-                n_cells, max(1, round(rows)), layer_bytes
-            )
+        if not self.fetched or not self.pinned:
+            return ""
+        rows = self.fetched / n_parallel / (self.pinned / n_ctx)
+        try:
+            rates = context.host_rates(n_cells, max(1, round(rows)), layer_bytes)
+        except FasaError as e:  # the results are there: device memory may be short for this probe alone
+            return f"PCIe rates not measured: {e}"
+        self.copy_rate, self.gather_rate, self.fetch_rate = rates
+        return ""
 
 
 def vram() -> int | None:

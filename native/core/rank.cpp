@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -218,18 +219,36 @@ struct ranker {
     // f(query) for every query, on all threads
     template <typename F>
     void for_queries(F f) const {
-        const int n_threads = std::max(1, std::min(c.n_threads, c.n_query));
+        const int n_threads = std::clamp<int64_t>(c.n_threads, 1, std::min<int64_t>(c.n_query, FASA_MOST_THREADS));
         std::vector<std::thread> threads;
-        for (int t = 1; t < n_threads; ++t) {
-            threads.emplace_back(f, c.n_query * t / n_threads, c.n_query * (t + 1) / n_threads);
+        const auto part = [&](int t) {
+            return int(int64_t(c.n_query) * t / n_threads);
+        };
+        try {
+            for (int t = 1; t < n_threads; ++t) {
+                threads.emplace_back(f, part(t), part(t + 1));
+            }
+        } catch (const std::system_error &) { // the system has no more: this one does the rest
         }
-        f(0, c.n_query / n_threads);
+        f(part(threads.size() + 1), c.n_query);
+        f(0, part(1));
         for (auto & t : threads) {
             t.join();
         }
     }
 
-    void run() {
+    bool is_finite() const {
+        const auto all = [](const float * x, size_t n) {
+            return std::all_of(x, x + n, [](float v) { return std::isfinite(v); });
+        };
+        return std::isfinite(c.scale) && std::isfinite(c.soft_cap) &&
+            all(c.q, size_t(c.n_group) * c.n_query * c.n_embd_head) && all(c.k, size_t(c.n_kv) * c.n_embd_head);
+    }
+
+    int run() {
+        if (!is_finite()) {
+            return fasa_set_error("fasa_rank_case: q, k, scale or soft_cap is not finite");
+        }
         for_queries([&](int first, int last) {
             for (int i = first; i < last; ++i) {
                 set_mass(i);
@@ -264,6 +283,9 @@ struct ranker {
                     best_held = sum;
                 }
             }
+            if (best < 0) {
+                return fasa_set_error("fasa_rank_case: the logits are not finite");
+            }
             chosen[best]    = true;
             c.out_order[r]  = best;
             c.out_recall[r] = float(best_held / (double(c.n_query) * c.n_group));
@@ -275,14 +297,19 @@ struct ranker {
                 }
             });
         }
+        return 0;
     }
 };
 
 } // namespace
 
-int fasa_rank_recall(const fasa_rank_case * c) {
-    if (c == nullptr || c->size != sizeof(*c)) {
-        return fasa_set_error("fasa_rank_case: the header and the library differ");
+static int fasa_rank_check(const fasa_rank_case * c) {
+    if (fasa_check_size(c, "fasa_rank_case") != 0 || fasa_check_given(c->chunk_dims, "chunk_dims") != 0 ||
+        fasa_check_given(c->q, "q") != 0 || fasa_check_given(c->k, "k") != 0 ||
+        fasa_check_given(c->q_pos, "q_pos") != 0 || fasa_check_given(c->out_order, "out_order") != 0 ||
+        fasa_check_given(c->out_recall, "out_recall") != 0 ||
+        fasa_check_range("n_chunk", c->n_chunk, 1, UINT16_MAX + 1) != 0) {
+        return -1;
     }
     int n_candidate = 0;
     for (int i = 0; i < c->n_chunk; ++i) {
@@ -306,6 +333,9 @@ int fasa_rank_recall(const fasa_rank_case * c) {
                 c->chunk_dims[i], c->n_embd_head);
         }
     }
-    ranker(*c).run();
     return 0;
+}
+
+int fasa_rank_recall(const fasa_rank_case * c) {
+    return fasa_rank_check(c) != 0 ? -1 : fasa_guard("fasa_rank_recall", [&] { return ranker(*c).run(); });
 }

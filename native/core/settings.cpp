@@ -76,5 +76,5 @@ int fasa_check_params(const fasa_params & p) {
 }
 
 uint32_t fasa_default_chunks(uint32_t n_chunk) {
-    return std::max(4u, 3 * n_chunk / 8 / 4 * 4); // whole groups of FASA_GROUP dimensions
+    return std::max(4u, uint32_t(uint64_t(3) * n_chunk / 8 / 4 * 4)); // whole groups of FASA_GROUP dimensions
 }

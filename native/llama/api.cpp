@@ -36,7 +36,7 @@ static int fasa_resolve(const fasa_known & known, fasa_params & p) {
 }
 
 int fasa_set_params(llama_context * ctx, const fasa_params * params) {
-    if (fasa_check_size(params, "fasa_params") != 0) {
+    if (fasa_check_given(ctx, "llama_context") != 0 || fasa_check_size(params, "fasa_params") != 0) {
         return -1;
     }
     const auto caches = fasa_caches_of(ctx);
@@ -63,7 +63,7 @@ int fasa_set_params(llama_context * ctx, const fasa_params * params) {
 }
 
 int fasa_get_params(const llama_context * ctx, fasa_params * params) {
-    if (fasa_check_size(params, "fasa_params") != 0) {
+    if (fasa_check_given(ctx, "llama_context") != 0 || fasa_check_size(params, "fasa_params") != 0) {
         return -1;
     }
     const auto caches = fasa_caches_of(ctx);
@@ -73,7 +73,7 @@ int fasa_get_params(const llama_context * ctx, fasa_params * params) {
 }
 
 int fasa_get_layer_params(const llama_context * ctx, int32_t il, fasa_params * params) {
-    if (fasa_check_size(params, "fasa_params") != 0) {
+    if (fasa_check_given(ctx, "llama_context") != 0 || fasa_check_size(params, "fasa_params") != 0) {
         return -1;
     }
     if (!fasa_has_layer(ctx, il)) {
@@ -88,6 +88,9 @@ int fasa_get_layer_params(const llama_context * ctx, int32_t il, fasa_params * p
 }
 
 int fasa_invalidate(llama_context * ctx) {
+    if (fasa_check_given(ctx, "llama_context") != 0) {
+        return -1;
+    }
     for (auto * cache : fasa_caches_of(ctx)) {
         cache->on_changed();
     }
@@ -148,6 +151,9 @@ static int fasa_check_lender(
 }
 
 int fasa_borrow_list(llama_context * ctx, int32_t il, int32_t lender) {
+    if (fasa_check_given(ctx, "llama_context") != 0) {
+        return -1;
+    }
     if (!fasa_has_layer(ctx, il)) {
         return fasa_set_error("layer %d: no such layer", il);
     }
@@ -186,7 +192,7 @@ static std::vector<fasa_cache *> fasa_counted_caches(const llama_context * ctx) 
 }
 
 int fasa_get_counters(const llama_context * ctx, fasa_counters * c) {
-    if (fasa_check_size(c, "fasa_counters") != 0) {
+    if (fasa_check_given(ctx, "llama_context") != 0 || fasa_check_size(c, "fasa_counters") != 0) {
         return -1;
     }
     *c                = {};
@@ -212,6 +218,9 @@ int fasa_get_counters(const llama_context * ctx, fasa_counters * c) {
 }
 
 int fasa_reset_counters(llama_context * ctx) {
+    if (fasa_check_given(ctx, "llama_context") != 0) {
+        return -1;
+    }
     const auto caches = fasa_counted_caches(ctx);
     if (caches.empty()) {
         return 0;
@@ -228,6 +237,9 @@ int fasa_reset_counters(llama_context * ctx) {
 // ---- reasons ----
 
 int32_t fasa_layer_reason_code(const llama_context * ctx, int32_t il) {
+    if (ctx == nullptr) {
+        return FASA_REASON_UNKNOWN_CONTEXT;
+    }
     if (!fasa_has_layer(ctx, il)) {
         return FASA_REASON_NO_SUCH_LAYER;
     }
@@ -259,7 +271,7 @@ const char * fasa_step_reason(const llama_context * ctx) {
 // ---- model ----
 
 int fasa_get_model_info(const llama_context * ctx, fasa_model_info * info) {
-    if (fasa_check_size(info, "fasa_model_info") != 0) {
+    if (fasa_check_given(ctx, "llama_context") != 0 || fasa_check_size(info, "fasa_model_info") != 0) {
         return -1;
     }
     const auto & model   = ctx->get_model();
@@ -275,6 +287,9 @@ int fasa_get_model_info(const llama_context * ctx, fasa_model_info * info) {
 }
 
 int fasa_get_layer_shape(const llama_context * ctx, int32_t il, int32_t * out) {
+    if (fasa_check_given(ctx, "llama_context") != 0 || fasa_check_given(out, "layer shape") != 0) {
+        return -1;
+    }
     const auto & hparams = ctx->get_model().hparams;
     if (il < 0 || il >= (int32_t) hparams.n_layer()) {
         return fasa_set_error("layer %d: the model has %u layers", il, hparams.n_layer());

@@ -360,7 +360,9 @@ std::vector<fasa_cache *> fasa_caches(llama_memory_i * memory) {
 
 std::vector<fasa_cache *> fasa_caches_of(const llama_context * ctx) {
     auto caches = ctx ? fasa_caches(llama_get_memory(ctx)) : std::vector<fasa_cache *>();
-    if (caches.empty()) {
+    if (ctx == nullptr) {
+        fasa_check_given(ctx, "llama_context");
+    } else if (caches.empty()) {
         fasa_set_error("this context has no KV cache that FASA knows (recurrent, latent or encoder-only model)");
     }
     for (size_t i = 1; i < caches.size(); ++i) {

@@ -48,14 +48,29 @@ static int fasa_check_heads(const uint16_t * ranking, uint32_t il, uint32_t n_he
     return 0;
 }
 
-// shapes and ranking against the model; offset, n_ranking and n_weight: of the flat arrays
-static int fasa_check_ranking(const fasa_profile * p, const llama_hparams & hparams, std::vector<uint32_t> & offset,
-    size_t & n_ranking, size_t & n_weight) {
+// an array of a profile: its length and where it is
+static int fasa_check_array(const char * name, const void * data, uint64_t n, uint64_t n_expected) {
+    if (n != n_expected) {
+        return fasa_set_error("the profile's %s: expected %llu numbers for this shape, found %llu", name,
+            (unsigned long long) n_expected, (unsigned long long) n);
+    }
+    if (n > 0 && data == nullptr) {
+        return fasa_set_error("the profile's %s: expected %llu numbers, found NULL", name, (unsigned long long) n);
+    }
+    return 0;
+}
+
+// shapes against the model, and the lengths of the flat arrays; offset: where a layer begins in ranking
+static int fasa_check_shape(const fasa_profile * p, const llama_hparams & hparams, std::vector<uint32_t> & offset) {
     if (p->n_layer != hparams.n_layer()) {
         return fasa_set_error(
             "the profile is for a model of %u layers, this one has %u", p->n_layer, hparams.n_layer());
     }
-    n_ranking = n_weight = 0;
+    if (fasa_check_array("n_head_kv", p->n_head_kv, p->n_layer, p->n_layer) != 0 ||
+        fasa_check_array("n_chunk", p->n_chunk, p->n_layer, p->n_layer) != 0) {
+        return -1;
+    }
+    uint64_t n_ranking = 0, n_heads = 0;
     offset.resize(p->n_layer);
     for (uint32_t il = 0; il < p->n_layer; ++il) {
         offset[il] = n_ranking;
@@ -66,20 +81,40 @@ static int fasa_check_ranking(const fasa_profile * p, const llama_hparams & hpar
             return fasa_set_error("layer %u: the profile has %u KV heads of %u chunks, the model %u of %u", il,
                 p->n_head_kv[il], p->n_chunk[il], hparams.n_head_kv(il), hparams.n_embd_head_k(il) / 2);
         }
-        n_ranking += size_t(p->n_head_kv[il]) * p->n_chunk[il];
-        n_weight += size_t(p->n_head_kv[il]) * p->weight_k;
+        if (p->weight_k > p->n_chunk[il]) {
+            return fasa_set_error(
+                "layer %u: the profile has weights of %u chunks, the layer %u chunks", il, p->weight_k, p->n_chunk[il]);
+        }
+        n_ranking += uint64_t(p->n_head_kv[il]) * p->n_chunk[il];
+        n_heads += p->n_head_kv[il];
     }
+    if (fasa_check_array("ranking", p->ranking, p->n_ranking, n_ranking) != 0 ||
+        fasa_check_array("weight", p->weight, p->n_weight, n_heads * p->weight_k) != 0 ||
+        fasa_check_array("layer_miss", p->layer_miss, p->n_layer_miss, p->n_layer_miss ? p->n_layer : 0) != 0 ||
+        fasa_check_array("mean_budget", p->mean_budget, p->n_mean_budget, p->n_mean_budget) != 0) {
+        return -1;
+    }
+    return fasa_check_array("mean_budget_mass", p->mean_budget_mass, p->n_mean_budget, p->n_mean_budget);
+}
+
+static int fasa_check_ranking(const fasa_profile * p, const std::vector<uint32_t> & offset) {
     for (uint32_t il = 0; il < p->n_layer; ++il) {
         if (p->n_chunk[il] > 0 &&
             fasa_check_heads(p->ranking + offset[il], il, p->n_head_kv[il], p->n_chunk[il]) != 0) {
             return -1;
         }
     }
+    for (uint64_t i = 0; i < p->n_weight; ++i) {
+        if (!std::isfinite(p->weight[i])) {
+            return fasa_set_error("the profile's weight: expected finite numbers, found %g at index %llu",
+                (double) p->weight[i], (unsigned long long) i);
+        }
+    }
     return 0;
 }
 
 static int fasa_check_masses(const fasa_profile * p) {
-    for (uint32_t il = 0; p->layer_miss && il < p->n_layer; ++il) {
+    for (uint32_t il = 0; il < p->n_layer_miss; ++il) {
         if (!(p->layer_miss[il] > 0) || !std::isfinite(p->layer_miss[il])) {
             return fasa_set_error("layer %u: layer_miss is %g, and must be above 0", il, (double) p->layer_miss[il]);
         }
@@ -112,17 +147,16 @@ int fasa_set_profile(llama_context * ctx, const fasa_profile * p) {
         return -1;
     }
     fasa_known known;
-    size_t n_ranking = 0, n_weight = 0;
-    if (fasa_check_ranking(p, ctx->get_model().hparams, known.offset, n_ranking, n_weight) != 0 ||
+    if (fasa_check_shape(p, ctx->get_model().hparams, known.offset) != 0 || fasa_check_ranking(p, known.offset) != 0 ||
         fasa_check_masses(p) != 0) {
         return -1;
     }
     known.n_head_kv        = fasa_copy(p->n_head_kv, p->n_layer);
     known.n_chunk          = fasa_copy(p->n_chunk, p->n_layer);
-    known.ranking          = fasa_copy(p->ranking, n_ranking);
-    known.weight_k         = p->weight ? p->weight_k : 0;
-    known.weight           = fasa_copy(p->weight, n_weight);
-    known.layer_miss       = fasa_copy(p->layer_miss, p->n_layer);
+    known.ranking          = fasa_copy(p->ranking, p->n_ranking);
+    known.weight_k         = p->weight_k;
+    known.weight           = fasa_copy(p->weight, p->n_weight);
+    known.layer_miss       = fasa_copy(p->layer_miss, p->n_layer_miss);
     known.mean_budget      = fasa_copy(p->mean_budget, p->n_mean_budget);
     known.mean_budget_mass = fasa_copy(p->mean_budget_mass, p->n_mean_budget);
     auto & state           = *caches[0]->state;

@@ -135,7 +135,10 @@ void fasa_cache::random_fill::fill(uint32_t n_cells, uint64_t seed, fasa_pools &
 }
 
 int fasa_fill_random(llama_context * ctx, uint32_t n_cells, uint64_t seed) {
-    const auto caches = ctx ? fasa_caches(llama_get_memory(ctx)) : std::vector<fasa_cache *>();
+    if (fasa_check_given(ctx, "llama_context") != 0) {
+        return -1;
+    }
+    const auto caches = fasa_caches(llama_get_memory(ctx));
     if (caches.empty()) {
         return fasa_set_error(
             "this context has no KV cache that can be filled at random (recurrent, latent or encoder-only model)");

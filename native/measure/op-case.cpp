@@ -5,6 +5,8 @@
 #include "llama/cache.h"
 
 #include <cstring>
+#include <tuple>
+#include <utility>
 
 static bool fasa_type_by_name(const char * name, ggml_type & type) {
     for (int i = 0; i < GGML_TYPE_COUNT; ++i) {
@@ -100,9 +102,11 @@ ggml_backend_buffer_t fasa_op_alloc_kv(const fasa_op_case & c, ggml_context * kv
 
 // ---- checks ----
 
+static constexpr int64_t FASA_OP_MOST = 1 << 24; // of each number of a case
+
 static int fasa_op_check_list(const fasa_op_case & c) {
-    if (c.list_length < 1) {
-        return fasa_set_error("fasa_op_case: list_length %d must be at least 1", c.list_length);
+    if (fasa_check_range("list_length", c.list_length, 1, FASA_OP_MOST) != 0) {
+        return -1;
     }
     const int64_t n = (int64_t) c.n_stream * c.n_tokens * fasa_op_n_list(c);
     for (int64_t i = 0; i < n; ++i) {
@@ -121,12 +125,84 @@ static int fasa_op_check_list(const fasa_op_case & c) {
     return 0;
 }
 
-int fasa_op_check(const fasa_op_case * c, ggml_type & type_k, ggml_type & type_v) {
-    if (c == nullptr || c->size != sizeof(*c)) {
-        return fasa_set_error("fasa_op_case: the header and the library differ");
+// rows of n_per_row values can be had in this type from f32
+static bool fasa_op_type_fits(ggml_type type, int64_t n_per_row) {
+    const auto * traits = ggml_get_type_traits(type);
+    return (type == GGML_TYPE_F32 || (traits->from_float_ref && !ggml_quantize_requires_imatrix(type))) &&
+        n_per_row % ggml_blck_size(type) == 0;
+}
+
+static int fasa_op_check_types(const fasa_op_case & c, ggml_type & type_k, ggml_type & type_v) {
+    if (!fasa_type_by_name(c.type_k, type_k) || !fasa_type_by_name(c.type_v, type_v)) {
+        return fasa_set_error(
+            "fasa_op_case: unknown cache type %s or %s", c.type_k ? c.type_k : "NULL", c.type_v ? c.type_v : "NULL");
     }
-    if (!fasa_type_by_name(c->type_k, type_k) || !fasa_type_by_name(c->type_v, type_v)) {
-        return fasa_set_error("fasa_op_case: unknown cache type %s or %s", c->type_k, c->type_v);
+    if (!fasa_op_type_fits(type_k, c.n_embd_head_k) || !fasa_op_type_fits(type_v, c.n_embd_head_v)) {
+        return fasa_set_error("fasa_op_case: rows of %d and %d values cannot be stored as %s and %s", c.n_embd_head_k,
+            c.n_embd_head_v, c.type_k, c.type_v);
+    }
+    return 0;
+}
+
+// what is read whatever the case is
+static int fasa_op_check_given(const fasa_op_case & c) {
+    const std::pair<const void *, const char *> pointers[] = { { c.backend, "backend" }, { c.q, "q" }, { c.k, "k" },
+        { c.v, "v" } };
+    for (const auto & [pointer, name] : pointers) {
+        if (fasa_check_given(pointer, name) != 0) {
+            return -1;
+        }
+    }
+    const std::tuple<const char *, int64_t, int64_t, int64_t> numbers[] = {
+        { "n_threads", c.n_threads, 1, FASA_MOST_THREADS },
+        { "n_head", c.n_head, 1, FASA_OP_MOST },
+        { "n_embd_head_k", c.n_embd_head_k, 1, FASA_OP_MOST },
+        { "n_embd_head_v", c.n_embd_head_v, 1, FASA_OP_MOST },
+        { "n_kv", c.n_kv, 1, FASA_OP_MOST },
+        { "n_tokens", c.n_tokens, 1, FASA_OP_MOST },
+        { "n_stream", c.n_stream, 1, FASA_OP_MOST },
+        { "mode", c.mode, FASA_MODE_DEVICE, FASA_MODE_HOST },
+        { "row_slots", c.row_slots, 0, FASA_OP_MOST },
+    };
+    for (const auto & [name, value, low, high] : numbers) {
+        if (fasa_check_range(name, value, low, high) != 0) {
+            return -1;
+        }
+    }
+    return 0;
+}
+
+// what only TIP and SELECT read
+static int fasa_op_check_select(const fasa_op_case & c) {
+    if (fasa_check_given(c.dims, "dims") != 0 || fasa_check_given(c.weight, "weight") != 0 ||
+        fasa_check_given(c.forced, "forced") != 0 ||
+        fasa_check_range("k_dom", c.k_dom, FASA_K_DOM_F16, FASA_K_DOM_Q4) != 0 ||
+        fasa_check_range("n_dom", c.n_dom, 1, FASA_OP_MOST) != 0 ||
+        fasa_check_range("n_forced", c.n_forced, 1, FASA_OP_MOST) != 0 ||
+        fasa_check_range("budget", c.budget, 0, INT32_MAX) != 0) {
+        return -1;
+    }
+    if (!(c.mass >= 0 && c.mass <= 1) || (c.mass > 0 && (c.floor < 1 || c.floor > c.cap || c.cap > INT32_MAX))) {
+        return fasa_set_error("fasa_op_case: expected a mass from 0 to 1 and 1 <= floor <= cap, found %g, %u and %u",
+            (double) c.mass, c.floor, c.cap);
+    }
+    if (c.n_hadamard < 0 || (c.n_hadamard & (c.n_hadamard - 1)) != 0 ||
+        (c.n_hadamard > 0 && c.n_embd_head_k % c.n_hadamard != 0)) {
+        return fasa_set_error("fasa_op_case: n_hadamard %d must be a power of 2 that divides the head dimension %d",
+            c.n_hadamard, c.n_embd_head_k);
+    }
+    for (int64_t i = 0; i < (int64_t) c.n_dom * c.n_head_kv; ++i) {
+        if (c.dims[i] < -1 || c.dims[i] >= c.n_embd_head_k) {
+            return fasa_set_error("fasa_op_case: dimension %d, outside of -1 to %d", c.dims[i], c.n_embd_head_k - 1);
+        }
+    }
+    return 0;
+}
+
+int fasa_op_check(const fasa_op_case * c, ggml_type & type_k, ggml_type & type_v) {
+    if (fasa_check_size(c, "fasa_op_case") != 0 || fasa_op_check_given(*c) != 0 ||
+        fasa_op_check_types(*c, type_k, type_v) != 0) {
+        return -1;
     }
     if (c->row_slots < 0 || c->row_slots % FASA_ROW_WAYS != 0) {
         return fasa_set_error("fasa_op_case: row_slots %d must be a multiple of %d", c->row_slots, FASA_ROW_WAYS);
@@ -138,5 +214,5 @@ int fasa_op_check(const fasa_op_case * c, ggml_type & type_k, ggml_type & type_v
                               "n_forced, n_kv, n_tokens, n_stream at least 1",
             c->n_dom, FASA_GROUP, c->n_head, c->n_head_kv);
     }
-    return selects ? 0 : fasa_op_check_list(*c);
+    return selects ? fasa_op_check_select(*c) : fasa_op_check_list(*c);
 }

@@ -210,9 +210,9 @@ static int fasa_op_run_steps(
     return run.compute({ run.select, run.fac });
 }
 
-int fasa_op_run(const fasa_op_case * c) {
+static int fasa_op_run_case(const fasa_op_case * c) {
     ggml_type type_k, type_v;
-    if (fasa_op_check(c, type_k, type_v) != 0) {
+    if (fasa_op_check(c, type_k, type_v) != 0 || fasa_check_given(c->mask, "mask") != 0) {
         return -1;
     }
     if (c->list && c->out_est) {
@@ -236,4 +236,8 @@ int fasa_op_run(const fasa_op_case * c) {
     }
     fasa_op_get_lists(lists, run.list->ne[0] - 1, c->out_count, c->out_list);
     return 0;
+}
+
+int fasa_op_run(const fasa_op_case * c) {
+    return fasa_guard("fasa_op_run", [&] { return fasa_op_run_case(c); });
 }

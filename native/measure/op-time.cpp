@@ -127,14 +127,13 @@ void fasa_op_time_run::set_inputs(const fasa_op_case & c, ggml_type type_k, ggml
     }
 }
 
-int fasa_op_time(const fasa_op_case * c, int32_t n_layer, int32_t n_rep, fasa_op_times * times) {
+static int fasa_op_time_case(const fasa_op_case * c, int32_t n_layer, int32_t n_rep, fasa_op_times * times) {
     ggml_type type_k, type_v;
-    if (fasa_op_check(c, type_k, type_v) != 0) {
+    if (fasa_op_check(c, type_k, type_v) != 0 || fasa_check_size(times, "fasa_op_times") != 0) {
         return -1;
     }
-    if (times == nullptr || times->size != sizeof(*times) || n_layer < 1 || n_layer > 100 || n_rep < 1) {
-        return fasa_set_error(
-            "fasa_op_time: the header and the library differ, or n_layer (1 to 100) or n_rep (from 1) is out of range");
+    if (n_layer < 1 || n_layer > 100 || n_rep < 1) {
+        return fasa_set_error("fasa_op_time: n_layer (1 to 100) or n_rep (from 1) is out of range");
     }
     if (c->list) {
         return fasa_set_error("fasa_op_time: it times SELECT too, and takes no given list");
@@ -150,4 +149,8 @@ int fasa_op_time(const fasa_op_case * c, int32_t n_layer, int32_t n_rep, fasa_op
         return fasa_set_error("fasa_op_time: out of memory");
     }
     return 0;
+}
+
+int fasa_op_time(const fasa_op_case * c, int32_t n_layer, int32_t n_rep, fasa_op_times * times) {
+    return fasa_guard("fasa_op_time", [&] { return fasa_op_time_case(c, n_layer, n_rep, times); });
 }

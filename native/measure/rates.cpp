@@ -17,9 +17,14 @@
 #include <vector>
 
 int fasa_copy_rate(const char * backend_name, int32_t n_threads, uint64_t bytes, double * bytes_per_second) {
-    ggml_backend_ptr backend(backend_name ? ggml_backend_init_by_name(backend_name, nullptr) : nullptr);
+    if (fasa_check_given(backend_name, "copy rate: backend") != 0 ||
+        fasa_check_given(bytes_per_second, "copy rate: bytes_per_second") != 0 ||
+        fasa_check_range("copy rate: n_threads", n_threads, 1, FASA_MOST_THREADS) != 0) {
+        return -1;
+    }
+    ggml_backend_ptr backend(ggml_backend_init_by_name(backend_name, nullptr));
     if (!backend) {
-        return fasa_set_error("there is no backend %s", backend_name ? backend_name : "NULL");
+        return fasa_set_error("there is no backend %s", backend_name);
     }
     const int64_t n = bytes / sizeof(float);
     if (n < 1 || n > INT32_MAX) {
@@ -27,7 +32,7 @@ int fasa_copy_rate(const char * backend_name, int32_t n_threads, uint64_t bytes,
             "copy rate: expected 4 to %llu bytes, found %llu", 4ull * INT32_MAX, (unsigned long long) bytes);
     }
     if (ggml_backend_is_cpu(backend.get())) {
-        ggml_backend_cpu_set_n_threads(backend.get(), std::max(1, n_threads));
+        ggml_backend_cpu_set_n_threads(backend.get(), n_threads);
     }
     ggml_context_ptr ctx(ggml_init({ 8 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
     ggml_tensor * src   = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, n);
@@ -180,13 +185,13 @@ void fasa_cache::pinned_rows::add(const fasa_cache & cache, ggml_context * ctx) 
 }
 
 int fasa_host_rates(llama_context * ctx, uint32_t n_cells, uint32_t n_rows, uint64_t between, fasa_rates * rates) {
-    if (rates == nullptr || rates->size != sizeof(*rates)) {
-        return fasa_set_error("host rates: the header and the library differ");
+    if (fasa_check_given(ctx, "llama_context") != 0 || fasa_check_size(rates, "fasa_rates") != 0) {
+        return -1;
     }
     ggml_context_ptr views(ggml_init({ 2 * 1024 * ggml_tensor_overhead(), nullptr, true }));
     fasa_cache::pinned_rows rows;
     const auto &k = rows.k, &v = rows.v;
-    for (const auto * cache : ctx ? fasa_caches(llama_get_memory(ctx)) : std::vector<fasa_cache *>()) {
+    for (const auto * cache : fasa_caches(llama_get_memory(ctx))) {
         rows.add(*cache, views.get());
         if (!k.empty()) {
             break;
@@ -208,9 +213,13 @@ int fasa_host_rates(llama_context * ctx, uint32_t n_cells, uint32_t n_rows, uint
 }
 
 int fasa_device_memory(const char * backend, uint64_t * free, uint64_t * total) {
-    const auto dev = backend ? ggml_backend_dev_by_name(backend) : nullptr;
+    if (fasa_check_given(backend, "device memory: backend") != 0 ||
+        fasa_check_given(free, "device memory: free") != 0 || fasa_check_given(total, "device memory: total") != 0) {
+        return -1;
+    }
+    const auto dev = ggml_backend_dev_by_name(backend);
     if (dev == nullptr) {
-        return fasa_set_error("there is no device %s", backend ? backend : "NULL");
+        return fasa_set_error("there is no device %s", backend);
     }
     size_t f = 0, t = 0;
     ggml_backend_dev_memory(dev, &f, &t);

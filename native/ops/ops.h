@@ -160,7 +160,9 @@ enum fasa_op_flags {
     FASA_SCORES_GIVEN = 4, // the TIP node holds scores already
 };
 
-// the whole of ggml_tensor::op_params; fun, n_tasks and userdata are ggml's own (struct ggml_custom_op_params)
+// The whole of ggml_tensor::op_params; fun, n_tasks and userdata are ggml's own (struct ggml_custom_op_params).
+// op_params is an array of int32_t at 84 bytes into a tensor, so the struct must not want more than their alignment.
+#pragma pack(push, 4)
 struct fasa_op_params {
     ggml_custom_op_t fun;
     int32_t n_tasks;
@@ -180,6 +182,9 @@ struct fasa_op_params {
     uint32_t floor;
     uint32_t cap;
 };
+#pragma pack(pop)
+static_assert(alignof(fasa_op_params) <= alignof(int32_t) && offsetof(ggml_tensor, op_params) % alignof(int32_t) == 0,
+    "nodes are read where they lie");
 static_assert(sizeof(fasa_op_params) <= GGML_MAX_OP_PARAMS, "op_params is the only room a node has");
 static_assert(offsetof(fasa_op_params, userdata) == 16, "where ggml's own struct has it");
 

@@ -13,6 +13,7 @@ from fasa_gguf.calibrate.gguf import (
     default_corpus,
 )
 from fasa_gguf.gguf.file import GGUFFile
+from fasa_gguf.params import default_chunks
 from fasa_gguf.profile.profile import Profile
 from fasa_gguf.session import Session
 
@@ -72,7 +73,7 @@ def test_the_ranking_is_the_references(session, tiny):
     assert profile.ranking[1][1][:4].tolist() == order.tolist() and np.allclose(profile.recall[1][1], kept, atol=1e-5)
     energy = reference.rank_energy(s.q_sum[1], s.k_sum[1])
     assert profile.ranking[1][1][4:].tolist() == [x for x in energy if x not in order]
-    assert (profile.recall_k, profile.recall_budget, profile.weight_k) == (4, 40, 3)
+    assert (profile.recall_k, profile.recall_budget, profile.weight_k) == (4, 40, default_chunks(8))
 
 
 def test_memory_is_bounded_by_passes_and_they_change_nothing(library, tiny, monkeypatch):

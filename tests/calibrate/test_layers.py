@@ -337,3 +337,46 @@ def test_mean_budgets_that_nothing_reaches(library, tiny, text, profile, tmp_pat
         "longer --window",
     ):
         L.calibrate_layers(tiny, text, tmp_path / "p.json", L.LayerGrid((), (280,)), BASE, profile, **SIZE)
+
+
+class Planted:
+    """Runs whose tables are planted: the first without, the second with the factors."""
+
+    def __init__(self, *tables):
+        self.grid, self.window, self.tables, self.layered = L.LayerGrid((0.5,), (80, 120, 200)), 300, [*tables], 0
+
+    def mean_budgets(self, profile, name):
+        return self.tables.pop(0)
+
+    def layer_factors(self, profile):
+        self.layered += 1
+        return replace(profile, layer_miss=np.ones(3, np.float32)), {"b": 1, "d": 1, "layers": []}
+
+
+def row(n, kl, mass):
+    return {"tokens_attended": n, "kl": kl, "fasa": {"mass": mass}}
+
+
+def test_a_table_that_could_not_be_saved_is_told_before_the_layers(profile, tmp_path):
+    whole = {80: row(80, 0.3, 0.5), 120: row(120, 0.2, 0.7), 200: row(200, 0.1, 0.9)}
+    short = {n: r for n, r in whole.items() if n < 200}
+    runs = Planted(short)
+    with pytest.raises(
+        FasaError,
+        match="--budgets 80,120,200: masses were found for 80,120, and the profile's default mean_budget is 150",
+    ):
+        L._measure(runs, profile, 150)
+    assert runs.layered == 0
+    better = {n: row(n, 0.01, 0.6 + n / 1000) for n in (80, 120)}
+    best, found, result = L._measure(Planted(whole, better), profile, 150)  # better, but without the default
+    assert (best, found, result["kept"]) == (profile, whole, False)
+    replace(best, mean_budget=L.mean_budget_table(found), defaults={"mean_budget": 150}).save(tmp_path / "p.json")
+    best, found, result = L._measure(Planted(whole, better), profile, 0)
+    assert (found, result["kept"]) == (better, True)
+
+
+def test_an_output_that_cannot_be_written_is_told_first(library, tiny, text, profile, tmp_path, monkeypatch):
+    monkeypatch.setattr(L, "evaluate", lambda *a, **k: pytest.fail("it measured first"))
+    with pytest.raises(FasaError, match=r"p\.json: cannot be written: .*; give another path with -o"):
+        monkeypatch.setattr(L.Path, "touch", lambda self: (_ for _ in ()).throw(OSError(30, "Read-only file system")))
+        L.calibrate_layers(tiny, text, tmp_path / "p.json", GRID, BASE, profile, **SIZE)

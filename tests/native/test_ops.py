@@ -271,6 +271,39 @@ def test_bad_lists_are_refused(library):
         library.ops.op_run(**case, budget=3)
 
 
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("nats", [60, 120, 300])
+def test_scores_that_underflow(library, nats, per_head):
+    """Logits over `nats` nats: scores beyond f32, and beyond the reach of a span or a head (reference.group_score)."""
+    rng = np.random.default_rng(nats)
+    n_kv, n_dom = 1100, 8
+    k = np.zeros((1, n_kv, 1, 16), np.float32)
+    k[0, :, 0, 0] = -rng.permutation(np.linspace(0, 60, n_kv))
+    k[0, :, 0, 1] = -rng.permutation(np.linspace(0, 60, n_kv))
+    k = k.astype(np.float16).astype(np.float32)
+    q = np.zeros((1, 1, 2, 16), np.float32)
+    q[0, 0, 0, 0] = q[0, 0, 1, 1] = nats / 60
+    base = {"q": q, "k": k, "v": k, "mask": np.zeros((1, 1, n_kv)), "dims": np.arange(n_dom)[None]}
+    base |= {"weight": np.ones((1, n_dom)), "forced": np.full((1, 1, 1), -1), "scale": 1.0, "k_dom": "f16"}
+    every, none = np.ones(n_kv, bool), np.zeros(n_kv, bool)
+    est = q[0, 0] @ k[0, :, 0].T  # [2, n_kv]
+    for budget in (100, 400, 700, 1000):
+        got = library.ops.op_run(**base, budget=budget, per_head=per_head)
+        for i, part in enumerate([est[:1], est[1:]] if per_head else [est]):
+            cells = R.select(R.group_score(part, every), every, none, len(part), budget)
+            assert got["list"][0, 0, i].tolist() == cells.tolist()
+
+
+def test_native_ranking_is_the_reference_where_scores_underflow(library):
+    rng = np.random.default_rng(6)
+    q = np.abs(rng.standard_normal((2, 3, 16)).astype(np.float32)) * 12
+    k = -np.abs(rng.standard_normal((300, 16)).astype(np.float32)) * 12
+    dims, pos = R.chunk_dims(16, 16, "norm"), np.arange(297, 300)
+    order, kept = R.rank_recall(q, k, pos, dims, 0.25, 0.0, 4, 150, 2, 3)
+    mine, mine_kept = library.ops.rank_recall(q, k, pos, dims, 4, 150, 2, 3, 0.25)
+    assert mine.tolist() == order.tolist() and np.allclose(mine_kept, kept, atol=1e-5)
+
+
 def test_native_ranking_is_the_reference(library):
     rng = np.random.default_rng(5)
     for soft_cap in (0.0, 5.0):

@@ -159,3 +159,17 @@ def test_the_command(library, tiny, text, profile, tmp_path, capsys):
         with pytest.raises(SystemExit):
             cli.main([*base, f"--max-loss={value}"])
         assert f"--max-loss: expected a percentage such as 1%, found '{value}'" in capsys.readouterr().err
+
+
+def test_three_eighths_are_those_of_the_setting():
+    from fasa_gguf.params import default_chunks
+    from fasa_gguf.quality.sweep import _eighths
+
+    assert [_eighths(n) for n in (8, 32, 40, 48, 64)] == [
+        [1, 2, 3, 4],
+        [4, 8, 12, 16],
+        [5, 10, 12, 20],
+        [6, 12, 16, 24],
+        [8, 16, 24, 32],
+    ]
+    assert [default_chunks(n) for n in (32, 40, 48, 64)] == [12, 12, 16, 24]

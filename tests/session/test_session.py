@@ -58,3 +58,32 @@ def test_a_state_goes_to_another_sequence(library, tiny):
         assert np.allclose(s.decode([4], 3), s.decode([4], 3, seq=1), atol=1e-4)
         with pytest.raises(FasaError, match=r"llama\.cpp does not take this state"):
             s.set_state(b"nothing", 1)
+
+
+def test_a_batch_is_no_larger_than_the_context(library, tiny):
+    tokens = [1 + i % 200 for i in range(256)]
+    with (
+        Session(tiny, n_ctx=256, n_batch=512, n_threads=1) as s,
+        Session(tiny, n_ctx=256, n_batch=64, n_threads=1) as small,
+    ):
+        assert (s.n_ctx, s.n_batch, s.settings.n_batch) == (256, 256, 512)
+        assert np.allclose(s.decode(tokens, 0), small.decode(tokens, 0), atol=1e-4)
+        for n in (0, 257):
+            with pytest.raises(FasaError, match=rf"expected a batch of 1 to 256 tokens .*, found {n}"):
+                s.decode_batch([(1, i, 0, False) for i in range(n)])
+        with pytest.raises(FasaError, match="the context of 256 tokens is full"):
+            s.decode(tokens, 256)
+        with pytest.raises(FasaError, match="item 7 of the last batch has no logits"):
+            s.logits(7)
+
+
+def test_paths_that_no_file_can_have(library, tmp_path):
+    from fasa_gguf import Profile
+    from fasa_gguf.gguf.file import GGUFFile
+    from fasa_gguf.profile.embed import check_embeddable
+    from fasa_gguf.quality.journal import Journal
+
+    for path in ("a\0b", "a\ud800", tmp_path / "a\0b"):
+        for use in (Session, GGUFFile, Profile.load, check_embeddable, lambda p: Journal(p, {})):
+            with pytest.raises(FasaError, match="expected the path of a file, found characters that no path can have"):
+                use(path)

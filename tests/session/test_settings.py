@@ -25,6 +25,17 @@ def test_settings_are_checked_wherever_they_are_made():
         ContextSettings().replace(type_v="x")
     with pytest.raises(FasaError, match=r"mode: expected one of auto, device, host \(or c, m\), found 'gpu'"):
         ContextSettings().replace(mode="gpu")
+    for name, value in (
+        ("n_ctx", -1),
+        ("n_ctx", 2**32),
+        ("n_batch", 0),
+        ("n_ubatch", 0),
+        ("n_seq_max", 257),
+        ("n_threads", 10**6),
+        ("n_ctx", 1.5),
+    ):
+        with pytest.raises(FasaError, match=f"{name}: expected a whole number from .*, found {value}"):
+            ContextSettings(**{name: value})
     with pytest.raises(TypeError, match="n_ctxx"):
         ContextSettings().replace(n_ctxx=1)
     with pytest.raises(dataclasses.FrozenInstanceError):

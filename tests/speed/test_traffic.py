@@ -189,3 +189,20 @@ def test_an_arm_in_pinned_memory(library, tiny, profile, monkeypatch):
         and m.memory.vram_peak > m.memory.vram_before > results[0].memory.vram_before
     )
     assert results[0].memory.pinned is None and made[1:] == ["device", "host", "device"]
+
+
+def test_a_probe_without_memory_does_not_end_the_run(tiny, profile, monkeypatch):
+    """The results are there when the rates are measured; a device may be full by then."""
+
+    def full(*_):
+        raise FasaError("no memory left")
+
+    context = type("Context", (), {"host_rates": full})()
+    m = Figures(fetched=1000.0, pinned=1 << 20)
+    assert m.take_rates(context, 100, 1000, 1, 0) == "PCIe rates not measured: no memory left"
+    assert (m.copy_rate, m.gather_rate, m.fetch_rate, m.floor_s()) == (None, None, None, None)
+    assert Figures().take_rates(context, 100, 1000, 1, 0) == ""  # nothing was fetched, nothing is asked
+    monkeypatch.setattr(runtime.devices, "copy_rate", full)
+    results = run(tiny, QUICK, profile)
+    assert [r.avg_ts > 0 and r.copy_rate is None for r in results] == [True] * len(results)
+    assert any("copy rate not measured: no memory left" in r.note for r in results)
