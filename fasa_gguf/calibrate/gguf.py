@@ -44,6 +44,8 @@ class Calibration(Calibrator):
         if not any(shape[1] for shape in self.shapes):
             raise self._refuse("has no attention layer with a KV cache")
         self.windows = sliding_windows(self.model, info["n_layer"])
+        if any(self.windows):
+            self.rope["base_window"] = float(info["rope_base_window"])
         self._read(corpus, min(session.n_ctx, session.n_ctx_train), session.tokenize)
 
     def _origin(self) -> dict[str, str]:

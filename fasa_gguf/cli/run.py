@@ -9,6 +9,7 @@ import sys
 import time
 from typing import Any
 
+from ..counters import read_share
 from ..errors import FasaError
 from ..profile.profile import Profile
 from ..reasons import not_used
@@ -125,10 +126,9 @@ def summary(stats: dict[str, Any], n_prompt: int, prompt_s: float, n: int, decod
         reused = stats["rows_reused"] / max(stats["rows_reused"] + stats["rows_fetched"], 1)
         line += f"; host mode, {fetched:.1f} MB a step over PCIe, {100 * reused:.0f}% of the rows reused"
     attended, visible = stats["tokens_attended"] / stats["lists"], stats["tokens_visible"] / stats["lists"]
-    share = (stats["bytes_fac"] + stats["bytes_tip"]) / stats["bytes_dense"]
     return (
         f"{line}; FASA in {stats['steps_sparse']} steps, {stats['steps_dense']} dense; "
-        f"{attended:.0f} of {visible:.0f} tokens attended, {100 * share:.1f}% of the KV bytes read"
+        f"{attended:.0f} of {visible:.0f} tokens attended, {100 * read_share(stats):.1f}% of the KV bytes read"
     )
 
 
