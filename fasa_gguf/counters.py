@@ -84,7 +84,7 @@ def bytes_read(c: Mapping[str, int]) -> int:
 
 def bytes_of_dense(c: Mapping[str, int]) -> int:
     """Bytes of K and V that all layers had read in these steps, were they dense: cells that the mask shows."""
-    return c["bytes_dense"] + c.get("bytes_layers_dense", 0)
+    return c.get("bytes_dense", 0) + c.get("bytes_layers_dense", 0)
 
 
 def read_share(c: Mapping[str, int]) -> float:

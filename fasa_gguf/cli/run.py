@@ -7,6 +7,7 @@ import codecs
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from ..counters import read_share
@@ -101,6 +102,8 @@ def cmd_run(a: argparse.Namespace) -> None:
     n, prompt_s, decode_s = _stream(llm, tokens, min(a.n_predict, room) if a.n_predict > 0 else room, a.temp)
     stats = llm.fasa_stats()
     print(summary(stats, len(tokens), prompt_s, n, decode_s), file=sys.stderr)
+    if a.verbose:
+        print("\n".join(layer_lines(stats["layer_reasons"], a.model)), file=sys.stderr)
     if must and not stats["steps_sparse"]:
         raise FasaError(not_used(stats["step_reason_code"], _why_dense(stats, n)))
 
@@ -113,6 +116,16 @@ def _why_dense(stats: dict[str, Any], n: int) -> str:
         if n < 2
         else "no layer could; see layer_reasons"
     )
+
+
+def layer_lines(reasons: Sequence[str | None], model: str) -> list[str]:
+    """What each layer did, layers alike in one line; then which of them have a sliding window."""
+    from ..gguf.file import GGUFFile
+    from ..gguf.shape import describe_windows, number_ranges, sliding_windows
+
+    alike = {why: [il for il, x in enumerate(reasons) if x == why] for why in reasons}
+    lines = [f"layers {number_ranges(x)}: {f'dense, {why}' if why else 'sparse'}" for why, x in alike.items()]
+    return lines + describe_windows(sliding_windows(GGUFFile(model), len(reasons)))
 
 
 def summary(stats: dict[str, Any], n_prompt: int, prompt_s: float, n: int, decode_s: float) -> str:
@@ -151,4 +164,5 @@ def add_commands(command: AddCommand) -> None:
     p.add_argument("-b", "--batch-size", type=whole(1), default=512, help="tokens per prefill batch")
     p.add_argument("-ub", "--ubatch-size", type=whole(1), default=512, help="tokens computed at once in prefill")
     p.add_argument("--temp", type=float, default=0.0, help="temperature; 0: greedy")
+    p.add_argument("-v", "--verbose", action="store_true", help="what each layer did, and which have a sliding window")
     p.add_argument("--no-fasa", action="store_true", help="dense")

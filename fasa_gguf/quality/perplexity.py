@@ -113,7 +113,9 @@ class Score:
             "same_top_se": se(hit),
             "tokens_attended": c["tokens_attended"] / c["lists"] if sparse else None,
             "kv_read_share": read_share(c) if sparse else 1.0,
-            "kv_bytes_per_token": bytes_read(c) / (c["steps_sparse"] + c["steps_dense"]) if sparse else None,
+            "kv_bytes_per_token": bytes_read(c) / max(c.get("steps_sparse", 0) + c.get("steps_dense", 0), 1)
+            if sparse
+            else None,
             "k_dom_share": c["bytes_k_dom"] / c["bytes_kv"] if sparse else 0.0,
             "steps_sparse": c.get("steps_sparse", 0),
             "steps_dense": c.get("steps_dense", 0),
@@ -148,7 +150,7 @@ def one_by_one(counters: dict[str, int], n_tokens: int) -> dict[str, int]:
     n = counters["steps_sparse"] + counters["steps_dense"]
     once = ("steps_sparse", "steps_dense", "layers_sparse", "layers_dense", "bytes_tip")
     once += ("bytes_dense", "bytes_layers_dense")
-    return {**counters, **{key: counters[key] * n_tokens // n for key in once}}
+    return {**counters, **{key: counters[key] * n_tokens // n for key in once if key in counters}}
 
 
 # ---- decoding ----

@@ -311,5 +311,5 @@ def _set_bytes(r: Result, samples: list[Sample]) -> None:
         r.note = f"dense (n < {least})" if least else f"dense ({reason.text})"
         if c["steps_sparse"]:
             r.note = f"{steps - c['steps_sparse']} of {steps} steps {r.note}"
-    elif c["layers_dense"]:
+    else:
         r.note = dense_layers(samples[-1].layer_reasons)
