@@ -5,6 +5,7 @@ After a change run `make tables`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 COUNTED_BY = {
@@ -41,7 +42,18 @@ COUNTERS = (
     ),
     Counter("bytes_tip", "op", "bytes", "dominant keys read"),
     Counter("bytes_fac", "op", "bytes", "K and V rows read by sparse layers"),
-    Counter("bytes_dense", "op", "bytes", "K and V rows that dense attention would have read in their place"),
+    Counter(
+        "bytes_dense",
+        "step",
+        "bytes",
+        "K and V rows that dense attention would have read in their place: of cells that a token sees",
+    ),
+    Counter(
+        "bytes_layers_dense",
+        "step",
+        "bytes",
+        "K and V rows that dense layers read in decode steps: of cells that a token sees",
+    ),
     Counter("cells_refreshed", "step", "cells", "cells whose dominant keys were derived from the stored K"),
     Counter("rebuilds", "step", "ubatches", "steps that derived more cells than they had written"),
     Counter("bytes_k_dom", "memory", "bytes", "the dominant keys"),
@@ -63,3 +75,18 @@ COUNTERS = (
         "K and V that dense layers copied from pinned host memory to their device while FASA was on",
     ),
 )
+
+
+def bytes_read(c: Mapping[str, int]) -> int:
+    """Bytes of K, V and dominant keys that all layers read in the decode steps that were counted."""
+    return c["bytes_fac"] + c["bytes_tip"] + c.get("bytes_layers_dense", 0)
+
+
+def bytes_of_dense(c: Mapping[str, int]) -> int:
+    """Bytes of K and V that all layers had read in these steps, were they dense: cells that the mask shows."""
+    return c.get("bytes_dense", 0) + c.get("bytes_layers_dense", 0)
+
+
+def read_share(c: Mapping[str, int]) -> float:
+    """bytes_read as a share of bytes_of_dense; 1 when nothing was counted."""
+    return bytes_read(c) / bytes_of_dense(c) if bytes_of_dense(c) else 1.0

@@ -156,6 +156,18 @@ class FasaParams:
         """A copy with some settings changed."""
         return dataclasses.replace(self, **changes)
 
+    @property
+    def longest(self) -> int:
+        """The most tokens that a list holds (fasa_list_length), whatever the context."""
+        most = (
+            self.cap
+            if self.mass > 0
+            else 2 * self.mean_budget
+            if self.mean_budget
+            else max(self.budget, self.sink + self.recent + 1)
+        )
+        return max(most, self.sink + self.recent, 1)
+
     def least_above(self, n_cells: int, reason: Reason) -> int:
         """The setting that keeps a step of n_cells cells dense: min_context or, when that is the step's reason,
         min_context_gpu; 0 when neither does."""

@@ -43,6 +43,7 @@ class Reason(IntEnum):
         "no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its attention by another "
         "path"
     )
+    SMALL_WINDOW = "its sliding window is not longer than what it would attend"
     NOT_RANKED = "the profile has no ranking for it", "use a profile that ranks this layer"
     LENDER_DENSE = "the layer whose list it borrows is dense"
 

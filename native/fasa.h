@@ -122,8 +122,10 @@ typedef struct fasa_counters {
     uint64_t bytes_tip;
     // bytes: K and V rows read by sparse layers
     uint64_t bytes_fac;
-    // bytes: K and V rows that dense attention would have read in their place
+    // bytes: K and V rows that dense attention would have read in their place: of cells that a token sees
     uint64_t bytes_dense;
+    // bytes: K and V rows that dense layers read in decode steps: of cells that a token sees
+    uint64_t bytes_layers_dense;
     // cells: cells whose dominant keys were derived from the stored K
     uint64_t cells_refreshed;
     // ubatches: steps that derived more cells than they had written
@@ -173,50 +175,52 @@ enum fasa_reason {
     // no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its attention by another
     // path
     FASA_REASON_NOT_BUILT          = 10,
+    // its sliding window is not longer than what it would attend
+    FASA_REASON_SMALL_WINDOW       = 11,
     // the profile has no ranking for it
-    FASA_REASON_NOT_RANKED         = 11,
+    FASA_REASON_NOT_RANKED         = 12,
     // the layer whose list it borrows is dense
-    FASA_REASON_LENDER_DENSE       = 12,
+    FASA_REASON_LENDER_DENSE       = 13,
     // its cache is shared with another context
-    FASA_REASON_SHARED_CACHE       = 13,
+    FASA_REASON_SHARED_CACHE       = 14,
     // multi-head latent attention has no keys per head
-    FASA_REASON_LATENT             = 14,
+    FASA_REASON_LATENT             = 15,
     // its head dimension is odd
-    FASA_REASON_ODD_HEAD           = 15,
+    FASA_REASON_ODD_HEAD           = 16,
     // its cache type cannot be read back
-    FASA_REASON_CACHE_TYPE         = 16,
+    FASA_REASON_CACHE_TYPE         = 17,
     // its cache is on a device that FASA has no kernels for
-    FASA_REASON_NO_KERNELS         = 17,
+    FASA_REASON_NO_KERNELS         = 18,
     // the CPU backend has no FASA ops
-    FASA_REASON_NO_CPU_OPS         = 18,
+    FASA_REASON_NO_CPU_OPS         = 19,
     // flash attention is off
-    FASA_REASON_NO_FLASH_ATTENTION = 19,
+    FASA_REASON_NO_FLASH_ATTENTION = 20,
     // training
-    FASA_REASON_TRAINING           = 20,
+    FASA_REASON_TRAINING           = 21,
     // its attention is not causal
-    FASA_REASON_NOT_CAUSAL         = 21,
+    FASA_REASON_NOT_CAUSAL         = 22,
     // its attention has a bias
-    FASA_REASON_BIAS               = 22,
+    FASA_REASON_BIAS               = 23,
     // ALiBi moves the scores
-    FASA_REASON_ALIBI              = 23,
+    FASA_REASON_ALIBI              = 24,
     // its queries are not f32
-    FASA_REASON_QUERY_TYPE         = 24,
+    FASA_REASON_QUERY_TYPE         = 25,
     // its query heads are no multiple of its KV heads
-    FASA_REASON_QUERY_HEADS        = 25,
+    FASA_REASON_QUERY_HEADS        = 26,
     // its mask is not f16
-    FASA_REASON_MASK_TYPE          = 26,
+    FASA_REASON_MASK_TYPE          = 27,
     // its mask is computed
-    FASA_REASON_MASK_COMPUTED      = 27,
+    FASA_REASON_MASK_COMPUTED      = 28,
     // its device is not one of CUDA's
-    FASA_REASON_CUDA_DEVICE        = 28,
+    FASA_REASON_CUDA_DEVICE        = 29,
     // its GPU has no FASA kernels: they need an NVIDIA GPU of compute capability 7.5 or later
-    FASA_REASON_CUDA_CAPABILITY    = 29,
+    FASA_REASON_CUDA_CAPABILITY    = 30,
     // the CUDA kernels read caches in f32, f16, bf16, q8_0 and q4_0, and this one has another type
-    FASA_REASON_CUDA_CACHE_TYPE    = 30,
+    FASA_REASON_CUDA_CACHE_TYPE    = 31,
     // the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256
-    FASA_REASON_CUDA_HEAD_DIM      = 31,
+    FASA_REASON_CUDA_HEAD_DIM      = 32,
     // more than 128 query heads share a KV head
-    FASA_REASON_CUDA_GROUP         = 32,
+    FASA_REASON_CUDA_GROUP         = 33,
 };
 // end reasons
 
@@ -293,6 +297,7 @@ typedef struct fasa_model_info {
     float rope_base;
     float rope_scale;
     int32_t is_mla;
+    float rope_base_window; // of layers with a sliding window; without any, rope_base
 } fasa_model_info;
 FASA_API int fasa_get_model_info(const struct llama_context * ctx, fasa_model_info * info);
 // shape of one attention layer: out[0..3] = n_head, n_head_kv, n_embd_head_k, n_rot; n_head_kv = 0: no attention there

@@ -19,12 +19,14 @@ import numpy as np
 
 from .. import __version__, reference
 from ..errors import FasaError
+from ..params import FasaParams
 from ..profile.keys import MAX_CHUNKS, METHODS
 from ..profile.profile import Profile
 from .corpus import Corpus
 from .ranking import CalibrationParams, LayerSample, rank_layer
 
 TOOL = f"fasa_gguf {__version__}"
+ATTENDED = max(FasaParams().budget, FasaParams().cap)  # tokens that decoding attends at most, by default
 Progress = Callable[[str, int, int], None]  # what, done, total
 Ranked = dict[int, "dict[str, Any] | None"]  # by layer what rank_layer returns; None: attention of another kind
 
@@ -96,6 +98,25 @@ class Calibrator:
 
     # ---- ranking ----
 
+    def _to_rank(self) -> list[int]:
+        """The layers that are ranked: a window that a list would hold whole makes sparse attention pointless.
+
+        Raises FasaError when only such layers are there.
+        """
+        layers = [
+            il for il, (n_head, n_kv, width, _) in enumerate(self.shapes) if n_kv and not (width % 2 or n_head % n_kv)
+        ]
+        if self.params.window_layers:
+            return layers
+        reach = [il for il in layers if not 0 < self.windows[il] <= ATTENDED]
+        if layers and not reach:
+            raise FasaError(
+                f"{self.where}: every attention layer has a sliding window of at most "
+                f"{max(self.windows[il] for il in layers)} tokens, and decoding attends up to {ATTENDED}; rank them "
+                "with --window-layers, and decode with a smaller budget or cap than the window"
+            )
+        return reach
+
     def _dims(self, il: int) -> np.ndarray:
         _, _, width, n_rot = self.shapes[il]
         return reference.chunk_dims(width, n_rot, self.layout)
@@ -155,9 +176,7 @@ class Calibrator:
 
     def _rank_layers(self, done: Ranked, partial: Path | None, progress: Progress) -> Ranked:
         """`done` with the layers that it lacks, read in as few passes as the memory allows."""
-        layers = [
-            il for il, (n_head, n_kv, width, _) in enumerate(self.shapes) if n_kv and not (width % 2 or n_head % n_kv)
-        ]
+        layers = self._to_rank()
         passes = self._passes([il for il in layers if il not in done])
         n_total, n_read = len(passes) * self.context * self.params.windows, 0
 
@@ -198,6 +217,7 @@ class Calibrator:
             ranking=layers("ranking", np.uint16),
             ranking_method=self.params.method,
             rope={"layout": self.layout, "dims": max(shape[3] for shape in self.shapes), **self.rope},
+            window=list(self.windows) if any(self.windows) else None,
             defaults={"chunks": min(self.params.chunks, most)} if self.params.chunks else {},
             calibration={
                 "tool": TOOL,

@@ -45,6 +45,8 @@ class Calibration(Calibrator):
             raise self._refuse("has no attention layer with a KV cache")
         self.windows = sliding_windows(self.model, info["n_layer"])
         self.weights_sha256 = weights_sha256(self.model)  # now: the file may be another one when calibration ends
+        if any(self.windows):
+            self.rope["base_window"] = float(info["rope_base_window"])
         self._read(corpus, min(session.n_ctx, session.n_ctx_train), session.tokenize)
 
     def _origin(self) -> dict[str, str]:

@@ -56,6 +56,9 @@ class HFCalibration(Calibrator):
         self.rope = {"base": float(rope.get("rope_theta", 10000.0)), "scale": 1.0 / float(factor)}
         if gguf:
             self._fit(read_header(gguf))
+        local = next((il for il, n in enumerate(self.windows) if n and self.shapes[il][1]), None)
+        if local is not None:
+            self.rope["base_window"] = float(self._rope_of(local).get("rope_theta", 10000.0))
 
         def missing(text: str) -> Sequence[int]:
             raise FasaError(f"{self.where}: a text needs a tokenizer; give token ids")

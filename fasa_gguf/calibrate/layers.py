@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 
 from ..errors import FasaError
+from ..gguf.file import read_header
+from ..gguf.shape import sliding_windows
 from ..params import FasaParams
 from ..profile.profile import Profile
 from ..quality.arms import Arm
@@ -108,21 +110,28 @@ def sparse_alone(profile: Profile, layers: Sequence[int]) -> Profile:
     )
 
 
-def make_groups(profile: Profile, group: int) -> list[list[int]]:
-    """The ranked layers in groups of `group` neighbours."""
-    ranked = [il for il, n in enumerate(profile.n_chunk) if n]
+def make_groups(profile: Profile, group: int, most: int = 0) -> list[list[int]]:
+    """The ranked layers in groups of `group` neighbours; without those whose window is at most `most` tokens, which are
+    dense."""
+    windows = profile.window or [0] * len(profile.n_chunk)
+    ranked = [il for il, n in enumerate(profile.n_chunk) if n and not 0 < windows[il] <= most]
     return [ranked[i : i + group] for i in range(0, len(ranked), group)]
 
 
 def layer_arms(
     profile: Profile, groups: Sequence[Sequence[int]], masses: Sequence[float], base: FasaParams, window: int
 ) -> list[Arm]:
-    """For every group of layers alone: everything attended, then each mass."""
+    """For every group of layers alone: everything attended, then each mass.
+
+    Of a layer with a sliding window all but one token is attended, since it is dense where its list holds the window.
+    """
     out = []
     for layers in groups:
         alone = sparse_alone(profile, layers)
+        reach = [profile.window[il] - 1 for il in layers if profile.window and profile.window[il]]
+        whole = base.replace(budget=min([window, *reach]), mass=0.0, mean_budget=0)
         name = f"layer {layers[0]}" + (f"-{layers[-1]}" if len(layers) > 1 else "")
-        out.append(Arm(f"{name} all", base.replace(budget=window, mass=0.0, mean_budget=0), alone))
+        out.append(Arm(f"{name} all", whole, alone))
         out += [Arm(f"{name} mass={m:g}", base.replace(mass=m, mean_budget=0), alone) for m in masses]
     return out
 
@@ -250,7 +259,12 @@ class _Runs:
 
     def layer_factors(self, profile: Profile) -> tuple[Profile, dict[str, Any]]:
         """(profile with layer_miss, figures): every group of layers alone, at every mass."""
-        groups, n = make_groups(profile, self.grid.group), 1 + len(self.grid.masses)
+        groups, n = make_groups(profile, self.grid.group, self.base.cap), 1 + len(self.grid.masses)
+        if not groups:
+            raise FasaError(
+                f"every ranked layer has a sliding window of at most {self.base.cap} tokens, its cap, and stays dense; "
+                "give a smaller --fasa-cap, or a profile that ranks layers without a window"
+            )
         arms = layer_arms(profile, groups, self.grid.masses, self.base, self.window)
         results = self.run(arms, "layer by layer")
         each = [results[i * n : (i + 1) * n] for i in range(len(groups))]
@@ -306,6 +320,9 @@ def calibrate_layers(
         raise FasaError(f"{out}: the folder does not exist; make it, or give another -o")
     check_writable(out)
     kept = Path(resume) if resume else Path(f"{out}.partial.jsonl")
+    if profile.window is None:
+        windows_of = sliding_windows(read_header(model), len(profile.n_chunk))
+        profile = replace(profile, window=windows_of if any(windows_of) else None)
     plain = replace(profile, layer_miss=None, mean_budget={})
     sizes, settings = WindowSettings(windows, window, score), ContextSettings(**{"mode": "auto", **machine})
 

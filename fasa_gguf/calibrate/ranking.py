@@ -29,6 +29,7 @@ class CalibrationParams:
     recent: int = 32
     rank_share: float = 0.5  # share of the chunks that are chosen greedily; the rest follows by energy
     chunks: int = 0  # dominant chunks that decoding will use, chosen as a set and weighted; 0: those of the setting 0
+    window_layers: bool = False  # rank layers whose sliding window is not longer than what decoding attends, too
     memory: int = 512 << 20  # bytes that one pass over a GGUF may keep
 
     def counts(self, n_chunk: int) -> tuple[int, int]:

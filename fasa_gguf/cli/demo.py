@@ -12,6 +12,7 @@ from typing import Any
 
 from ..calibrate.corpus import default_corpus
 from ..calibrate.gguf import calibrate
+from ..counters import bytes_of_dense, bytes_read
 from ..errors import FasaError
 from ..llama import Llama
 from ..profile.embed import rewrite
@@ -69,8 +70,8 @@ def print_results(answers: dict[str, str], speed: dict[str, float], s: dict[str,
     """The answers and a small table; s: FASA's counters of the timing."""
     attended = {"dense": f"{s['tokens_visible'] / s['lists']:.0f}", "FASA": f"{s['tokens_attended'] / s['lists']:.0f}"}
     megabytes = {
-        "dense": s["bytes_dense"] / s["steps_sparse"] / 1e6,
-        "FASA": (s["bytes_fac"] + s["bytes_tip"]) / s["steps_sparse"] / 1e6,
+        "dense": bytes_of_dense(s) / s["steps_sparse"] / 1e6,
+        "FASA": bytes_read(s) / s["steps_sparse"] / 1e6,
     }
     print(f"\n{QUESTION}   (hidden in a text of {depth} tokens)\n")
     for arm, text in answers.items():

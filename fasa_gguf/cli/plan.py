@@ -47,6 +47,7 @@ def cmd_plan(a: argparse.Namespace) -> None:
         n_gpu_layers=a.n_gpu_layers,
         type_k=a.cache_type_k,
         type_v=a.cache_type_v,
+        swa_full=a.swa_full,
     )
     if a.check:
         mode = parse_mode(a.fasa_mode or "auto")
@@ -65,11 +66,15 @@ def cmd_plan(a: argparse.Namespace) -> None:
 
 def _say_what_to_know(model: Model, settings: ContextSettings, params: FasaParams, available: Available) -> None:
     """Notes on stderr: what the figures do not say by themselves."""
+    from ..gguf.shape import describe_windows
     from ..memory.plan import ContextShape
 
     shape = ContextShape(model, settings)
     if shape.n_ctx > model.n_ctx_train > 0:
         print(f"the model was trained on {model.n_ctx_train:,} tokens", file=sys.stderr)
+    for line in describe_windows([x.window for x in model.layers]):
+        kept = shape.cells(max(x.window for x in model.layers))
+        print(f"{line}; their cache holds {kept:,} cells of a sequence (--swa-full, --no-swa-full)", file=sys.stderr)
     if settings.n_gpu_layers and params.min_context and shape.cells() < params.min_context_gpu:
         print(
             f"FASA-C: below min_context_gpu, {params.min_context_gpu:,} cells, layers on a GPU stay dense and have no "
@@ -99,6 +104,13 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "-np", "--n-parallel", type=whole(1), default=1, help="sequences, each with its part of the context [1]"
     )
     p.add_argument("-ub", "--ubatch-size", type=whole(1), default=512, help="tokens computed at once in prefill [512]")
+    p.add_argument(
+        "--swa-full",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="layers with a sliding window keep all cells, as llama-cpp-python has it [yes]; --no-swa-full: only those "
+        "of the window, as llama.cpp's own programs have it",
+    )
     p.add_argument("--vram", metavar="12G", help="memory of the GPU; default: what is free on the GPUs here")
     p.add_argument("--ram", metavar="64G", help="host memory for K and V; default: what is available here")
     add_shape_flags(p, tuple(SHAPES))

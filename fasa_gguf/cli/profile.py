@@ -20,7 +20,7 @@ def _calibrate(a: argparse.Namespace, out: str | None) -> Profile:
     from ..calibrate.gguf import calibrate
     from ..calibrate.ranking import CalibrationParams
 
-    params = CalibrationParams(method=a.method, context=a.ctx_size, chunks=a.chunks)
+    params = CalibrationParams(method=a.method, context=a.ctx_size, chunks=a.chunks, window_layers=a.window_layers)
     corpus = (printable(Path(a.file).name), read_text(a.file)) if a.file else None
     hf = getattr(a, "hf", None) or (a.model if os.path.isdir(a.model) else None)
     start = time.perf_counter()
@@ -96,6 +96,11 @@ def _add_calibration_flags(p: argparse.ArgumentParser) -> None:
         default=0,
         help="dominant chunks that decoding will use; becomes the profile's default. More chunks read more and miss "
         "less [3/8 of the head's]",
+    )
+    p.add_argument(
+        "--window-layers",
+        action="store_true",
+        help="rank layers with a short sliding window too; they run sparse where the budget or cap is smaller than it",
     )
     p.add_argument("--method", default="recall", choices=("recall", "energy", "ca"), help="how chunks are ranked")
     p.add_argument(

@@ -7,8 +7,10 @@ import codecs
 import os
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any
 
+from ..counters import read_share
 from ..errors import FasaError
 from ..profile.profile import Profile
 from ..reasons import not_used
@@ -100,6 +102,8 @@ def cmd_run(a: argparse.Namespace) -> None:
     n, prompt_s, decode_s = _stream(llm, tokens, min(a.n_predict, room) if a.n_predict > 0 else room, a.temp)
     stats = llm.fasa_stats()
     print(summary(stats, len(tokens), prompt_s, n, decode_s), file=sys.stderr)
+    if a.verbose:
+        print("\n".join(layer_lines(stats["layer_reasons"], a.model)), file=sys.stderr)
     if must and not stats["steps_sparse"]:
         raise FasaError(not_used(stats["step_reason_code"], _why_dense(stats, n)))
 
@@ -114,6 +118,16 @@ def _why_dense(stats: dict[str, Any], n: int) -> str:
     )
 
 
+def layer_lines(reasons: Sequence[str | None], model: str) -> list[str]:
+    """What each layer did, layers alike in one line; then which of them have a sliding window."""
+    from ..gguf.file import GGUFFile
+    from ..gguf.shape import describe_windows, number_ranges, sliding_windows
+
+    alike = {why: [il for il, x in enumerate(reasons) if x == why] for why in reasons}
+    lines = [f"layers {number_ranges(x)}: {f'dense, {why}' if why else 'sparse'}" for why, x in alike.items()]
+    return lines + describe_windows(sliding_windows(GGUFFile(model), len(reasons)))
+
+
 def summary(stats: dict[str, Any], n_prompt: int, prompt_s: float, n: int, decode_s: float) -> str:
     """One line about a run: n tokens in decode_s seconds after the first of them."""
     line = f"prompt {n_prompt} tokens in {prompt_s:.1f} s ({n_prompt / max(prompt_s, 1e-9):.1f} t/s)"
@@ -125,10 +139,9 @@ def summary(stats: dict[str, Any], n_prompt: int, prompt_s: float, n: int, decod
         reused = stats["rows_reused"] / max(stats["rows_reused"] + stats["rows_fetched"], 1)
         line += f"; host mode, {fetched:.1f} MB a step over PCIe, {100 * reused:.0f}% of the rows reused"
     attended, visible = stats["tokens_attended"] / stats["lists"], stats["tokens_visible"] / stats["lists"]
-    share = (stats["bytes_fac"] + stats["bytes_tip"]) / stats["bytes_dense"]
     return (
         f"{line}; FASA in {stats['steps_sparse']} steps, {stats['steps_dense']} dense; "
-        f"{attended:.0f} of {visible:.0f} tokens attended, {100 * share:.1f}% of the KV bytes read"
+        f"{attended:.0f} of {visible:.0f} tokens attended, {100 * read_share(stats):.1f}% of the KV bytes read"
     )
 
 
@@ -151,4 +164,5 @@ def add_commands(command: AddCommand) -> None:
     p.add_argument("-b", "--batch-size", type=whole(1), default=512, help="tokens per prefill batch")
     p.add_argument("-ub", "--ubatch-size", type=whole(1), default=512, help="tokens computed at once in prefill")
     p.add_argument("--temp", type=float, default=0.0, help="temperature; 0: greedy")
+    p.add_argument("-v", "--verbose", action="store_true", help="what each layer did, and which have a sliding window")
     p.add_argument("--no-fasa", action="store_true", help="dense")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -203,6 +203,25 @@ def sliding_windows(model: GGUFFile, n_layer: int) -> list[int]:
         period = pattern.value if pattern is not None and pattern.type == U32 else SWA_PERIOD.get(m.arch, 1)
         local = [period == 0 or il % period < period - 1 for il in range(n_layer)]
     return [window if x and (pattern is not None or m.arch in SWA_PERIOD) else 0 for x in local]
+
+
+def describe_windows(windows: Sequence[int]) -> list[str]:
+    """Sentences such as "layers 0-4, 6 have a sliding window of 512 tokens", one for each length; windows [n_layer]."""
+    return [
+        f"layers {number_ranges([il for il, x in enumerate(windows) if x == n])} have a sliding window of {n:,} tokens"
+        for n in sorted({n for n in windows if n})
+    ]
+
+
+def number_ranges(numbers: Sequence[int]) -> str:
+    """Ascending numbers in short: "0-4, 6, 8-9"."""
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and runs[-1][1] == n - 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
 # ---- split models ----

@@ -50,6 +50,11 @@ def n_dom(params: FasaParams, model: Model, layer: Layer) -> int:
     return -(-2 * chunks // GROUP) * GROUP
 
 
+def runs_sparse(params: FasaParams, layer: Layer) -> bool:
+    """Whether a layer can run sparse: it is ranked, and reaches farther back than what it would attend."""
+    return layer.n_chunk > 0 and not 0 < layer.window <= params.longest
+
+
 def block_bytes(k_dom: str, dims: int) -> int:
     """Bytes of TILE cells of the dominant keys of a KV head (fasa_block_bytes)."""
     scales = 0 if k_dom == "f16" else dims // GROUP * TILE * 2
@@ -114,7 +119,7 @@ class ContextShape:
 
     def k_dom_bytes(self, params: FasaParams, layer: Layer) -> int:
         """The dominant keys of a layer."""
-        if not layer.n_chunk:
+        if not runs_sparse(params, layer):
             return 0
         tiles = -(-self.cells(layer.window) // TILE)
         return block_bytes(params.k_dom, n_dom(params, self.model, layer)) * tiles * layer.n_head_kv * self.n_stream
@@ -126,8 +131,7 @@ class ContextShape:
 
     def list_length(self, params: FasaParams, layer: Layer) -> int:
         """The most tokens that a list holds (fasa_list_length)."""
-        longest = params.cap if params.mass > 0 else 2 * params.mean_budget if params.mean_budget else params.budget
-        return min(max(longest, params.sink + params.recent, 1), self.cells(layer.window))
+        return min(params.longest, self.cells(layer.window))
 
     def fetch_bytes(self, params: FasaParams, layer: Layer) -> int:
         """The rows of one token as they are fetched (fasa_rows_bytes); all layers of a device share the buffer."""
@@ -241,7 +245,7 @@ def estimate(model: Model, settings: ContextSettings, params: FasaParams | None 
         put["weights"] += model.output_bytes
         put["scratch"] = compute_bytes(c, attending) + pool_bytes(max(model.n_ff, model.n_embd), c.n_ubatch)
         put["scratch"] += (stage_bytes(c, attending) if host else 0) + (WORK_BYTES if put["k_dom"] else 0)
-    fetching = [x for x in attending if x.n_chunk] if host and params is not None else []
+    fetching = [x for x in attending if host and params is not None and runs_sparse(params, x)]
     if params is not None and fetching:
         put["row_cache"] = c.row_cache_bytes(params, fetching)
         put["scratch"] += max(c.fetch_bytes(params, x) for x in fetching)

@@ -64,6 +64,7 @@ def plan_as_dict(
         "n_ctx_train": model.n_ctx_train,
         **decides,
         "n_ctx": ContextShape(model, settings).n_ctx,
+        "windows": [x.window for x in model.layers],
         "fasa": asdict(params),
         "device_bytes": available.device,
         "host_bytes": available.host,

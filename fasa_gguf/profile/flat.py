@@ -60,6 +60,8 @@ def write_flat(profile: Profile) -> dict[str, Any]:
         "n_chunk": [int(n) for n in profile.n_chunk],
         "ranking_method": profile.ranking_method,
     }
+    if profile.window is not None:
+        out["window"] = [int(n) for n in profile.window]
     out |= {f"rope.{k}": v for k, v in profile.rope.items()}
     out |= {f"default.{k}": v for k, v in profile.defaults.items()}
     out |= {f"calibration.{k}": _text(v) for k, v in profile.calibration.items()}
@@ -223,6 +225,7 @@ def read_flat(values: dict[str, Any], where: str) -> dict[str, Any]:
         "ranking": _read_ranking(checked, n_head_kv, n_chunk),
         "ranking_method": method,
         **_read_per_chunk(checked, n_head_kv, n_chunk),
+        **_read_window(checked, len(n_chunk)),
         **_read_layer_miss(checked, len(n_chunk)),
         **_read_mean_budget(checked),
         **_read_groups(checked),
@@ -361,6 +364,16 @@ def _read_per_chunk(v: _Values, n_head_kv: list[int], n_chunk: list[int]) -> dic
     return out | {"recall_budget": v.get("recall_budget", 0)}
 
 
+def _read_window(v: _Values, n_layer: int) -> dict[str, Any]:
+    """window, [n_layer], if it is there."""
+    if "window" not in v:
+        return {}
+    each = v.get("window")
+    if len(each) != n_layer:
+        raise v.explain("window", f"{n_layer} numbers, one a layer", f"{len(each)} numbers")
+    return {"window": each}
+
+
 def _read_layer_miss(v: _Values, n_layer: int) -> dict[str, Any]:
     """layer_miss, float32 [n_layer], if it is there."""
     if "layer_miss" not in v:
@@ -403,7 +416,7 @@ def _read_groups(v: _Values) -> dict[str, Any]:
     )
     if rope.get("layout", "norm") not in ("norm", "neox"):
         raise v.fail("rope.layout", "norm or neox", rope["layout"])
-    for key in ("base", "scale"):
+    for key in ("base", "base_window", "scale"):
         if np.float32(rope.get(key, 1.0)) <= 0:
             raise v.fail("rope." + key, "a number above 0", rope[key])
     try:

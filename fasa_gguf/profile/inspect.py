@@ -10,19 +10,21 @@ from .profile import Profile, span
 def format_profile(profile: Profile, chunks: int = 0) -> str:
     """Where the profile comes from, then a line a layer: the attention kept, the leading chunks of its first KV head.
 
-    chunks: how many of them; 0: as many as the profile has figures for.
+    chunks: how many of them; 0: as many as decoding uses. Layers with a sliding window are marked.
     """
-    k = chunks or profile.recall_k or profile.weight_k or default_chunks(max(profile.n_chunk))
+    k = chunks or profile.params().chunks or default_chunks(max(profile.n_chunk))
     lines = _origin(profile)
     lines.append(f"\n{'layer':>5}  {'attention kept':>14}  best {k} chunks of KV head 0 (0 is the fastest frequency)")
     for il, ranking in enumerate(profile.ranking):
+        window = f"window of {profile.window[il]:,}" if profile.window and profile.window[il] else ""
         if not profile.n_chunk[il]:
-            lines.append(f"{il:>5}  {'dense':>14}")
+            lines.append(f"{il:>5}  {'dense':>14}  {window}".rstrip())
             continue
         kept = ""
         if profile.recall is not None:
             kept = f"{100 * profile.recall[il][:, min(k, profile.recall_k) - 1].mean():.1f}%"
-        lines.append(f"{il:>5}  {kept:>14}  {' '.join(str(x) for x in ranking[0][:k])}")
+        best = " ".join(str(x) for x in ranking[0][:k])
+        lines.append(f"{il:>5}  {kept:>14}  {best}{f' ({window})' if window else ''}")
     return "\n".join(lines)
 
 
@@ -30,7 +32,8 @@ def _origin(profile: Profile) -> list[str]:
     c, rope = profile.calibration, profile.rope
     lines = [
         f"method {profile.ranking_method}, {len(profile.n_chunk)} layers, {span(profile.n_head_kv)} KV heads, "
-        f"{span(profile.n_chunk)} chunks per head, rope {rope.get('layout', '?')} base {rope.get('base', '?')}",
+        f"{span(profile.n_chunk)} chunks per head, rope {rope.get('layout', '?')} base {rope.get('base', '?')}"
+        + (f", {rope['base_window']:g} in layers with a window" if "base_window" in rope else ""),
         f"calibrated on {printable(c.get('corpus', '?'))}: {c.get('tokens', '?')} tokens in windows of "
         f"{c.get('context', '?')}, from {printable(c.get('source', '?'))}",
     ]

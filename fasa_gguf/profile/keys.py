@@ -38,6 +38,9 @@ KEYS = (
         "[u32]",
         "frequency chunks per KV head of every layer; 0: the layer has no ranking and stays dense",
     ),
+    Key(
+        "fasa.window", "[u32]", "sliding window of every layer, in tokens; 0: it attends to all. Missing: none has one"
+    ),
     Key("fasa.ranking", "[u8] or [u16]", "every chunk of every KV head of every layer, best first"),
     Key("fasa.ranking_method", "str", "recall (greedy set), energy or ca (as published)"),
     Key("fasa.weight_k", "u32", "how many leading chunks have a weight; 0: none"),
@@ -67,6 +70,7 @@ KEYS = (
     ),
     Key("fasa.rope.dims", "u32", "rotated dimensions per head"),
     Key("fasa.rope.base", "f32", "frequency base under which the ranking was made"),
+    Key("fasa.rope.base_window", "f32", "the same of layers with a sliding window; missing: fasa.rope.base"),
     Key("fasa.rope.scale", "f32", "frequency scale under which the ranking was made"),
     *(Key(row.key, row.gguf_type, row.help) for row in SETTINGS),
     Key("fasa.calibration.tool", "str", "fasa_gguf version"),

@@ -28,7 +28,8 @@ class Profile:
     n_chunk: list[int]  # [n_layer], 0: no ranking
     ranking: list[np.ndarray]  # per layer uint16 [n_head_kv, n_chunk]; [0, 0] where there is none
     ranking_method: str = "recall"
-    rope: dict[str, Any] = field(default_factory=dict)  # layout, dims, base, scale
+    rope: dict[str, Any] = field(default_factory=dict)  # layout, dims, base, base_window, scale
+    window: list[int] | None = None  # [n_layer] last tokens that a layer attends to, 0: all; None: none has a window
     weight: list[np.ndarray] | None = None  # per layer float32 [n_head_kv, weight_k]
     weight_k: int = 0
     recall: list[np.ndarray] | None = None  # per layer float32 [n_head_kv, recall_k]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ..counters import read_share
 from ..report.columns import columns
 from . import ruler
 from .arms import COUNTERS
@@ -42,7 +43,7 @@ def _arm_figures(samples: Sequence[dict[str, Any]], i: int) -> dict[str, Any]:
         "sign_p": sign_test(lost, gained),
         **{k: c[k] for k in COUNTERS[:4]},
         "tokens_attended": c["tokens_attended"] / c["lists"] if c["lists"] else None,
-        "kv_read_share": (c["bytes_fac"] + c["bytes_tip"]) / c["bytes_dense"] if c["lists"] else 1.0,
+        "kv_read_share": read_share(c) if c["lists"] else 1.0,
     }
 
 

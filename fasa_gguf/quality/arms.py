@@ -27,6 +27,7 @@ COUNTERS = (  # of a session, as samples and results keep them
     "bytes_fac",
     "bytes_tip",
     "bytes_dense",
+    "bytes_layers_dense",
 )
 
 

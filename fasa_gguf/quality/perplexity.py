@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from ..counters import bytes_read, read_share
 from ..errors import FasaError
 from ..profile.profile import Profile
 from ..reasons import not_used
@@ -111,8 +112,8 @@ class Score:
             "same_top": float(hit.mean()),
             "same_top_se": se(hit),
             "tokens_attended": c["tokens_attended"] / c["lists"] if sparse else None,
-            "kv_read_share": (c["bytes_fac"] + c["bytes_tip"]) / c["bytes_dense"] if sparse else 1.0,
-            "kv_bytes_per_token": (c["bytes_fac"] + c["bytes_tip"]) / max(c.get("steps_sparse", 0), 1)
+            "kv_read_share": read_share(c) if sparse else 1.0,
+            "kv_bytes_per_token": bytes_read(c) / max(c.get("steps_sparse", 0) + c.get("steps_dense", 0), 1)
             if sparse
             else None,
             "k_dom_share": c["bytes_k_dom"] / c["bytes_kv"] if sparse else 0.0,
@@ -147,8 +148,9 @@ def one_by_one(counters: dict[str, int], n_tokens: int) -> dict[str, int]:
     What a batch counts once is counted for every token.
     """
     n = counters["steps_sparse"] + counters["steps_dense"]
-    once = ("steps_sparse", "steps_dense", "layers_sparse", "layers_dense", "bytes_tip", "bytes_dense")
-    return {**counters, **{key: counters[key] * n_tokens // n for key in once}}
+    once = ("steps_sparse", "steps_dense", "layers_sparse", "layers_dense", "bytes_tip")
+    once += ("bytes_dense", "bytes_layers_dense")
+    return {**counters, **{key: counters[key] * n_tokens // n for key in once if key in counters}}
 
 
 # ---- decoding ----
@@ -308,7 +310,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
         out.append(f"{result['arm']}: {dense} of {result['steps_sparse'] + dense} steps were dense")
     if result["layers_dense"]:
         share = 100 * result["layers_dense"] / (result["layers_sparse"] + result["layers_dense"])
-        out.append(f"{result['arm']}: {share:.0f}% of the layers were dense; tokens and KV read are the sparse layers'")
+        out.append(f"{result['arm']}: {share:.0f}% of the layers were dense; tokens are the sparse layers'")
     return out
 
 

@@ -26,7 +26,10 @@ def _pyplot() -> Any:
 
 
 def save_heatmap(profile: Profile, path: str | os.PathLike) -> None:
-    """How high every chunk is ranked, mean over the layer's KV heads (1: always first, 0: always last)."""
+    """How high every chunk is ranked, mean over the layer's KV heads (1: always first, 0: always last).
+
+    Layers with a sliding window have a w behind their number.
+    """
     plt = _pyplot()
     n_chunk = max(profile.n_chunk)
     height = np.full((len(profile.n_chunk), n_chunk), np.nan)  # [n_layer, n_chunk]
@@ -35,13 +38,20 @@ def save_heatmap(profile: Profile, path: str | os.PathLike) -> None:
         if n:
             place = np.argsort(rows.astype(int), -1)  # [n_head_kv, n_chunk] place of every chunk
             height[il, :n] = 1 - place.mean(0) / max(n - 1, 1)
-    fig, ax = plt.subplots(figsize=(max(6, n_chunk / 4 + 2), max(4, len(height) / 5 + 1.5)))
+    n_layer, windows = len(height), profile.window or []
+    size = min(max(6, n_chunk / 5 + 2), 14), min(max(4, n_layer / 5 + 1.5), 20)  # inches
+    fig, ax = plt.subplots(figsize=size, layout="constrained")
     image = ax.imshow(height, aspect="auto", cmap="viridis", vmin=0, vmax=1, interpolation="nearest")
     ax.set_xlabel("frequency chunk (0 is the fastest)")
     ax.set_ylabel("layer")
+    if any(windows):
+        lengths = " or ".join(f"{n:,}" for n in sorted({n for n in windows if n}))
+        ax.set_ylabel(f"layer (w: a sliding window of {lengths} tokens; white: dense)")
+        step = -(-n_layer // 100)  # every layer's number has room up to 100
+        ax.set_yticks(range(0, n_layer, step), [f"{il}{' w' * bool(windows[il])}" for il in range(0, n_layer, step)])
+        ax.tick_params(axis="y", labelsize="small")
     ax.set_title(f"dominant frequency chunks ({profile.ranking_method})")
-    fig.colorbar(image, label="mean rank over the KV heads (1: first)")
-    fig.tight_layout()
+    fig.colorbar(image, ax=ax, label="mean rank over the KV heads (1: first)", pad=0.02, aspect=30)
     _save(fig, path)
 
 

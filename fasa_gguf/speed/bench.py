@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .. import runtime
+from ..counters import bytes_read
 from ..errors import FasaError
 from ..gguf.cache_types import cache_type
 from ..gguf.file import U32, GGUFFile
@@ -270,7 +271,7 @@ def _measure(timer: Timer, settings: BenchSettings, arms: Mapping[str, FasaParam
 
     for arm, samples in take_turns(arms, settings.repetitions, generate).items():
         _set_times(group[arm], samples, before)
-        _set_bytes(group[arm], samples, timer)
+        _set_bytes(group[arm], samples)
     return results + set_ratios(group)
 
 
@@ -298,20 +299,15 @@ def _set_times(r: Result, samples: list[Sample], prefill_s: float | None) -> Non
         r.ttft_ms = 1000 * (prefill_s + statistics.fmean(x.prompt_s + x.first_s for x in samples))
 
 
-def _set_bytes(r: Result, samples: list[Sample], timer: Timer) -> None:
-    """Bytes and tokens of a decode result, from FASA's counters; what ran dense read all cells of its sequence."""
-    cell_bytes = samples[0].counters["bytes_kv"] / timer.s.n_ctx  # K and V of one cell, all layers
-    all_bytes = cell_bytes * (r.n_depth + WARM_STEPS + (r.n_gen + 1) / 2)
-    if r.params is None:
-        r.kv_bytes = all_bytes
-        return
+def _set_bytes(r: Result, samples: list[Sample]) -> None:
+    """Bytes and tokens of a decode result, from FASA's counters; a dense layer reads the cells that its mask shows."""
     steps = r.n_gen * len(samples)  # of a batch of n tokens each
     c = merge([x.counters for x in samples])
+    r.kv_bytes = bytes_read(c) / (steps * r.n_parallel)
+    if r.params is None:
+        return
     r.memory.take_counters(c, steps)
-    executions = (c["layers_sparse"] + c["layers_dense"]) / max(c["steps_sparse"], 1) * steps  # layers x steps
-    sparse = c["layers_sparse"] / max(executions, 1)
     r.sparse_share = c["steps_sparse"] / steps
-    r.kv_bytes = (c["bytes_fac"] + c["bytes_tip"]) / (steps * r.n_parallel) + (1 - sparse) * all_bytes
     if c["lists"]:
         r.tokens_attended = c["tokens_attended"] / c["lists"]
     if c["steps_sparse"] < steps:
@@ -320,5 +316,5 @@ def _set_bytes(r: Result, samples: list[Sample], timer: Timer) -> None:
         r.note = f"dense (n < {least})" if least else f"dense ({reason.text})"
         if c["steps_sparse"]:
             r.note = f"{steps - c['steps_sparse']} of {steps} steps {r.note}"
-    elif c["layers_dense"]:
+    else:
         r.note = dense_layers(samples[-1].layer_reasons)

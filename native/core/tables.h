@@ -29,8 +29,7 @@
     X(tokens_visible, TOKENS_VISIBLE) \
     X(lists, LISTS) \
     X(bytes_tip, BYTES_TIP) \
-    X(bytes_fac, BYTES_FAC) \
-    X(bytes_dense, BYTES_DENSE)
+    X(bytes_fac, BYTES_FAC)
 
 // counted by: the ops of a device only
 // X(name, NAME)
@@ -47,6 +46,8 @@
     X(steps_dense, STEPS_DENSE) \
     X(steps_prefill, STEPS_PREFILL) \
     X(layers_dense, LAYERS_DENSE) \
+    X(bytes_dense, BYTES_DENSE) \
+    X(bytes_layers_dense, BYTES_LAYERS_DENSE) \
     X(cells_refreshed, CELLS_REFRESHED) \
     X(rebuilds, REBUILDS)
 
@@ -72,6 +73,7 @@
     X(NO_CACHE, "it has no KV cache that FASA knows") \
     X(NOT_BUILT, "no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its " \
         "attention by another path") \
+    X(SMALL_WINDOW, "its sliding window is not longer than what it would attend") \
     X(NOT_RANKED, "the profile has no ranking for it") \
     X(LENDER_DENSE, "the layer whose list it borrows is dense") \
     X(SHARED_CACHE, "its cache is shared with another context") \

@@ -209,6 +209,5 @@ void fasa_cpu_fac(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth)
         }
         stats->layers_sparse += 1;
         stats->bytes_fac += rows * row_bytes;
-        stats->bytes_dense += k->ne[2] * n_head_kv * n_stream * row_bytes;
     }
 }

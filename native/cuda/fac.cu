@@ -317,10 +317,8 @@ void fasa_cuda_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fas
     a.scale            = p.scale;
     a.soft_cap         = p.soft_cap;
     const int n_stream = dst->ne[3], n_token = dst->ne[2] * n_stream;
-    const uint64_t n_row = k->ne[1] * n_stream; // of a cell
-    a.row_bytes          = ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, v->ne[0]);
-    a.bytes_dense        = k->ne[2] * n_row * a.row_bytes;
-    const auto launch    = [&](int n) {
+    a.row_bytes       = ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, v->ne[0]);
+    const auto launch = [&](int n) {
         if (fasa_cuda_fac_mma(ctx, a, n)) {
             return;
         }

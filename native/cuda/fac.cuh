@@ -25,7 +25,7 @@ struct fasa_fac_args {
     int n_list_len, n_list, n_head, n_shared, d;
     uint3 by_n_tps, by_n_group, by_n_chunk; // fastdiv
     float scale, soft_cap;
-    uint64_t row_bytes, bytes_dense;
+    uint64_t row_bytes;
 };
 
 // a part of M query heads: [M][stride] f32: values [d], the largest logit (to base 2), the sum of the weights
@@ -152,7 +152,6 @@ static __device__ __forceinline__ void fasa_fac_finish(
             &c[fasa_work::BYTES_FAC], a.list[((int64_t) at.token * a.n_list + at.list) * a.n_list_len] * a.row_bytes);
         if (at.list == 0 && at.token == 0) {
             atomicAdd(&c[fasa_work::LAYERS_SPARSE], 1ull);
-            atomicAdd(&c[fasa_work::BYTES_DENSE], a.bytes_dense);
         }
     }
 }

@@ -274,15 +274,17 @@ int fasa_get_model_info(const llama_context * ctx, fasa_model_info * info) {
     if (fasa_check_given(ctx, "llama_context") != 0 || fasa_check_size(info, "fasa_model_info") != 0) {
         return -1;
     }
-    const auto & model   = ctx->get_model();
-    const auto & hparams = model.hparams;
-    info->n_layer        = hparams.n_layer();
-    info->rope_layout    = hparams.rope_type == LLAMA_ROPE_TYPE_NONE ? -1 :
-        hparams.rope_type == LLAMA_ROPE_TYPE_NORM                    ? 0 :
-                                                                       1;
-    info->rope_base      = ctx->get_cparams().rope_freq_base;
-    info->rope_scale     = ctx->get_cparams().rope_freq_scale;
-    info->is_mla         = hparams.is_mla();
+    const auto & model     = ctx->get_model();
+    const auto & hparams   = model.hparams;
+    info->n_layer          = hparams.n_layer();
+    info->rope_layout      = hparams.rope_type == LLAMA_ROPE_TYPE_NONE ? -1 :
+        hparams.rope_type == LLAMA_ROPE_TYPE_NORM                      ? 0 :
+                                                                         1;
+    info->rope_base        = ctx->get_cparams().rope_freq_base;
+    info->rope_scale       = ctx->get_cparams().rope_freq_scale;
+    info->is_mla           = hparams.is_mla();
+    const bool windows     = hparams.swa_type != LLAMA_SWA_TYPE_NONE && hparams.is_swa_any();
+    info->rope_base_window = windows ? hparams.rope_freq_base_train_swa : info->rope_base;
     return 0;
 }
 

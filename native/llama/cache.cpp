@@ -47,6 +47,15 @@ fasa_reason fasa_cache::cache_reason(size_t ikv) const {
     return reason(dev, &shape);
 }
 
+// a list has room for all that its sliding window shows
+bool fasa_cache::is_short(uint32_t il) const {
+    if (kv.swa_type == LLAMA_SWA_TYPE_NONE || !kv.hparams.is_swa(il)) {
+        return false;
+    }
+    const auto params = state->layer_params(il);
+    return kv.n_swa <= fasa_list_length(params, std::max(1u, params.sink + params.recent), UINT32_MAX);
+}
+
 // by the settings, the profile and its cache: what a graph adds comes later
 fasa_reason fasa_cache::layer_reason(size_t ikv) const {
     const auto & l = kv.layers[ikv];
@@ -55,6 +64,9 @@ fasa_reason fasa_cache::layer_reason(size_t ikv) const {
     }
     if (l.v == nullptr || kv.hparams.is_mla()) {
         return FASA_REASON_LATENT;
+    }
+    if (is_short(l.il)) {
+        return FASA_REASON_SMALL_WINDOW;
     }
     if (l.il >= state->known.n_chunk.size() || state->known.n_chunk[l.il] == 0) {
         return FASA_REASON_NOT_RANKED;
@@ -268,6 +280,11 @@ size_t fasa_cache::bytes_kv_host() const {
         size += residence.is_pinned(l.il) ? ggml_nbytes(l.k) + (l.v ? ggml_nbytes(l.v) : 0) : 0;
     }
     return size;
+}
+
+size_t fasa_cache::cell_bytes(int32_t il) const {
+    const auto & l = kv.layers[kv.map_layer_ids.at(il)];
+    return ggml_row_size(l.k->type, l.k->ne[0]) + (l.v ? ggml_row_size(l.v->type, l.v->ne[0]) : 0);
 }
 
 size_t fasa_cache::bytes_row_cache() const {

@@ -68,6 +68,7 @@ struct fasa_cache {
     bool is_shared(int32_t il) const;     // another layer attends to the same K and V
     ggml_tensor * work(int32_t il) const; // what counts on its device; nullptr: nothing runs sparse there
     bool gpu_waits(uint32_t n_kv) const;  // whether its layers on GPUs stay dense in a step that sees n_kv cells
+    size_t cell_bytes(int32_t il) const;  // K and V of one cell of one stream
     int32_t n_hadamard() const;           // block of the rotation of the stored K, 0: none
 
     // what `fasa-gguf bench` does with the cells of a cache: measure/fill.cpp and measure/rates.cpp
@@ -93,6 +94,7 @@ private:
     std::map<ggml_backend_buffer_type_t, ggml_tensor *> works; // of the devices
 
     fasa_reason cache_reason(size_t ikv) const;
+    bool is_short(uint32_t il) const;
     fasa_reason layer_reason(size_t ikv) const;
     void add_layer(size_t ikv, contexts & ctxs);
     fasa_row_layout row_of(size_t ikv) const;

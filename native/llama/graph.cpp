@@ -7,9 +7,28 @@
 #include "llama-kv-cache.h"
 
 #include <algorithm>
+#include <cmath>
 #include <map>
 
 namespace {
+
+// cells that at least one token sees, of all streams together; mask [n_kv, n_tps, 1, n_stream]
+template <typename T>
+uint64_t fasa_cells_seen(const ggml_tensor * mask, T hidden) {
+    uint64_t n = 0;
+    std::vector<uint8_t> seen(mask->ne[0]);
+    for (int64_t s = 0; s < mask->ne[3]; ++s) {
+        std::fill(seen.begin(), seen.end(), 0);
+        for (int64_t t = 0; t < mask->ne[1]; ++t) {
+            const T * row = (const T *) ((const char *) mask->data + t * mask->nb[1] + s * mask->nb[3]);
+            for (int64_t j = 0; j < mask->ne[0]; ++j) {
+                seen[j] |= row[j] != hidden;
+            }
+        }
+        n += std::count(seen.begin(), seen.end(), 1);
+    }
+    return n;
+}
 
 // One per graph and cache, dense graphs too: it holds the inputs of the sparse layers, refuses the reuse of a graph
 // whose branch or settings are no longer right, and counts steps when they run.
@@ -22,6 +41,10 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
     int n_sparse  = 0; // layers, in this graph
     int n_dense   = 0;
     int n_waiting = 0; // of n_dense, layers on GPUs that wait for a longer context
+
+    const ggml_tensor * mask = nullptr; // of the cache's layers, [n_kv, n_tps, 1, n_stream]
+    uint64_t cell_sparse     = 0;       // bytes of K and V of one cell, of all sparse layers
+    uint64_t cell_dense      = 0;       // and of the dense ones
 
     ggml_tensor * ranges = nullptr; // i32 [2*FASA_MAX_RANGES, n_stream]
     ggml_tensor * fresh  = nullptr; // i32 [2*FASA_MAX_RANGES, n_stream], of layers that are staged
@@ -53,9 +76,26 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
         if (n_sparse > 0) {
             state.steps.layers_dense += n_dense;
         }
+        count_bytes();
         if (cache->counts_steps) {
             count_step();
         }
+    }
+
+    // what dense attention reads in a decode step: the mask, which is set before, says which cells
+    void count_bytes() {
+        const bool is_off = !cache->state->params.enabled;
+        if (mask == nullptr || dense_reason == FASA_REASON_PREFILL ||
+            (is_off && mask->ne[1] > 1)) { // which is a prefill, as a rule
+            return;
+        }
+        const bool is_set = (mask->flags & GGML_TENSOR_FLAG_INPUT) && mask->buffer &&
+            ggml_backend_buffer_is_host(mask->buffer); // a computed one is not known yet
+        const uint64_t n = !is_set      ? cache->inputs.n_kv() * n_stream :
+            mask->type == GGML_TYPE_F16 ? fasa_cells_seen<ggml_fp16_t>(mask, ggml_fp32_to_fp16(-INFINITY)) :
+                                          fasa_cells_seen<float>(mask, -INFINITY);
+        cache->state->steps.bytes_dense += n * cell_sparse;
+        cache->state->steps.bytes_layers_dense += n * cell_dense;
     }
 
     void count_step() {
@@ -331,8 +371,10 @@ ggml_tensor * fasa_build_attn(const llm_graph_context & graph, const llama_kv_ca
     const float soft_cap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
     fasa_attn attn       = { graph, mctx, q, k, v, kq_b, kq_mask, sinks, v_mla, kq_scale, il, cache, soft_cap };
     attn.observe();
-    attn.input = fasa_graph_input(graph, cache, k);
+    attn.input       = fasa_graph_input(graph, cache, k);
+    attn.input->mask = kq_mask;
     if (!cache->state->params.enabled) {
+        attn.input->cell_dense += cache->cell_bytes(il);
         return attn.build_dense();
     }
     auto & layer = cache->layer(il);
@@ -342,10 +384,12 @@ ggml_tensor * fasa_build_attn(const llm_graph_context & graph, const llama_kv_ca
     layer.now = attn.reason_now();
     if (attn.input->dense_reason != FASA_REASON_NONE || layer.now != FASA_REASON_NONE) {
         attn.input->n_dense++;
+        attn.input->cell_dense += cache->cell_bytes(il);
         attn.input->n_waiting += layer.now == FASA_REASON_MIN_CONTEXT_GPU;
         return attn.build_dense();
     }
     attn.input->n_sparse++;
+    attn.input->cell_sparse += cache->cell_bytes(il);
     if (layer.source == FASA_LAYER_SELECTS) {
         attn.input->lists[il] = attn.build_select();
     }

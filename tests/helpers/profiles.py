@@ -12,7 +12,8 @@ def full_profile():
     p.weight_k, p.weight = 2, [np.full((N_HEAD_KV, 2), 0.5 + il, np.float32) for il in range(N_LAYER)]
     p.recall_k, p.recall_budget, p.recall = 1, 64, [np.full((N_HEAD_KV, 1), 0.75, np.float32)] * N_LAYER
     p.layer_miss, p.mean_budget = np.array([0.25, 2, 1], np.float32), {100: 0.5, 256: 0.875}
-    p.rope = {"layout": "norm", "dims": WIDTH, "base": 10000.0, "scale": 1.0}
+    p.window = [64, 0, 128]
+    p.rope = {"layout": "norm", "dims": WIDTH, "base": 10000.0, "base_window": 5000.0, "scale": 1.0}
     p.defaults = {
         "chunks": 3,
         "budget": 256,

@@ -100,6 +100,32 @@ def test_a_model_with_windows_has_two_caches(library, sliding, settings):
     assert planned == found
 
 
+@pytest.mark.parametrize("swa_full", [True, False])
+def test_dominant_keys_where_a_window_reaches_farther(library, sliding, swa_full):
+    """A layer whose window of 64 is not longer than the list stays dense, and is planned without dominant keys."""
+    profile, sizes = synthetic.synthetic_profile([2] * 4, [8] * 4), []
+    for params in (ON.replace(budget=63), ON.replace(budget=64), ON.replace(mass=0.9, floor=8, cap=63)):
+        planned, found = counted(sliding, profile, params, gpu_settings(n_ctx=1500, swa_full=swa_full))
+        assert planned == found
+        sizes.append(found[1])
+    assert sizes[0] == sizes[2] > sizes[1]
+
+
+def test_plan_knows_windows(sliding, capsys):
+    def plan(*flags):
+        assert cli.main(["plan", str(sliding), "-c", "4096", "--json", *flags]) == 0
+        out, err = capsys.readouterr()
+        return json.loads(out), err
+
+    cell, (full, err) = 2 * 2 * 16 * 2, plan()
+    assert full["windows"] == [64, 64, 64, 0] and full["swa_full"] is True
+    assert full["ways"][0]["kv"] == 4 * 4096 * cell
+    assert "layers 0-2 have a sliding window of 64 tokens; their cache holds 4,096 cells of a sequence" in err
+    short, err = plan("--no-swa-full")
+    assert short["swa_full"] is False and short["ways"][0]["kv"] == (4096 + 3 * 768) * cell
+    assert "their cache holds 768 cells of a sequence" in err  # 64 and a ubatch of 512, padded to 256
+
+
 def test_layers_without_a_cache_or_a_ranking(library, hybrid):
     for chunks in ([0, 8, 0, 8], [0, 8, 0, 0]):
         planned, found = counted(hybrid, synthetic.synthetic_profile([0, 2, 0, 2], chunks), ON, gpu_settings(n_ctx=512))

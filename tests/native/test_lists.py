@@ -153,7 +153,7 @@ def test_layers_of_two_caches_share_no_list(sliding):
 
     with Session(sliding, n_ctx=512, n_threads=1) as s:
         s.fasa.set_profile(synthetic_profile(*model_shape(GGUFFile(sliding)), seed=2))
-        s.fasa.set_params(SOME)
+        s.fasa.set_params(SOME.replace(budget=48))
         s.fasa.borrow_list(1, 0)  # both have a window
         with pytest.raises(FasaError, match="layers 3 and 0 have no KV cache in common"):
             s.fasa.borrow_list(3, 0)

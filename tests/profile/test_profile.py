@@ -394,13 +394,41 @@ def test_format_profile_names_chunks_and_attention_kept():
     p.ranking[0][0] = [7, 3, 1, 0, 2, 4, 5, 6]
     p.n_chunk[1], p.ranking[1] = 0, np.zeros((0, 0), np.uint16)
     lines = format_profile(p, chunks=3).splitlines()
-    assert lines[0] == "method synthetic, 3 layers, 2 KV heads, 0 to 8 chunks per head, rope norm base 10000.0"
+    assert lines[0] == (
+        "method synthetic, 3 layers, 2 KV heads, 0 to 8 chunks per head, rope norm base 10000.0, "
+        "5000 in layers with a window"
+    )
     assert (
         "mean budgets: 100 at mass 0.5, 256 at mass 0.875" in lines
         and "layers may miss 0.25 to 2 times 1 - mass" in lines
     )
     row = {line.split()[0]: line.split()[1:] for line in lines[-3:]}
-    assert row["0"] == ["75.0%", "7", "3", "1"] and row["1"] == ["dense"]
+    assert row["0"] == ["75.0%", "7", "3", "1", "(window", "of", "64)"] and row["1"] == ["dense"]
+
+
+def test_inspect_shows_the_chunks_that_decoding_uses():
+    """The share kept belongs to that number of chunks too, though the profile has figures for more."""
+    p = full_profile()
+    p.recall_k, p.recall = 4, [np.array([[0.5, 0.625, 0.75, 1.0]] * 2, np.float32)] * 3
+    p.window = None
+    for chunks, kept in ((3, "75.0%"), (2, "62.5%"), (0, "100.0%")):  # 0: 3/8 of the head's 8, in whole groups: 4
+        p.defaults["chunks"] = chunks
+        lines = format_profile(p).splitlines()
+        assert lines[-4].split("best ")[1].split()[0] == str(chunks or 4)
+        assert [len(line.split()) for line in lines[-3:]] == [2 + (chunks or 4)] * 3
+        assert [line.split()[1] for line in lines[-3:]] == [kept] * 3
+
+
+def test_profiles_without_windows_and_with_bad_ones(tmp_path):
+    p = full_profile()
+    flat = p.to_flat()
+    del flat["window"], flat["rope.base_window"]
+    old = Profile.from_flat(flat, "old")
+    assert old.window is None and "base_window" not in old.rope
+    with pytest.raises(FasaError, match=r"key fasa.window: expected 3 numbers, one a layer, found 2 numbers"):
+        Profile.from_flat(flat | {"window": [1, 2]}, "bad")
+    with pytest.raises(FasaError, match=r"key fasa.rope.base_window: expected a number above 0, found 0"):
+        Profile.from_flat(flat | {"rope.base_window": 0.0}, "bad")
 
 
 def test_heat_map_shows_the_mean_place(tmp_path, monkeypatch):
@@ -416,5 +444,14 @@ def test_heat_map_shows_the_mean_place(tmp_path, monkeypatch):
     save_heatmap(p, tmp_path / "h.png")
     assert (tmp_path / "h.png").read_bytes()[:4] == b"\x89PNG"
     assert seen[0][0].tolist() == [0.75, 0.0, 0.75] and np.isnan(seen[0][1]).all()
+    n_layer, n_chunk = 18, 256
+    wide = Profile([1] * n_layer, [n_chunk] * n_layer, [np.arange(n_chunk, dtype=np.uint16)[None]] * n_layer)
+    wide.window = [512 * (il % 6 < 5) for il in range(n_layer)]
+    texts = []
+    monkeypatch.setattr(matplotlib.axes.Axes, "set_yticks", lambda self, at, labels: texts.extend(labels))
+    save_heatmap(wide, tmp_path / "wide.png")
+    width, height = (int.from_bytes((tmp_path / "wide.png").read_bytes()[at : at + 4], "big") for at in (16, 20))
+    assert width <= 1800 and width <= 4 * height
+    assert texts[:7] == ["0 w", "1 w", "2 w", "3 w", "4 w", "5", "6 w"]
     with pytest.raises(FasaError, match=r"h.png: cannot be written: No such file or directory"):
         save_heatmap(p, tmp_path / "none" / "h.png")

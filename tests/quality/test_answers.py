@@ -39,6 +39,7 @@ def sample(task, length, index, *scores, depth=None, sparse=True):
             "bytes_fac",
             "bytes_tip",
             "bytes_dense",
+            "bytes_layers_dense",
             "layers_sparse",
             "layers_dense",
         ),

@@ -334,7 +334,7 @@ def test_the_table(library, tiny, text, profile):
         "99%",
     ]
     assert lines[1].split()[:2] == ["dense", "all"] and lines[2].split()[:2] == ["a", "60"]
-    assert lines[4] == "half: 33% of the layers were dense; tokens and KV read are the sparse layers'"
+    assert lines[4] == "half: 33% of the layers were dense; tokens are the sparse layers'"
 
 
 def test_steps_that_stay_dense_are_told(library, tiny, text, profile):
