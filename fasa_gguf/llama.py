@@ -91,6 +91,18 @@ def _choose_mode(
     return found
 
 
+class _Model(_llama_cpp._internals.LlamaModel):  # type: ignore[name-defined]
+    """llama_cpp's model, without the 32 bytes that it gives the text of a token."""
+
+    def token_to_piece(self, token: int, special: bool = False) -> bytes:
+        return runtime.pieces.token_bytes(_llama_cpp, self.vocab, [token], special)
+
+    def detokenize(self, tokens: list[int], special: bool = False) -> bytes:
+        out = runtime.pieces.token_bytes(_llama_cpp, self.vocab, tokens, special)
+        # as llama_cpp does it: the space that some tokenizers put before a text is not part of it
+        return out[1:] if len(tokens) > 0 and tokens[0] == self.token_bos() and out[:1] == b" " else out
+
+
 class Llama(_Base):
     """llama_cpp.Llama with FASA.
 
@@ -142,6 +154,7 @@ class Llama(_Base):
         self._fasa_mode = _choose_mode(mode, model, profile, fasa, kwargs)
         with runtime.context.kv_mode(self._fasa_mode):
             super().__init__(model_path, **kwargs)
+        self._model.__class__ = _Model
         self._fasa = runtime.context.Context(ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value or 0)
         if self._fasa_mode == "host" and (why := runtime.context.not_pinned(self._fasa)):
             self.close()
