@@ -16,7 +16,7 @@ from .memory.model import read_model
 from .memory.placement import choose_mode, chosen_mode
 from .params import FasaParams
 from .profile.profile import Profile
-from .runtime.settings import ContextSettings
+from .runtime.settings import ContextSettings, thread_count
 
 _llama_cpp = runtime.library.load()
 _Base: Any = _llama_cpp.Llama
@@ -151,6 +151,8 @@ class Llama(_Base):
             del kwargs["flash_attn"]
         asked = isinstance(fasa, FasaParams) or mode == "host" or (fasa == "auto" and fasa_profile is not None)
         model, profile = self._open_profile(model_path, asked, kwargs)
+        for name in ("n_threads", "n_threads_batch"):  # llama_cpp counts CPUs that the process may not use
+            kwargs[name] = kwargs.get(name) or thread_count()
         self._fasa_mode = _choose_mode(mode, model, profile, fasa, kwargs)
         with runtime.context.kv_mode(self._fasa_mode):
             super().__init__(model_path, **kwargs)

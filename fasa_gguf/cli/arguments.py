@@ -87,7 +87,9 @@ def add_model(p: argparse.ArgumentParser) -> None:
 
 
 def add_machine_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("-t", "--threads", type=whole(0), default=0, help="CPU threads; 0: all cores")
+    p.add_argument(
+        "-t", "--threads", type=whole(0), default=0, help="CPU threads; 0: the physical cores that this process may use"
+    )
     p.add_argument("-ngl", "--n-gpu-layers", type=whole(-1), default=0, help="layers on the GPU; -1: all")
 
 

@@ -145,7 +145,9 @@ def _add_measurement_flags(p: argparse.ArgumentParser) -> None:
         help="comma list of sequences that decode together, each at the depth [1]",
     )
     p.add_argument("-r", "--repetitions", type=whole(1), default=5, help="repetitions per arm [5]")
-    p.add_argument("-t", "--threads", type=whole(0), default=0, help="CPU threads; 0: all cores")
+    p.add_argument(
+        "-t", "--threads", type=whole(0), default=0, help="CPU threads; 0: the physical cores that this process may use"
+    )
     p.add_argument("-ngl", "--n-gpu-layers", type=comma_list(-1), help="comma list of layers on the GPU; -1: all [0]")
     p.add_argument(
         "-nkvo", "--no-kv-offload", type=bits, help="comma list of 0 and 1; 1: dense with the cache in host memory [0]"

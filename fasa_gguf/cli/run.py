@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import os
 import sys
 import time
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from ..errors import FasaError
 from ..profile.profile import Profile
 from ..reasons import not_used
+from ..runtime.settings import thread_count
 from .arguments import (
     AddCommand,
     add_context_flags,
@@ -40,7 +40,7 @@ def _load(a: argparse.Namespace) -> tuple[Any, bool]:
     elif not a.no_fasa:
         Profile.from_gguf(GGUFFile(a.model))  # a missing profile is fine, a malformed one is an error
     types = cache_type(a.cache_type_k), cache_type(a.cache_type_v)
-    threads = a.threads or os.cpu_count()
+    threads = thread_count(a.threads)
     quiet()
     try:
         llm = Llama(

@@ -44,7 +44,7 @@ class BenchSettings:
     no_kv_offload: Sequence[int] = (0,)  # 1: the cache in host memory; dense only
     modes: Sequence[str] = ("device",)  # where K and V lie: on the device, or in pinned host memory (FASA only)
     repetitions: int = 5
-    n_threads: int = 0  # 0: all cores
+    n_threads: int = 0  # 0: the physical cores that this process may use
     n_batch: int = 2048
     n_ubatch: int = 512
     fill: str = "auto"  # prefill, random, or auto: random from RANDOM_FILL_FROM on
