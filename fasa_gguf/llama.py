@@ -11,10 +11,11 @@ from typing import Any
 from . import runtime
 from .errors import FasaError
 from .gguf.cache_types import CACHE_TYPES
-from .gguf.file import GGUFFile
+from .gguf.file import GGUFFile, read_header
 from .memory.model import read_model
 from .memory.placement import choose_mode, chosen_mode
 from .params import FasaParams
+from .profile.find import find_profile
 from .profile.profile import Profile
 from .runtime.settings import ContextSettings, thread_count
 
@@ -32,14 +33,12 @@ def _check_choice(fasa: Any) -> None:
 
 
 def _find_profile(model: GGUFFile | str | os.PathLike, source: Profile | str | os.PathLike | None) -> Profile:
-    """The given one, or the model's own. Raises FasaError when there is none, or it is not usable."""
-    if source is not None:
-        return source if isinstance(source, Profile) else Profile.load(source)
-    gguf = model if isinstance(model, GGUFFile) else GGUFFile(model)
-    profile = Profile.from_gguf(gguf)
-    if profile is None:
-        raise FasaError(f"no FASA profile in {gguf.path}; run `fasa-gguf embed-profile {gguf.path}`")
-    return profile
+    """As profile.find_profile. Raises FasaError when there is none, or it is not usable."""
+    found = find_profile(model, source, _say)
+    if found is None:
+        path = read_header(model).path
+        raise FasaError(f"no FASA profile in {path}; run `fasa-gguf embed-profile {path}`")
+    return found
 
 
 def context_settings(kwargs: dict[str, Any], mode: str) -> ContextSettings:
@@ -108,7 +107,8 @@ class Llama(_Base):
 
     fasa: "auto" (the profile in the model, if there is one), "off", or FasaParams, which need a profile. None: what
     enable() was given, or "auto".
-    fasa_profile: a Profile or the path of one, instead of the model's own.
+    fasa_profile: a Profile or the path of one. None: what enable() was given, or what FASA_PROFILE names, or the file
+    MODEL.fasa.json beside the model, or the model's own.
     fasa_mode: where K and V lie. "device": on the GPU (FASA-C). "host": in pinned host memory (FASA-M), for a context
     that the GPU has no room for. "auto": host when device does not fit, with a line on stderr that says so. None: what
     enable() was given, or FASA_MODE, or "auto". "c" and "m" are short for device and host.
@@ -120,6 +120,7 @@ class Llama(_Base):
 
     _fasa_default: FasaParams | str = "auto"
     _mode_default: str | None = None
+    _profile_default: Profile | None = None
     _foreign_callers = False  # after enable(): flash_attn=False is then the caller's default and says nothing
     _fasa: runtime.context.Context | None = None
     _fasa_profile: Profile | None = None
@@ -136,7 +137,7 @@ class Llama(_Base):
         self._stack = contextlib.ExitStack()  # close() needs it when we raise before llama_cpp made its own
         model_path = os.fspath(model_path)
         self._fasa_choice = fasa = self._fasa_default if fasa is None else fasa
-        self._fasa_source = fasa_profile
+        self._fasa_source = self._profile_default if fasa_profile is None else fasa_profile
         _check_choice(fasa)
         self._fasa_mode_choice = None if fasa_mode is None else chosen_mode(fasa_mode)
         mode = chosen_mode(self._mode_default if fasa_mode is None else fasa_mode)
@@ -286,15 +287,20 @@ for _name in ("Llava15ChatHandler", "MTMDChatHandler"):
     getattr(_llama_cpp.llama_chat_format, _name).__init__ = _refuse_vision
 
 
-def enable(params: FasaParams | str = "auto", mode: str | None = None) -> None:
+def enable(
+    params: FasaParams | str = "auto", mode: str | None = None, profile: Profile | str | os.PathLike | None = None
+) -> None:
     """Make llama_cpp.Llama itself decode with FASA, for code that is not ours (llama_cpp.server too).
 
-    params, mode: as fasa= and fasa_mode= of Llama. flash_attn=False counts as not given, since such code passes on
-    llama_cpp's default. Call it before llama_cpp is imported; after that it raises FasaError.
+    params, mode, profile: as fasa=, fasa_mode= and fasa_profile= of Llama. A model that the profile does not fit is
+    decoded dense, with a line on stderr, unless params are FasaParams. flash_attn=False counts as not given, since such
+    code passes on llama_cpp's default. Call it before llama_cpp is imported; after that it raises FasaError, and for a
+    profile that is not usable.
     """
     import llama_cpp.llama
 
     _check_choice(params)
     mode = None if mode is None else chosen_mode(mode)
+    Llama._profile_default = profile if profile is None or isinstance(profile, Profile) else Profile.load(profile)
     Llama._fasa_default, Llama._mode_default, Llama._foreign_callers = params, mode, True
     llama_cpp.Llama = llama_cpp.llama.Llama = Llama

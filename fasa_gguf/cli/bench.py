@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import FasaError
 from ..params import FasaParams
+from ..profile.find import require_profile
 from ..profile.profile import Profile
 from ..speed.random_model import SHAPES
 from .arguments import (
@@ -21,6 +22,7 @@ from .arguments import (
     comma_list,
     given_fasa,
     mode,
+    note,
     progress_bar,
     random_model,
     read_params,
@@ -96,7 +98,7 @@ def cmd_bench(a: argparse.Namespace) -> None:
     from ..speed.report import format_results, save_plot
 
     model = random_model(a) if a.shape else a.model
-    arms, profile = _arms(a, Profile.load(a.profile or model))
+    arms, profile = _arms(a, require_profile(model, a.profile, note))
     if a.shape and any(p.mass > 0 for p in arms.values()):
         raise FasaError(
             "--fasa-mass with --shape: the attention of random weights is spread evenly, so a target mass means "

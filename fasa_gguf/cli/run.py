@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from ..errors import FasaError
-from ..profile.profile import Profile
+from ..profile.find import find_profile, require_profile
 from ..reasons import not_used
 from ..runtime.settings import thread_count
 from .arguments import (
@@ -18,6 +18,7 @@ from .arguments import (
     add_fasa_flags,
     add_model,
     given_fasa,
+    note,
     read_params,
     read_text,
     whole,
@@ -27,7 +28,6 @@ from .arguments import (
 def _load(a: argparse.Namespace) -> tuple[Any, bool]:
     """(model, is FASA a must). FASA settings, a profile or host mode on the command line make it one."""
     from ..gguf.cache_types import cache_type
-    from ..gguf.file import GGUFFile
     from ..llama import Llama
     from ..session import last_log, quiet
 
@@ -36,9 +36,9 @@ def _load(a: argparse.Namespace) -> tuple[Any, bool]:
     fasa: Any = "off" if a.no_fasa else "auto"
     profile = None
     if must:
-        fasa, profile = read_params(a, Profile.load(a.profile or a.model))
+        fasa, profile = read_params(a, require_profile(a.model, a.profile, note))
     elif not a.no_fasa:
-        Profile.from_gguf(GGUFFile(a.model))  # a missing profile is fine, a malformed one is an error
+        find_profile(a.model)  # a missing profile is fine, a malformed one is an error
     types = cache_type(a.cache_type_k), cache_type(a.cache_type_v)
     threads = thread_count(a.threads)
     quiet()

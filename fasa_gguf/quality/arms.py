@@ -10,6 +10,7 @@ from typing import Any
 from .. import runtime
 from ..errors import FasaError
 from ..params import FasaParams
+from ..profile.find import require_profile
 from ..profile.profile import Profile
 from ..runtime.settings import ContextSettings
 from ..session import Session
@@ -68,9 +69,9 @@ def _parse_arm(text: str, settings: Callable[[str | None], tuple[FasaParams, Pro
 
 
 def needed_profile(model: str | os.PathLike, arms: Sequence[Arm], profile: Profile | None) -> Profile | None:
-    """`profile`, or the model's own when an arm needs it. Raises FasaError when the model has none."""
+    """`profile`, or that of the model when an arm needs it. Raises FasaError when there is none."""
     if profile is None and any(a.params and not a.profile for a in arms):
-        return Profile.load(model)
+        return require_profile(model)
     return profile
 
 

@@ -18,6 +18,7 @@ from ..gguf.cache_types import cache_type
 from ..gguf.file import U32, GGUFFile
 from ..memory.placement import why_not_host
 from ..params import FasaParams
+from ..profile.find import require_profile
 from ..profile.profile import Profile
 from ..runtime.machine import Machine
 from ..session import Session
@@ -176,7 +177,7 @@ def bench(
     all layers on GPUs: min_context_gpu), and when no step of the whole run was sparse.
     """
     settings.check(arms)
-    profile = profile or Profile.load(model)
+    profile = profile or require_profile(model)
     subject = _Subject.read(model, settings)
     results: list[Result] = []
     depths = sorted(set(settings.depths))
