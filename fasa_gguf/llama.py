@@ -17,6 +17,7 @@ from .memory.placement import choose_mode, chosen_mode
 from .params import FasaParams
 from .profile.find import find_profile
 from .profile.profile import Profile
+from .profile.rope import SCALING, UNSET, rope_note
 from .runtime.settings import ContextSettings, thread_count
 
 _llama_cpp = runtime.library.load()
@@ -193,14 +194,28 @@ class Llama(_Base):
         """Attach the profile and turn FASA on. must: close and raise FasaError when it cannot run; else say so."""
         assert self._fasa is not None
         try:
-            self._fasa.set_profile(profile)
-            self._fasa_profile = profile
+            self._attach(self._fasa, profile)
             self.set_fasa(self._fasa_choice)
         except FasaError as e:
             if must:
                 self.close()
                 raise
             _say(f"{self.model_path}: {e}; decoding is dense")
+
+    def _attach(self, context: runtime.context.Context, profile: Profile) -> None:
+        """Attach a profile; says on stderr when it was made under another RoPE."""
+        context.set_profile(profile)
+        self._fasa_profile = profile
+        given = {name: getattr(self.context_params, name) for name in UNSET}
+        if given["rope_scaling_type"] == self._model_scaling():
+            del given["rope_scaling_type"]
+        if line := rope_note(profile, context.model_info(), given):
+            _say(f"{self.model_path}: {line}")
+
+    def _model_scaling(self) -> int:
+        """The number of the model's own RoPE scaling, as llama.cpp reads it."""
+        name = self.metadata.get(f"{self.metadata.get('general.architecture')}.rope.scaling.type", "linear")
+        return next((number for number, known in SCALING.items() if known == name), -1)
 
     def _live(self) -> runtime.context.Context:
         if self._fasa is None:
@@ -223,8 +238,7 @@ class Llama(_Base):
                         "the model was loaded without flash attention, which FASA needs; load it with flash_attn=True"
                     )
                 profile = _find_profile(self.model_path, self._fasa_source)
-                context.set_profile(profile)
-                self._fasa_profile = profile
+                self._attach(context, profile)
             context.set_params(
                 fasa if isinstance(fasa, FasaParams) else FasaParams.from_env(self._fasa_profile.params())
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from ..errors import FasaError
 from ..params import FasaParams
 from ..profile.find import require_profile
 from ..profile.profile import Profile
+from ..profile.rope import rope_note
 from ..runtime.settings import ContextSettings
 from ..session import Session
 from .journal import model_print, text_print
@@ -109,6 +111,7 @@ class ArmSwitch:
     def __init__(self, session: Session, profile: Profile | None) -> None:
         self.fasa, self.profile = session.fasa, profile
         self.attached: Profile | None = None
+        self._said: set[str] = set()
 
     def use(self, arm: Arm | None) -> None:
         """Apply this arm's settings and profile, and reset the counters; None is dense."""
@@ -117,6 +120,10 @@ class ArmSwitch:
         if params is not None and self.attached is not wanted:
             self.fasa.set_params(None)
             self.fasa.set_profile(wanted)
+            line = rope_note(wanted, self.fasa.model_info()) if wanted else ""
+            if line and line not in self._said:
+                print(f"fasa_gguf: {line}", file=sys.stderr)
+                self._said.add(line)
             self.attached = wanted
         self.fasa.set_params(params)
         self.fasa.reset_counters()
