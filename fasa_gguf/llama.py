@@ -232,16 +232,15 @@ class Llama(_Base):
         if fasa == "off":
             context.set_params(None)
         else:
-            if self._fasa_profile is None:
+            profile = self._fasa_profile
+            if profile is None:
                 if self.context_params.flash_attn_type != _llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED:
                     raise FasaError(
                         "the model was loaded without flash attention, which FASA needs; load it with flash_attn=True"
                     )
                 profile = _find_profile(self.model_path, self._fasa_source)
                 self._attach(context, profile)
-            context.set_params(
-                fasa if isinstance(fasa, FasaParams) else FasaParams.from_env(self._fasa_profile.params())
-            )
+            context.set_params(fasa if isinstance(fasa, FasaParams) else FasaParams.from_env(profile.params()))
         self._fasa_choice = fasa
 
     @property

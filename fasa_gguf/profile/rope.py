@@ -38,9 +38,8 @@ def rope_note(profile: Profile, info: Mapping[str, Any], given: Mapping[str, Any
     changed = [(k, v) for k, v in (given or {}).items() if k in UNSET and v not in UNSET[k]]
     if changed:
         mine.append("the model's own scaling")
-        theirs.append(
-            ", ".join(f"{k} {SCALING.get(v, v) if k == 'rope_scaling_type' else f'{v:g}'}" for k, v in changed)
-        )
+        values = [SCALING.get(v, v) if k == "rope_scaling_type" else f"{v:g}" for k, v in changed]
+        theirs.append(", ".join(f"{k} {v}" for (k, _), v in zip(changed, values, strict=True)))
     if not mine:
         return ""
     return (
