@@ -11,12 +11,14 @@ from typing import Any
 from . import runtime
 from .errors import FasaError
 from .gguf.cache_types import CACHE_TYPES
-from .gguf.file import GGUFFile
+from .gguf.file import GGUFFile, read_header
 from .memory.model import read_model
 from .memory.placement import choose_mode, chosen_mode
 from .params import FasaParams
+from .profile.find import find_profile
 from .profile.profile import Profile
-from .runtime.settings import ContextSettings
+from .profile.rope import SCALING, UNSET, rope_note
+from .runtime.settings import ContextSettings, thread_count
 
 _llama_cpp = runtime.library.load()
 _Base: Any = _llama_cpp.Llama
@@ -32,14 +34,12 @@ def _check_choice(fasa: Any) -> None:
 
 
 def _find_profile(model: GGUFFile | str | os.PathLike, source: Profile | str | os.PathLike | None) -> Profile:
-    """The given one, or the model's own. Raises FasaError when there is none, or it is not usable."""
-    if source is not None:
-        return source if isinstance(source, Profile) else Profile.load(source)
-    gguf = model if isinstance(model, GGUFFile) else GGUFFile(model)
-    profile = Profile.from_gguf(gguf)
-    if profile is None:
-        raise FasaError(f"no FASA profile in {gguf.path}; run `fasa-gguf embed-profile {gguf.path}`")
-    return profile
+    """As profile.find_profile. Raises FasaError when there is none, or it is not usable."""
+    found = find_profile(model, source, _say)
+    if found is None:
+        path = read_header(model).path
+        raise FasaError(f"no FASA profile in {path}; run `fasa-gguf embed-profile {path}`")
+    return found
 
 
 def context_settings(kwargs: dict[str, Any], mode: str) -> ContextSettings:
@@ -91,12 +91,25 @@ def _choose_mode(
     return found
 
 
+class _Model(_llama_cpp._internals.LlamaModel):  # type: ignore[name-defined]
+    """llama_cpp's model, without the 32 bytes that it gives the text of a token."""
+
+    def token_to_piece(self, token: int, special: bool = False) -> bytes:
+        return runtime.pieces.token_bytes(_llama_cpp, self.vocab, [token], special)
+
+    def detokenize(self, tokens: list[int], special: bool = False) -> bytes:
+        out = runtime.pieces.token_bytes(_llama_cpp, self.vocab, tokens, special)
+        # as llama_cpp does it: the space that some tokenizers put before a text is not part of it
+        return out[1:] if len(tokens) > 0 and tokens[0] == self.token_bos() and out[:1] == b" " else out
+
+
 class Llama(_Base):
     """llama_cpp.Llama with FASA.
 
     fasa: "auto" (the profile in the model, if there is one), "off", or FasaParams, which need a profile. None: what
     enable() was given, or "auto".
-    fasa_profile: a Profile or the path of one, instead of the model's own.
+    fasa_profile: a Profile or the path of one. None: what enable() was given, or what FASA_PROFILE names, or the file
+    MODEL.fasa.json beside the model, or the model's own.
     fasa_mode: where K and V lie. "device": on the GPU (FASA-C). "host": in pinned host memory (FASA-M), for a context
     that the GPU has no room for. "auto": host when device does not fit, with a line on stderr that says so. None: what
     enable() was given, or FASA_MODE, or "auto". "c" and "m" are short for device and host.
@@ -108,6 +121,7 @@ class Llama(_Base):
 
     _fasa_default: FasaParams | str = "auto"
     _mode_default: str | None = None
+    _profile_default: Profile | None = None
     _foreign_callers = False  # after enable(): flash_attn=False is then the caller's default and says nothing
     _fasa: runtime.context.Context | None = None
     _fasa_profile: Profile | None = None
@@ -124,7 +138,7 @@ class Llama(_Base):
         self._stack = contextlib.ExitStack()  # close() needs it when we raise before llama_cpp made its own
         model_path = os.fspath(model_path)
         self._fasa_choice = fasa = self._fasa_default if fasa is None else fasa
-        self._fasa_source = fasa_profile
+        self._fasa_source = self._profile_default if fasa_profile is None else fasa_profile
         _check_choice(fasa)
         self._fasa_mode_choice = None if fasa_mode is None else chosen_mode(fasa_mode)
         mode = chosen_mode(self._mode_default if fasa_mode is None else fasa_mode)
@@ -139,9 +153,12 @@ class Llama(_Base):
             del kwargs["flash_attn"]
         asked = isinstance(fasa, FasaParams) or mode == "host" or (fasa == "auto" and fasa_profile is not None)
         model, profile = self._open_profile(model_path, asked, kwargs)
+        for name in ("n_threads", "n_threads_batch"):  # llama_cpp counts CPUs that the process may not use
+            kwargs[name] = kwargs.get(name) or thread_count()
         self._fasa_mode = _choose_mode(mode, model, profile, fasa, kwargs)
         with runtime.context.kv_mode(self._fasa_mode):
             super().__init__(model_path, **kwargs)
+        self._model.__class__ = _Model
         self._fasa = runtime.context.Context(ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value or 0)
         if self._fasa_mode == "host" and (why := runtime.context.not_pinned(self._fasa)):
             self.close()
@@ -177,14 +194,28 @@ class Llama(_Base):
         """Attach the profile and turn FASA on. must: close and raise FasaError when it cannot run; else say so."""
         assert self._fasa is not None
         try:
-            self._fasa.set_profile(profile)
-            self._fasa_profile = profile
+            self._attach(self._fasa, profile)
             self.set_fasa(self._fasa_choice)
         except FasaError as e:
             if must:
                 self.close()
                 raise
             _say(f"{self.model_path}: {e}; decoding is dense")
+
+    def _attach(self, context: runtime.context.Context, profile: Profile) -> None:
+        """Attach a profile; says on stderr when it was made under another RoPE."""
+        context.set_profile(profile)
+        self._fasa_profile = profile
+        given = {name: getattr(self.context_params, name) for name in UNSET}
+        if given["rope_scaling_type"] == self._model_scaling():
+            del given["rope_scaling_type"]
+        if line := rope_note(profile, context.model_info(), given):
+            _say(f"{self.model_path}: {line}")
+
+    def _model_scaling(self) -> int:
+        """The number of the model's own RoPE scaling, as llama.cpp reads it."""
+        name = self.metadata.get(f"{self.metadata.get('general.architecture')}.rope.scaling.type", "linear")
+        return next((number for number, known in SCALING.items() if known == name), -1)
 
     def _live(self) -> runtime.context.Context:
         if self._fasa is None:
@@ -201,17 +232,15 @@ class Llama(_Base):
         if fasa == "off":
             context.set_params(None)
         else:
-            if self._fasa_profile is None:
+            profile = self._fasa_profile
+            if profile is None:
                 if self.context_params.flash_attn_type != _llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED:
                     raise FasaError(
                         "the model was loaded without flash attention, which FASA needs; load it with flash_attn=True"
                     )
                 profile = _find_profile(self.model_path, self._fasa_source)
-                context.set_profile(profile)
-                self._fasa_profile = profile
-            context.set_params(
-                fasa if isinstance(fasa, FasaParams) else FasaParams.from_env(self._fasa_profile.params())
-            )
+                self._attach(context, profile)
+            context.set_params(fasa if isinstance(fasa, FasaParams) else FasaParams.from_env(profile.params()))
         self._fasa_choice = fasa
 
     @property
@@ -271,15 +300,20 @@ for _name in ("Llava15ChatHandler", "MTMDChatHandler"):
     getattr(_llama_cpp.llama_chat_format, _name).__init__ = _refuse_vision
 
 
-def enable(params: FasaParams | str = "auto", mode: str | None = None) -> None:
+def enable(
+    params: FasaParams | str = "auto", mode: str | None = None, profile: Profile | str | os.PathLike | None = None
+) -> None:
     """Make llama_cpp.Llama itself decode with FASA, for code that is not ours (llama_cpp.server too).
 
-    params, mode: as fasa= and fasa_mode= of Llama. flash_attn=False counts as not given, since such code passes on
-    llama_cpp's default. Call it before llama_cpp is imported; after that it raises FasaError.
+    params, mode, profile: as fasa=, fasa_mode= and fasa_profile= of Llama. A model that the profile does not fit is
+    decoded dense, with a line on stderr, unless params are FasaParams. flash_attn=False counts as not given, since such
+    code passes on llama_cpp's default. Call it before llama_cpp is imported; after that it raises FasaError, and for a
+    profile that is not usable.
     """
     import llama_cpp.llama
 
     _check_choice(params)
     mode = None if mode is None else chosen_mode(mode)
+    Llama._profile_default = profile if profile is None or isinstance(profile, Profile) else Profile.load(profile)
     Llama._fasa_default, Llama._mode_default, Llama._foreign_callers = params, mode, True
     llama_cpp.Llama = llama_cpp.llama.Llama = Llama

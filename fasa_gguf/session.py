@@ -227,12 +227,7 @@ class Session:
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of tokens; special tokens by name, bytes that are no UTF-8 replaced."""
-        out = b""
-        buffer = ctypes.create_string_buffer(256)
-        for t in tokens:
-            n = self.llama.llama_token_to_piece(self.vocab, int(t), buffer, 256, 0, True)
-            out += buffer.raw[: max(n, 0)]
-        return out.decode("utf-8", "replace")
+        return runtime.pieces.token_bytes(self.llama, self.vocab, tokens, True).decode("utf-8", "replace")
 
     def decode_batch(self, items: Sequence[tuple[int, int, int, bool]]) -> None:
         """One llama_decode of (token, position, sequence, wants logits) items, at most n_batch.

@@ -22,6 +22,7 @@ from ..errors import FasaError
 from ..params import FasaParams
 from ..profile.keys import MAX_CHUNKS, METHODS
 from ..profile.profile import Profile
+from ..runtime.settings import thread_count
 from .corpus import Corpus
 from .ranking import CalibrationParams, LayerSample, rank_layer
 
@@ -45,7 +46,7 @@ class Calibrator:
     windows: list[int]  # per layer, the last tokens that a query attends; 0: all
 
     def __init__(self, params: CalibrationParams, n_threads: int = 0) -> None:
-        self.params, self.n_threads = params, n_threads or os.cpu_count() or 1
+        self.params, self.n_threads = params, thread_count(n_threads)
         if not 0 <= params.chunks <= MAX_CHUNKS:
             raise FasaError(f"--chunks {params.chunks}: expected 0 to {MAX_CHUNKS}")
         if params.method not in METHODS[:3]:

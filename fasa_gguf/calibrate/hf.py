@@ -17,6 +17,7 @@ from ..errors import FasaError
 from ..gguf.file import GGUFFile, read_header
 from ..gguf.shape import read_shape, sliding_windows
 from ..profile.profile import Profile
+from ..runtime.settings import thread_count
 from .calibrator import Calibrator, Progress
 from .corpus import Corpus, default_corpus
 from .hf_attention import by_token, import_torch, watched
@@ -192,8 +193,7 @@ def calibrate_hf(
     """
     torch, _ = import_torch()
     params, corpus = params or CalibrationParams(), corpus or default_corpus()
-    if n_threads:
-        torch.set_num_threads(n_threads)
+    torch.set_num_threads(n_threads or min(torch.get_num_threads(), thread_count()))
     folder = tokenize = None
     if isinstance(model, (str, os.PathLike)):
         folder = str(model)

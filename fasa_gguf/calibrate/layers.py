@@ -26,6 +26,7 @@ from ..errors import FasaError
 from ..gguf.file import read_header
 from ..gguf.shape import sliding_windows
 from ..params import FasaParams
+from ..profile.find import require_profile
 from ..profile.profile import Profile
 from ..quality.arms import Arm
 from ..quality.perplexity import WindowSettings, evaluate
@@ -312,7 +313,7 @@ def calibrate_layers(
     which is not removed; the same call continues from there. Raises FasaError as `evaluate` does, and for a bad grid.
     """
     grid = grid or LayerGrid()
-    profile = profile or Profile.load(model)
+    profile = profile or require_profile(model)
     base = base or profile.params()
     _check_grid(grid, profile, window, base)
     out = Path(out)

@@ -87,7 +87,9 @@ def add_model(p: argparse.ArgumentParser) -> None:
 
 
 def add_machine_flags(p: argparse.ArgumentParser) -> None:
-    p.add_argument("-t", "--threads", type=whole(0), default=0, help="CPU threads; 0: all cores")
+    p.add_argument(
+        "-t", "--threads", type=whole(0), default=0, help="CPU threads; 0: the physical cores that this process may use"
+    )
     p.add_argument("-ngl", "--n-gpu-layers", type=whole(-1), default=0, help="layers on the GPU; -1: all")
 
 
@@ -125,7 +127,9 @@ def add_fasa_flags(p: argparse.ArgumentParser, more: str = "", mode_flag: bool =
             "not fit [FASA_MODE, or auto]",
         )
     group.add_argument(
-        "--profile", help="a profile's JSON file instead of the one in the model (eval: a comma list, one arm each)"
+        "--profile",
+        help="a profile's JSON or GGUF file (eval: a comma list, an arm each) [FASA_PROFILE, or MODEL.fasa.json beside "
+        "the model, or the one in it]",
     )
 
 
@@ -136,6 +140,11 @@ def add_shape_flags(p: argparse.ArgumentParser, shapes: tuple[str, ...]) -> None
 
 
 # ---- settings from flags ----
+
+
+def note(text: str) -> None:
+    """A line on stderr."""
+    print(f"fasa-gguf: {text}", file=sys.stderr)
 
 
 def given_fasa(a: argparse.Namespace) -> dict[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import FasaError
 from ..params import FasaParams
+from ..profile.find import require_profile
 from ..profile.profile import Profile
 from ..speed.random_model import SHAPES
 from .arguments import (
@@ -21,6 +22,7 @@ from .arguments import (
     comma_list,
     given_fasa,
     mode,
+    note,
     progress_bar,
     random_model,
     read_params,
@@ -96,7 +98,7 @@ def cmd_bench(a: argparse.Namespace) -> None:
     from ..speed.report import format_results, save_plot
 
     model = random_model(a) if a.shape else a.model
-    arms, profile = _arms(a, Profile.load(a.profile or model))
+    arms, profile = _arms(a, require_profile(model, a.profile, note))
     if a.shape and any(p.mass > 0 for p in arms.values()):
         raise FasaError(
             "--fasa-mass with --shape: the attention of random weights is spread evenly, so a target mass means "
@@ -145,7 +147,9 @@ def _add_measurement_flags(p: argparse.ArgumentParser) -> None:
         help="comma list of sequences that decode together, each at the depth [1]",
     )
     p.add_argument("-r", "--repetitions", type=whole(1), default=5, help="repetitions per arm [5]")
-    p.add_argument("-t", "--threads", type=whole(0), default=0, help="CPU threads; 0: all cores")
+    p.add_argument(
+        "-t", "--threads", type=whole(0), default=0, help="CPU threads; 0: the physical cores that this process may use"
+    )
     p.add_argument("-ngl", "--n-gpu-layers", type=comma_list(-1), help="comma list of layers on the GPU; -1: all [0]")
     p.add_argument(
         "-nkvo", "--no-kv-offload", type=bits, help="comma list of 0 and 1; 1: dense with the cache in host memory [0]"

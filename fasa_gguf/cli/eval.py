@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import FasaError
 from ..params import FasaParams
+from ..profile.find import require_profile
 from ..profile.profile import Profile
 from ..quality.arms import Arm, parse_arms
 from .arguments import (
@@ -19,6 +20,7 @@ from .arguments import (
     add_fasa_flags,
     add_model,
     comma_list,
+    note,
     progress_bar,
     read_context,
     read_params,
@@ -83,18 +85,18 @@ def _arms(a: argparse.Namespace) -> list[Arm]:
     """One arm for each profile and budget, mass or text of --arms; without any of the three, one for each profile."""
     if a.arms and not (a.profile or a.budgets or a.masses):
         # the model needs no profile when every arm names one
-        load = functools.cache(lambda path: read_params(a, Profile.load(path)))
-        return parse_arms(a.arms, lambda other: load(other or a.model))
+        load = functools.cache(lambda path: read_params(a, require_profile(a.model, path, note)))
+        return parse_arms(a.arms, load)
     arms: list[Arm] = []
-    paths = a.profile.split(",") if a.profile else [a.model]
+    paths = a.profile.split(",") if a.profile else [None]
     for path in paths:
-        base, profile = read_params(a, Profile.load(path))
+        base, profile = read_params(a, require_profile(a.model, path, note))
         settings = [base.replace(budget=b, mass=0.0, mean_budget=0) for b in a.budgets or []]
         settings += [base.replace(mass=m, mean_budget=0) for m in a.masses or []]
         for p in settings or ([] if a.arms else [base]):
             arms.append(Arm(_arm_name(a, p, profile), p.check(), profile))
         if a.arms:
-            prefix = f"{Path(path).name} " if len(paths) > 1 else ""
+            prefix = f"{Path(path).name} " if path and len(paths) > 1 else ""
             arms += parse_arms(a.arms, functools.partial(_settings_of, a, (base, profile)), prefix)
     return arms
 

@@ -9,9 +9,18 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..params import FasaParams
-from ..profile.profile import Profile
+from ..profile.find import find_profile
 from ..speed.random_model import SHAPES
-from .arguments import add_context_flags, add_fasa_flags, add_model, add_shape_flags, random_model, read_params, whole
+from .arguments import (
+    add_context_flags,
+    add_fasa_flags,
+    add_model,
+    add_shape_flags,
+    note,
+    random_model,
+    read_params,
+    whole,
+)
 
 if TYPE_CHECKING:
     from ..memory.host import Available
@@ -33,7 +42,7 @@ def cmd_plan(a: argparse.Namespace) -> None:
 
     path = random_model(a) if a.shape else a.model
     gguf = GGUFFile(path)
-    profile = Profile.load(a.profile) if a.profile else Profile.from_gguf(gguf)
+    profile = find_profile(gguf, a.profile, note)
     if profile is None:
         print("no FASA profile in the model: planned as if it ranked every attention layer", file=sys.stderr)
         profile = synthetic_profile(*model_shape(gguf))

@@ -8,12 +8,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..profile.find import find_profile, require_profile
 from .arguments import (
     AddCommand,
     add_context_flags,
     add_fasa_flags,
     add_model,
     comma_list,
+    note,
     percent,
     progress_bar,
     read_context,
@@ -55,7 +57,7 @@ def cmd_compare(a: argparse.Namespace) -> None:
     from ..harness import require_torch
 
     require_torch()
-    from ..harness.compare import CompareSettings, compare, find_profile
+    from ..harness.compare import CompareSettings, compare
     from ..harness.report import format_comparison
 
     methods = a.methods.split(",") if a.methods else [*METHODS, *(["fasa-mass"] if a.tune else [])]
@@ -72,7 +74,7 @@ def cmd_compare(a: argparse.Namespace) -> None:
         sink=a.sink,
         recent=a.recent,
         device=a.device,
-        profile=find_profile(a.profile, a.model),
+        profile=find_profile(a.model, a.profile, note),
         threads=a.threads,
         texts={"text": Path(a.file).name, **({"tune": Path(a.tune).name} if a.tune else {})},
     )
@@ -136,11 +138,10 @@ def _add_compare(command: AddCommand) -> None:
 
 
 def cmd_sweep(a: argparse.Namespace) -> None:
-    from ..profile.profile import Profile
     from ..quality.perplexity import WindowSettings
     from ..quality.sweep import Grid, format_sweep, sweep
 
-    params, profile = read_params(a, Profile.load(a.profile or a.model))
+    params, profile = read_params(a, require_profile(a.model, a.profile, note))
     result = sweep(
         a.model,
         read_text(a.file, a.detokenize),
@@ -196,9 +197,8 @@ def _add_sweep(command: AddCommand) -> None:
 def cmd_calibrate_layers(a: argparse.Namespace) -> None:
     from ..calibrate.layers import LayerGrid, calibrate_layers, format_layers
     from ..memory.placement import chosen_mode
-    from ..profile.profile import Profile
 
-    params, profile = read_params(a, Profile.load(a.profile or a.model))
+    params, profile = read_params(a, require_profile(a.model, a.profile, note))
     grid = LayerGrid(() if a.table_only else a.masses or LayerGrid.masses, a.budgets or LayerGrid.budgets, a.group)
     out = a.output or str(Path(a.model).with_suffix(".fasa.json"))
     _, result = calibrate_layers(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import codecs
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -12,14 +11,16 @@ from typing import Any
 
 from ..counters import read_share
 from ..errors import FasaError
-from ..profile.profile import Profile
+from ..profile.find import find_profile, require_profile
 from ..reasons import not_used
+from ..runtime.settings import thread_count
 from .arguments import (
     AddCommand,
     add_context_flags,
     add_fasa_flags,
     add_model,
     given_fasa,
+    note,
     read_params,
     read_text,
     whole,
@@ -29,7 +30,6 @@ from .arguments import (
 def _load(a: argparse.Namespace) -> tuple[Any, bool]:
     """(model, is FASA a must). FASA settings, a profile or host mode on the command line make it one."""
     from ..gguf.cache_types import cache_type
-    from ..gguf.file import GGUFFile
     from ..llama import Llama
     from ..session import last_log, quiet
 
@@ -38,11 +38,11 @@ def _load(a: argparse.Namespace) -> tuple[Any, bool]:
     fasa: Any = "off" if a.no_fasa else "auto"
     profile = None
     if must:
-        fasa, profile = read_params(a, Profile.load(a.profile or a.model))
+        fasa, profile = read_params(a, require_profile(a.model, a.profile, note))
     elif not a.no_fasa:
-        Profile.from_gguf(GGUFFile(a.model))  # a missing profile is fine, a malformed one is an error
+        find_profile(a.model)  # a missing profile is fine, a malformed one is an error
     types = cache_type(a.cache_type_k), cache_type(a.cache_type_v)
-    threads = a.threads or os.cpu_count()
+    threads = thread_count(a.threads)
     quiet()
     try:
         llm = Llama(

@@ -18,7 +18,6 @@ import torch
 from .. import __version__
 from ..calibrate.corpus import default_corpus
 from ..errors import FasaError
-from ..gguf.file import GGUFFile
 from ..params import FasaParams
 from ..profile.profile import Profile
 from ..quality.arms import Arm, Progress
@@ -77,11 +76,6 @@ class CompareSettings:
             "tune_windows": self.tune_windows,
             "profile": text_print(self.profile.to_json()) if self.profile else None,
         }
-
-
-def find_profile(path: str | os.PathLike | None, model: str | os.PathLike) -> Profile | None:
-    """The profile given, or the model's own, or None."""
-    return Profile.load(path) if path else Profile.from_gguf(GGUFFile(model))
 
 
 # ---- tokens ----

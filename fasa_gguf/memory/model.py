@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..errors import FasaError
 from ..gguf.file import ARR, TENSOR_TYPES, U32, GGUFFile, TensorInfo
 from ..gguf.shape import ModelShape, read_shape, shards, sliding_windows
+from ..profile.find import find_profile
 from ..profile.profile import Profile
 
 
@@ -125,12 +126,12 @@ def _feed_forward(gguf: GGUFFile) -> int:
 
 def read_model(model: str | os.PathLike | GGUFFile, profile: Profile | None = None) -> Model:
     """What decides about memory in a GGUF file, split ones too. profile: which layers have dominant keys; without one,
-    the model's own, or else all.
+    that of find_profile, or else all.
 
     Raises FasaError for a model that FASA does not apply to, and for a file that is not usable.
     """
     gguf = model if isinstance(model, GGUFFile) else GGUFFile(model)
-    profile = profile or Profile.from_gguf(gguf)
+    profile = profile or find_profile(gguf)
     shape = read_shape(gguf)
     tensors = _read_tensors(gguf, len(shape.n_head))
     if tensors.embedding is None:

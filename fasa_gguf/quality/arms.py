@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,9 @@ from typing import Any
 from .. import runtime
 from ..errors import FasaError
 from ..params import FasaParams
+from ..profile.find import require_profile
 from ..profile.profile import Profile
+from ..profile.rope import rope_note
 from ..runtime.settings import ContextSettings
 from ..session import Session
 from .journal import model_print, text_print
@@ -69,9 +72,9 @@ def _parse_arm(text: str, settings: Callable[[str | None], tuple[FasaParams, Pro
 
 
 def needed_profile(model: str | os.PathLike, arms: Sequence[Arm], profile: Profile | None) -> Profile | None:
-    """`profile`, or the model's own when an arm needs it. Raises FasaError when the model has none."""
+    """`profile`, or that of the model when an arm needs it. Raises FasaError when there is none."""
     if profile is None and any(a.params and not a.profile for a in arms):
-        return Profile.load(model)
+        return require_profile(model)
     return profile
 
 
@@ -109,6 +112,7 @@ class ArmSwitch:
     def __init__(self, session: Session, profile: Profile | None) -> None:
         self.fasa, self.profile = session.fasa, profile
         self.attached: Profile | None = None
+        self._said: set[str] = set()
 
     def use(self, arm: Arm | None) -> None:
         """Apply this arm's settings and profile, and reset the counters; None is dense."""
@@ -117,6 +121,10 @@ class ArmSwitch:
         if params is not None and self.attached is not wanted:
             self.fasa.set_params(None)
             self.fasa.set_profile(wanted)
+            line = rope_note(wanted, self.fasa.model_info()) if wanted else ""
+            if line and line not in self._said:
+                print(f"fasa_gguf: {line}", file=sys.stderr)
+                self._said.add(line)
             self.attached = wanted
         self.fasa.set_params(params)
         self.fasa.reset_counters()

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import FasaError
 from ..params import FasaParams, default_chunks
+from ..profile.find import require_profile
 from ..profile.profile import Profile
 from ..report.columns import columns
 from ..runtime.settings import ContextSettings
@@ -128,7 +129,7 @@ def sweep(
     as evaluate's; default windows: 5. Finished windows are kept in DIR, one file for each grid; the same call goes on
     there. Raises FasaError as evaluate does.
     """
-    profile = profile or Profile.load(model)
+    profile = profile or require_profile(model)
     windows = windows or WindowSettings(windows=5)
     arms = make_arms(grid or Grid(), base or profile.params(), profile)
     out = Path(out)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import functools
-import os
 from dataclasses import dataclass
 from typing import Any
 
 from .library import api, check, find_library
+from .settings import thread_count
 
 MAX_THREADS = 512  # GGML_MAX_N_THREADS
 
@@ -64,7 +64,7 @@ def copy_rate(device: str, n_bytes: int, n_threads: int = 0) -> float:
     """
     ffi, lib = api()
     rate = ffi.new("double *")
-    check(lib.fasa_copy_rate(device.encode(), min(n_threads or os.cpu_count() or 1, MAX_THREADS), n_bytes, rate))
+    check(lib.fasa_copy_rate(device.encode(), min(thread_count(n_threads), MAX_THREADS), n_bytes, rate))
     return rate[0]
 
 

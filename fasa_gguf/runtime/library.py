@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import FasaError
+from .structs import LAYOUT
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -52,12 +54,39 @@ def upstream_version() -> str:
         raise FasaError(f"{path}: this libllama has no FASA, or that of another version; run `make build`") from None
 
 
+def check_structs(mirror: Any) -> None:
+    """Raises FasaError when llama_cpp's ctypes structs are not laid out as those of our library.
+
+    mirror: the module llama_cpp.llama_cpp. A struct is compared by its size and by name, offset and size of every
+    field; one that differs would have llama.cpp read settings from the wrong bytes.
+    """
+    if ctypes.sizeof(ctypes.c_void_p) != 8:
+        return  # the table is of 64-bit machines
+    for name, (size, fields) in LAYOUT.items():
+        found = getattr(mirror, name, None)
+        if found is None:
+            what = f"it has no struct {name}"
+        else:
+            theirs = {f[0]: (getattr(found, f[0]).offset, getattr(found, f[0]).size) for f in found._fields_}
+            bad = [f for f in [*fields, *theirs] if fields.get(f) != theirs.get(f)]
+            if not bad and ctypes.sizeof(found) == size:
+                continue
+            what = f"its struct {name} has {ctypes.sizeof(found)} bytes where the library's has {size}"
+            if bad:
+                what = f"its struct {name} differs from the library's in the field {bad[0]}"
+        wanted = upstream_version()
+        raise FasaError(
+            f"{mirror.__file__}: this llama-cpp-python is another one than {wanted}, whatever its number: {what}; "
+            f"run `pip install --force-reinstall --no-deps llama-cpp-python=={wanted}`"
+        )
+
+
 @functools.cache
 def load() -> Any:
     """llama_cpp with our library underneath.
 
-    Returns the module. Raises FasaError when llama_cpp was imported before with another library, when its version is
-    not the one our library was built for, or when the library is missing.
+    Returns the module. Raises FasaError when llama_cpp was imported before with another library, when its version or
+    its structs are not those that our library was built for, or when the library is missing.
     """
     ours = find_library("llama")
     if "llama_cpp" in sys.modules:
@@ -67,20 +96,27 @@ def load() -> Any:
                 f"llama_cpp was imported first and uses {found}; import fasa_gguf, or call fasa_gguf.enable(), before "
                 "llama_cpp"
             )
+        check_structs(sys.modules["llama_cpp"].llama_cpp)
         return sys.modules["llama_cpp"]
     wanted = upstream_version()
     try:
         version = metadata.version("llama-cpp-python")
     except metadata.PackageNotFoundError:
         raise FasaError(f"llama-cpp-python is not installed; run `pip install llama-cpp-python=={wanted}`") from None
-    if version != wanted:
+    if version.split("+")[0] != wanted:  # what follows a plus is a label of who built it
         raise FasaError(
             f"llama-cpp-python {version} is installed and {wanted} is needed; "
             f"run `pip install llama-cpp-python=={wanted}`"
         )
     os.environ["LLAMA_CPP_LIB_PATH"] = str(ours.parent)
-    import llama_cpp
-
+    try:
+        import llama_cpp
+    except AttributeError as e:  # ctypes: a function that our library does not have
+        raise FasaError(
+            f"llama-cpp-python {version}: this is another one than {wanted}, whatever its number: {e}; "
+            f"run `pip install --force-reinstall --no-deps llama-cpp-python=={wanted}`"
+        ) from None
+    check_structs(llama_cpp.llama_cpp)
     return llama_cpp
 
 

@@ -21,7 +21,7 @@ class Machine:
 
     @classmethod
     def here(cls, n_threads: int = 0) -> Machine:
-        """This machine. n_threads: 0 for all CPUs. Raises FasaError when the native library cannot be loaded."""
+        """This machine. n_threads: 0 for all usable cores. Raises FasaError when the library cannot be loaded."""
         found = devices.devices()
         cpu, gpu = (", ".join(d.description for d in found if d.is_gpu == is_gpu) for is_gpu in (False, True))
         return cls(library.version(), library.upstream_version(), cpu, gpu, thread_count(n_threads))

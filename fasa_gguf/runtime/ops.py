@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import numpy as np
 from ..errors import FasaError
 from ..params import K_DOM_TYPES
 from .library import api, array, check, struct
+from .settings import thread_count
 
 
 def rank_recall(
@@ -50,7 +50,7 @@ def rank_recall(
         budget=budget,
         sink=sink,
         recent=recent,
-        n_threads=n_threads or os.cpu_count() or 1,
+        n_threads=thread_count(n_threads or 0),
         scale=scale,
         soft_cap=soft_cap,
         q=pq,

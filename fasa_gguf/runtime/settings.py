@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +11,12 @@ import numpy as np
 from ..errors import FasaError
 from ..gguf.cache_types import cache_type
 from ..params import INT_MAX, parse_mode
+from .cpus import usable_cores
 
 
 def thread_count(n_threads: int = 0) -> int:
-    """The number of threads that are really used. 0: one for each CPU of the machine."""
-    return n_threads or os.cpu_count() or 1
+    """The number of threads that are really used. 0: one for each physical core that this process may use."""
+    return n_threads or usable_cores()
 
 
 _RANGES = {  # of the numbers of a context, both ends included
@@ -36,7 +36,7 @@ class ContextSettings:
     n_ctx: tokens over all sequences, 0 for what the model was trained on.
     n_batch, n_ubatch: tokens per llama_decode, and per graph; a ubatch is never larger than a batch.
     n_seq_max: sequences. kv_unified: they share one buffer, instead of n_ctx / n_seq_max cells each.
-    n_threads: 0 for all CPUs. n_gpu_layers: the last layers of the model, -1 for all.
+    n_threads: 0 for all cores that the process may use. n_gpu_layers: the last layers of the model, -1 for all.
     type_k, type_v: names in gguf.cache_types.CACHE_TYPES. swa_full: layers with a sliding window keep all cells.
     no_kv_offload: K and V stay in host memory and the CPU attends.
     mode: where K and V of the GPU's layers lie: device (FASA-C), host (FASA-M: pinned host memory), or auto.

@@ -19,11 +19,12 @@ from ..gguf.cache_types import cache_type
 from ..gguf.file import U32, GGUFFile
 from ..memory.placement import why_not_host
 from ..params import FasaParams
+from ..profile.find import require_profile
 from ..profile.profile import Profile
 from ..runtime.machine import Machine
 from ..session import Session
 from .results import Result, dense_layers, set_ratio_best, set_ratios
-from .timing import WARM_STEPS, Progress, Sample, Timer, take_turns
+from .timing import Progress, Sample, Timer, take_turns
 from .traffic import PLAIN_READ_FROM, copy_rates, merge, read_rate, vram, weight_bytes
 
 Emit = Callable[[list[Result]], None]
@@ -45,7 +46,7 @@ class BenchSettings:
     no_kv_offload: Sequence[int] = (0,)  # 1: the cache in host memory; dense only
     modes: Sequence[str] = ("device",)  # where K and V lie: on the device, or in pinned host memory (FASA only)
     repetitions: int = 5
-    n_threads: int = 0  # 0: all cores
+    n_threads: int = 0  # 0: the physical cores that this process may use
     n_batch: int = 2048
     n_ubatch: int = 512
     fill: str = "auto"  # prefill, random, or auto: random from RANDOM_FILL_FROM on
@@ -177,7 +178,7 @@ def bench(
     all layers on GPUs: min_context_gpu), and when no step of the whole run was sparse.
     """
     settings.check(arms)
-    profile = profile or Profile.load(model)
+    profile = profile or require_profile(model)
     subject = _Subject.read(model, settings)
     results: list[Result] = []
     depths = sorted(set(settings.depths))

@@ -19,6 +19,7 @@ torch = pytest.importorskip("torch", reason="torch is not installed: pip install
 from fasa_gguf.harness import compare as C  # noqa: E402
 from fasa_gguf.harness.calibrate import Knowledge  # noqa: E402
 from fasa_gguf.harness.decoder import Decoder  # noqa: E402
+from fasa_gguf.profile.find import find_profile  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -47,7 +48,7 @@ def settings(model, text, **kw):
         "window": 300,
         "score": 20,
         "threads": 1,
-        "profile": C.find_profile(None, model),
+        "profile": find_profile(model),
         **kw,
     }
     return C.CompareSettings(model=model, text=text, **kw)

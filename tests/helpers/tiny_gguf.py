@@ -24,10 +24,15 @@ def write_tiny(
     dtype=np.float32,
     rope_base=None,
     alignment=None,
+    words=(),
+    chat_template=None,
 ):
-    """A GGUF with random weights of `dtype` (f32 or f16) and a vocabulary of bytes; `arch` has the tensors of llama."""
+    """A GGUF with random weights of `dtype` (f32 or f16) and a vocabulary of bytes; `arch` has the tensors of llama.
+
+    words: tokens after those of bytes, from number 259 on.
+    """
     rng = np.random.default_rng(seed)
-    tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)]
+    tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)] + list(words)
     w = GGUFWriter(path, arch)
     if alignment:
         w.add_custom_alignment(alignment)
@@ -47,7 +52,13 @@ def write_tiny(
     w.add_tokenizer_model("llama")
     w.add_token_list(tokens)
     w.add_token_scores([0.0] * len(tokens))
-    w.add_token_types([TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL] + [TokenType.BYTE] * 256)
+    w.add_token_types(
+        [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
+        + [TokenType.BYTE] * 256
+        + [TokenType.NORMAL] * len(words)
+    )
+    if chat_template:
+        w.add_chat_template(chat_template)
     w.add_bos_token_id(1)
     w.add_eos_token_id(2)
 

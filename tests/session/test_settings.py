@@ -45,10 +45,9 @@ def test_settings_are_checked_wherever_they_are_made():
 
 
 def test_threads(monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 12)
-    assert [thread_count(), thread_count(3)] == [12, 3] and ContextSettings().threads == 12
-    monkeypatch.setattr("os.cpu_count", lambda: None)
-    assert ContextSettings().threads == 1 and ContextSettings(n_threads=5).threads == 5
+    monkeypatch.setattr("fasa_gguf.runtime.settings.usable_cores", lambda: 12)
+    assert [thread_count(), thread_count(3)] == [12, 3]
+    assert ContextSettings().threads == 12 and ContextSettings(n_threads=5).threads == 5
 
 
 def test_the_machine(library, monkeypatch):
