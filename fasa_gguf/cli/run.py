@@ -61,7 +61,23 @@ def _load(a: argparse.Namespace) -> tuple[Any, bool]:
         )
     except (ValueError, RuntimeError) as e:
         raise FasaError(f"{a.model}: {e}; llama.cpp says: {last_log()}") from None
+    _stoppable(llm)
     return llm, must
+
+
+def _stoppable(llm: Any) -> None:
+    """Ctrl-C ends a batch of the prompt, rather than wait for it."""
+    from llama_cpp._internals import LlamaContext
+
+    from ..runtime.interrupt import deferred_decode
+    from ..runtime.library import load
+
+    class Stoppable(LlamaContext):
+        def decode(self, batch: Any) -> None:
+            with deferred_decode(load(), self.ctx, batch.batch.n_tokens):
+                super().decode(batch)
+
+    llm._ctx.__class__ = Stoppable
 
 
 def _is_end(llm: Any, token: int) -> bool:
