@@ -17,6 +17,7 @@ import numpy as np
 from . import runtime
 from .errors import FasaError
 from .gguf.cache_types import cache_type
+from .gguf.file import check_is_file
 from .memory.model import Model, read_model
 from .memory.placement import choose_mode
 from .params import FasaParams
@@ -93,6 +94,7 @@ class Session:
         quiet()
         if not os.path.exists(model_path):
             raise FasaError(f"{model_path}: no such file")
+        check_is_file(model_path)
         with runtime.interrupt.deferred():
             llama.llama_backend_init()
         params = llama.llama_model_default_params()
@@ -213,9 +215,10 @@ class Session:
         return self.llama.llama_get_memory(self.ctx)
 
     def tokenize(self, text: str, bos: bool = True, special: bool = True) -> list[int]:
-        """The tokens of a text. bos: with the model's first token; special: names of special tokens become tokens.
+        """The tokens of a text.
 
-        Raises FasaError for a model without a vocabulary.
+        bos: with the model's first token, unless the text begins with it. special: names of special tokens become
+        tokens. Raises FasaError for a model without a vocabulary.
         """
         data = text.encode()
         room = len(data) + 8
@@ -227,7 +230,7 @@ class Session:
             room = -n
         if n < 0:
             raise FasaError(f"{self.path}: the text cannot be tokenized; does this model have a vocabulary?")
-        return list(out[:n])
+        return runtime.pieces.one_bos(self.llama, self.vocab, list(out[:n]))
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of tokens; special tokens by name, bytes that are no UTF-8 replaced."""

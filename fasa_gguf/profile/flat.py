@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import FasaError
-from ..gguf.file import ARR, F32, STR, TYPE_NAMES, U8, U16, U32, GGUFFile, printable
+from ..gguf.file import ARR, F32, STR, TYPE_NAMES, U8, U16, U32, GGUFFile, printable, what_is_there
 from ..params import FasaParams
 from .keys import (
     DROPPED,
@@ -103,8 +102,8 @@ def read_file(path: str | os.PathLike) -> tuple[dict[str, Any] | None, GGUFFile 
     if isinstance(path, GGUFFile):
         return None, path
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise FasaError(f"{path}: not a FASA profile: expected a regular file, JSON or GGUF; {REMAKE}")
+        if why := what_is_there(path):
+            raise FasaError(f"{path}: not a FASA profile: expected a regular file, JSON or GGUF{why}")
         with open(path, "rb") as f:
             data = f.read(4)
             if data != b"GGUF":
