@@ -156,7 +156,7 @@ class Llama(_Base):
         for name in ("n_threads", "n_threads_batch"):  # llama_cpp counts CPUs that the process may not use
             kwargs[name] = kwargs.get(name) or thread_count()
         self._fasa_mode = _choose_mode(mode, model, profile, fasa, kwargs)
-        with runtime.context.kv_mode(self._fasa_mode):
+        with runtime.context.kv_mode(self._fasa_mode), runtime.interrupt.deferred() as self._stopped:
             super().__init__(model_path, **kwargs)
         self._model.__class__ = _Model
         self._fasa = runtime.context.Context(ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value or 0)
@@ -165,6 +165,17 @@ class Llama(_Base):
             raise FasaError(f"{model_path}: {why}")
         if profile is not None:
             self._start_fasa(profile, asked or self._fasa_mode == "host")  # dense would take all of K and V over PCIe
+
+    @property
+    def model_params(self) -> Any:
+        """llama_model_params, which llama_cpp fills in."""
+        return self._model_params
+
+    @model_params.setter
+    def model_params(self, params: Any) -> None:
+        stopped = self._stopped
+        params.progress_callback = _llama_cpp.llama_progress_callback(lambda _progress, _user: not stopped())
+        self._model_params = params
 
     def _open_profile(
         self, model_path: str, asked: bool, kwargs: dict[str, Any]

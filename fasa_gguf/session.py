@@ -17,6 +17,7 @@ import numpy as np
 from . import runtime
 from .errors import FasaError, check_path
 from .gguf.cache_types import cache_type
+from .gguf.file import check_is_file
 from .memory.model import Model, read_model
 from .memory.placement import choose_mode
 from .params import FasaParams
@@ -30,6 +31,8 @@ _log_callback: Any = None
 def quiet() -> None:
     """Keep llama.cpp's log out of the terminal, except for the progress of pinning a large cache.
 
+    Calls that may log belong into `runtime.interrupt.deferred()`.
+
     The last warnings and errors are kept for our exceptions.
     """
     global _log_callback
@@ -41,7 +44,7 @@ def quiet() -> None:
                 _log.append(text.decode("utf-8", "replace").strip())
                 del _log[:-20]
             elif text.startswith(b"fasa: pinning"):
-                print(text.decode().strip(), file=sys.stderr)
+                print(text.decode("utf-8", "replace").strip(), file=sys.stderr)
 
         llama = runtime.library.load()
         _log_callback = llama.llama_log_callback(keep)
@@ -93,17 +96,21 @@ class Session:
         check_path(model_path)
         if not os.path.exists(model_path):
             raise FasaError(f"{model_path}: no such file")
-        llama.llama_backend_init()
+        check_is_file(model_path)
+        with runtime.interrupt.deferred():
+            llama.llama_backend_init()
         params = llama.llama_model_default_params()
         params.n_gpu_layers = self.settings.n_gpu_layers
-        self._model = llama.llama_model_load_from_file(os.fsencode(model_path), params)
-        if not self._model:
-            raise FasaError(f"{model_path}: llama.cpp cannot load this model: {last_log()}")
-        self.n_ctx_train = llama.llama_model_n_ctx_train(self.model)
-        self.n_vocab = llama.llama_vocab_n_tokens(self.vocab)
         try:
+            with runtime.interrupt.deferred() as stopped:
+                params.progress_callback = llama.llama_progress_callback(lambda _progress, _user: not stopped())
+                self._model = llama.llama_model_load_from_file(os.fsencode(model_path), params)
+            if not self._model:
+                raise FasaError(f"{model_path}: llama.cpp cannot load this model: {last_log()}")
+            self.n_ctx_train = llama.llama_model_n_ctx_train(self.model)
+            self.n_vocab = llama.llama_vocab_n_tokens(self.vocab)
             self.reopen()
-        except FasaError:
+        except BaseException:
             self.close()
             raise
 
@@ -123,7 +130,7 @@ class Session:
         model = self.model
         self.free_context()
         self.mode = self._choose_mode()
-        with runtime.context.kv_mode(self.mode):
+        with runtime.context.kv_mode(self.mode), runtime.interrupt.deferred():
             self._ctx = self.llama.llama_init_from_model(model, self._context_params())
             if not self._ctx:
                 raise FasaError(f"{self.path}: llama.cpp cannot make a context of {new.n_ctx} tokens: {last_log()}")
@@ -158,9 +165,10 @@ class Session:
 
     def free_context(self) -> None:
         """Free the context; the model stays loaded, and `reopen` makes another one."""
-        if self._ctx:
-            self.llama.llama_free(self._ctx)
-        self._ctx = None
+        ctx, self._ctx = self._ctx, None
+        if ctx:
+            with runtime.interrupt.deferred():
+                self.llama.llama_free(ctx)
 
     def __enter__(self) -> Session:
         return self
@@ -171,9 +179,10 @@ class Session:
     def close(self) -> None:
         """Free the context and the model. A closed session raises FasaError when it is used; closing twice is fine."""
         self.free_context()
-        if self._model:
-            self.llama.llama_model_free(self._model)
-        self._model = None
+        model, self._model = self._model, None
+        if model:
+            with runtime.interrupt.deferred():
+                self.llama.llama_model_free(model)
 
     # llama.cpp does not survive a pointer that was freed
 
@@ -209,9 +218,10 @@ class Session:
         return self.llama.llama_get_memory(self.ctx)
 
     def tokenize(self, text: str, bos: bool = True, special: bool = True) -> list[int]:
-        """The tokens of a text. bos: with the model's first token; special: names of special tokens become tokens.
+        """The tokens of a text.
 
-        Raises FasaError for a model without a vocabulary.
+        bos: with the model's first token, unless the text begins with it. special: names of special tokens become
+        tokens. Raises FasaError for a model without a vocabulary.
         """
         data = text.encode()
         room = len(data) + 8
@@ -223,7 +233,7 @@ class Session:
             room = -n
         if n < 0:
             raise FasaError(f"{self.path}: the text cannot be tokenized; does this model have a vocabulary?")
-        return list(out[:n])
+        return runtime.pieces.one_bos(self.llama, self.vocab, list(out[:n]))
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of tokens; special tokens by name, bytes that are no UTF-8 replaced."""
@@ -246,7 +256,8 @@ class Session:
             for i, (token, pos, seq, wants) in enumerate(items):
                 batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = int(token), pos, 1, wants
                 batch.seq_id[i][0] = seq
-            code = self.llama.llama_decode(self.ctx, batch)
+            with runtime.interrupt.deferred_decode(self.llama, self.ctx, len(items)):
+                code = self.llama.llama_decode(self.ctx, batch)
         finally:
             self.llama.llama_batch_free(batch)
         if code == 1:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import contextlib
 import sys
 import time
 from collections.abc import Sequence
@@ -11,8 +12,12 @@ from typing import Any
 
 from ..counters import read_share
 from ..errors import FasaError
+from ..gguf.file import U32, GGUFFile, check_is_file
 from ..profile.find import find_profile, require_profile
 from ..reasons import not_used
+from ..runtime import library
+from ..runtime.interrupt import deferred_decode
+from ..runtime.pieces import one_bos
 from ..runtime.settings import thread_count
 from .arguments import (
     AddCommand,
@@ -25,6 +30,8 @@ from .arguments import (
     read_text,
     whole,
 )
+
+CONTEXT = 8192  # tokens, by default
 
 
 def _load(a: argparse.Namespace) -> tuple[Any, bool]:
@@ -39,10 +46,12 @@ def _load(a: argparse.Namespace) -> tuple[Any, bool]:
     profile = None
     if must:
         fasa, profile = read_params(a, require_profile(a.model, a.profile, note))
-    elif not a.no_fasa:
+    elif a.no_fasa:
+        check_is_file(a.model)
+    else:
         find_profile(a.model)  # a missing profile is fine, a malformed one is an error
     types = cache_type(a.cache_type_k), cache_type(a.cache_type_v)
-    threads = thread_count(a.threads)
+    n_ctx, threads = _context_size(a), thread_count(a.threads)
     quiet()
     try:
         llm = Llama(
@@ -50,7 +59,7 @@ def _load(a: argparse.Namespace) -> tuple[Any, bool]:
             fasa=fasa,
             fasa_profile=profile,
             fasa_mode=a.fasa_mode,
-            n_ctx=-(-a.ctx_size // 256) * 256,  # llama.cpp rounds up too
+            n_ctx=n_ctx,
             n_batch=a.batch_size,
             n_ubatch=min(a.ubatch_size, a.batch_size),
             n_threads=threads,
@@ -63,13 +72,24 @@ def _load(a: argparse.Namespace) -> tuple[Any, bool]:
         )
     except (ValueError, RuntimeError) as e:
         raise FasaError(f"{a.model}: {e}; llama.cpp says: {last_log()}") from None
+    _stoppable(llm)
     return llm, must
 
 
-def _is_end(llm: Any, token: int) -> bool:
-    from ..runtime.library import load
+def _stoppable(llm: Any) -> None:
+    """Ctrl-C ends a batch of the prompt, rather than wait for it."""
+    from llama_cpp._internals import LlamaContext
 
-    return bool(load().llama_vocab_is_eog(llm._model.vocab, token))
+    class Stoppable(LlamaContext):
+        def decode(self, batch: Any) -> None:
+            with deferred_decode(library.load(), self.ctx, batch.batch.n_tokens):
+                super().decode(batch)
+
+    llm._ctx.__class__ = Stoppable
+
+
+def _is_end(llm: Any, token: int) -> bool:
+    return bool(library.load().llama_vocab_is_eog(llm._model.vocab, token))
 
 
 def _stream(llm: Any, tokens: list[int], n_predict: int, temp: float) -> tuple[int, float, float]:
@@ -89,16 +109,56 @@ def _stream(llm: Any, tokens: list[int], n_predict: int, temp: float) -> tuple[i
     return n, first - start, end - first
 
 
+def _chat(llm: Any, model: str, prompt: str, system: str | None) -> str:
+    """The prompt as the model's chat template has it, up to where the answer begins. Raises FasaError."""
+    from jinja2 import TemplateError
+    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+    template = llm.metadata.get("tokenizer.chat_template")
+    if template is None:
+        raise FasaError(f"{model}: this model has no chat template; omit --chat")
+    bos, eos = (llm._model.token_get_text(t) if t >= 0 else "" for t in (llm.token_bos(), llm.token_eos()))
+    messages: Any = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": prompt})
+    try:
+        return str(Jinja2ChatFormatter(template, eos, bos)(messages=messages).prompt)
+    except (TemplateError, ValueError, TypeError) as e:
+        raise FasaError(f"{model}: its chat template does not take these messages: {e}") from None
+
+
+def _tokenize(llm: Any, a: argparse.Namespace, prompt: str) -> list[int]:
+    """The tokens of the prompt, with one BOS at most before it. Raises FasaError when they do not fit."""
+    text = _chat(llm, a.model, prompt, a.system) if a.chat else prompt
+    tokens = one_bos(library.load(), llm._model.vocab, llm.tokenize(text.encode(), special=True))
+    if len(tokens) >= llm.n_ctx():
+        enough = len(tokens) + max(a.n_predict, 256)
+        raise FasaError(f"the prompt has {len(tokens)} tokens and the context {llm.n_ctx()}; use -c {enough}")
+    return tokens
+
+
+def _context_size(a: argparse.Namespace) -> int:
+    """-c, by default 8,192 or what the model was trained on if that is less; llama.cpp rounds up too."""
+    size = a.ctx_size
+    if size is None:
+        size = CONTEXT
+        with contextlib.suppress(FasaError):  # llama.cpp says what is wrong with the file
+            header = GGUFFile(a.model)
+            size = min(header.get(f"{header.arch}.context_length", U32, default=CONTEXT) or CONTEXT, CONTEXT)
+    return -(-size // 256) * 256
+
+
 def cmd_run(a: argparse.Namespace) -> None:
     prompt = (read_text(a.file) if a.file else "") + (a.prompt or "")
     if not prompt:
         raise FasaError("nothing to run: give -p PROMPT or -f FILE")
+    if a.system is not None and not a.chat:
+        raise FasaError("--system is for --chat; add it")
     llm, must = _load(a)
-    tokens = llm.tokenize(prompt.encode(), special=True)
+    trained = llm._model.n_ctx_train()
+    if a.ctx_size and a.ctx_size > trained:
+        note(f"-c {a.ctx_size}: the model was trained on {trained} tokens; text beyond them may be nonsense")
+    tokens = _tokenize(llm, a, prompt)
     room = llm.n_ctx() - len(tokens)
-    if room < 1:
-        enough = len(tokens) + max(a.n_predict, 256)
-        raise FasaError(f"the prompt has {len(tokens)} tokens and the context {llm.n_ctx()}; use -c {enough}")
     n, prompt_s, decode_s = _stream(llm, tokens, min(a.n_predict, room) if a.n_predict > 0 else room, a.temp)
     stats = llm.fasa_stats()
     print(summary(stats, len(tokens), prompt_s, n, decode_s), file=sys.stderr)
@@ -160,9 +220,16 @@ def add_commands(command: AddCommand) -> None:
     p.add_argument(
         "-n", "--n-predict", type=whole(-1), default=128, help="tokens to write; -1: until the context is full"
     )
-    p.add_argument("-c", "--ctx-size", type=whole(0), default=8192, help="context in tokens; 0: the model's own")
+    p.add_argument(
+        "-c",
+        "--ctx-size",
+        type=whole(0),
+        help=f"context in tokens; 0: the model's own [{CONTEXT}, or less if the model has less]",
+    )
     p.add_argument("-b", "--batch-size", type=whole(1), default=512, help="tokens per prefill batch")
     p.add_argument("-ub", "--ubatch-size", type=whole(1), default=512, help="tokens computed at once in prefill")
+    p.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template, as the user's")
+    p.add_argument("--system", metavar="TEXT", help="system message for --chat")
     p.add_argument("--temp", type=float, default=0.0, help="temperature; 0: greedy")
     p.add_argument("-v", "--verbose", action="store_true", help="what each layer did, and which have a sliding window")
     p.add_argument("--no-fasa", action="store_true", help="dense")

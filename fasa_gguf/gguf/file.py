@@ -65,6 +65,27 @@ def printable(name: str, most: int = 80) -> str:
     return text if len(name) <= most else text + "..."
 
 
+def what_is_there(path: str | os.PathLike) -> str:
+    """Why a path is no file to read, as the end of a sentence with the next step; "" for a regular file."""
+    if stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for a writer
+        return ""
+    if not os.path.isdir(path):
+        return "; give the path of a model in GGUF format"
+    models = sorted(p.name for p in Path(path).glob("*.gguf"))
+    if models:
+        names = ", ".join(printable(name) for name in models[:3]) + (", ..." if len(models) > 3 else "")
+        return f", found a folder with {names}; give the path of one of them"
+    if (Path(path) / "config.json").exists():
+        return ", found a folder of Hugging Face weights, for `fasa-gguf calibrate` alone; convert it to GGUF first"
+    return ", found a folder; give the path of a model in GGUF format"
+
+
+def check_is_file(path: str | os.PathLike) -> None:
+    """Raises FasaError for a path that is no regular file: a folder, a pipe."""
+    if why := what_is_there(path):
+        raise FasaError(f"{path}: not a GGUF file: expected a regular file{why}")
+
+
 @dataclass
 class KeyValue:
     """One metadata entry. `value` decodes it anew each time it is asked for; types are numbers of GGUFValueType."""
@@ -228,10 +249,7 @@ class GGUFFile:
             if file is not None:
                 self._read(file)
                 return
-            if not stat.S_ISREG(os.stat(self.path).st_mode):  # opening a pipe would wait for a writer
-                raise FasaError(
-                    f"{self.path}: not a GGUF file: expected a regular file; give the path of a model in GGUF format"
-                )
+            check_is_file(self.path)
             with open(self.path, "rb") as f:
                 self._read(f)
         except OSError as e:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import FasaError, check_path
-from ..gguf.file import ARR, F32, F64, I32, INTEGERS, STR, U8, U16, U32, GGUFFile, KeyValue, printable
+from ..gguf.file import ARR, F32, F64, I32, INTEGERS, STR, U8, U16, U32, GGUFFile, KeyValue, printable, what_is_there
 from ..params import FasaParams
 from .keys import (
     DROPPED,
@@ -116,8 +115,8 @@ def read_file(path: str | os.PathLike) -> tuple[dict[str, Any] | None, GGUFFile 
         raise FasaError(f"profile: expected the path of a file, JSON or GGUF, found {type(path).__name__}; {REMAKE}")
     check_path(path)
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            raise FasaError(f"{path}: not a FASA profile: expected a regular file, JSON or GGUF; {REMAKE}")
+        if why := what_is_there(path):
+            raise FasaError(f"{path}: not a FASA profile: expected a regular file, JSON or GGUF{why}")
         with open(path, "rb") as f:
             data = f.read(4)
             if data != b"GGUF":

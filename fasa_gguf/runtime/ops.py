@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import FasaError
 from ..params import K_DOM_TYPES
+from .interrupt import in_thread
 from .library import api, array, check, struct
 from .settings import thread_count
 
@@ -62,7 +63,8 @@ def rank_recall(
     )
     if candidate is not None:
         c.candidate, _keep = array("uint8_t", candidate, np.uint8)
-    check(api()[1].fasa_rank_recall(c))
+    lib = api()[1]
+    in_thread(lambda: check(lib.fasa_rank_recall(c)))
     return order, recall
 
 

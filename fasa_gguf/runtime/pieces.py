@@ -22,3 +22,10 @@ def token_bytes(llama: Any, vocab: Any, tokens: Iterable[int], special: bool) ->
             n = llama.llama_token_to_piece(vocab, int(token), buffer, room, 0, special)
         out.append(buffer.raw[:n])
     return b"".join(out)
+
+
+def one_bos(llama: Any, vocab: Any, tokens: list[int]) -> list[int]:
+    """`tokens` without the BOS that the tokenizer put before a text which begins with one."""
+    bos = llama.llama_vocab_bos(vocab)
+    twice = tokens[:2] == [bos, bos] and llama.llama_vocab_get_add_bos(vocab)
+    return tokens[1:] if twice else tokens

@@ -1,0 +1,79 @@
+"""Ctrl-C during a call into C that calls Python back, for its log, its progress or an observer.
+
+The interpreter raises KeyboardInterrupt in whatever Python runs, which is then the callback, and ctypes and cffi drop
+what a callback raises. So the signal is only noted during such a call, and answered when the call has returned.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+ABORTED_FROM = 32  # tokens of a batch; asking between the nodes of a graph would be felt in a smaller one
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Callable[[], bool]]:
+    """Inside, SIGINT is noted; on leaving, the handler that was there gets it, and the usual one raises.
+
+    Yields a function that says whether Ctrl-C was noted and will raise KeyboardInterrupt: a callback may end the call
+    by it. Does nothing in other threads, where Python runs no handlers.
+    """
+    before: Any = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield lambda: False
+        return
+    noted: list[tuple[int, FrameType | None]] = []
+    signal.signal(signal.SIGINT, lambda number, frame: noted.append((number, frame)))
+    try:
+        yield lambda: bool(noted) and before is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if noted:
+            before(*noted[0])
+
+
+@contextlib.contextmanager
+def deferred_decode(llama: Any, ctx: Any, n_tokens: int) -> Iterator[None]:
+    """`deferred` for one llama_decode; a batch of a prompt, which may take long on a CPU, is ended within.
+
+    llama: the module llama_cpp. ctx: its pointer.
+    """
+    with deferred() as stopped:
+        if n_tokens < ABORTED_FROM:
+            yield
+            return
+        callback = llama.ggml_abort_callback(lambda _user: stopped())
+        llama.llama_set_abort_callback(ctx, callback, None)
+        try:
+            yield
+        finally:
+            llama.llama_set_abort_callback(ctx, llama.ggml_abort_callback(), None)
+
+
+def in_thread(call: Callable[[], None]) -> None:
+    """Run a long call into C that leaves nothing behind, so that Ctrl-C is answered while it runs.
+
+    The main thread waits and can be interrupted; the call then goes on by itself, or ends with the process. Raises what
+    `call` raised.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        call()
+        return
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as e:
+            raised.append(e)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]
