@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import FasaError
 from ..profile.profile import Profile
-from ..reasons import not_used
+from ..reasons import Reason, not_used
 from .arguments import (
     AddCommand,
     add_context_flags,
@@ -105,7 +105,7 @@ def cmd_run(a: argparse.Namespace) -> None:
 
 
 def _why_dense(stats: dict[str, Any], n: int) -> str:
-    if stats["step_reason"]:
+    if stats["step_reason"] and stats.get("step_reason_code") != Reason.PREFILL:
         return stats["step_reason"]
     return (
         "one token was written, which comes from the prompt's own step"

@@ -303,7 +303,7 @@ def _set_bytes(r: Result, samples: list[Sample], timer: Timer) -> None:
     steps = r.n_gen * len(samples)  # of a batch of n tokens each
     c = merge([x.counters for x in samples])
     r.memory.take_counters(c, steps)
-    executions = (c["layers_sparse"] + c["layers_dense"]) / max(c["steps_sparse"], 1) * steps  # layers x steps
+    executions = c["layers_sparse"] + c["layers_dense"]  # layers x steps
     sparse = c["layers_sparse"] / max(executions, 1)
     r.sparse_share = c["steps_sparse"] / steps
     r.kv_bytes = (c["bytes_fac"] + c["bytes_tip"]) / (steps * r.n_parallel) + (1 - sparse) * all_bytes
@@ -315,5 +315,5 @@ def _set_bytes(r: Result, samples: list[Sample], timer: Timer) -> None:
         r.note = f"dense (n < {least})" if least else f"dense ({reason.text})"
         if c["steps_sparse"]:
             r.note = f"{steps - c['steps_sparse']} of {steps} steps {r.note}"
-    elif c["layers_dense"]:
+    elif c["layers_dense"]:  # of sparse steps, since all were
         r.note = dense_layers(samples[-1].layer_reasons)

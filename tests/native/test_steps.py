@@ -1,5 +1,5 @@
-"""What a step is (a prompt, or tokens that continue sequences), that every layer of it is counted, and that settings wait
-for a decode."""
+"""What a step is (a prompt, or tokens that continue sequences), that every layer of it is counted, and that settings
+wait for a decode."""
 
 import ctypes
 import threading
@@ -82,7 +82,7 @@ def test_a_prompt_whose_logits_are_all_wanted_is_a_prompt(two, n_batch):
 
 @pytest.mark.parametrize("n", [2, 5, 8])
 def test_the_rest_of_a_prompt_is_a_prompt(two, n):
-    s, steps = two
+    steps = two[1]
     assert steps(items(range(3, 103), 0), items(range(3, 3 + n), 100)) == (0, 0, 2)
 
 
@@ -139,7 +139,7 @@ def test_who_knows_says_what_a_step_is(two):
 
 def test_a_graph_is_not_reused_for_the_other_kind(two):
     """The same token at the same place, as a prompt and as a decode step."""
-    s, steps = two
+    s = two[0]
     s.decode(range(3, 203), 0)
     rows = {}
     for kind in ("prompt", "decode", "prompt", "decode"):
