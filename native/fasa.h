@@ -38,7 +38,8 @@ enum fasa_mode {
                           // stay on the device
 };
 
-// what a ubatch is: a prompt, which is dense, or a decode step, whose tokens continue sequences that are being generated
+// what a ubatch is: a prompt, which is dense, or a decode step, whose tokens continue sequences that are being
+// generated
 enum fasa_step {
     FASA_STEP_AUTO   = 0, // decided sequence by sequence: fasa_set_step
     FASA_STEP_PROMPT = 1,
@@ -239,9 +240,10 @@ FASA_API int fasa_set_mode(int32_t mode);
 // Attach a profile to a context. Fails when a shape does not fit the model (both shapes are named).
 FASA_API int fasa_set_profile(struct llama_context * ctx, const fasa_profile * profile);
 
-// Settings of a live context; allocates the dominant keys when enabled, and may be called between any two decodes. While
-// llama_decode runs on another thread it fails, as everything does that changes what a decode uses (fasa_set_profile,
-// fasa_borrow_list, fasa_invalidate, fasa_set_observer, fasa_reset_counters); what only reads may be called at any time.
+// Settings of a live context; allocates the dominant keys when enabled, and may be called between any two decodes.
+// While llama_decode runs on another thread it fails, as everything does that changes what a decode uses
+// (fasa_set_profile, fasa_borrow_list, fasa_invalidate, fasa_set_observer, fasa_reset_counters); what only reads may be
+// called at any time.
 FASA_API int fasa_set_params(struct llama_context * ctx, const fasa_params * params);
 FASA_API int fasa_get_params(const struct llama_context * ctx, fasa_params * params); // params->size set by the caller
 // The same with the budget, mass, floor and cap that layer il really has: its shares of the profile and a mean budget
@@ -249,10 +251,10 @@ FASA_API int fasa_get_params(const struct llama_context * ctx, fasa_params * par
 FASA_API int fasa_get_layer_params(
     const struct llama_context * ctx, int32_t il, fasa_params * params); // size set by the caller
 
-// What the ubatches of a context are until the next call: enum fasa_step. FASA_STEP_AUTO: a decode step when every token
-// asks for output and every sequence in it has cells before these tokens and at most max_tokens of them, which are one,
-// or drafts. Several are drafts once a single token continued the sequence behind its last prompt, or when that prompt
-// had tokens that asked for no output; after a prompt whose tokens all ask for output they are more of it.
+// What the ubatches of a context are until the next call: enum fasa_step. FASA_STEP_AUTO: a decode step when every
+// token asks for output and every sequence in it has cells before these tokens and at most max_tokens of them, which
+// are one, or drafts. Several are drafts once a single token continued the sequence behind its last prompt, or when
+// that prompt had tokens that asked for no output; after a prompt whose tokens all ask for output they are more of it.
 FASA_API int fasa_set_step(struct llama_context * ctx, int32_t step);
 
 // Layer il attends from now on to the cells that layer `lender`, one before it, selects; with -1 to those that it
