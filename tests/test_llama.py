@@ -223,7 +223,6 @@ def test_the_last_token_of_a_prompt_is_dense_when_its_prefix_is_reused(make, pro
     from llama_cpp import LlamaRAMCache
 
     llm, prompt = make(profiled, fasa=ON, n_ctx=1024), "the same prompt " * 20
-    other = "something else " * 20
     first = kinds(llm, lambda: text_of(llm, prompt))
     assert first[0] > 5 and first[1:] == (0, 1)
     assert kinds(llm, lambda: text_of(llm, prompt)) == first  # all but its last token was there
