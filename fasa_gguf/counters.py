@@ -11,7 +11,7 @@ from dataclasses import dataclass
 COUNTED_BY = {
     "op": "the ops, on the CPU and on a device",
     "device": "the ops of a device only",
-    "step": "the host, once for every step that runs",
+    "step": "the host, once for every ubatch that was computed",
     "memory": "nobody: a size, read when it is asked for, which a reset leaves",
 }
 
@@ -29,9 +29,10 @@ class Counter:
 COUNTERS = (
     Counter("steps_sparse", "step", "ubatches", "decode steps in which at least one layer ran sparse"),
     Counter("steps_dense", "step", "ubatches", "decode steps in which every layer was dense"),
-    Counter("steps_prefill", "step", "ubatches", "ubatches that count as prefill, always dense"),
-    Counter("layers_sparse", "op", "layers x steps", "layers that ran with FASA"),
-    Counter("layers_dense", "step", "layers x steps", "layers that ran without FASA in sparse steps"),
+    Counter("steps_prefill", "step", "ubatches", "ubatches of prompts, always dense"),
+    Counter("layers_sparse", "step", "layers x steps", "layers that ran with FASA"),
+    Counter("layers_dense", "step", "layers x steps", "layers that ran without FASA in decode steps"),
+    Counter("layers_prefill", "step", "layers x steps", "layers that ran in ubatches of prompts"),
     Counter("tokens_attended", "op", "tokens x lists", "tokens that the lists hold"),
     Counter("tokens_visible", "op", "tokens x lists", "tokens that dense attention would have attended instead"),
     Counter(

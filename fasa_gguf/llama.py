@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import sys
+from collections.abc import Generator, Sequence
 from typing import Any
 
 from . import runtime
@@ -124,6 +125,7 @@ class Llama(_Base):
     _profile_default: Profile | None = None
     _foreign_callers = False  # after enable(): flash_attn=False is then the caller's default and says nothing
     _fasa: runtime.context.Context | None = None
+    _step = ""  # what generate() evaluates next: "prompt", "decode"; "": eval() was called by someone else
     _fasa_profile: Profile | None = None
 
     def __init__(
@@ -284,6 +286,43 @@ class Llama(_Base):
     def reset_fasa_stats(self) -> None:
         """Set the counters to zero, except the memory sizes."""
         self._live().reset_counters()
+
+    # ---- what is evaluated: a prompt is dense to its last token, whether its prefix was there before or not ----
+
+    def eval(self, tokens: Sequence[int]) -> None:
+        """Evaluate tokens behind those that were evaluated before.
+
+        Several tokens are a prompt, which is dense; one token decodes with FASA.
+        """
+        with self._live().step_kind(self._step or ("prompt" if len(tokens) > 1 else "auto")):
+            super().eval(tokens)
+        if self._step:
+            self._step = "decode"  # what comes behind the prompt was sampled, or drafted
+
+    def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
+        """llama_cpp.Llama.generate. The first tokens evaluated are a prompt, later ones decode steps."""
+        inner, sent, step = super().generate(tokens, *args, **kwargs), None, "prompt"
+        with contextlib.closing(inner):
+            while True:
+                outer, self._step = self._step, step
+                try:
+                    token = inner.send(sent)
+                except StopIteration:
+                    return
+                finally:
+                    self._step = outer
+                sent = yield token
+                step = "prompt" if sent else "decode"  # tokens that the caller sends were not sampled
+
+    def embed(self, *args: Any, **kwargs: Any) -> Any:
+        """llama_cpp.Llama.embed; what it evaluates is a prompt."""
+        with self._live().step_kind("prompt"):
+            return super().embed(*args, **kwargs)
+
+    def load_state(self, state: Any) -> None:
+        """llama_cpp.Llama.load_state."""
+        with self._live().turn:
+            super().load_state(state)
 
     def close(self) -> None:
         """Free the model and its context."""

@@ -130,7 +130,9 @@ class FasaParams:
     recent: int = _row(32, "tokens", "last tokens of a sequence, always attended", high=65536)
     min_context: int = _row(1024, "cells", "a step that sees fewer cached cells than this is dense")
     min_context_gpu: int = _row(16384, "cells", "the same for a layer on a GPU; without effect when min_context is 0")
-    max_tokens: int = _row(8, "tokens per sequence", "a batch with more tokens than this is prefill, and dense", low=1)
+    max_tokens: int = _row(
+        64, "tokens per sequence", "a ubatch with more tokens of one sequence than this is a prompt, and dense", low=1
+    )
     k_dom: str = _row("q4", "f16, q8 or q4", "how the dominant keys are stored", choices=K_DOM_TYPES)
     per_head: int = _row(
         0,

@@ -27,8 +27,8 @@ class Reason(IntEnum):
     MIN_CONTEXT_GPU = "the context is shorter than min_context_gpu", "use --fasa-min-context-gpu 0 or a longer context"
 
     # of a step as a whole
-    NOT_STARTED = "no attention layer has asked FASA yet"
-    PREFILL = "prefill"
+    NOT_STARTED = "nothing was computed yet"
+    PREFILL = "the last step was a prompt"
     MIN_CONTEXT = (
         "the context is shorter than min_context",
         "use a smaller --fasa-min-context or a longer context",

@@ -256,7 +256,7 @@ class Session:
             for i, (token, pos, seq, wants) in enumerate(items):
                 batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = int(token), pos, 1, wants
                 batch.seq_id[i][0] = seq
-            with runtime.interrupt.deferred_decode(self.llama, self.ctx, len(items)):
+            with self.fasa.turn, runtime.interrupt.deferred_decode(self.llama, self.ctx, len(items)):
                 code = self.llama.llama_decode(self.ctx, batch)
         finally:
             self.llama.llama_batch_free(batch)
@@ -286,8 +286,12 @@ class Session:
     ) -> np.ndarray | None:
         """Tokens of one sequence from position pos0 on, in batches of n_batch.
 
-        Returns logits float32: [n_vocab] of the last token, [n_tokens, n_vocab] of all, or None. Raises FasaError.
+        Returns logits float32: [n_vocab] of the last token, [n_tokens, n_vocab] of all, or None. Several tokens without
+        the logits of all are a prompt, and dense to the last one; `fasa.step_kind` says it otherwise. Raises FasaError.
         """
+        if len(tokens) > 1 and logits != "all" and self.fasa.step == "auto":
+            with self.fasa.step_kind("prompt"):
+                return self.decode(tokens, pos0, seq, logits=logits)
         every = []
         for at in range(0, len(tokens), self.n_batch):
             part = tokens[at : at + self.n_batch]

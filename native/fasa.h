@@ -39,6 +39,14 @@ enum fasa_mode {
                           // stay on the device
 };
 
+// what a ubatch is: a prompt, which is dense, or a decode step, whose tokens continue sequences that are being
+// generated
+enum fasa_step {
+    FASA_STEP_AUTO   = 0, // decided sequence by sequence: fasa_set_step
+    FASA_STEP_PROMPT = 1,
+    FASA_STEP_DECODE = 2,
+};
+
 // The ranking of the frequency chunks. All arrays are copied by fasa_set_profile, which refuses a length that does not
 // fit the shape. The flat arrays run over the layers that are ranked, then KV heads, then ranks.
 typedef struct fasa_profile {
@@ -83,7 +91,7 @@ typedef struct fasa_params {
     uint32_t min_context;
     // cells, from 0: the same for a layer on a GPU; without effect when min_context is 0
     uint32_t min_context_gpu;
-    // tokens per sequence, from 1: a batch with more tokens than this is prefill, and dense
+    // tokens per sequence, from 1: a ubatch with more tokens of one sequence than this is a prompt, and dense
     uint32_t max_tokens;
     // enum fasa_k_dom_type: how the dominant keys are stored
     int32_t k_dom;
@@ -106,12 +114,14 @@ typedef struct fasa_counters {
     uint64_t steps_sparse;
     // ubatches: decode steps in which every layer was dense
     uint64_t steps_dense;
-    // ubatches: ubatches that count as prefill, always dense
+    // ubatches: ubatches of prompts, always dense
     uint64_t steps_prefill;
     // layers x steps: layers that ran with FASA
     uint64_t layers_sparse;
-    // layers x steps: layers that ran without FASA in sparse steps
+    // layers x steps: layers that ran without FASA in decode steps
     uint64_t layers_dense;
+    // layers x steps: layers that ran in ubatches of prompts
+    uint64_t layers_prefill;
     // tokens x lists: tokens that the lists hold
     uint64_t tokens_attended;
     // tokens x lists: tokens that dense attention would have attended instead
@@ -158,9 +168,9 @@ enum fasa_reason {
     FASA_REASON_OFF                = 1,
     // the context is shorter than min_context_gpu
     FASA_REASON_MIN_CONTEXT_GPU    = 2,
-    // no attention layer has asked FASA yet
+    // nothing was computed yet
     FASA_REASON_NOT_STARTED        = 3,
-    // prefill
+    // the last step was a prompt
     FASA_REASON_PREFILL            = 4,
     // the context is shorter than min_context
     FASA_REASON_MIN_CONTEXT        = 5,
@@ -240,12 +250,21 @@ FASA_API int fasa_set_mode(int32_t mode);
 FASA_API int fasa_set_profile(struct llama_context * ctx, const fasa_profile * profile);
 
 // Settings of a live context; allocates the dominant keys when enabled, and may be called between any two decodes.
+// While llama_decode runs on another thread it fails, as everything does that changes what a decode uses
+// (fasa_set_profile, fasa_borrow_list, fasa_invalidate, fasa_set_observer, fasa_reset_counters); what only reads may be
+// called at any time.
 FASA_API int fasa_set_params(struct llama_context * ctx, const fasa_params * params);
 FASA_API int fasa_get_params(const struct llama_context * ctx, fasa_params * params); // params->size set by the caller
 // The same with the budget, mass, floor and cap that layer il really has: its shares of the profile and a mean budget
 // applied.
 FASA_API int fasa_get_layer_params(
     const struct llama_context * ctx, int32_t il, fasa_params * params); // size set by the caller
+
+// What the ubatches of a context are until the next call: enum fasa_step. FASA_STEP_AUTO: a decode step when every
+// token asks for output and every sequence in it has cells before these tokens and at most max_tokens of them, which
+// are one, or drafts. Several are drafts once a single token continued the sequence behind its last prompt, or when
+// that prompt had tokens that asked for no output; after a prompt whose tokens all ask for output they are more of it.
+FASA_API int fasa_set_step(struct llama_context * ctx, int32_t step);
 
 // Layer il attends from now on to the cells that layer `lender`, one before it, selects; with -1 to those that it
 // selects itself. Stays so until the next call for this layer. Fails when FASA is off, when the lender does not select,
@@ -263,7 +282,7 @@ FASA_API int fasa_reset_counters(struct llama_context * ctx);
 // built with FASA on, which the first decode does.
 FASA_API const char * fasa_layer_reason(const struct llama_context * ctx, int32_t il);
 FASA_API int32_t fasa_layer_reason_code(const struct llama_context * ctx, int32_t il); // enum fasa_reason
-// Why the last decode step as a whole was dense: "" when it was sparse.
+// Why the last ubatch as a whole was dense: "" when it was sparse.
 FASA_API const char * fasa_step_reason(const struct llama_context * ctx);
 FASA_API int32_t fasa_step_reason_code(const struct llama_context * ctx); // enum fasa_reason
 FASA_API const char * fasa_reason_text(int32_t reason);                   // NULL: no reason has this number

@@ -3,6 +3,7 @@
 import pickle
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -184,3 +185,84 @@ def test_enable_serves_code_that_is_not_ours(profiled):
         [sys.executable, "-c", "import fasa_gguf; fasa_gguf.enable('on')"], capture_output=True, text=True, cwd=ROOT
     )
     assert "fasa='on': expected" in run.stderr
+
+
+# ---- what is a prompt ----
+
+
+def kinds(llm, call):
+    """The ubatches of each kind that a call computes: sparse, dense, prompt."""
+    llm.reset_fasa_stats()
+    call()
+    s = llm.fasa_stats()
+    return s["steps_sparse"], s["steps_dense"], s["steps_prefill"]
+
+
+def text_of(llm, prompt, n=8):
+    return llm.create_completion(prompt, max_tokens=n, temperature=0)["choices"][0]["text"]
+
+
+def test_a_prompt_is_dense_in_batches_of_any_size(make, profiled):
+    llm = make(profiled, fasa=ON, logits_all=True, n_batch=8)
+    tokens = llm.tokenize(b"a" * 200)[:202]  # the last batch has two tokens
+    assert kinds(llm, lambda: llm.eval(tokens)) == (0, 0, 26)
+    llm.reset()
+    assert kinds(llm, lambda: llm.eval(tokens[:193])) == (0, 0, 25)  # the last batch has one token
+    assert kinds(llm, lambda: llm.eval([5])) == (1, 0, 0)
+
+
+def test_drafts_of_the_default_length_are_decode_steps(make, profiled):
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    llm = make(profiled, fasa=ON, logits_all=True, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=10))
+    sparse, dense, prompt = kinds(llm, lambda: text_of(llm, "abcab" * 40, 40))
+    assert sparse >= 4 and (dense, prompt) == (0, 1)
+
+
+def test_the_last_token_of_a_prompt_is_dense_when_its_prefix_is_reused(make, profiled):
+    from llama_cpp import LlamaRAMCache
+
+    llm, prompt = make(profiled, fasa=ON, n_ctx=1024), "the same prompt " * 20
+    first = kinds(llm, lambda: text_of(llm, prompt))
+    assert first[0] > 5 and first[1:] == (0, 1)
+    assert kinds(llm, lambda: text_of(llm, prompt)) == first  # all but its last token was there
+    llm.set_cache(LlamaRAMCache())
+    text_of(llm, prompt)
+    text_of(llm, "something else " * 20)
+    assert kinds(llm, lambda: text_of(llm, prompt)) == first  # from the cache
+
+
+def test_tokens_that_a_caller_sends_are_a_prompt(make, profiled):
+    llm = make(profiled, fasa=ON, logits_all=True)
+    tokens = llm.generate(llm.tokenize(b"a" * 100), temp=0.0)
+    assert kinds(llm, lambda: next(tokens)) == (0, 0, 1)
+    assert kinds(llm, lambda: next(tokens)) == (1, 0, 0)
+    assert kinds(llm, lambda: tokens.send([5, 6, 7])) == (0, 0, 1)
+    assert kinds(llm, lambda: next(tokens)) == (1, 0, 0)
+    assert kinds(llm, lambda: llm.eval([5, 6])) == (0, 0, 1)  # while it waits
+    tokens.close()
+
+
+def test_settings_set_while_another_thread_generates(make, profiled):
+    llm, prompt = make(profiled, fasa=ON, n_threads=2), "a" * 200
+    want, stop, errors = text_of(llm, prompt, 40), threading.Event(), []
+
+    def admin():
+        while not stop.is_set():
+            try:
+                llm.fasa = ON
+                llm.fasa_stats()
+            except Exception as e:
+                errors.append(e)
+
+    thread = threading.Thread(target=admin)
+    thread.start()
+    try:
+        texts = []
+        for _ in range(4):
+            llm.n_tokens = 0
+            texts.append(text_of(llm, prompt, 40))
+    finally:
+        stop.set()
+        thread.join()
+    assert texts == [want] * 4 and not errors

@@ -14,7 +14,7 @@ from ..counters import read_share
 from ..errors import FasaError
 from ..gguf.file import U32, GGUFFile, check_is_file
 from ..profile.find import find_profile, require_profile
-from ..reasons import not_used
+from ..reasons import Reason, not_used
 from ..runtime import library
 from ..runtime.interrupt import deferred_decode
 from ..runtime.pieces import one_bos
@@ -169,7 +169,7 @@ def cmd_run(a: argparse.Namespace) -> None:
 
 
 def _why_dense(stats: dict[str, Any], n: int) -> str:
-    if stats["step_reason"]:
+    if stats["step_reason"] and stats.get("step_reason_code") != Reason.PREFILL:
         return stats["step_reason"]
     return (
         "one token was written, which comes from the prompt's own step"

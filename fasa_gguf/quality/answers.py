@@ -11,7 +11,7 @@ import numpy as np
 from ..counters import read_share
 from ..report.columns import columns
 from . import ruler
-from .arms import COUNTERS
+from .arms import COUNTERS, dense_share
 from .paired import paired, sign_test, t_quantile
 
 
@@ -105,10 +105,10 @@ def notes(results: Sequence[dict[str, Any]]) -> list[str]:
         if r["task"] == "mean":
             continue
         for a in r["arms"][1:]:
-            steps, layers = a["steps_sparse"] + a["steps_dense"], a["layers_sparse"] + a["layers_dense"]
+            steps = a["steps_sparse"] + a["steps_dense"]
             where = f"{a['arm']}, {r['task']} at {r['length']}"
             if a["steps_sparse"] and a["steps_dense"]:
                 out.append(f"{where}: {a['steps_dense']} of {steps} steps were dense")
-            if a["steps_sparse"] and a["layers_dense"]:
-                out.append(f"{where}: {100 * a['layers_dense'] / layers:.0f}% of the layers were dense")
+            if (share := dense_share(a)) > 0:
+                out.append(f"{where}: {100 * share:.0f}% of the layers were dense")
     return out

@@ -34,6 +34,15 @@ COUNTERS = (  # of a session, as samples and results keep them
 )
 
 
+def dense_share(counters: dict[str, int]) -> float:
+    """The share of the layers that were dense in sparse steps; 0 without sparse steps."""
+    sparse, dense = counters["steps_sparse"], counters["steps_dense"]
+    if not sparse:
+        return 0.0
+    n = sparse * (counters["layers_sparse"] + counters["layers_dense"]) / (sparse + dense)  # layers of sparse steps
+    return 1 - counters["layers_sparse"] / n if n else 0.0
+
+
 @dataclass
 class Arm:
     """What is decoded: params None is dense; profile None is the model's own."""

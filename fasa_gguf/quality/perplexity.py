@@ -25,7 +25,7 @@ from ..report.columns import columns
 from ..runtime.machine import Machine
 from ..runtime.settings import ContextSettings
 from ..session import Session
-from .arms import Arm, ArmSwitch, Progress, describe, describe_arm, needed_profile
+from .arms import Arm, ArmSwitch, Progress, dense_share, describe, describe_arm, needed_profile
 from .journal import Journal, text_print
 from .text import cut_windows
 
@@ -310,9 +310,10 @@ def _notes(result: dict[str, Any]) -> list[str]:
     out, dense = [], result["steps_dense"]
     if dense and result["steps_sparse"]:
         out.append(f"{result['arm']}: {dense} of {result['steps_sparse'] + dense} steps were dense")
-    if result["layers_dense"]:
-        share = 100 * result["layers_dense"] / (result["layers_sparse"] + result["layers_dense"])
-        out.append(f"{result['arm']}: {share:.0f}% of the layers were dense; tokens are the sparse layers'")
+    if (share := dense_share(result)) > 0:
+        out.append(
+            f"{result['arm']}: {100 * share:.0f}% of the layers were dense; tokens and KV read are the sparse layers'"
+        )
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -59,14 +60,54 @@ def not_pinned(context: Context) -> str:
     )
 
 
+STEPS = ("auto", "prompt", "decode")  # in the order of enum fasa_step
+
+
 class Context:
-    """FASA's side of a llama_context: profile, settings, counters, observer. `ctx_ptr` is its address."""
+    """FASA's side of a llama_context: profile, settings, counters, observer. `ctx_ptr` is its address.
+
+    Whoever decodes with the context holds `turn` meanwhile. What changes what a decode uses (settings, profile, lists,
+    observer, counters set to zero) waits for it; what only reads does not.
+    """
 
     def __init__(self, ctx_ptr: int) -> None:
+        self.turn = threading.RLock()
+        self._inside = threading.local()  # .observer: this thread is inside one
+        self._step = "auto"
         self._ffi, self._lib = api()
         self._ctx = self._ffi.cast("struct llama_context *", ctx_ptr)
         self._observer = None
         self._observer_error: BaseException | None = None
+
+    def _change(self, code: Callable[[], int]) -> None:
+        """Call what changes the context, between two decodes. Raises FasaError, also inside an observer."""
+        if getattr(self._inside, "observer", False):
+            raise FasaError("an observer runs inside a decode, which a change would have to wait for; change it later")
+        with self.turn:
+            check(code())
+
+    @property
+    def step(self) -> str:
+        """What step_kind says now: auto, prompt or decode."""
+        return self._step
+
+    @contextlib.contextmanager
+    def step_kind(self, kind: str) -> Iterator[None]:
+        """What the tokens decoded inside are: "prompt" (dense), "decode" (tokens that continue sequences, drafts too),
+        or "auto", which is decided sequence by sequence (fasa_set_step of native/fasa.h). Holds `turn`.
+
+        Raises FasaError for another kind.
+        """
+        if kind not in STEPS:
+            raise FasaError(f"step kind {kind!r}: expected one of {', '.join(STEPS)}")
+        with self.turn:
+            before, self._step = self._step, kind
+            self._lib.fasa_set_step(self._ctx, STEPS.index(kind))  # fails where nothing is ever sparse
+            try:
+                yield
+            finally:
+                self._step = before
+                self._lib.fasa_set_step(self._ctx, STEPS.index(before))
 
     def set_profile(self, profile: Any) -> None:
         """Attach a Profile, which may be made by hand.
@@ -75,7 +116,7 @@ class Context:
         than the shape, a value out of range.
         """
         attached = Attached(profile)  # owns the arrays, so it must outlive the call
-        check(self._lib.fasa_set_profile(self._ctx, attached.struct))
+        self._change(lambda: self._lib.fasa_set_profile(self._ctx, attached.struct))
 
     def set_params(self, params: FasaParams | None) -> None:
         """Turn FASA on with these settings, or off with None; the context stays live."""
@@ -86,7 +127,7 @@ class Context:
             for row in SETTINGS:
                 value = getattr(params, row.name)
                 setattr(p, row.name, row.choices.index(value) if row.choices else value)
-        check(self._lib.fasa_set_params(self._ctx, p))
+        self._change(lambda: self._lib.fasa_set_params(self._ctx, p))
 
     def params(self) -> FasaParams | None:
         """The settings in force; None when FASA is off."""
@@ -115,15 +156,15 @@ class Context:
 
     def reset_counters(self) -> None:
         """All counters but the memory sizes go to zero."""
-        check(self._lib.fasa_reset_counters(self._ctx))
+        self._change(lambda: self._lib.fasa_reset_counters(self._ctx))
 
     def invalidate(self) -> None:
         """Mark all dominant keys stale: the next sparse step derives them anew from the stored K."""
-        check(self._lib.fasa_invalidate(self._ctx))
+        self._change(lambda: self._lib.fasa_invalidate(self._ctx))
 
     def fill_random(self, n_cells: int, seed: int = 0) -> None:
         """Give every sequence `n_cells` cells of random K and V instead of what it has (fasa_fill_random)."""
-        check(self._lib.fasa_fill_random(self._ctx, n_cells, seed))
+        self._change(lambda: self._lib.fasa_fill_random(self._ctx, n_cells, seed))
 
     def read_rate(self, n_cells: int) -> float:
         """Bytes per second at which the context's threads read the first n_cells cells of K and V of every sequence.
@@ -151,7 +192,7 @@ class Context:
         The borrower is dense where its lender is. Stays so until the next call for this layer. Raises FasaError when
         FASA is off, the lender does not select, or the two differ in heads, cache or device.
         """
-        check(self._lib.fasa_borrow_list(self._ctx, il, -1 if lender is None else lender))
+        self._change(lambda: self._lib.fasa_borrow_list(self._ctx, il, -1 if lender is None else lender))
 
     def layer_reason_codes(self) -> list[Reason]:
         """Per layer, why it stays dense in a sparse step; NONE where it runs sparse."""
@@ -163,11 +204,11 @@ class Context:
         return [reason.text or None for reason in self.layer_reason_codes()]
 
     def step_reason_code(self) -> Reason:
-        """Why the last decode step was dense as a whole; NONE when it was sparse."""
+        """Why the last ubatch was dense as a whole; NONE when it was sparse."""
         return Reason(self._lib.fasa_step_reason_code(self._ctx))
 
     def step_reason(self) -> str:
-        """The text of step_reason_code; "" when the step was sparse."""
+        """The text of step_reason_code; "" when the ubatch was sparse."""
         return self.step_reason_code().text
 
     def model_info(self) -> dict[str, Any]:
@@ -188,11 +229,12 @@ class Context:
         An exception in fn does not stop the decode: it is kept, and `raise_observed` raises it.
         """
         if fn is None:
-            check(self._lib.fasa_set_observer(self._ctx, self._ffi.NULL, self._ffi.NULL))
+            self._change(lambda: self._lib.fasa_set_observer(self._ctx, self._ffi.NULL, self._ffi.NULL))
             self._observer = None
             return
 
         def call(seen: Any, _user: Any) -> None:
+            self._inside.observer = True
             try:
                 nq = seen.n_tokens * seen.n_head * seen.n_embd_head
                 q = (
@@ -208,9 +250,12 @@ class Context:
                 fn(Observation(seen.il, q, k, seen.scale, seen.soft_cap))
             except BaseException as e:  # must not cross the C frame; raise_observed raises it
                 self._observer_error = self._observer_error or e
+            finally:
+                self._inside.observer = False
 
-        self._observer = self._ffi.callback("fasa_observer", call)
-        check(self._lib.fasa_set_observer(self._ctx, self._observer, self._ffi.NULL))
+        callback = self._ffi.callback("fasa_observer", call)
+        self._change(lambda: self._lib.fasa_set_observer(self._ctx, callback, self._ffi.NULL))
+        self._observer = callback
 
     def raise_observed(self) -> None:
         """Raise the first exception that an observer left, if any."""

@@ -317,5 +317,5 @@ def _set_bytes(r: Result, samples: list[Sample]) -> None:
         r.note = f"dense (n < {least})" if least else f"dense ({reason.text})"
         if c["steps_sparse"]:
             r.note = f"{steps - c['steps_sparse']} of {steps} steps {r.note}"
-    else:
+    elif c["layers_dense"]:  # of sparse steps, since all were
         r.note = dense_layers(samples[-1].layer_reasons)

@@ -19,4 +19,10 @@ struct fasa_step_counts {
 #define X(name, NAME) uint64_t name = 0;
     FASA_COUNTERS_STEP(X)
 #undef X
+
+    void add(const fasa_step_counts & more) {
+#define X(name, NAME) name += more.name;
+        FASA_COUNTERS_STEP(X)
+#undef X
+    }
 };

@@ -3,8 +3,6 @@
 #include "core/reasons.h"
 #include "core/tables.h"
 
-#include <algorithm>
-
 static const char * const fasa_reason_texts[] = {
 #define X(NAME, text) text,
     FASA_REASONS(X)
@@ -16,12 +14,11 @@ const char * fasa_reason_text(int32_t reason) {
     return reason >= 0 && reason < n ? fasa_reason_texts[reason] : nullptr;
 }
 
-fasa_reason fasa_step_dense_reason(
-    const fasa_params & p, uint32_t n_tokens, uint32_t n_outputs, uint32_t n_stream, uint32_t n_kv) {
+fasa_reason fasa_step_dense_reason(const fasa_params & p, bool decodes, uint32_t n_kv) {
     if (!p.enabled) {
         return FASA_REASON_OFF;
     }
-    if (n_outputs < n_tokens || n_tokens / std::max(1u, n_stream) > p.max_tokens) {
+    if (!decodes) {
         return FASA_REASON_PREFILL;
     }
     return n_kv < p.min_context ? FASA_REASON_MIN_CONTEXT : FASA_REASON_NONE;

@@ -15,7 +15,7 @@
     X(recent, uint32_t, 32, 0, 65536) \
     X(min_context, uint32_t, 1024, 0, 2147483647) \
     X(min_context_gpu, uint32_t, 16384, 0, 2147483647) \
-    X(max_tokens, uint32_t, 8, 1, 2147483647) \
+    X(max_tokens, uint32_t, 64, 1, 2147483647) \
     X(k_dom, int32_t, FASA_K_DOM_Q4, FASA_K_DOM_F16, FASA_K_DOM_Q4) \
     X(per_head, uint32_t, 0, 0, 1) \
     X(mean_budget, uint32_t, 0, 0, 2147483647) \
@@ -24,7 +24,6 @@
 // counted by: the ops, on the CPU and on a device
 // X(name, NAME)
 #define FASA_COUNTERS_OP(X) \
-    X(layers_sparse, LAYERS_SPARSE) \
     X(tokens_attended, TOKENS_ATTENDED) \
     X(tokens_visible, TOKENS_VISIBLE) \
     X(lists, LISTS) \
@@ -39,13 +38,15 @@
     X(bytes_fetched, BYTES_FETCHED) \
     X(bytes_staged, BYTES_STAGED)
 
-// counted by: the host, once for every step that runs
+// counted by: the host, once for every ubatch that was computed
 // X(name, NAME)
 #define FASA_COUNTERS_STEP(X) \
     X(steps_sparse, STEPS_SPARSE) \
     X(steps_dense, STEPS_DENSE) \
     X(steps_prefill, STEPS_PREFILL) \
+    X(layers_sparse, LAYERS_SPARSE) \
     X(layers_dense, LAYERS_DENSE) \
+    X(layers_prefill, LAYERS_PREFILL) \
     X(bytes_dense, BYTES_DENSE) \
     X(bytes_layers_dense, BYTES_LAYERS_DENSE) \
     X(cells_refreshed, CELLS_REFRESHED) \
@@ -64,8 +65,8 @@
     X(NONE, "") \
     X(OFF, "FASA is off") \
     X(MIN_CONTEXT_GPU, "the context is shorter than min_context_gpu") \
-    X(NOT_STARTED, "no attention layer has asked FASA yet") \
-    X(PREFILL, "prefill") \
+    X(NOT_STARTED, "nothing was computed yet") \
+    X(PREFILL, "the last step was a prompt") \
     X(MIN_CONTEXT, "the context is shorter than min_context") \
     X(NO_LAYER, "no layer can run sparse") \
     X(UNKNOWN_CONTEXT, "this context has no KV cache that FASA knows") \

@@ -207,7 +207,6 @@ void fasa_cpu_fac(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth)
         for (int64_t j = 0; j < n_list * n_tps * n_stream; ++j) {
             rows += *(const int32_t *) fasa_at(list, j % n_list, j / n_list % n_tps, j / n_list / n_tps);
         }
-        stats->layers_sparse += 1;
         stats->bytes_fac += rows * row_bytes;
     }
 }

@@ -150,9 +150,6 @@ static __device__ __forceinline__ void fasa_fac_finish(
         auto * c = (unsigned long long *) a.work->counter;
         atomicAdd(
             &c[fasa_work::BYTES_FAC], a.list[((int64_t) at.token * a.n_list + at.list) * a.n_list_len] * a.row_bytes);
-        if (at.list == 0 && at.token == 0) {
-            atomicAdd(&c[fasa_work::LAYERS_SPARSE], 1ull);
-        }
     }
 }
 

@@ -24,6 +24,39 @@ static bool fasa_has_layer(const llama_context * ctx, int32_t il) {
 
 // ---- settings ----
 
+fasa_change::fasa_change(const std::vector<fasa_cache *> & caches) {
+    if (caches.empty()) {
+        return; // fasa_error() says so
+    }
+    if (!caches[0]->state->turn.try_take()) {
+        fasa_set_error(
+            "this context is decoding: llama_decode runs on another thread, or called this function; call it "
+            "between two decodes");
+        return;
+    }
+    state = caches[0]->state;
+    state->reading.lock();
+}
+
+fasa_change::~fasa_change() {
+    if (state) {
+        state->reading.unlock();
+        state->turn.give();
+    }
+}
+
+int fasa_set_step(llama_context * ctx, int32_t step) {
+    if (step < FASA_STEP_AUTO || step > FASA_STEP_DECODE) {
+        return fasa_set_error("step %d: expected 0 (auto), 1 (prompt) or 2 (decode)", step);
+    }
+    const auto caches = fasa_caches_of(ctx);
+    if (caches.empty()) {
+        return step == FASA_STEP_AUTO ? 0 : -1;
+    }
+    caches[0]->state->kinds.said = step;
+    return 0;
+}
+
 // `p` with what it means for this profile; -1: it cannot be
 static int fasa_resolve(const fasa_known & known, fasa_params & p) {
     if (fasa_check_params(p) != 0 || fasa_find_mass(known, p) != 0) {
@@ -43,7 +76,11 @@ int fasa_set_params(llama_context * ctx, const fasa_params * params) {
     if (caches.empty()) {
         return params->enabled ? -1 : 0;
     }
-    auto & state  = *caches[0]->state;
+    const fasa_change change(caches);
+    if (!change) {
+        return -1;
+    }
+    auto & state  = *change.state;
     fasa_params p = *params;
     if (p.enabled) {
         if (state.known.n_chunk.empty()) {
@@ -67,8 +104,12 @@ int fasa_get_params(const llama_context * ctx, fasa_params * params) {
         return -1;
     }
     const auto caches = fasa_caches_of(ctx);
-    *params           = caches.empty() ? fasa_params_default() : caches[0]->state->params;
-    params->mass      = params->mean_budget > 0 ? 0.0f : params->mass; // as it was given
+    *params           = fasa_params_default();
+    if (!caches.empty()) {
+        std::lock_guard<std::mutex> lock(caches[0]->state->reading);
+        *params = caches[0]->state->params;
+    }
+    params->mass = params->mean_budget > 0 ? 0.0f : params->mass; // as it was given
     return 0;
 }
 
@@ -83,6 +124,7 @@ int fasa_get_layer_params(const llama_context * ctx, int32_t il, fasa_params * p
     if (caches.empty()) {
         return -1;
     }
+    std::lock_guard<std::mutex> lock(caches[0]->state->reading);
     *params = caches[0]->state->layer_params(il);
     return 0;
 }
@@ -91,7 +133,15 @@ int fasa_invalidate(llama_context * ctx) {
     if (fasa_check_given(ctx, "llama_context") != 0) {
         return -1;
     }
-    for (auto * cache : fasa_caches_of(ctx)) {
+    const auto caches = fasa_caches_of(ctx);
+    if (caches.empty()) {
+        return 0;
+    }
+    const fasa_change change(caches);
+    if (!change) {
+        return -1;
+    }
+    for (auto * cache : caches) {
         cache->on_changed();
     }
     return 0;
@@ -102,9 +152,12 @@ int fasa_set_observer(llama_context * ctx, fasa_observer observer, void * user) 
     if (caches.empty()) {
         return -1;
     }
-    auto & state   = *caches[0]->state;
-    state.observer = { observer, user };
-    state.epoch++;
+    const fasa_change change(caches);
+    if (!change) {
+        return -1;
+    }
+    change.state->observer = { observer, user };
+    change.state->epoch++;
     return 0;
 }
 
@@ -161,8 +214,12 @@ int fasa_borrow_list(llama_context * ctx, int32_t il, int32_t lender) {
     if (caches.empty()) {
         return -1;
     }
+    const fasa_change change(caches);
+    if (!change) {
+        return -1;
+    }
     const auto & hparams = ctx->get_model().hparams;
-    auto & state         = *caches[0]->state;
+    auto & state         = *change.state;
     if (lender != -1) {
         if (fasa_check_lender(caches, hparams, il, lender) != 0) {
             return -1;
@@ -179,16 +236,12 @@ int fasa_borrow_list(llama_context * ctx, int32_t il, int32_t lender) {
 
 // ---- counters ----
 
-// the caches with all counters in their state: the context is idle then
-static std::vector<fasa_cache *> fasa_counted_caches(const llama_context * ctx) {
-    const auto caches = fasa_caches_of(ctx);
-    if (!caches.empty()) {
-        const_cast<llama_context *>(ctx)->synchronize();
-    }
+// what the devices have counted, into the state of the caches; in a turn
+static void fasa_collect(const llama_context * ctx, const std::vector<fasa_cache *> & caches) {
+    const_cast<llama_context *>(ctx)->synchronize();
     for (auto * cache : caches) {
         cache->collect_counters();
     }
-    return caches;
 }
 
 int fasa_get_counters(const llama_context * ctx, fasa_counters * c) {
@@ -197,11 +250,16 @@ int fasa_get_counters(const llama_context * ctx, fasa_counters * c) {
     }
     *c                = {};
     c->size           = sizeof(*c);
-    const auto caches = fasa_counted_caches(ctx);
+    const auto caches = fasa_caches_of(ctx);
     if (caches.empty()) {
         return 0;
     }
-    const auto & s = *caches[0]->state;
+    auto & s = *caches[0]->state;
+    if (s.turn.try_take()) { // during a decode: as of the last time
+        fasa_collect(ctx, caches);
+        s.turn.give();
+    }
+    std::lock_guard<std::mutex> lock(s.reading);
 #define X(name, NAME) c->name = s.stats.name;
     FASA_COUNTERS_OP(X)
     FASA_COUNTERS_DEVICE(X)
@@ -221,11 +279,16 @@ int fasa_reset_counters(llama_context * ctx) {
     if (fasa_check_given(ctx, "llama_context") != 0) {
         return -1;
     }
-    const auto caches = fasa_counted_caches(ctx);
+    const auto caches = fasa_caches_of(ctx);
     if (caches.empty()) {
         return 0;
     }
-    auto & s = *caches[0]->state;
+    const fasa_change change(caches);
+    if (!change) {
+        return -1;
+    }
+    fasa_collect(ctx, caches);
+    auto & s = *change.state;
     s.steps  = {};
 #define X(name, NAME) s.stats.name = 0;
     FASA_COUNTERS_OP(X)
@@ -247,11 +310,8 @@ int32_t fasa_layer_reason_code(const llama_context * ctx, int32_t il) {
     if (cache == nullptr) {
         return FASA_REASON_NO_CACHE;
     }
-    if (!cache->state->params.enabled) {
-        return FASA_REASON_OFF;
-    }
-    const auto & layer = cache->layer(il);
-    return layer.reason != FASA_REASON_NONE ? layer.reason : layer.now;
+    std::lock_guard<std::mutex> lock(cache->state->reading);
+    return cache->state->params.enabled ? cache->reason(il) : FASA_REASON_OFF;
 }
 
 const char * fasa_layer_reason(const llama_context * ctx, int32_t il) {
@@ -261,7 +321,11 @@ const char * fasa_layer_reason(const llama_context * ctx, int32_t il) {
 
 int32_t fasa_step_reason_code(const llama_context * ctx) {
     const auto caches = fasa_caches_of(ctx);
-    return caches.empty() ? FASA_REASON_UNKNOWN_CONTEXT : caches[0]->state->step_reason;
+    if (caches.empty()) {
+        return FASA_REASON_UNKNOWN_CONTEXT;
+    }
+    std::lock_guard<std::mutex> lock(caches[0]->state->reading);
+    return caches[0]->state->step_reason;
 }
 
 const char * fasa_step_reason(const llama_context * ctx) {

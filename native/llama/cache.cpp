@@ -314,12 +314,17 @@ bool fasa_cache::on_apply(const llama_kv_cache_context & mctx) {
     if (!residence.has_room(mctx.ubatches[mctx.i_cur].n_tokens)) {
         return false;
     }
+    if (is_first) {
+        state->now         = {};
+        state->now.active  = true;
+        state->now.decodes = state->kinds.decodes(mctx.ubatches[mctx.i_cur], kv, state->params.max_tokens);
+    }
     inputs.begin(sinfo.strm, sinfo.idxs, mctx.n_kv);
     return true;
 }
 
 bool fasa_cache::set_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool causal) const {
-    return inputs.set_mask(mask, ubatch, causal, state->params);
+    return inputs.set_mask(mask, ubatch, causal, state->params.enabled && state->now.decodes);
 }
 
 // ---- graphs ----
@@ -330,6 +335,10 @@ fasa_cache * fasa_cache::of(const llama_kv_cache_context * mctx) {
 
 bool fasa_cache::has_layer(int32_t il) const {
     return kv.map_layer_ids.count(il) > 0;
+}
+
+size_t fasa_cache::n_layers() const {
+    return kv.map_layer_ids.size();
 }
 
 bool fasa_cache::is_shared(int32_t il) const {
@@ -359,7 +368,36 @@ int32_t fasa_cache::n_hadamard() const {
     return n;
 }
 
+// ---- reasons ----
+
+void fasa_cache::publish_reasons() {
+    reasons.resize(layers.size());
+    for (size_t ikv = 0; ikv < layers.size(); ++ikv) {
+        const auto & l = layers[ikv];
+        reasons[ikv]   = l.reason != FASA_REASON_NONE ? l.reason : l.now;
+    }
+}
+
+fasa_reason fasa_cache::reason(int32_t il) const {
+    const size_t ikv = kv.map_layer_ids.at(il);
+    return ikv < reasons.size() ? reasons[ikv] : FASA_REASON_NOT_BUILT;
+}
+
 // ---- all caches of a context ----
+
+// why the ubatch that was computed is dense as a whole
+static fasa_reason fasa_step_reason_of(const fasa_params & params, const fasa_pending & now) {
+    if (!params.enabled) {
+        return FASA_REASON_OFF;
+    }
+    if (!now.decodes) {
+        return FASA_REASON_PREFILL;
+    }
+    return now.counts.layers_sparse > 0      ? FASA_REASON_NONE :
+        now.dense_reason != FASA_REASON_NONE ? now.dense_reason :
+        now.waits                            ? FASA_REASON_MIN_CONTEXT_GPU :
+                                               FASA_REASON_NO_LAYER;
+}
 
 std::vector<fasa_cache *> fasa_caches(llama_memory_i * memory) {
     std::vector<fasa_cache *> out;
@@ -372,6 +410,14 @@ std::vector<fasa_cache *> fasa_caches(llama_memory_i * memory) {
     } else if (auto * both = dynamic_cast<llama_memory_hybrid_iswa *>(memory)) {
         out = { both->get_mem_attn()->get_base()->fasa.get(), both->get_mem_attn()->get_swa()->fasa.get() };
     }
+    static std::mutex joining;
+    std::lock_guard<std::mutex> lock(joining);
+    for (size_t i = 1; i < out.size(); ++i) {
+        if (out[i]->state != out[0]->state) {
+            out[i]->state    = out[0]->state;
+            out[i]->is_first = false;
+        }
+    }
     return out;
 }
 
@@ -381,10 +427,6 @@ std::vector<fasa_cache *> fasa_caches_of(const llama_context * ctx) {
         fasa_check_given(ctx, "llama_context");
     } else if (caches.empty()) {
         fasa_set_error("this context has no KV cache that FASA knows (recurrent, latent or encoder-only model)");
-    }
-    for (size_t i = 1; i < caches.size(); ++i) {
-        caches[i]->state        = caches[0]->state;
-        caches[i]->counts_steps = false;
     }
     return caches;
 }
@@ -403,15 +445,57 @@ int fasa_configure(llama_context * ctx, const std::vector<fasa_cache *> & caches
             const std::string why = fasa_error();
             for (auto * c : caches) {
                 c->configure();
+                c->publish_reasons();
             }
             return fasa_set_error("%s", why.c_str());
         }
+        cache->publish_reasons();
     }
     return 0;
+}
+
+// ---- decodes ----
+
+fasa_decoding::fasa_decoding(llama_memory_i * memory) {
+    const auto caches = fasa_caches(memory);
+    if (!caches.empty()) {
+        state = caches[0]->state;
+        state->turn.take();
+    }
+}
+
+fasa_decoding::~fasa_decoding() {
+    if (state) {
+        state->turn.give();
+    }
+}
+
+void fasa_on_computed(llama_memory_i * memory) {
+    const auto caches = fasa_caches(memory);
+    if (caches.empty()) {
+        return;
+    }
+    auto & state  = *caches[0]->state;
+    auto & now    = state.now;
+    auto & counts = now.counts;
+    now.active    = false;
+    std::lock_guard<std::mutex> lock(state.reading);
+    if (counts.layers_sparse + counts.layers_dense + counts.layers_prefill == 0) { // attention by another path
+        for (const auto * cache : caches) {
+            (now.decodes ? counts.layers_dense : counts.layers_prefill) += cache->n_layers();
+        }
+    }
+    (!now.decodes ? counts.steps_prefill : counts.layers_sparse > 0 ? counts.steps_sparse : counts.steps_dense) = 1;
+    state.step_reason = fasa_step_reason_of(state.params, now);
+    state.steps.add(counts);
+    for (auto * cache : caches) {
+        cache->publish_reasons();
+    }
 }
 
 void fasa_on_failed(llama_memory_i * memory) {
     for (auto * cache : fasa_caches(memory)) {
         cache->on_changed();
+        cache->state->now.active = false;
     }
 }

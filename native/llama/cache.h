@@ -42,7 +42,7 @@ struct fasa_cache {
     fasa_cache(llama_kv_cache & kv);
 
     std::shared_ptr<fasa_state> state;
-    bool counts_steps = true; // the first cache of a context counts for all
+    bool is_first = true; // of the caches of its context: it begins every ubatch
     fasa_residence residence;
     fasa_inputs inputs;
 
@@ -65,6 +65,7 @@ struct fasa_cache {
 
     fasa_layer & layer(int32_t il);
     bool has_layer(int32_t il) const;
+    size_t n_layers() const;              // that attend to it
     bool is_shared(int32_t il) const;     // another layer attends to the same K and V
     ggml_tensor * work(int32_t il) const; // what counts on its device; nullptr: nothing runs sparse there
     bool gpu_waits(uint32_t n_kv) const;  // whether its layers on GPUs stay dense in a step that sees n_kv cells
@@ -75,6 +76,11 @@ struct fasa_cache {
     struct random_fill;
     struct pinned_rows;
     struct all_rows;
+
+    // ---- reasons, as of the last ubatch that was computed: of state->reading ----
+
+    void publish_reasons();
+    fasa_reason reason(int32_t il) const;
 
     // ---- counters: bytes by the names of the table ----
 
@@ -88,7 +94,8 @@ private:
     using contexts = std::map<ggml_backend_buffer_type_t, ggml_context_ptr>;
 
     llama_kv_cache & kv;
-    std::vector<fasa_layer> layers; // by index in the KV cache
+    std::vector<fasa_layer> layers;   // by index in the KV cache
+    std::vector<fasa_reason> reasons; // [layers] published
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
     std::map<ggml_backend_buffer_type_t, ggml_tensor *> works; // of the devices
@@ -108,12 +115,37 @@ private:
 // Where a layer's K and V are to lie, asked by the cache when it is made: `buft`, or the pinned memory of fasa_set_mode
 ggml_backend_buffer_type_t fasa_kv_buft(ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft);
 
-// all caches of a memory module that FASA knows, the one that counts steps first
+// all caches of a memory module that FASA knows; they have one state from then on
 std::vector<fasa_cache *> fasa_caches(llama_memory_i * memory);
-// the same of a context, whose caches have one state from then on; none: fasa_error() says so
+// the same of a context; none: fasa_error() says so
 std::vector<fasa_cache *> fasa_caches_of(const llama_context * ctx);
-// configure all of them; -1: FASA is off, and fasa_error() says why
+// configure all of them, in a turn; -1: FASA is off, and fasa_error() says why
 int fasa_configure(llama_context * ctx, const std::vector<fasa_cache *> & caches);
 
+// Held while what a decode uses is changed. False: a decode is running, or there is no cache; fasa_error() says which.
+struct fasa_change {
+    fasa_change(const std::vector<fasa_cache *> & caches);
+    ~fasa_change();
+    fasa_change(const fasa_change &)             = delete;
+    fasa_change & operator=(const fasa_change &) = delete;
+
+    explicit operator bool() const { return state != nullptr; }
+
+    std::shared_ptr<fasa_state> state;
+};
+
+// held while llama_decode runs: settings do not change, and the caches have one state
+struct fasa_decoding {
+    fasa_decoding(llama_memory_i * memory);
+    ~fasa_decoding();
+    fasa_decoding(const fasa_decoding &)             = delete;
+    fasa_decoding & operator=(const fasa_decoding &) = delete;
+
+private:
+    std::shared_ptr<fasa_state> state; // nullptr: nothing that FASA knows
+};
+
+// a ubatch was computed, so it counts
+void fasa_on_computed(llama_memory_i * memory);
 // a ubatch failed, so what it was to refresh is stale
 void fasa_on_failed(llama_memory_i * memory);

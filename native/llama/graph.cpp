@@ -31,7 +31,7 @@ uint64_t fasa_cells_seen(const ggml_tensor * mask, T hidden) {
 }
 
 // One per graph and cache, dense graphs too: it holds the inputs of the sparse layers, refuses the reuse of a graph
-// whose branch or settings are no longer right, and counts steps when they run.
+// whose branch or settings are no longer right, and counts layers.
 struct llm_graph_input_fasa : public llm_graph_input_i {
     fasa_cache * cache;
     uint64_t epoch;
@@ -60,7 +60,7 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
         auto & state = *cache->state;
         if (ranges && ranges->buffer) {
             std::vector<int32_t> data(ggml_nelements(ranges));
-            cache->inputs.set_ranges(data.data(), n_stream, n_waiting > 0, state.steps);
+            cache->inputs.set_ranges(data.data(), n_stream, n_waiting > 0, state.now.counts);
             ggml_backend_tensor_set(ranges, data.data(), 0, ggml_nbytes(ranges));
         }
         if (fresh && fresh->buffer) {
@@ -73,20 +73,18 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
             cache->inputs.set_forced(data.data(), forced->ne[0], *ubatch, state.params);
             ggml_backend_tensor_set(forced, data.data(), 0, ggml_nbytes(forced));
         }
-        if (n_sparse > 0) {
-            state.steps.layers_dense += n_dense;
-        }
+        auto & now = state.now;
+        now.counts.layers_sparse += n_sparse;
+        (now.decodes ? now.counts.layers_dense : now.counts.layers_prefill) += n_dense;
+        now.waits        = now.waits || n_waiting > 0;
+        now.dense_reason = dense_reason != FASA_REASON_NONE ? dense_reason : now.dense_reason;
         count_bytes();
-        if (cache->counts_steps) {
-            count_step();
-        }
     }
 
     // what dense attention reads in a decode step: the mask, which is set before, says which cells
     void count_bytes() {
-        const bool is_off = !cache->state->params.enabled;
-        if (mask == nullptr || dense_reason == FASA_REASON_PREFILL ||
-            (is_off && mask->ne[1] > 1)) { // which is a prefill, as a rule
+        auto & now = cache->state->now;
+        if (mask == nullptr || !now.decodes) {
             return;
         }
         const bool is_set = (mask->flags & GGML_TENSOR_FLAG_INPUT) && mask->buffer &&
@@ -94,23 +92,8 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
         const uint64_t n = !is_set      ? cache->inputs.n_kv() * n_stream :
             mask->type == GGML_TYPE_F16 ? fasa_cells_seen<ggml_fp16_t>(mask, ggml_fp32_to_fp16(-INFINITY)) :
                                           fasa_cells_seen<float>(mask, -INFINITY);
-        cache->state->steps.bytes_dense += n * cell_sparse;
-        cache->state->steps.bytes_layers_dense += n * cell_dense;
-    }
-
-    void count_step() {
-        auto & state = *cache->state;
-        if (dense_reason == FASA_REASON_PREFILL) {
-            state.steps.steps_prefill++;
-        } else if (n_sparse > 0) {
-            state.steps.steps_sparse++;
-            state.step_reason = FASA_REASON_NONE;
-        } else {
-            state.steps.steps_dense++;
-            state.step_reason = dense_reason != FASA_REASON_NONE ? dense_reason :
-                n_waiting > 0                                    ? FASA_REASON_MIN_CONTEXT_GPU :
-                                                                   FASA_REASON_NO_LAYER;
-        }
+        now.counts.bytes_dense += n * cell_sparse;
+        now.counts.bytes_layers_dense += n * cell_dense;
     }
 
     bool can_reuse(const llm_graph_params & params) override {
@@ -118,7 +101,7 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
         const uint32_t n    = params.cparams.kv_unified ? 1 : ubatch.n_seqs_unq;
         const uint32_t n_kv = cache->inputs.n_kv();
         return epoch == cache->state->epoch && n == n_stream && gpu_waits == cache->gpu_waits(n_kv) &&
-            dense_reason == fasa_step_dense_reason(cache->state->params, ubatch.n_tokens, params.n_outputs, n, n_kv);
+            dense_reason == fasa_step_dense_reason(cache->state->params, cache->state->now.decodes, n_kv);
     }
 };
 
@@ -130,8 +113,11 @@ llm_graph_input_fasa * fasa_graph_input(const llm_graph_context & graph, fasa_ca
         }
     }
     const auto & params = cache->state->params;
+    const auto & now    = cache->state->now;
+    const bool decodes =
+        now.active ? now.decodes : graph.n_outputs == graph.n_tokens && graph.n_tokens <= params.max_tokens * k->ne[3];
 
-    const auto reason = fasa_step_dense_reason(params, graph.n_tokens, graph.n_outputs, k->ne[3], k->ne[2]);
+    const auto reason = fasa_step_dense_reason(params, decodes, k->ne[2]);
     auto input        = std::make_unique<llm_graph_input_fasa>(cache, reason, k->ne[3], cache->gpu_waits(k->ne[2]));
     if (reason == FASA_REASON_NONE) {
         input->ranges = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_I32, 2 * FASA_MAX_RANGES, k->ne[3]);
@@ -375,6 +361,7 @@ ggml_tensor * fasa_build_attn(const llm_graph_context & graph, const llama_kv_ca
     attn.input->mask = kq_mask;
     if (!cache->state->params.enabled) {
         attn.input->cell_dense += cache->cell_bytes(il);
+        attn.input->n_dense++;
         return attn.build_dense();
     }
     auto & layer = cache->layer(il);

@@ -81,11 +81,10 @@ void fasa_inputs::set_fresh(int32_t * ranges, uint32_t n_stream) const {
 
 // ---- mask ----
 
-bool fasa_inputs::set_mask(
-    ggml_tensor * mask, const llama_ubatch & ubatch, bool causal, const fasa_params & params) const {
+bool fasa_inputs::set_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool causal, bool enabled) const {
     const int64_t n_kv = mask->ne[0];
-    if (!params.enabled || !causal || mask->type != GGML_TYPE_F16 || kv.swa_type != LLAMA_SWA_TYPE_NONE ||
-        kv.hparams.use_alibi || ubatch.is_pos_2d() || ubatch.n_tokens > params.max_tokens * mask->ne[3]) {
+    if (!enabled || !causal || mask->type != GGML_TYPE_F16 || kv.swa_type != LLAMA_SWA_TYPE_NONE ||
+        kv.hparams.use_alibi || ubatch.is_pos_2d()) {
         return false;
     }
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {

@@ -34,9 +34,9 @@ struct fasa_inputs {
     void set_fresh(int32_t * ranges, uint32_t n_stream) const;
     // the cells that each token always attends, [n_tokens][n_forced], -1: none
     void set_forced(int32_t * forced, uint32_t n_forced, const llama_ubatch & ubatch, const fasa_params & params) const;
-    // The mask of a decode step in which every stream holds one sequence without holes, by its length. false: some
-    // other step, for which llama.cpp looks at every cell (0.1 ms and more of a step at 131,072).
-    bool set_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool causal, const fasa_params & params) const;
+    // The mask of a decode step, with FASA enabled, in which every stream holds one sequence without holes, by its
+    // length. false: some other step, for which llama.cpp looks at every cell (0.1 ms and more of a step at 131,072).
+    bool set_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool causal, bool enabled) const;
 
 private:
     llama_kv_cache & kv;

@@ -159,7 +159,11 @@ int fasa_set_profile(llama_context * ctx, const fasa_profile * p) {
     known.layer_miss       = fasa_copy(p->layer_miss, p->n_layer_miss);
     known.mean_budget      = fasa_copy(p->mean_budget, p->n_mean_budget);
     known.mean_budget_mass = fasa_copy(p->mean_budget_mass, p->n_mean_budget);
-    auto & state           = *caches[0]->state;
+    const fasa_change change(caches);
+    if (!change) {
+        return -1;
+    }
+    auto & state = *change.state;
     if (fasa_find_mass(known, state.params) != 0) {
         return -1;
     }

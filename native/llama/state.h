@@ -3,6 +3,7 @@
 // What belongs to a context: settings, profile, counters. Its caches share one (sliding-window models have two).
 
 #include "core/select.h"
+#include "llama/steps.h"
 #include "ops/ops.h"
 
 #include <cstdint>
@@ -20,13 +21,20 @@ struct fasa_known {
 };
 
 struct fasa_state {
+    // Who writes what a graph is built of holds `turn`, and `reading` too; a decode holds `turn`; who only reads from
+    // outside holds `reading`.
+    fasa_turn turn;
+    std::mutex reading;
+
     fasa_params params = fasa_params_default(); // mean_budget > 0: with the mass that it means
     fasa_known known;
     std::vector<int32_t> lender; // [n_layer] whose list a layer borrows, -1: nobody's; empty: none borrows
 
     fasa_stats stats;
-    fasa_step_counts steps;
-    fasa_reason step_reason = FASA_REASON_NOT_STARTED; // of the last decode step
+    fasa_steps kinds;
+    fasa_pending now;                                  // the ubatch being computed
+    fasa_step_counts steps;                            // those that were computed
+    fasa_reason step_reason = FASA_REASON_NOT_STARTED; // of the last one
     fasa_observer_ref observer;
 
     size_t n_row_layers = 0; // layers, of all caches, that share params.row_cache

@@ -143,6 +143,10 @@ int fasa_fill_random(llama_context * ctx, uint32_t n_cells, uint64_t seed) {
         return fasa_set_error(
             "this context has no KV cache that can be filled at random (recurrent, latent or encoder-only model)");
     }
+    const fasa_change change(caches);
+    if (!change) {
+        return -1;
+    }
     for (auto * cache : caches) {
         if (fasa_cache::random_fill{ *cache }.check(n_cells) != 0) {
             return -1;

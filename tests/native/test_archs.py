@@ -16,6 +16,22 @@ ALL = FasaParams(chunks=4096, budget=10**6, min_context=0, max_tokens=10**6, k_d
 NMSE = 1e-4  # test-llama-archs' own bound between two backends
 
 
+def check_counts(s, params, tokens):
+    """Every ubatch has one kind, and as many layers are counted of a decode step as of a prompt."""
+    s.clear()
+    s.fasa.set_params(params)
+    s.fasa.reset_counters()
+    s.decode(tokens, 0)
+    c = s.fasa.counters()
+    n_layer = c["layers_prefill"]
+    assert (c["steps_sparse"], c["steps_dense"], c["steps_prefill"]) == (0, 0, 1) and n_layer > 0
+    s.decode([tokens[0]], len(tokens))
+    s.decode([tokens[1]], len(tokens) + 1)
+    c = s.fasa.counters()
+    assert c["steps_sparse"] + c["steps_dense"] == 2 and c["steps_prefill"] == 1
+    assert c["layers_sparse"] + c["layers_dense"] == 2 * n_layer and c["layers_prefill"] == n_layer
+
+
 @pytest.mark.skipif(not MODELS, reason="no models in build/archs; run `make upstream-tests`")
 @pytest.mark.parametrize("path", MODELS, ids=lambda p: p.stem)
 def test_architecture(library, path):
@@ -38,8 +54,12 @@ def test_architecture(library, path):
         except FasaError as e:
             assert "FASA" in str(e)
             pytest.skip(f"dense: {e}")
+        for params in (None, ALL):
+            check_counts(s, params, tokens)
         s.clear()
-        sparse = s.decode(tokens, 0, logits="all")
+        s.fasa.reset_counters()
+        with s.fasa.step_kind("decode"):
+            sparse = s.decode(tokens, 0, logits="all")
         reasons, counters = s.fasa.layer_reasons(), s.fasa.counters()
         assert counters["layers_sparse"] > 0 or all(reasons), "dense without a reason"
         if not counters["layers_sparse"]:

@@ -279,7 +279,7 @@ def test_scored_tokens_in_batches_give_the_figures_of_steps(library, tiny, text,
         assert all(abs(a[k] - b[k]) < 1e-3 for k in ("kl", "ppl_ratio")) and a["kv_read_share"] == pytest.approx(
             b["kv_read_share"], rel=0.05
         )
-        assert b["fasa"]["max_tokens"] == 8 and b["score_batch"] == 8
+        assert b["fasa"]["max_tokens"] == 64 and b["score_batch"] == 8
     assert many[4]["kl"] == one[4]["kl"]  # dense by steps stays so
     with pytest.raises(FasaError, match=r"was begun with other settings \(score_batch"):
         evaluate(tiny, text, arms, SIZE, profile=profile, resume=path)
