@@ -9,7 +9,7 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -65,8 +65,9 @@ class Session:
     them and says on stderr what it found. profile: what auto plans with, None: the model's own.
 
     Attributes: settings, the ContextSettings in force; mode, device or host; n_ctx, tokens over all sequences; n_batch,
-    tokens per llama_decode, at most n_ctx; n_vocab, n_ctx_train. Raises FasaError when the model cannot be loaded or
-    the context cannot be made.
+    tokens per llama_decode, at most n_ctx; n_vocab, n_ctx_train; abort, asked between the nodes of a graph whether to
+    end the decode: instead of llama_set_abort_callback, which Ctrl-C uses; None: never. Raises FasaError when the
+    model cannot be loaded or the context cannot be made.
     """
 
     settings: ContextSettings
@@ -75,6 +76,7 @@ class Session:
     n_batch: int
     n_vocab: int
     n_ctx_train: int
+    abort: Callable[[], bool] | None
 
     def __init__(
         self,
@@ -89,6 +91,7 @@ class Session:
         self.path = str(model_path)
         self.settings = (settings or ContextSettings()).replace(**changes)
         self.mode = ""
+        self.abort = None
         self._arms, self._profile = arms, profile
         self._model: Any = None
         self._ctx: Any = None
@@ -256,7 +259,7 @@ class Session:
             for i, (token, pos, seq, wants) in enumerate(items):
                 batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = int(token), pos, 1, wants
                 batch.seq_id[i][0] = seq
-            with self.fasa.turn, runtime.interrupt.deferred_decode(self.llama, self.ctx, len(items)):
+            with self.fasa.turn, runtime.interrupt.deferred_decode(self.llama, self.ctx, len(items), self.abort):
                 code = self.llama.llama_decode(self.ctx, batch)
         finally:
             self.llama.llama_batch_free(batch)

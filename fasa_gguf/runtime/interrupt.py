@@ -38,16 +38,18 @@ def deferred() -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
-def deferred_decode(llama: Any, ctx: Any, n_tokens: int) -> Iterator[None]:
+def deferred_decode(llama: Any, ctx: Any, n_tokens: int, abort: Callable[[], bool] | None = None) -> Iterator[None]:
     """`deferred` for one llama_decode; a batch of a prompt, which may take long on a CPU, is ended within.
 
-    llama: the module llama_cpp. ctx: its pointer.
+    llama: the module llama_cpp. ctx: its pointer. abort: the caller's own reason to end a batch of any size, asked
+    between the nodes of a graph. llama.cpp has one place for a callback and does not tell what is there, so one set
+    with llama_set_abort_callback is lost.
     """
     with deferred() as stopped:
-        if n_tokens < ABORTED_FROM:
+        if n_tokens < ABORTED_FROM and abort is None:
             yield
             return
-        callback = llama.ggml_abort_callback(lambda _user: stopped())
+        callback = llama.ggml_abort_callback(lambda _user: stopped() or (abort is not None and abort()))
         llama.llama_set_abort_callback(ctx, callback, None)
         try:
             yield

@@ -125,8 +125,12 @@ void fasa_cache::all_rows::add(const fasa_cache & cache) {
 }
 
 int fasa_read_rate(llama_context * ctx, uint32_t n_cells, double * bytes_per_second) {
+    if (fasa_check_given(ctx, "llama_context") != 0 ||
+        fasa_check_given(bytes_per_second, "read rate: bytes_per_second") != 0) {
+        return -1;
+    }
     fasa_cache::all_rows rows;
-    for (const auto * cache : ctx ? fasa_caches(llama_get_memory(ctx)) : std::vector<fasa_cache *>()) {
+    for (const auto * cache : fasa_caches(llama_get_memory(ctx))) {
         rows.add(*cache);
     }
     std::vector<span> spans; // the first n_cells cells of every tensor and stream

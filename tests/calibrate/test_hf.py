@@ -1,6 +1,7 @@
 # ruff: noqa: E402 - the modules are imported after importorskip
 """Calibration from Hugging Face weights beside that from the GGUF which the pinned converter makes of them."""
 
+import dataclasses
 import json
 import sys
 
@@ -63,9 +64,16 @@ def gguf(folder):
 
 @pytest.mark.parametrize("name", tiny_hf.MODELS)
 def test_both_ways_agree(models, name):
-    """Rankings, weights and what is embedded: the planted chunks come first, and either profile fits the GGUF."""
+    """Rankings, weights and what is embedded: the planted chunks come first, and either profile fits the GGUF.
+
+    Layers with a short window are ranked, too; by default they have no ranking.
+    """
     model, planted, folder = models[name]
-    from_hf, from_gguf = calibrate_hf(model, IDS, SMALL, n_threads=1), calibrate(gguf(folder), IDS, SMALL, n_threads=1)
+    params = dataclasses.replace(SMALL, window_layers=True)
+    from_hf, from_gguf = (
+        calibrate_hf(model, IDS, params, n_threads=1),
+        calibrate(gguf(folder), IDS, params, n_threads=1),
+    )
     for il, rows in enumerate(planted):
         for h, chunks in enumerate(rows):
             for p in (from_hf, from_gguf):
@@ -88,6 +96,20 @@ def test_both_ways_agree(models, name):
     assert Profile.load(out).ranking[1].tolist() == from_hf.ranking[1].tolist()
     with Session(out, n_ctx=512, n_threads=1) as s:
         s.fasa.set_profile(Profile.load(out))
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+def test_both_ways_leave_the_same_window_layers_out(models, name):
+    """By default; the layers that attend all tokens are ranked as with the others."""
+    model, planted, folder = models[name]
+    windows = HFCalibration(model, IDS, SMALL).windows
+    assert 0 in windows and 128 in windows
+    for p in (calibrate_hf(model, IDS, SMALL, n_threads=1), calibrate(gguf(folder), IDS, SMALL, n_threads=1)):
+        assert [n == 0 for n in p.n_chunk] == [r.size == 0 for r in p.ranking] == [w > 0 for w in windows]
+        for il in (il for il, w in enumerate(windows) if not w):
+            for row, chunks in zip(p.ranking[il], planted[il], strict=True):
+                assert set(row[: tiny_hf.PLANTED].tolist()) == set(chunks.tolist())
+        assert embed.doubts(GGUFFile(gguf(folder)), p) == []
 
 
 @pytest.mark.parametrize("name", tiny_hf.MODELS)

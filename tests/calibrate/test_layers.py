@@ -320,7 +320,10 @@ def test_the_command(library, tiny, text, profile, tmp_path, capsys):
     )
     rows = json.loads(capsys.readouterr().out)
     assert abs(rows[1]["tokens_attended"] - 100) < 10 and rows[2]["tokens_attended"] == 20 and rows[3]["fasa"] is None
-    assert cli.main([*common, "--fasa-mean-budget", "20"]) == 1
+    assert cli.main([*common, "--fasa-mean-budget", "20"]) == 1  # by the profile beside the model
+    assert "mean_budget 20: the profile's table reaches from 80 to 120 tokens" in capsys.readouterr().err
+    (tmp_path / "m.fasa.json").unlink()
+    assert cli.main([*common, "--fasa-mean-budget", "20"]) == 1  # by the model's own
     assert (
         "mean_budget 20: the profile has no table of mean budgets; make one with `fasa-gguf calibrate-layers"
         in capsys.readouterr().err

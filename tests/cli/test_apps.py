@@ -46,7 +46,7 @@ def test_calibrate_for_more_chunks(library, tiny):
         plain.weight_k,
         plain.recall_k,
         plain.defaults,
-    ) == (3, 4, {})
+    ) == (4, 4, {})
     assert all(
         r[:, :4].tolist() == s[:, :4].tolist() for r, s in zip(p.ranking, plain.ranking, strict=True)
     )  # the greedy search begins the same

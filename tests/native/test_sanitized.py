@@ -10,7 +10,8 @@ import subprocess
 import pytest
 from paths import ROOT
 
-GGML = ROOT / "build" / "native" / "llama.cpp-src" / "ggml" / "include"
+LLAMA = ROOT / "build" / "native" / "llama.cpp-src"
+GGML = LLAMA / "ggml" / "include"
 STUBS = {
     "llama-model.h": """
 #pragma once
@@ -34,6 +35,12 @@ struct llama_context { llama_model model; const llama_model & get_model() const 
 struct fasa_cache { std::shared_ptr<fasa_state> state = std::make_shared<fasa_state>(); };
 std::vector<fasa_cache *> fasa_caches_of(const llama_context * ctx);
 int fasa_configure(llama_context * ctx, const std::vector<fasa_cache *> & caches);
+struct fasa_change {
+    fasa_change(const std::vector<fasa_cache *> & caches);
+    ~fasa_change();
+    explicit operator bool() const { return state != nullptr; }
+    std::shared_ptr<fasa_state> state;
+};
 """,
 }
 DRIVER = """
@@ -48,6 +55,16 @@ DRIVER = """
 static fasa_cache cache;
 std::vector<fasa_cache *> fasa_caches_of(const llama_context *) { return { &cache }; }
 int fasa_configure(llama_context *, const std::vector<fasa_cache *> &) { return 0; }
+fasa_change::fasa_change(const std::vector<fasa_cache *> & caches) {
+    if (caches[0]->state->turn.try_take()) {
+        state = caches[0]->state;
+    }
+}
+fasa_change::~fasa_change() {
+    if (state) {
+        state->turn.give();
+    }
+}
 
 #define EXPECT(x) if (!(x)) { printf("line %d: %s: %s\\n", __LINE__, #x, fasa_error()); exit(1); }
 
@@ -93,6 +110,10 @@ static void profiles() {
     o.p.n_ranking = 32, o.p.n_weight = 8;
     EXPECT(fasa_set_profile(&ctx, &o.p) == 0);
     EXPECT(fasa_set_profile(&ctx, nullptr) == -1);
+    cache.state->turn.take(); // as a decode does
+    EXPECT(fasa_set_profile(&ctx, &o.p) == -1);
+    cache.state->turn.give();
+    EXPECT(fasa_set_profile(&ctx, &o.p) == 0);
 }
 
 static void settings() {
@@ -153,7 +174,8 @@ def test_under_sanitizers(tmp_path):
     sources = [tmp_path / "driver.cpp", native / "llama" / "profile.cpp", *sorted((native / "core").glob("*.cpp"))]
     flags = ["-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
     # the clones of a function are chosen before the sanitizer has started
-    flags += ["-Dtarget_clones(...)=unused", "-Wno-attributes", f"-I{tmp_path}", f"-I{native}", f"-I{GGML}"]
+    flags += ["-Dtarget_clones(...)=unused", "-Wno-attributes", f"-I{tmp_path}", f"-I{native}"]
+    flags += [f"-I{LLAMA / 'include'}", f"-I{GGML}"]
     built = subprocess.run(
         [compiler, *flags, *map(str, sources), "-o", tmp_path / "driver"], capture_output=True, text=True
     )

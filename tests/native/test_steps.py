@@ -1,7 +1,6 @@
 """What a step is (a prompt, or tokens that continue sequences), that every layer of it is counted, and that settings
 wait for a decode."""
 
-import ctypes
 import threading
 
 import numpy as np
@@ -210,13 +209,12 @@ def test_an_aborted_ubatch_is_not_counted(tiny):
         s.decode(range(3, 103), 0)
         s.decode([5], 100)
         before = s.fasa.counters()
-        callback = s.llama.ggml_abort_callback(lambda _: True)
-        s.llama.llama_set_abort_callback(s.ctx, callback, None)
+        s.abort = lambda: True
         for tokens in ([6], range(3, 203)):
             with pytest.raises(FasaError, match="code 2"):
                 s.decode(tokens, 101)
         after = s.fasa.counters()
-        s.llama.llama_set_abort_callback(s.ctx, ctypes.cast(None, s.llama.ggml_abort_callback), None)
+        s.abort = None
         names = [n for n in before if n.startswith(("steps_", "layers_")) or n in ("cells_refreshed", "rebuilds")]
         assert {n: after[n] for n in names} == {n: before[n] for n in names}
         s.remove(0, 101)
@@ -274,7 +272,7 @@ def test_the_library_refuses_to_change_what_a_decode_uses(tiny):
         p = f._ffi.new("fasa_params *", lib.fasa_params_default())
         seen = []
 
-        def abort(_):
+        def abort():
             if not seen:
                 calls = (
                     lib.fasa_set_params(f._ctx, p),
@@ -289,13 +287,12 @@ def test_the_library_refuses_to_change_what_a_decode_uses(tiny):
                 )
             return False
 
-        callback = s.llama.ggml_abort_callback(abort)
-        s.llama.llama_set_abort_callback(s.ctx, callback, None)
+        s.abort = abort
         s.decode(range(3, 103), 0)
         calls, error, _, params, _ = seen[0]
         assert calls == (-1,) * 6 and params.budget == SOME.budget
         assert error.startswith("this context is decoding") and error.endswith("call it between two decodes")
-        s.llama.llama_set_abort_callback(s.ctx, ctypes.cast(None, s.llama.ggml_abort_callback), None)
+        s.abort = None
         s.decode([5], 100)
         check_law(s, 2, 3)
 

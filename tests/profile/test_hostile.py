@@ -159,7 +159,7 @@ def in_child(path):
 def test_json_made_to_harm(tmp_path, text, message):
     (tmp_path / "p.json").write_text(text)
     peak, seconds, found = in_child(tmp_path / "p.json")
-    assert message in found and peak < 300 << 20 and seconds < 5
+    assert message in found and peak < 300 << 20 and seconds < 20
 
 
 def test_large_arrays_in_a_gguf_are_refused_by_their_lengths(tmp_path):
