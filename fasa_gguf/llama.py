@@ -125,7 +125,7 @@ class Llama(_Base):
     _profile_default: Profile | None = None
     _foreign_callers = False  # after enable(): flash_attn=False is then the caller's default and says nothing
     _fasa: runtime.context.Context | None = None
-    _step = ""  # what generate() evaluates next: "prompt", "decode"; "": eval() was called by someone else
+    _step = ""  # what generate() evaluates next: "first", "prompt", "decode"; "": eval() was called by someone else
     _fasa_profile: Profile | None = None
 
     def __init__(
@@ -294,14 +294,20 @@ class Llama(_Base):
 
         Several tokens are a prompt, which is dense; one token decodes with FASA.
         """
-        with self._live().step_kind(self._step or ("prompt" if len(tokens) > 1 else "auto")):
+        first = self._step == "first"
+        kind = "prompt" if first else self._step or ("prompt" if len(tokens) > 1 else "auto")
+        with self._live().step_kind(kind):
+            if first and len(tokens) > 1 and self._live().params() is not None:
+                # the last token alone, as it is evaluated when all before it is reused: the same sums, the same bits
+                super().eval(tokens[:-1])
+                tokens = tokens[-1:]
             super().eval(tokens)
         if self._step:
             self._step = "decode"  # what comes behind the prompt was sampled, or drafted
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
         """llama_cpp.Llama.generate. The first tokens evaluated are a prompt, later ones decode steps."""
-        inner, sent, step = super().generate(tokens, *args, **kwargs), None, "prompt"
+        inner, sent, step = super().generate(tokens, *args, **kwargs), None, "first"
         with contextlib.closing(inner):
             while True:
                 outer, self._step = self._step, step
