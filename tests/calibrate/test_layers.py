@@ -320,6 +320,9 @@ def test_the_command(library, tiny, text, profile, tmp_path, capsys):
     )
     rows = json.loads(capsys.readouterr().out)
     assert abs(rows[1]["tokens_attended"] - 100) < 10 and rows[2]["tokens_attended"] == 20 and rows[3]["fasa"] is None
+    assert cli.main([*common, "--fasa-mean-budget", "100"]) == 0  # with the profile beside the model
+    assert abs(json.loads(capsys.readouterr().out)[1]["tokens_attended"] - 100) < 10
+    (tmp_path / "m.fasa.json").unlink()
     assert cli.main([*common, "--fasa-mean-budget", "20"]) == 1
     assert (
         "mean_budget 20: the profile has no table of mean budgets; make one with `fasa-gguf calibrate-layers"
