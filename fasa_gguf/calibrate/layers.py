@@ -349,8 +349,8 @@ def _measure(runs: _Runs, plain: Profile, default: int) -> tuple[Profile, dict[i
     if not _reaches(found, default):
         budgets, reached = (",".join(map(str, ns)) or "none" for ns in (runs.grid.budgets, mean_budget_table(found)))
         raise FasaError(
-            f"--budgets {budgets}: masses were found for {reached}, and the profile's default mean_budget is {default}; "
-            "use other --budgets or a longer --window"
+            f"--budgets {budgets}: masses were found for {reached}, and the profile's default mean_budget is {default}"
+            "; use other --budgets or a longer --window"
         )
     result: dict[str, Any] = {"layers": [], "table": list(found.values()), "kept": False}
     if not runs.grid.masses:
