@@ -346,6 +346,33 @@ def rank_recall(
     return np.array(order, np.int32), np.array(recall, np.float32)
 
 
+def kept_share(
+    q: np.ndarray,
+    k: np.ndarray,
+    q_pos: np.ndarray,
+    dims: np.ndarray,
+    weight: np.ndarray,
+    kind: str,
+    scale: float,
+    soft_cap: float,
+    budget: int,
+    sink: int,
+    recent: int,
+) -> float:
+    """Share of the true attention that the budget's tokens hold when the dominant keys are stored as `kind`.
+
+    q [G, n_query, head_dim], k [n_kv, head_dim], q_pos [n_query]; dims, weight [n_dom]. Cell = position. It is the mean
+    over heads and queries.
+    """
+    cell, k_dom, total = np.arange(len(k)), quantize_k_dom(k, dims, kind), 0.0
+    for i, pos in enumerate(q_pos):
+        visible = cell <= pos  # [n_kv]
+        mass = group_score(capped(q[:, i] @ k.T * scale, soft_cap), visible)  # [n_kv]
+        score = group_score(estimate(q[:, i], k_dom, dims, weight, scale, soft_cap, kind), visible)  # [n_kv]
+        total += mass[select(score, visible, forced_cells(cell, visible, sink, recent), len(q), budget)].sum()
+    return float(total / (len(q_pos) * len(q)))
+
+
 def fit_weights(
     q: np.ndarray,
     k: np.ndarray,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..profile.keys import MAX_CHUNKS, METHODS
 from ..profile.profile import Profile
 from ..runtime.settings import thread_count
 from .corpus import Corpus
-from .ranking import CalibrationParams, LayerSample, rank_layer
+from .ranking import CalibrationParams, LayerSample, k_dom_for, rank_layer
 
 TOOL = f"fasa_gguf {__version__}"
 ATTENDED = max(FasaParams().budget, FasaParams().cap)  # tokens that decoding attends at most, by default
@@ -212,6 +213,9 @@ class Calibrator:
         def layers(key: str, kind: type) -> list[np.ndarray]:
             return [np.array(done[il][key], kind) if il in done else np.zeros((0, 0), kind) for il in range(n_layer)]
 
+        kind, why = k_dom_for({il: entry["kept"] for il, entry in done.items() if entry.get("kept")})
+        if why:
+            print(f"fasa_gguf: {self.where}: {why}", file=sys.stderr)
         profile = Profile(
             n_head_kv=[shape[1] for shape in self.shapes],
             n_chunk=n_chunk,
@@ -219,7 +223,10 @@ class Calibrator:
             ranking_method=self.params.method,
             rope={"layout": self.layout, "dims": max(shape[3] for shape in self.shapes), **self.rope},
             window=list(self.windows) if any(self.windows) else None,
-            defaults={"chunks": min(self.params.chunks, most)} if self.params.chunks else {},
+            defaults={
+                **({"chunks": min(self.params.chunks, most)} if self.params.chunks else {}),
+                **({"k_dom": kind} if why else {}),
+            },
             calibration={
                 "tool": TOOL,
                 "corpus": self.name,

@@ -5,13 +5,14 @@ It is the same whether llama.cpp (gguf.py) or transformers (hf.py) shows the que
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from .. import reference, runtime
-from ..params import default_chunks
+from ..params import K_DOM_TYPES, default_chunks
 
 TOKENS = 1024  # whose pair lengths are taken at once
 
@@ -111,10 +112,10 @@ class LayerSample:
 
 
 def rank_layer(s: LayerSample, n_threads: int) -> dict[str, Any]:
-    """Plain lists of one layer: ranking [n_head_kv][n_chunk], weight [n_head_kv][m], recall [n_head_kv][n_rank]."""
+    """Plain lists of one layer, a row for each KV head: ranking [n_chunk], weight [m], recall [n_rank], kept [3]."""
     p, n_chunk = s.params, len(s.dims)
     n_rank, n_weight = p.counts(n_chunk)
-    out: dict[str, Any] = {"ranking": [], "weight": [], "recall": []}
+    out: dict[str, Any] = {"ranking": [], "weight": [], "recall": [], "kept": []}
     for h in range(len(s.q_sum)):
         energy = reference.rank_energy(s.q_sum[h] / s.n, s.k_sum[h] / s.n)
         heads, keys, pos = s.case(h)
@@ -143,4 +144,54 @@ def rank_layer(s: LayerSample, n_threads: int) -> dict[str, Any]:
         out["ranking"].append([int(c) for c in order])
         out["weight"].append([float(w) for w in weight])
         out["recall"].append(recall)
+        out["kept"].append(_kept_by_type(s, h, np.asarray(order, int), weight))
     return out
+
+
+MOST_LOST = 0.05  # share of the attention that rounding the dominant keys may cost the layer that loses most
+
+
+def k_dom_for(kept: Mapping[int, Sequence[Sequence[float]]]) -> tuple[str, str]:
+    """(how to store the dominant keys, "" or why not as by default), from `kept` of every ranked layer.
+
+    A group of 8 dimensions shares one scale, so a pair that is far larger than the others (a bias of the keys, as
+    Qwen2 has) leaves nothing of these in 4 bits.
+    """
+    if not kept:
+        return "q4", ""
+    layers = {il: np.asarray(heads, float).mean(0) for il, heads in kept.items()}  # [3] each: f16, q8, q4
+    lost = {kind: max((x[0] - x[i], il) for il, x in layers.items()) for i, kind in enumerate(K_DOM_TYPES)}
+    if lost["q4"][0] <= MOST_LOST:
+        return "q4", ""
+    kind, (share, il) = "q8" if lost["q8"][0] <= MOST_LOST else "f16", lost["q4"]
+    return kind, (
+        f"in 4 bits the dominant keys of layer {il} keep {100 * share:.0f}% of the attention less than in f16 (a few "
+        f"dimensions are far larger than the others); the profile's default is k_dom {kind}"
+    )
+
+
+def _kept_by_type(s: LayerSample, h: int, order: np.ndarray, weight: np.ndarray) -> list[float]:
+    """The attention that KV head h keeps with its dominant keys in f16, q8 and q4 [3], over some of the queries."""
+    p, (heads, keys, pos) = s.params, s.case(h)
+    chunks = p.chunks or default_chunks(len(s.dims))
+    dims = reference.dominant_dims(order, chunks, s.dims)  # [n_dom]
+    w = np.ones(len(dims), np.float32)  # [n_dom]
+    known = np.repeat(weight[:chunks], 2)
+    w[: len(known)] = known
+    some = slice(None, None, max(1, len(pos) // 8))
+    return [
+        reference.kept_share(
+            heads[:, some],
+            keys,
+            pos[some],
+            dims,
+            w,
+            kind,
+            s.scale,
+            s.soft_cap,
+            p.budget_in(len(keys)),
+            p.sink,
+            p.recent,
+        )
+        for kind in K_DOM_TYPES
+    ]

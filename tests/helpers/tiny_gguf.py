@@ -26,10 +26,11 @@ def write_tiny(
     alignment=None,
     words=(),
     chat_template=None,
+    biases=None,
 ):
     """A GGUF with random weights of `dtype` (f32 or f16) and a vocabulary of bytes; `arch` has the tensors of llama.
 
-    words: tokens after those of bytes, from number 259 on.
+    words: tokens after those of bytes, from number 259 on. biases: of every layer, by name (attn_k).
     """
     rng = np.random.default_rng(seed)
     tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)] + list(words)
@@ -84,6 +85,8 @@ def write_tiny(
             ("ffn_down", n_embd, n_ff),
         ):
             matrix(f"blk.{i}.{part}", rows, cols)
+        for part, bias in (biases or {}).items():
+            w.add_tensor(f"blk.{i}.{part}.bias", np.asarray(bias, np.float32))
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
