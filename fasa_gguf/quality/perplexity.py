@@ -148,10 +148,8 @@ def one_by_one(counters: dict[str, int], n_tokens: int) -> dict[str, int]:
     What a batch counts once is counted for every token.
     """
     n = counters["steps_sparse"] + counters["steps_dense"]
-    once = (
-        *("steps_sparse", "steps_dense", "layers_sparse", "layers_dense"),
-        *("bytes_tip", "bytes_dense", "bytes_layers_dense"),
-    )
+    steps, layers = ("steps_sparse", "steps_dense"), ("layers_sparse", "layers_dense")
+    once = (*steps, *layers, "bytes_tip", "bytes_dense", "bytes_layers_dense")
     return {**counters, **{key: counters[key] * n_tokens // n for key in once if key in counters}}
 
 

@@ -1,9 +1,9 @@
 # ruff: noqa: E402 - the modules are imported after importorskip
 """Calibration from Hugging Face weights beside that from the GGUF which the pinned converter makes of them."""
 
-import dataclasses
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -69,11 +69,10 @@ def test_both_ways_agree(models, name):
     Layers with a short window are ranked, too; by default they have no ranking.
     """
     model, planted, folder = models[name]
-    params = dataclasses.replace(SMALL, window_layers=True)
-    from_hf, from_gguf = (
-        calibrate_hf(model, IDS, params, n_threads=1),
-        calibrate(gguf(folder), IDS, params, n_threads=1),
-    )
+    every = replace(SMALL, window_layers=True)
+    from_hf, from_gguf = calibrate_hf(model, IDS, every, n_threads=1), calibrate(gguf(folder), IDS, every, n_threads=1)
+    assert from_hf.window == from_gguf.window and from_hf.rope.keys() == from_gguf.rope.keys()
+    assert from_hf.rope.get("base_window") == pytest.approx(from_gguf.rope.get("base_window"))
     for il, rows in enumerate(planted):
         for h, chunks in enumerate(rows):
             for p in (from_hf, from_gguf):
@@ -191,6 +190,12 @@ def test_the_sample_under_a_sliding_window(models):
     heads, keys, pos = s[0].case(1)
     assert heads.shape == (2, 16, 32) and len(keys) == 128 + 15 and pos.tolist() == list(range(127, 143))
     assert np.array_equal(keys, s[0].k[-143:, 1].astype(np.float32)) and len(s[5].case(1)[1]) == 512
+
+
+def test_only_layers_that_reach_farther_are_ranked(models):
+    model, _, folder = models["gemma3"]
+    for p in (calibrate_hf(model, IDS, SMALL, n_threads=1), calibrate(gguf(folder), IDS, SMALL, n_threads=1)):
+        assert p.n_chunk == [0] * 5 + [16] and p.window == [128] * 5 + [0]
 
 
 def test_the_windows_of_the_gguf_count(models):

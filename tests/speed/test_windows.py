@@ -11,6 +11,7 @@ from benching import ON, QUICK, run
 from fasa_gguf import FasaError, FasaParams
 from fasa_gguf.calibrate.gguf import CalibrationParams, calibrate
 from fasa_gguf.calibrate.layers import layer_arms, make_groups, sparse_alone
+from fasa_gguf.cli.run import layer_lines
 from fasa_gguf.counters import bytes_of_dense, bytes_read
 from fasa_gguf.gguf.shape import describe_windows
 from fasa_gguf.profile.profile import Profile
@@ -123,6 +124,15 @@ def test_layers_alone_are_sparse(library, sliding):
             assert step(s, a.params, 300, profile=a.profile)["layers_sparse"] == 1
         c = step(s, ABOVE, 300, profile=sparse_alone(profile, [0]))
         assert (c["layers_sparse"], s.fasa.layer_reason_codes()) == (0, [*SHORT, Reason.NOT_RANKED])
+
+
+def test_run_verbose_says_what_each_layer_did(sliding):
+    why = Reason.SMALL_WINDOW.text
+    assert layer_lines([why, why, why, None], str(sliding)) == [
+        f"layers 0-2: dense, {why}",
+        "layers 3: sparse",
+        "layers 0-2 have a sliding window of 64 tokens",
+    ]
 
 
 def test_windows_in_words():
