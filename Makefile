@@ -83,8 +83,8 @@ demo: build $(MODEL)
 	$(PY) -m fasa_gguf.cli.demo $(MODEL)
 
 # TEST_EXTRAS: packages of the optional extras; without torch and transformers their tests skip, and say so.
-# TEST_JOBS: processes of pytest-xdist; 0 is this one
-TEST_JOBS ?= auto
+# TEST_JOBS: processes of pytest-xdist, auto: as many as cores; 0: one, without it
+TEST_JOBS ?= 0
 test: build stock $(MODEL)
 	$(if $(TEST_EXTRAS),$(PIP) $(foreach p,$(TEST_EXTRAS),'$(p)'))
 	OMP_WAIT_POLICY=passive $(PY) -m pytest -q -rs -n $(TEST_JOBS) --dist loadfile
