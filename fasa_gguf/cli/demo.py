@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from ..calibrate.corpus import default_corpus
 from ..calibrate.gguf import calibrate
-from ..counters import bytes_of_dense, bytes_read
+from ..counters import bytes_read
 from ..errors import FasaError
 from ..llama import Llama
 from ..profile.embed import rewrite
@@ -49,13 +50,17 @@ def find_answers(llm: Any, prompt: str) -> dict[str, str]:
     return answers
 
 
-def time_arms(llm: Any, depth: int) -> dict[str, float]:
-    """Tokens per second of each arm after `depth` tokens, the arms taking turns. Answers are too short to time."""
+def time_arms(llm: Any, depth: int) -> tuple[dict[str, float], dict[str, Counter[str]]]:
+    """(tokens per second, FASA's counters) of each arm after `depth` tokens. The arms alternate.
+
+    The answers themselves are too short to time.
+    """
     seconds = dict.fromkeys(ARMS, 0.0)
-    llm.reset_fasa_stats()
+    counted: dict[str, Counter[str]] = {arm: Counter() for arm in ARMS}
     for turn in range(-1, TURNS):
         for arm, choice in ARMS.items():
             llm.set_fasa(choice)
+            llm.reset_fasa_stats()
             llm.n_tokens = depth  # eval forgets what comes after it
             llm.eval([100])  # derives the dominant keys, builds the graph
             start = time.perf_counter()
@@ -63,16 +68,20 @@ def time_arms(llm: Any, depth: int) -> dict[str, float]:
                 llm.eval([101 + i])
             if turn >= 0:  # the first turn warms up
                 seconds[arm] += time.perf_counter() - start
-    return {arm: TURNS * TOKENS / s for arm, s in seconds.items()}
+                counted[arm].update({name: n for name, n in llm.fasa_stats().items() if type(n) is int})
+    return {arm: TURNS * TOKENS / s for arm, s in seconds.items()}, counted
 
 
-def print_results(answers: dict[str, str], speed: dict[str, float], s: dict[str, Any], depth: int) -> None:
-    """The answers and a small table; s: FASA's counters of the timing."""
-    attended = {"dense": f"{s['tokens_visible'] / s['lists']:.0f}", "FASA": f"{s['tokens_attended'] / s['lists']:.0f}"}
-    megabytes = {
-        "dense": bytes_of_dense(s) / s["steps_sparse"] / 1e6,
-        "FASA": bytes_read(s) / s["steps_sparse"] / 1e6,
+def print_results(
+    answers: dict[str, str], speed: dict[str, float], counted: dict[str, Counter[str]], depth: int
+) -> None:
+    """The answers and a small table; counted: FASA's counters of each arm's timing."""
+    fasa = counted["FASA"]
+    attended = {
+        "dense": f"{fasa['tokens_visible'] / fasa['lists']:.0f}",
+        "FASA": f"{fasa['tokens_attended'] / fasa['lists']:.0f}",
     }
+    megabytes = {arm: bytes_read(c) / (c["steps_sparse"] + c["steps_dense"]) / 1e6 for arm, c in counted.items()}
     print(f"\n{QUESTION}   (hidden in a text of {depth} tokens)\n")
     for arm, text in answers.items():
         print(f"  {arm:<6} {text}{'' if ANSWER in text else '   (wrong)'}")
@@ -95,8 +104,8 @@ def main(path: str) -> int:
     prompt = f"{long_text()}\n\nThe magic number is"
     depth = len(llm.tokenize(prompt.encode(), special=True))
     answers = find_answers(llm, prompt)
-    speed = time_arms(llm, depth)
-    print_results(answers, speed, llm.fasa_stats(), depth)
+    speed, counted = time_arms(llm, depth)
+    print_results(answers, speed, counted, depth)
     print(f"  Which frequency chunks are dominant: {picture}")
     print(f"  The model with its profile: {model}")
     return 0
