@@ -3,6 +3,7 @@
 import numpy as np
 from tiny_gguf import N_HEAD_KV, N_LAYER, WIDTH
 
+from fasa_gguf.profile.profile import Profile
 from fasa_gguf.speed.random_model import synthetic_profile
 
 
@@ -40,3 +41,15 @@ def full_profile():
         "weights_sha256": "cd",
     }
     return p
+
+
+def plain_profile():
+    """The same, without where it comes from."""
+    p = full_profile()
+    p.calibration = {}
+    return p
+
+
+def has_profile(path):
+    """Whether a file has plain_profile() in it."""
+    return Profile.load(path).to_flat() == plain_profile().to_flat()

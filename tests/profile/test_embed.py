@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from gguf import GGUFReader
 from paths import ROOT
-from profiles import full_profile
+from profiles import full_profile, has_profile, plain_profile
 from tiny_gguf import gguf_bytes, insert, write_tiny
 
 from fasa_gguf import FasaError
@@ -21,25 +21,6 @@ from fasa_gguf.gguf.file import I32, STR, U16, U32, GGUFFile, pack_kv
 from fasa_gguf.profile import embed
 from fasa_gguf.profile.profile import Profile
 from fasa_gguf.speed.random_model import synthetic_profile
-
-
-def plain_profile():
-    p = full_profile()
-    p.calibration = {}
-    return p
-
-
-@pytest.fixture
-def model(tiny, tmp_path):
-    """A copy of the tiny model that may be changed, alone in its folder."""
-    folder = tmp_path / "models"
-    folder.mkdir()
-    return shutil.copy(tiny, folder / "m.gguf")
-
-
-def has_profile(path):
-    return Profile.load(path).to_flat() == plain_profile().to_flat()
-
 
 # ---- what is written ----
 

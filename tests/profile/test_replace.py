@@ -11,7 +11,7 @@ import time
 import pytest
 from gguf import GGUFReader
 from paths import ROOT
-from profiles import full_profile
+from profiles import has_profile, plain_profile
 from tiny_gguf import write_tiny
 
 from fasa_gguf import FasaError
@@ -20,23 +20,6 @@ from fasa_gguf.gguf import shape
 from fasa_gguf.gguf.file import GGUFFile
 from fasa_gguf.profile import embed
 from fasa_gguf.profile.profile import Profile
-
-
-def plain_profile():
-    p = full_profile()
-    p.calibration = {}
-    return p
-
-
-@pytest.fixture
-def model(tiny, tmp_path):
-    folder = tmp_path / "models"
-    folder.mkdir()
-    return shutil.copy(tiny, folder / "m.gguf")
-
-
-def has_profile(path):
-    return Profile.load(path).to_flat() == plain_profile().to_flat()
 
 
 def tensors(path):
