@@ -77,6 +77,7 @@ def _op_case(
     dims: np.ndarray | None = None,
     weight: np.ndarray | None = None,
     forced: np.ndarray | None = None,
+    fresh: np.ndarray | None = None,
     list: np.ndarray | None = None,
     budget: int = 0,
     scale: float,
@@ -146,6 +147,8 @@ def _op_case(
         c.weight = kept("float", weight, np.float32)
     if forced is not None:
         c.forced, c.n_forced = kept("int32_t", forced, np.int32), forced.shape[-1]
+    if fresh is not None:
+        c.fresh, c.n_fresh = kept("int32_t", fresh, np.int32), fresh.shape[-1]
     if list is not None:
         c.list, c.list_length = kept("int32_t", list, np.int32), list.shape[-1] - 1
     if mask is not None:

@@ -59,7 +59,7 @@ bool fasa_cuda_supported(int device, const ggml_tensor * op) {
     if (p == nullptr || p->kind == FASA_OP_OBSERVE || !p->flags) {
         return false;
     }
-    if (p->kind == FASA_OP_STAGE || p->kind == FASA_OP_AHEAD) {
+    if (p->kind == FASA_OP_STAGE || p->kind == FASA_OP_AHEAD || p->kind == FASA_OP_FORK || p->kind == FASA_OP_JOIN) {
         return true;
     }
     const bool fac         = p->kind == FASA_OP_FAC;
@@ -73,7 +73,14 @@ bool fasa_cuda_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const fasa_op_params * p = fasa_op_get(dst);
     switch (p ? p->kind : 0) {
         case FASA_OP_TIP: return true; // SELECT does it
-        case FASA_OP_SELECT: fasa_cuda_select(ctx, dst, *p); return true;
+        case FASA_OP_SELECT:
+            fasa_cuda_select(ctx, dst, *p);
+            if (p->flags & FASA_FORKED) {
+                fasa_cuda_return(ctx);
+            }
+            return true;
+        case FASA_OP_FORK: fasa_cuda_fork(ctx, dst); return true;
+        case FASA_OP_JOIN: fasa_cuda_join(ctx); return true;
         case FASA_OP_FAC: fasa_cuda_fac(ctx, dst, *p); return true;
         case FASA_OP_STAGE: fasa_cuda_stage(ctx, dst); return true;
         case FASA_OP_AHEAD: fasa_cuda_ahead(ctx, dst); return true;

@@ -14,6 +14,11 @@ void fasa_cuda_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fas
 void fasa_cuda_stage(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void fasa_cuda_ahead(ggml_backend_cuda_context & ctx, const ggml_tensor * dst);
 
+// FORK, the end of what runs on the side stream, and JOIN (cuda/side.cu)
+void fasa_cuda_fork(ggml_backend_cuda_context & ctx, const ggml_tensor * dst);
+void fasa_cuda_return(ggml_backend_cuda_context & ctx);
+void fasa_cuda_join(ggml_backend_cuda_context & ctx);
+
 // functions that libllama asks for by name: fasa_host_buft_t (cuda/pinned.cu), fasa_host_rates_t (cuda/rates.cu)
 ggml_backend_buffer_type_t fasa_cuda_host_buft(ggml_backend_dev_t dev, fasa_on_error_t on_error);
 const char * fasa_cuda_host_rates(ggml_backend_dev_t dev, const ggml_tensor * const * k, const ggml_tensor * const * v,

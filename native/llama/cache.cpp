@@ -164,6 +164,11 @@ void fasa_cache::upload_tables(size_t ikv) {
     const auto rope  = kv.hparams.rope_type;
     const int layout = rope == LLAMA_ROPE_TYPE_NORM || rope == LLAMA_ROPE_TYPE_NONE ? 0 : 1;
 
+    // for foreseen queries, where it is to select ahead
+    const bool ahead     = ahead_reason(il) == FASA_REASON_NONE;
+    const auto & ranking = ahead && !known.ahead_ranking.empty() ? known.ahead_ranking : known.ranking;
+    const auto & weights = ahead && !known.ahead_weight.empty() ? known.ahead_weight : known.weight;
+
     size_t weights_before = 0; // ranked KV heads of the layers before this one
     for (uint32_t i = 0; i < il; ++i) {
         weights_before += known.n_chunk[i] > 0 ? known.n_head_kv[i] : 0;
@@ -174,9 +179,9 @@ void fasa_cache::upload_tables(size_t ikv) {
     for (int h = 0; h < n_head_kv; ++h) {
         for (int c = 0; c < chunks; ++c) {
             const int at = h * n_dom + 2 * c;
-            fasa_chunk_dims(known.ranking[known.offset[il] + h * n_chunk + c], n_rot, layout, &dims[at]);
+            fasa_chunk_dims(ranking[known.offset[il] + h * n_chunk + c], n_rot, layout, &dims[at]);
             if (uint32_t(c) < known.weight_k) {
-                weight[at] = weight[at + 1] = known.weight[(weights_before + h) * known.weight_k + c];
+                weight[at] = weight[at + 1] = weights[(weights_before + h) * known.weight_k + c];
             }
         }
     }
@@ -366,15 +371,38 @@ int32_t fasa_cache::n_hadamard() const {
 
 // ---- reasons ----
 
+// auto: where there is a side stream for it
+fasa_reason fasa_cache::ahead_reason(int32_t il) {
+    const int32_t setting = state->params.ahead;
+    const auto & l        = layer(il);
+    if (setting == FASA_AHEAD_OFF) {
+        return FASA_REASON_AHEAD_OFF;
+    }
+    if (setting == FASA_AHEAD_AUTO && l.fixed.work == nullptr) {
+        return FASA_REASON_AHEAD_AUTO;
+    }
+    if (l.source != FASA_LAYER_SELECTS) {
+        return FASA_REASON_AHEAD_BORROWS;
+    }
+    return state->known.may_select_ahead(il) ? FASA_REASON_NONE : FASA_REASON_AHEAD_PROFILE;
+}
+
 void fasa_cache::publish_reasons() {
     reasons.resize(layers.size());
+    aheads.resize(layers.size());
     for (size_t ikv = 0; ikv < layers.size(); ++ikv) {
         const auto & l = layers[ikv];
         reasons[ikv]   = l.reason != FASA_REASON_NONE ? l.reason : l.now;
+        aheads[ikv]    = l.ahead;
     }
 }
 
 fasa_reason fasa_cache::reason(int32_t il) const {
     const size_t ikv = kv.map_layer_ids.at(il);
     return ikv < reasons.size() ? reasons[ikv] : FASA_REASON_NOT_BUILT;
+}
+
+fasa_reason fasa_cache::published_ahead(int32_t il) const {
+    const size_t ikv = kv.map_layer_ids.at(il);
+    return ikv < aheads.size() ? aheads[ikv] : FASA_REASON_NOT_BUILT;
 }

@@ -14,12 +14,13 @@
 //            span of FASA_SPAN cells, or -1 where the mask hides the cell; then e of every span; then the sum of each
 //     src    K_dom i8 [block, n_tile, n_head_kv, n_stream], k [d, n_head_kv, n_kv, n_stream],
 //            ranges i32 [2*FASA_MAX_RANGES, n_stream], q f32 [d, n_head, n_tokens], dims i32 [n_dom, n_head_kv],
-//            weight f32 [n_dom, n_head_kv], mask f16 [n_kv, n_tps, 1, n_stream]
+//            weight f32 [n_dom, n_head_kv], mask f16 [n_kv, n_tps, 1, n_stream]; where it selects ahead also fresh
+//            i32 [n_fresh, n_stream], -1: none: cells whose K is not stored yet. A visible one has the score 0.
 //   SELECT   the cells to attend, per list and token
 //     dst    i32 [1 + length, n_list, n_tps, n_stream]: the count, then the cells, ascending; n_list is n_head_kv, or
 //            n_head when every query head has a list of its own (fasa_params::per_head)
-//     src    TIP, forced i32 [n_forced, n_tps, n_stream], -1: none; on a device also ranges, which its launch reads for
-//            TIP
+//     src    TIP, forced i32 [n_forced, n_tps, n_stream], -1: none; on a device also ranges and fresh, which its launch
+//            reads for TIP
 //   FAC      exact attention over those cells
 //     dst    f32 [d_v, n_head, n_tps, n_stream]
 //     src    a list of SELECT's shape, its cells in any order, q, k, v [d_v, n_head_kv, n_kv, n_stream], mask,
@@ -32,9 +33,16 @@
 //            graph it does nothing
 //     dst    f32 [1]
 //     src    that attention's result, k and v of the next layer, and their places
+//   FORK     on a device: what follows, up to SELECT, runs on a side stream, behind what came before
+//     dst    i8 [bytes]: room for what is computed there, all of which are views of it
+//     src    the residual
+//   JOIN     the list of a layer that selects ahead, behind the side stream. What that stream reads and writes is among
+//            its sources, since the allocator thinks in one stream.
+//     dst    the list, in place
+//     src    the list, FORK, and up to seven tensors more
 //   OBSERVE  hands q and k to an observer on the host
 //     dst    f32 [1]
-//     src    q, k
+//     src    q, k, foreseen q or none
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -45,8 +53,18 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
-enum fasa_op_kind { FASA_OP_TIP = 1, FASA_OP_SELECT, FASA_OP_FAC, FASA_OP_OBSERVE, FASA_OP_STAGE, FASA_OP_AHEAD };
+enum fasa_op_kind {
+    FASA_OP_TIP = 1,
+    FASA_OP_SELECT,
+    FASA_OP_FAC,
+    FASA_OP_OBSERVE,
+    FASA_OP_STAGE,
+    FASA_OP_AHEAD,
+    FASA_OP_FORK,
+    FASA_OP_JOIN
+};
 
 // The softmax over all cells is put together from spans that different threads, or thread blocks, work on. A span's
 // exponent is a whole number, so this rounds nothing: equal logits get equal scores, wherever their cells lie.
@@ -78,6 +96,7 @@ static constexpr int FASA_SCORE_RANGE = 64;
 // SELECT sums a head's spans in FASA_SUM_PARTS interleaved parts (span i goes to part i / 32 % 4), in the order of the
 // CUDA kernel.
 static constexpr int FASA_SUM_PARTS   = 4;
+static constexpr float FASA_FRESH     = -1e30f; // TIP: the logit of a visible cell whose K is not stored yet
 static constexpr int FASA_SPAN_RANGE  = 100; // TIP: a score below 2^-FASA_SPAN_RANGE of its span's exponent is 0
 
 // What the kernels of a device keep across launches. It is zeroed once; kernels leave counts and tickets zero.
@@ -158,6 +177,7 @@ enum fasa_op_flags {
     FASA_ON_DEVICE    = 1, // the tensors lie on a device whose backend has kernels
     FASA_SCORES_KEPT  = 2, // the TIP node holds the scores afterwards, as on the CPU
     FASA_SCORES_GIVEN = 4, // the TIP node holds scores already
+    FASA_FORKED       = 8, // SELECT: the last node of a side stream that FORK began
 };
 
 // The whole of ggml_tensor::op_params; fun, n_tasks and userdata are ggml's own (struct ggml_custom_op_params).
@@ -171,7 +191,7 @@ struct fasa_op_params {
     void * userdata;
     uint8_t kind;
     uint8_t flags;   // enum fasa_op_flags; 0: a CPU node
-    int16_t k_dom;   // enum fasa_k_dom_type; OBSERVE: the layer
+    int16_t k_dom;   // enum fasa_k_dom_type; OBSERVE: the layer, and in stream0 why its queries cannot be foreseen
     uint32_t serial; // of fasa_layer_const
     float scale;
     float soft_cap;
@@ -209,7 +229,8 @@ struct fasa_select_op {
     ggml_tensor * weight; // f32 [n_dom, n_head_kv]
     ggml_tensor * ranges; // i32 [2*FASA_MAX_RANGES, n_stream]
     ggml_tensor * forced; // i32 [n_forced, n_tps, n_stream]
-    int32_t scores;       // FASA_SCORES_KEPT or FASA_SCORES_GIVEN, on a device
+    ggml_tensor * fresh;  // i32 [n_fresh, n_stream] or nullptr
+    int32_t flags;        // FASA_SCORES_KEPT, FASA_SCORES_GIVEN, FASA_FORKED; on a device
     int32_t k_dom_type;
     int32_t n_hadamard;
     float scale;
@@ -267,5 +288,11 @@ ggml_tensor * fasa_build_stage(ggml_context * ctx, ggml_tensor * rows, ggml_tens
 ggml_tensor * fasa_build_ahead(ggml_context * ctx, ggml_tensor * behind, ggml_tensor * k, ggml_tensor * v,
     ggml_tensor * k_place, ggml_tensor * v_place, const uint64_t * ubatch);
 
-ggml_tensor * fasa_build_observe(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, int32_t il, float scale,
-    float soft_cap, fasa_observer_ref * observer);
+ggml_tensor * fasa_build_fork(ggml_context * ctx, ggml_tensor * residual, size_t bytes, const fasa_layer_const * layer);
+// held: what stays allocated until then, FORK first
+ggml_tensor * fasa_build_join(ggml_context * ctx, ggml_tensor * list, const std::vector<ggml_tensor *> & held,
+    const fasa_layer_const * layer);
+
+// q_ahead: nullptr where queries cannot be foreseen, for `ahead_reason`
+ggml_tensor * fasa_build_observe(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * q_ahead, int32_t il,
+    float scale, float soft_cap, fasa_reason ahead_reason, fasa_observer_ref * observer);

@@ -27,10 +27,12 @@ def write_tiny(
     words=(),
     chat_template=None,
     biases=None,
+    feed_forward=0.2,
 ):
     """A GGUF with random weights of `dtype` (f32 or f16) and a vocabulary of bytes; `arch` has the tensors of llama.
 
-    words: tokens after those of bytes, from number 259 on. biases: of every layer, by name (attn_k).
+    words: tokens after those of bytes, from number 259 on. biases: of every layer, by name (attn_k). feed_forward:
+    standard deviation of ffn_down; 0: feed-forwards add nothing.
     """
     rng = np.random.default_rng(seed)
     tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)] + list(words)
@@ -84,7 +86,7 @@ def write_tiny(
             ("ffn_up", n_ff, n_embd),
             ("ffn_down", n_embd, n_ff),
         ):
-            matrix(f"blk.{i}.{part}", rows, cols)
+            matrix(f"blk.{i}.{part}", rows, cols, feed_forward if part == "ffn_down" else 0.2)
         for part, bias in (biases or {}).items():
             w.add_tensor(f"blk.{i}.{part}.bias", np.asarray(bias, np.float32))
     w.write_header_to_file()

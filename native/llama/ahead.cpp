@@ -1,0 +1,247 @@
+#include "llama/ahead.h"
+
+#include "ggml-impl.h"
+
+#include <algorithm>
+#include <map>
+#include <set>
+
+static constexpr size_t FASA_ALIGN    = 256; // of what lies in FORK's memory
+static constexpr int FASA_MOST_MATMUL = 4;   // in a copy: W_q, a LoRA's two, a rotation
+
+static bool fasa_is_view_op(const ggml_tensor * t) {
+    return t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE;
+}
+
+// a weight, an input of the graph, or a view of one: nothing that the graph computes
+static bool fasa_is_leaf(const ggml_tensor * t) {
+    while (t->op != GGML_OP_NONE) {
+        if (!fasa_is_view_op(t)) {
+            return false;
+        }
+        t = t->src[0];
+    }
+    return true;
+}
+
+// ---- finding the residual ----
+
+// What a walk from a tensor back to its sources has still to visit. Tensors of one context lie in the order in which
+// they were made, so the last one depends on none of the others.
+struct fasa_walk {
+    std::set<ggml_tensor *> open;
+
+    explicit fasa_walk(ggml_tensor * from) { open.insert(from); }
+
+    // all that is left depends on this one tensor; nullptr: several
+    ggml_tensor * only() const { return open.size() == 1 ? *open.begin() : nullptr; }
+
+    ggml_tensor * pop() {
+        ggml_tensor * last = *open.rbegin();
+        open.erase(last);
+        for (ggml_tensor * src : last->src) {
+            if (src && !fasa_is_leaf(src)) {
+                open.insert(src);
+            }
+        }
+        return last;
+    }
+};
+
+static int fasa_n_computed(const ggml_tensor * t) {
+    return (int) std::count_if(
+        std::begin(t->src), std::end(t->src), [](const ggml_tensor * src) { return src && !fasa_is_leaf(src); });
+}
+
+// An op that works on every token for itself, as a feed-forward does. What mixes tokens is in a block of its own:
+// attention, convolutions, state spaces.
+static bool fasa_is_tokenwise(const ggml_tensor * t) {
+    switch (t->op) {
+        case GGML_OP_MUL_MAT:
+        case GGML_OP_MUL_MAT_ID: return fasa_is_leaf(t->src[0]);
+        case GGML_OP_SOFT_MAX: return t->src[1] == nullptr;
+        case GGML_OP_DUP:
+        case GGML_OP_ADD:
+        case GGML_OP_ADD_ID:
+        case GGML_OP_ADD1:
+        case GGML_OP_SUB:
+        case GGML_OP_MUL:
+        case GGML_OP_DIV:
+        case GGML_OP_SQR:
+        case GGML_OP_SQRT:
+        case GGML_OP_LOG:
+        case GGML_OP_SUM_ROWS:
+        case GGML_OP_REPEAT:
+        case GGML_OP_CONCAT:
+        case GGML_OP_NORM:
+        case GGML_OP_RMS_NORM:
+        case GGML_OP_L2_NORM:
+        case GGML_OP_SCALE:
+        case GGML_OP_CLAMP:
+        case GGML_OP_CONT:
+        case GGML_OP_CPY:
+        case GGML_OP_RESHAPE:
+        case GGML_OP_VIEW:
+        case GGML_OP_PERMUTE:
+        case GGML_OP_TRANSPOSE:
+        case GGML_OP_GET_ROWS:
+        case GGML_OP_SET_ROWS:
+        case GGML_OP_FILL:
+        case GGML_OP_ARGSORT:
+        case GGML_OP_TOP_K:
+        case GGML_OP_UNARY:
+        case GGML_OP_GLU: return true;
+        default: return false;
+    }
+}
+
+static bool fasa_is_query_op(const ggml_tensor * t) {
+    return t->op == GGML_OP_ROPE || (t->op != GGML_OP_MUL_MAT_ID && fasa_is_tokenwise(t));
+}
+
+// whether the weights that t reads lie where `dev` computes
+static bool fasa_is_near(const ggml_tensor * t, ggml_backend_dev_t dev) {
+    for (const ggml_tensor * src : t->src) {
+        if (src == nullptr || !fasa_is_leaf(src)) {
+            continue;
+        }
+        const ggml_tensor * root = src->view_src ? src->view_src : src;
+        if (root->buffer == nullptr || ggml_backend_buffer_get_usage(root->buffer) != GGML_BACKEND_BUFFER_USAGE_WEIGHTS) {
+            continue;
+        }
+        auto * at       = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(root->buffer));
+        const auto type = at ? ggml_backend_dev_type(at) : GGML_BACKEND_DEVICE_TYPE_CPU;
+        if ((type == GGML_BACKEND_DEVICE_TYPE_CPU || type == GGML_BACKEND_DEVICE_TYPE_ACCEL ? nullptr : at) != dev) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// Whether `block` is a feed-forward of `residual`: all that lies in between works token by token, with a matrix product.
+// FASA_REASON_NONE: it is.
+static fasa_reason fasa_is_feed_forward(ggml_tensor * block, const ggml_tensor * residual, ggml_backend_dev_t dev) {
+    fasa_walk walk(block);
+    bool product = false, near = true;
+    while (walk.only() != residual) {
+        if (walk.open.empty() || *walk.open.rbegin() < residual) {
+            return FASA_REASON_AHEAD_UNKNOWN;
+        }
+        const ggml_tensor * t = walk.pop();
+        if (!fasa_is_tokenwise(t)) {
+            return FASA_REASON_AHEAD_NO_FEED_FORWARD;
+        }
+        product = product || t->op == GGML_OP_MUL_MAT || t->op == GGML_OP_MUL_MAT_ID;
+        near    = near && fasa_is_near(t, dev);
+    }
+    return !product ? FASA_REASON_AHEAD_UNKNOWN : !near ? FASA_REASON_AHEAD_DEVICE : FASA_REASON_NONE;
+}
+
+static void fasa_add_inputs(const ggml_tensor * t, std::vector<ggml_tensor *> & inputs) {
+    for (ggml_tensor * src : t->src) {
+        if (src && fasa_is_leaf(src)) {
+            ggml_tensor * root = src->view_src ? src->view_src : src;
+            if (root->buffer == nullptr && std::find(inputs.begin(), inputs.end(), root) == inputs.end()) {
+                inputs.push_back(root);
+            }
+        }
+    }
+}
+
+fasa_foreseen fasa_foresee(ggml_tensor * q, ggml_backend_dev_t dev) {
+    fasa_foreseen out;
+    fasa_walk walk(q);
+    int n_matmul = 0;
+    for (bool near = true; !walk.open.empty();) {
+        ggml_tensor * at = walk.only();
+        if (at && at->op == GGML_OP_ADD && fasa_n_computed(at) == 2) {
+            ggml_tensor *residual = std::min(at->src[0], at->src[1]), *block = std::max(at->src[0], at->src[1]);
+            const fasa_reason reason = fasa_is_feed_forward(block, residual, dev);
+            if (reason != FASA_REASON_AHEAD_UNKNOWN) {
+                out.reason   = reason != FASA_REASON_NONE ? reason : near ? reason : FASA_REASON_AHEAD_DEVICE;
+                out.residual = residual;
+                out.sum      = at;
+                std::reverse(out.nodes.begin(), out.nodes.end());
+                return out;
+            }
+        }
+        ggml_tensor * t = walk.pop();
+        if (!fasa_is_view_op(t) && !ggml_is_contiguous(t)) { // in place: a copy would lie otherwise
+            return out;
+        }
+        if (!fasa_is_query_op(t)) {
+            out.reason = t->op == GGML_OP_MUL_MAT_ID ? FASA_REASON_AHEAD_UNKNOWN : FASA_REASON_AHEAD_NO_FEED_FORWARD;
+            return out;
+        }
+        n_matmul += t->op == GGML_OP_MUL_MAT;
+        if (n_matmul > FASA_MOST_MATMUL) {
+            return out;
+        }
+        near = near && fasa_is_near(t, dev);
+        out.nodes.push_back(t);
+        fasa_add_inputs(t, out.inputs);
+    }
+    out.reason = FASA_REASON_AHEAD_FIRST;
+    return out;
+}
+
+// ---- copying the queries ----
+
+static size_t fasa_padded(const ggml_tensor * t) {
+    return (ggml_row_size(t->type, ggml_nelements(t)) + FASA_ALIGN - 1) / FASA_ALIGN * FASA_ALIGN;
+}
+
+size_t fasa_foreseen::bytes() const {
+    size_t n = 0;
+    for (const ggml_tensor * t : nodes) {
+        n += fasa_is_view_op(t) ? 0 : fasa_padded(t);
+    }
+    return n;
+}
+
+// t: a view of `of`, which begins `offset` bytes behind it
+static void fasa_make_view(ggml_tensor * t, ggml_tensor * of, size_t offset) {
+    t->view_src  = of->view_src ? of->view_src : of;
+    t->view_offs = (of->view_src ? of->view_offs : 0) + offset;
+}
+
+ggml_tensor * fasa_foreseen::copy(
+    ggml_context * ctx, ggml_tensor * room, const std::function<void(ggml_tensor *)> & on_backend) const {
+    std::map<const ggml_tensor *, ggml_tensor *> copies = { { sum, residual } };
+    const auto copy_of = [&](ggml_tensor * t) {
+        const auto found = copies.find(t);
+        return found == copies.end() ? t : found->second;
+    };
+    size_t used = 0;
+    for (const ggml_tensor * t : nodes) {
+        ggml_tensor * c = ggml_new_tensor(ctx, t->type, GGML_MAX_DIMS, t->ne);
+        if (fasa_is_view_op(t)) { // of what was copied: a view of a leaf is no node here
+            std::copy(std::begin(t->nb), std::end(t->nb), c->nb);
+            const ggml_tensor * src = t->src[0];
+            fasa_make_view(c, copy_of(t->src[0]), t->view_offs - (src->view_src ? src->view_offs : 0));
+        } else if (room) { // also where the original works in place: the residual is not to be overwritten
+            fasa_make_view(c, room, used);
+            used += fasa_padded(t);
+        }
+        c->op = t->op;
+        std::copy(std::begin(t->op_params), std::end(t->op_params), c->op_params);
+        std::transform(std::begin(t->src), std::end(t->src), c->src, copy_of);
+        ggml_format_name(c, "%.48s (ahead)", t->name);
+        on_backend(c);
+        copies[t] = c;
+    }
+    return copies.at(nodes.back());
+}
+
+// ---- order ----
+
+void fasa_move_behind(ggml_cgraph * graph, const ggml_tensor * node, int first) {
+    ggml_tensor ** begin = graph->nodes;
+    ggml_tensor ** at    = begin + first;
+    while (at > begin && at[-1] != node) {
+        --at;
+    }
+    if (at > begin) {
+        std::rotate(at, begin + first, begin + graph->n_nodes);
+    }
+}
