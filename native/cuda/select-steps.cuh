@@ -48,6 +48,7 @@ struct fasa_select_args {
         part_cells;  // n_lists: of all tokens; n_shared: query heads of one
     uint3 by_n_list; // fastdiv
     int bin_base;
+    bool side;  // it runs beside other kernels
     bool given; // the scores are in `scores` already
     uint32_t budget, floor, cap;
     uint64_t need;      // of the shares; 0: the budget decides

@@ -134,8 +134,8 @@ static __device__ __forceinline__ void fasa_select_list(const fasa_select_args &
 }
 
 // IN_SMEM: scores and keys of a block's cells lie in its shared memory
-template <int K_DOM, int QUADS, bool IN_SMEM>
-static __global__ void __launch_bounds__(N_THREAD, 1) fasa_select_kernel(const __grid_constant__ fasa_select_args a) {
+template <int K_DOM, int QUADS, bool IN_SMEM, int PER_SM>
+static __global__ void __launch_bounds__(N_THREAD, PER_SM) fasa_select_kernel(const __grid_constant__ fasa_select_args a) {
     extern __shared__ __align__(16) char smem[];
     fasa_select_block & b = *(fasa_select_block *) smem;
     // [n_shared][part_cells + HEAD_PAD] scores; those of the first head become keys
@@ -211,8 +211,10 @@ static bool fasa_select_divide_together(F kernel, fasa_select_args & a, fasa_sel
     };
     const int most = together(sizeof(fasa_select_block)), useful = std::max(1, a.tip.n_span / 2);
     division.lists  = std::min({ a.n_lists, most, (int) fasa_work::LISTS_AT_ONCE });
+    static const char * env = getenv("FASA_SIDE_PARTS");
+    const int limit = env && a.side ? atoi(env) : (int) fasa_work::PARTS;
     const int parts = info.supports_cooperative_launch ?
-        std::max(1, std::min({ most / division.lists, (int) fasa_work::PARTS, useful })) :
+        std::max(1, std::min({ most / division.lists, (int) fasa_work::PARTS, useful, limit })) :
         1;
     for (int p = parts; p > 0 && in_smem; --p) {
         fasa_select_divide(a, p);
@@ -279,13 +281,13 @@ static void fasa_select_run(
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, a));
 }
 
-template <int K_DOM, int QUADS>
+template <int K_DOM, int QUADS, int PER_SM>
 static void fasa_select_launch(ggml_backend_cuda_context & ctx, fasa_select_args & a, bool keep_scores) {
     static std::atomic<uint32_t> known[2] = {};
     GGML_ASSERT(fasa_tip_smem(a.tip.n_dom, a.tip.d) <= offsetof(fasa_select_block, most));
     fasa_select_division division;
     if (!keep_scores && !a.given) {
-        const auto kernel = fasa_select_raise_limits(fasa_select_kernel<K_DOM, QUADS, true>, known[0]);
+        const auto kernel = fasa_select_raise_limits(fasa_select_kernel<K_DOM, QUADS, true, PER_SM>, known[0]);
         if (fasa_select_divide_together(kernel, a, division, true)) {
             fasa_select_run(kernel, a, division, ctx.stream());
             return;
@@ -293,18 +295,25 @@ static void fasa_select_launch(ggml_backend_cuda_context & ctx, fasa_select_args
     }
     ggml_cuda_pool_alloc<uint32_t> key(ctx.pool(), (size_t) a.n_lists * a.tip.n_kv);
     a.key             = key.get();
-    const auto kernel = fasa_select_raise_limits(fasa_select_kernel<K_DOM, QUADS, false>, known[1]);
+    const auto kernel = fasa_select_raise_limits(fasa_select_kernel<K_DOM, QUADS, false, PER_SM>, known[1]);
     fasa_select_divide_together(kernel, a, division, false);
     fasa_select_run(kernel, a, division, ctx.stream());
 }
 
 template <int K_DOM>
 static void fasa_select_quads(ggml_backend_cuda_context & ctx, fasa_select_args & a, bool keep_scores) {
+    static const char * env = getenv("FASA_SIDE_PER_SM");
+    if (K_DOM == FASA_K_DOM_Q4 && a.side && env && atoi(env) == 2) {
+        if (a.tip.n_dom / FASA_GROUP == 4) {
+            fasa_select_launch<FASA_K_DOM_Q4, 1, 2>(ctx, a, keep_scores);
+            return;
+        }
+    }
     constexpr int TWO = K_DOM == FASA_K_DOM_F16 ? 0 : 2; // of f16 there would be too much to keep
     switch ((a.tip.n_dom / FASA_GROUP + 3) / 4) {
-        case 1: fasa_select_launch<K_DOM, 1>(ctx, a, keep_scores); break;
-        case 2: fasa_select_launch<K_DOM, TWO>(ctx, a, keep_scores); break;
-        default: fasa_select_launch<K_DOM, 0>(ctx, a, keep_scores); break;
+        case 1: fasa_select_launch<K_DOM, 1, 1>(ctx, a, keep_scores); break;
+        case 2: fasa_select_launch<K_DOM, TWO, 1>(ctx, a, keep_scores); break;
+        default: fasa_select_launch<K_DOM, 0, 1>(ctx, a, keep_scores); break;
     }
 }
 
@@ -322,6 +331,7 @@ void fasa_cuda_select(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const 
     a.n_forced             = forced->ne[0];
     a.n_list_len           = dst->ne[0];
     a.given                = p.flags & FASA_SCORES_GIVEN;
+    a.side                 = p.flags & FASA_FORKED;
     a.budget               = p.budget;
     a.floor                = p.floor;
     a.cap                  = p.cap;
