@@ -9,6 +9,9 @@ struct ggml_backend_cuda_context;
 // whether the kernels can run a node of ours on this device
 bool fasa_cuda_supported(int device, const ggml_tensor * op);
 
+// of cudaGraphInstantiate: the side stream's nodes come first
+#define FASA_GRAPH_FLAGS cudaGraphInstantiateFlagUseNodePriority
+
 // a graph is about to be computed, or captured
 void fasa_cuda_begin(const ggml_cgraph * graph);
 

@@ -13,7 +13,10 @@
 #include "core/select.h"
 #include "cuda/k-dom.cuh"
 
-static constexpr int TIP_WARPS = 16; // of a block
+#ifndef FASA_TIP_WARPS
+#    define FASA_TIP_WARPS 16 // what a block has that needs not share its SM
+#endif
+static constexpr int TIP_WARPS = FASA_TIP_WARPS; // of a block
 
 // What a block works on: the cells [first, last) of one list, `first` at the start of a span.
 struct fasa_tip_list {

@@ -122,6 +122,8 @@ struct fasa_work {
         uint32_t part[PARTS], equal[PARTS];
         uint32_t n_edge, unused_1[31]; // cache lines of their own: every block of a list writes to them
         uint32_t arrived, unused_2[31];
+        uint32_t ticket, unused_3[31]; // of a list that is made by several launches: its blocks that are done
+        uint64_t found[8];             // and where it ends
     } lists[LISTS_AT_ONCE];
 };
 

@@ -41,11 +41,18 @@ def still(tmp_path_factory, library):
     return path
 
 
-@pytest.mark.parametrize("k_dom", ["f16", "q8", "q4"])
-def test_true_queries_give_the_same_steps(still, k_dom):
+@pytest.fixture(params=["CPU", "GPU"])
+def n_gpu_layers(request):
+    if request.param == "GPU":
+        request.getfixturevalue("cuda")
+    return 99 if request.param == "GPU" else 0
+
+
+@pytest.mark.parametrize("how", [{"budget": 40}, {"budget": 100}, {"k_dom": "q8"}, {"k_dom": "q4"}])
+def test_true_queries_give_the_same_steps(still, n_gpu_layers, how):
     """With lists of one query head: of several, the newest cell moves the heads' shares of a score."""
-    params = SOME.replace(per_head=1, k_dom=k_dom)
-    with open_session(still) as s:
+    params = SOME.replace(per_head=1, **how)
+    with open_session(still, n_gpu_layers=n_gpu_layers) as s:
         own, counted = generate(s, params.replace(ahead="off"))
         ahead, of_ahead = generate(s, params.replace(ahead="on"))
         assert counted["layers_ahead"] == 0 and of_ahead["layers_ahead"] == 2 * N_STEPS
@@ -55,8 +62,8 @@ def test_true_queries_give_the_same_steps(still, k_dom):
     assert [counted[n] for n in names] == [of_ahead[n] for n in names]
 
 
-def test_foreseen_queries_select_otherwise(tiny):
-    with open_session(tiny) as s:
+def test_foreseen_queries_select_otherwise(tiny, n_gpu_layers):
+    with open_session(tiny, n_gpu_layers=n_gpu_layers) as s:
         own, _ = generate(s, SOME.replace(ahead="off"))
         ahead, _ = generate(s, SOME.replace(ahead="on"))
     assert not np.array_equal(own, ahead)
