@@ -9,6 +9,7 @@ struct ggml_backend_cuda_context;
 // TIP and SELECT (cuda/select.cu), FAC (cuda/fac.cu)
 void fasa_cuda_select(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
 void fasa_cuda_select_8(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
+void fasa_cuda_select_4(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
 void fasa_cuda_select_side(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
 void fasa_cuda_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
 

@@ -6,6 +6,10 @@ void fasa_cuda_select(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const 
         fasa_cuda_select_8(ctx, dst, p);
         return;
     }
+    if ((p.flags & FASA_FORKED) && env && env[0] == '4') {
+        fasa_cuda_select_4(ctx, dst, p);
+        return;
+    }
     if ((p.flags & FASA_FORKED) && (!env || env[0] == 'c')) {
         fasa_cuda_select_side(ctx, dst, p);
         return;

@@ -213,8 +213,10 @@ static bool fasa_select_divide_together(F kernel, fasa_select_args & a, fasa_sel
     };
     const int most = together(sizeof(fasa_select_block)), useful = std::max(1, a.tip.n_span / 2);
     division.lists  = std::min({ a.n_lists, most, (int) fasa_work::LISTS_AT_ONCE });
+    static const char * env = getenv("FASA_SIDE_PARTS");
+    const int limit = env && a.side ? atoi(env) : (int) fasa_work::PARTS;
     const int parts = info.supports_cooperative_launch ?
-        std::max(1, std::min({ most / division.lists, (int) fasa_work::PARTS, useful })) :
+        std::max(1, std::min({ most / division.lists, (int) fasa_work::PARTS, useful, limit })) :
         1;
     for (int p = parts; p > 0 && in_smem; --p) {
         fasa_select_divide(a, p);

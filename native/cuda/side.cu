@@ -62,6 +62,10 @@ void fasa_cuda_begin(const ggml_cgraph * graph) {
 static fasa_side & fasa_side_of(ggml_backend_cuda_context & ctx) {
     auto & side = fasa_computing.of[ctx.device];
     if (side.begin == nullptr) {
+        static const char * env = getenv("FASA_CACHE");
+        if (env) {
+            CUDA_CHECK(cudaDeviceSetCacheConfig(env[0] == 's' ? cudaFuncCachePreferShared : env[0] == 'l' ? cudaFuncCachePreferL1 : cudaFuncCachePreferEqual));
+        }
         CUDA_CHECK(cudaEventCreateWithFlags(&side.begin, cudaEventDisableTiming));
         CUDA_CHECK(cudaEventCreateWithFlags(&side.end, cudaEventDisableTiming));
     }
