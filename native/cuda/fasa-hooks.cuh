@@ -9,11 +9,11 @@ struct ggml_backend_cuda_context;
 // whether the kernels can run a node of ours on this device
 bool fasa_cuda_supported(int device, const ggml_tensor * op);
 
-// of cudaGraphInstantiate: the side stream's nodes come first
-#define FASA_GRAPH_FLAGS cudaGraphInstantiateFlagUseNodePriority
-
 // a graph is about to be computed, or captured
-void fasa_cuda_begin(const ggml_cgraph * graph);
+void fasa_cuda_begin(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph);
+
+// a CUDA graph is about to be launched; captured: just now. exec: cudaGraphExec_t
+void fasa_cuda_launch(ggml_backend_cuda_context & ctx, void * exec, bool captured);
 
 // run it; false: not a node of ours
 bool fasa_cuda_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst);

@@ -74,9 +74,11 @@ bool fasa_cuda_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     switch (p ? p->kind : 0) {
         case FASA_OP_TIP: return true; // SELECT does it
         case FASA_OP_SELECT:
-            fasa_cuda_select(ctx, dst, *p);
-            if (p->flags & FASA_FORKED) {
+            if (fasa_cuda_is_forked(ctx)) {
+                fasa_cuda_select_side(ctx, dst, *p);
                 fasa_cuda_return(ctx);
+            } else {
+                fasa_cuda_select(ctx, dst, *p);
             }
             return true;
         case FASA_OP_FORK: fasa_cuda_fork(ctx, dst); return true;

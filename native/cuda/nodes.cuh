@@ -8,8 +8,6 @@ struct ggml_backend_cuda_context;
 
 // TIP and SELECT (cuda/select.cu), FAC (cuda/fac.cu)
 void fasa_cuda_select(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
-void fasa_cuda_select_8(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
-void fasa_cuda_select_4(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
 void fasa_cuda_select_side(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
 void fasa_cuda_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
 
@@ -19,6 +17,7 @@ void fasa_cuda_ahead(ggml_backend_cuda_context & ctx, const ggml_tensor * dst);
 
 // FORK, the end of what runs on the side stream, and JOIN (cuda/side.cu)
 void fasa_cuda_fork(ggml_backend_cuda_context & ctx, const ggml_tensor * dst);
+bool fasa_cuda_is_forked(const ggml_backend_cuda_context & ctx);
 void fasa_cuda_return(ggml_backend_cuda_context & ctx);
 void fasa_cuda_join(ggml_backend_cuda_context & ctx);
 

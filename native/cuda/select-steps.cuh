@@ -48,7 +48,7 @@ struct fasa_select_args {
         part_cells;  // n_lists: of all tokens; n_shared: query heads of one
     uint3 by_n_list; // fastdiv
     int bin_base;
-    bool side;  // it runs beside other kernels
+    int per_sm; // blocks of an SM at the most; 0: as many as fit
     bool given; // the scores are in `scores` already
     uint32_t budget, floor, cap;
     uint64_t need;      // of the shares; 0: the budget decides
@@ -436,7 +436,6 @@ static fasa_select_args fasa_select_args_make(const ggml_tensor * dst, const fas
     a.n_forced             = forced->ne[0];
     a.n_list_len           = dst->ne[0];
     a.given                = p.flags & FASA_SCORES_GIVEN;
-    a.side                 = p.flags & FASA_FORKED;
     a.budget               = p.budget;
     a.floor                = p.floor;
     a.cap                  = p.cap;

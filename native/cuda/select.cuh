@@ -209,14 +209,12 @@ static bool fasa_select_divide_together(F kernel, fasa_select_args & a, fasa_sel
     const auto together = [&](size_t smem) {
         int per_sm = 0;
         CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, N_THREAD, smem));
-        return per_sm * info.nsm;
+        return (a.per_sm > 0 ? std::min(a.per_sm, per_sm) : per_sm) * info.nsm;
     };
     const int most = together(sizeof(fasa_select_block)), useful = std::max(1, a.tip.n_span / 2);
     division.lists  = std::min({ a.n_lists, most, (int) fasa_work::LISTS_AT_ONCE });
-    static const char * env = getenv("FASA_SIDE_PARTS");
-    const int limit = env && a.side ? atoi(env) : (int) fasa_work::PARTS;
     const int parts = info.supports_cooperative_launch ?
-        std::max(1, std::min({ most / division.lists, (int) fasa_work::PARTS, useful, limit })) :
+        std::max(1, std::min({ most / division.lists, (int) fasa_work::PARTS, useful })) :
         1;
     for (int p = parts; p > 0 && in_smem; --p) {
         fasa_select_divide(a, p);
