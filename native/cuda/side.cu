@@ -97,8 +97,15 @@ static const fasa_memory_ops & fasa_memory_ops_get() {
     return ops;
 }
 
-static void fasa_memory_op(fasa_memory_ops::op op, cudaStream_t stream, const uint32_t * at, uint32_t value) {
-    const CUresult result = op((CUstream) stream, (CUdeviceptr) at, value, 0x1); // CU_STREAM_WAIT_VALUE_EQ
+static void fasa_wait(cudaStream_t stream, const uint32_t * at, uint32_t value) {
+    const auto result =
+        fasa_memory_ops_get().wait((CUstream) stream, (CUdeviceptr) at, value, CU_STREAM_WAIT_VALUE_EQ);
+    GGML_ASSERT(result == CUDA_SUCCESS);
+}
+
+static void fasa_write(cudaStream_t stream, const uint32_t * at, uint32_t value) {
+    const auto result =
+        fasa_memory_ops_get().write((CUstream) stream, (CUdeviceptr) at, value, CU_STREAM_WRITE_VALUE_DEFAULT);
     GGML_ASSERT(result == CUDA_SUCCESS);
 }
 
@@ -163,11 +170,11 @@ void fasa_cuda_fork(ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
         }
         uint32_t *begin = side.flag(side.n_forks, 0), *end = side.flag(side.n_forks, 1);
         CUDA_CHECK(cudaStreamWaitEvent(side.signal, side.begin));
-        fasa_memory_op(ops.write, side.signal, begin, 1);
-        fasa_memory_op(ops.wait, side.signal, end, 1);
-        fasa_memory_op(ops.write, side.signal, end, 0);
-        fasa_memory_op(ops.wait, stream, begin, 1);
-        fasa_memory_op(ops.write, stream, begin, 0);
+        fasa_write(side.signal, begin, 1);
+        fasa_wait(side.signal, end, 1);
+        fasa_write(side.signal, end, 0);
+        fasa_wait(stream, begin, 1);
+        fasa_write(stream, begin, 0);
     } else {
         CUDA_CHECK(cudaStreamWaitEvent(stream, side.begin));
     }
@@ -182,7 +189,7 @@ bool fasa_cuda_is_forked(const ggml_backend_cuda_context & ctx) {
 void fasa_cuda_return(ggml_backend_cuda_context & ctx) {
     auto & side = fasa_side_of(ctx);
     if (side.captures) {
-        fasa_memory_op(fasa_memory_ops_get().write, ctx.stream(), side.flag(side.n_forks++, 1), 1);
+        fasa_write(ctx.stream(), side.flag(side.n_forks++, 1), 1);
     }
     CUDA_CHECK(cudaEventRecord(side.end, side.captures ? side.signal : ctx.stream()));
     ctx.curr_stream_no = 0;
