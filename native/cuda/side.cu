@@ -27,6 +27,7 @@
 
 #include <map>
 #include <mutex>
+#include <utility>
 
 static constexpr int FASA_SIDE_STREAM = 1;
 static constexpr int FASA_MOST_FORKS  = 1024; // of a graph
@@ -64,6 +65,7 @@ struct fasa_side {
     int n_forks               = 0;                    // of this capture, in the side graph
     bool forked               = false;                // the side stream is the current one
     bool pending              = false;                // it has ended, and nobody waited yet
+    bool joined               = false;                // and the next kernel waits for it
     bool captures             = false;                // the side stream, into a graph of its own
 
     uint32_t * flag(int fork, int which) const { return flags + (2 * fork + which) * FASA_FLAG_STRIDE; }
@@ -202,7 +204,12 @@ void fasa_cuda_join(ggml_backend_cuda_context & ctx) {
     if (side.pending) {
         CUDA_CHECK(cudaStreamWaitEvent(ctx.stream(), side.end));
         side.pending = false;
+        side.joined  = true;
     }
+}
+
+bool fasa_cuda_has_joined(const ggml_backend_cuda_context & ctx) {
+    return std::exchange(fasa_side_of(ctx).joined, false);
 }
 
 void fasa_cuda_launch(ggml_backend_cuda_context & ctx, void * exec, bool captured) {
