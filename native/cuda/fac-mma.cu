@@ -220,7 +220,8 @@ static void fasa_fac_mma_launch(ggml_backend_cuda_context & ctx, fasa_fac_args a
     a.part = parts.get();
     const ggml_cuda_kernel_launch_params params(
         dim3(n_split, a.n_list * n_chunk, n_token), dim3(32 * N_WARP), N_WARP * part * sizeof(float), ctx.stream());
-    fasa_launch_behind_list(ctx, a.fetched.rows ? fasa_fac_mma_kernel<D, true> : fasa_fac_mma_kernel<D, false>, params, a);
+    // begins while SELECT ends, where the device can
+    ggml_cuda_kernel_launch(a.fetched.rows ? fasa_fac_mma_kernel<D, true> : fasa_fac_mma_kernel<D, false>, params, a);
 }
 
 bool fasa_cuda_fac_mma(ggml_backend_cuda_context & ctx, fasa_fac_args a, int n_token) {

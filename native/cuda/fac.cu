@@ -265,7 +265,7 @@ static void fasa_fac_launch(ggml_backend_cuda_context & ctx, fasa_fac_args a, in
     a.part = part.get();
     const ggml_cuda_kernel_launch_params params(
         dim3(n_split, a.n_list * n_chunk, n_token), dim3(32 * N_WARP), n_byte, ctx.stream());
-    fasa_launch_behind_list(ctx, kernel, params, a);
+    ggml_cuda_kernel_launch(kernel, params, a); // begins while SELECT ends, where the device can
 }
 
 template <int LANES, int M>

@@ -28,19 +28,6 @@ struct fasa_fac_args {
     uint64_t row_bytes;
 };
 
-// FAC begins while SELECT ends, where the device can; not behind a JOIN. It would be waiting there with all that follows
-// it, and SELECT, on the side stream, would find no room.
-template <typename K>
-static void fasa_launch_behind_list(ggml_backend_cuda_context & ctx, K kernel,
-    const ggml_cuda_kernel_launch_params & params, const fasa_fac_args & a) {
-    if (fasa_cuda_has_joined(ctx)) {
-        kernel<<<params.block_nums, params.block_dims, params.shmem, params.stream>>>(a);
-        CUDA_CHECK(cudaGetLastError());
-    } else {
-        ggml_cuda_kernel_launch(kernel, params, a);
-    }
-}
-
 // a part of M query heads: [M][stride] f32: values [d], the largest logit (to base 2), the sum of the weights
 static constexpr __host__ __device__ int fasa_part_stride(int d) {
     return d + 4;

@@ -12,9 +12,6 @@ bool fasa_cuda_supported(int device, const ggml_tensor * op);
 // a graph is about to be computed, or captured
 void fasa_cuda_begin(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph);
 
-// a CUDA graph is about to be launched; captured: just now. exec: cudaGraphExec_t
-void fasa_cuda_launch(ggml_backend_cuda_context & ctx, void * exec, bool captured);
-
 // run it; false: not a node of ours
 bool fasa_cuda_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 

@@ -20,7 +20,6 @@ void fasa_cuda_fork(ggml_backend_cuda_context & ctx, const ggml_tensor * dst);
 bool fasa_cuda_is_forked(const ggml_backend_cuda_context & ctx);
 void fasa_cuda_return(ggml_backend_cuda_context & ctx);
 void fasa_cuda_join(ggml_backend_cuda_context & ctx);
-bool fasa_cuda_has_joined(const ggml_backend_cuda_context & ctx); // since it was asked last
 
 // functions that libllama asks for by name: fasa_host_buft_t (cuda/pinned.cu), fasa_host_rates_t (cuda/rates.cu)
 ggml_backend_buffer_type_t fasa_cuda_host_buft(ggml_backend_dev_t dev, fasa_on_error_t on_error);

@@ -1,5 +1,5 @@
-// TIP and SELECT on the side stream (cuda/side.cu), beside the feed-forward of the layer before: half the warps, and one
-// block of them an SM, so that the blocks of other kernels find room there too.
+// TIP and SELECT on the side stream (cuda/side.cu), beside the feed-forward of the layer before: half the warps, and
+// one block of them an SM, so that the blocks of other kernels find room there too.
 
 #define FASA_TIP_WARPS 8
 #include "cuda/select.cuh"

@@ -310,8 +310,7 @@ static void fasa_select_quads(ggml_backend_cuda_context & ctx, fasa_select_args 
     }
 }
 
-static void fasa_select_together(
-    ggml_backend_cuda_context & ctx, fasa_select_args & a, int k_dom, bool keep_scores) {
+static void fasa_select_together(ggml_backend_cuda_context & ctx, fasa_select_args & a, int k_dom, bool keep_scores) {
     switch (k_dom) {
         case FASA_K_DOM_F16: fasa_select_quads<FASA_K_DOM_F16>(ctx, a, keep_scores); break;
         case FASA_K_DOM_Q8: fasa_select_quads<FASA_K_DOM_Q8>(ctx, a, keep_scores); break;

@@ -146,9 +146,9 @@ struct fasa_tip_block {
 #pragma unroll
             for (int i = 0; i < 4 * PAIR; ++i) {
                 const uint16_t hide = __shfl_sync(0xffffffff, (int) ahead[i / 4].hide, lane / 4 * 4 + i % 4);
-                out[i / 4][i % 4] = hide == HIDDEN ? -INFINITY :
-                    hide == FRESH                  ? FASA_FRESH :
-                                                     out[i / 4][i % 4] + __half2float(__ushort_as_half(hide));
+                out[i / 4][i % 4]   = hide == HIDDEN ? -INFINITY :
+                    hide == FRESH                    ? FASA_FRESH :
+                                                       out[i / 4][i % 4] + __half2float(__ushort_as_half(hide));
             }
         }
     }

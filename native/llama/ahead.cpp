@@ -6,8 +6,7 @@
 #include <map>
 #include <set>
 
-static constexpr size_t FASA_ALIGN    = 256; // of what lies in FORK's memory
-static constexpr int FASA_MOST_MATMUL = 4;   // in a copy: W_q, a LoRA's two, a rotation
+static constexpr int FASA_MOST_MATMUL = 4; // in a copy: W_q, a LoRA's two, a rotation
 
 static bool fasa_is_view_op(const ggml_tensor * t) {
     return t->op == GGML_OP_VIEW || t->op == GGML_OP_RESHAPE || t->op == GGML_OP_PERMUTE || t->op == GGML_OP_TRANSPOSE;
@@ -106,7 +105,8 @@ static bool fasa_is_near(const ggml_tensor * t, ggml_backend_dev_t dev) {
             continue;
         }
         const ggml_tensor * root = src->view_src ? src->view_src : src;
-        if (root->buffer == nullptr || ggml_backend_buffer_get_usage(root->buffer) != GGML_BACKEND_BUFFER_USAGE_WEIGHTS) {
+        if (root->buffer == nullptr ||
+            ggml_backend_buffer_get_usage(root->buffer) != GGML_BACKEND_BUFFER_USAGE_WEIGHTS) {
             continue;
         }
         auto * at       = ggml_backend_buft_get_device(ggml_backend_buffer_get_type(root->buffer));
@@ -118,8 +118,8 @@ static bool fasa_is_near(const ggml_tensor * t, ggml_backend_dev_t dev) {
     return true;
 }
 
-// Whether `block` is a feed-forward of `residual`: all that lies in between works token by token, with a matrix product.
-// FASA_REASON_NONE: it is.
+// Whether `block` is a feed-forward of `residual`: all that lies in between works token by token, with a matrix
+// product. FASA_REASON_NONE: it is.
 static fasa_reason fasa_is_feed_forward(ggml_tensor * block, const ggml_tensor * residual, ggml_backend_dev_t dev) {
     fasa_walk walk(block);
     bool product = false, near = true;
@@ -187,50 +187,52 @@ fasa_foreseen fasa_foresee(ggml_tensor * q, ggml_backend_dev_t dev) {
 
 // ---- copying the queries ----
 
-static size_t fasa_padded(const ggml_tensor * t) {
-    return (ggml_row_size(t->type, ggml_nelements(t)) + FASA_ALIGN - 1) / FASA_ALIGN * FASA_ALIGN;
-}
-
-size_t fasa_foreseen::bytes() const {
-    size_t n = 0;
-    for (const ggml_tensor * t : nodes) {
-        n += fasa_is_view_op(t) ? 0 : fasa_padded(t);
-    }
-    return n;
-}
-
 // t: a view of `of`, which begins `offset` bytes behind it
 static void fasa_make_view(ggml_tensor * t, ggml_tensor * of, size_t offset) {
     t->view_src  = of->view_src ? of->view_src : of;
     t->view_offs = (of->view_src ? of->view_offs : 0) + offset;
 }
 
-ggml_tensor * fasa_foreseen::copy(
-    ggml_context * ctx, ggml_tensor * room, const std::function<void(ggml_tensor *)> & on_backend) const {
+std::vector<ggml_tensor *> fasa_foreseen::copy(
+    ggml_context * ctx, const std::function<void(ggml_tensor *)> & on_backend) const {
     std::map<const ggml_tensor *, ggml_tensor *> copies = { { sum, residual } };
-    const auto copy_of = [&](ggml_tensor * t) {
+    const auto copy_of                                  = [&](ggml_tensor * t) {
         const auto found = copies.find(t);
         return found == copies.end() ? t : found->second;
     };
-    size_t used = 0;
+    std::vector<ggml_tensor *> out;
     for (const ggml_tensor * t : nodes) {
         ggml_tensor * c = ggml_new_tensor(ctx, t->type, GGML_MAX_DIMS, t->ne);
         if (fasa_is_view_op(t)) { // of what was copied: a view of a leaf is no node here
             std::copy(std::begin(t->nb), std::end(t->nb), c->nb);
             const ggml_tensor * src = t->src[0];
             fasa_make_view(c, copy_of(t->src[0]), t->view_offs - (src->view_src ? src->view_offs : 0));
-        } else if (room) { // also where the original works in place: the residual is not to be overwritten
-            fasa_make_view(c, room, used);
-            used += fasa_padded(t);
-        }
+        } // an op in place gets memory of its own: the residual is not to be overwritten
         c->op = t->op;
         std::copy(std::begin(t->op_params), std::end(t->op_params), c->op_params);
         std::transform(std::begin(t->src), std::end(t->src), c->src, copy_of);
         ggml_format_name(c, "%.48s (ahead)", t->name);
         on_backend(c);
         copies[t] = c;
+        out.push_back(c);
     }
-    return copies.at(nodes.back());
+    return out;
+}
+
+std::vector<ggml_tensor *> fasa_to_hold(const std::vector<ggml_tensor *> & copies) {
+    const auto is_replaced = [&](const ggml_tensor * t) {
+        const auto user =
+            std::find_if(copies.begin(), copies.end(), [&](const ggml_tensor * c) { return c->src[0] == t; });
+        const int n_users = (int) std::count_if(copies.begin(), copies.end(), [&](const ggml_tensor * c) {
+            return std::find(std::begin(c->src), std::end(c->src), t) != std::end(c->src);
+        });
+        return (t->op == GGML_OP_RMS_NORM || t->op == GGML_OP_NORM) && n_users == 1 && user != copies.end() &&
+            (*user)->op == GGML_OP_MUL && ggml_are_same_shape(*user, t);
+    };
+    std::vector<ggml_tensor *> out;
+    std::copy_if(copies.begin(), copies.end(), std::back_inserter(out),
+        [&](const ggml_tensor * t) { return t->view_src == nullptr && !is_replaced(t); });
+    return out;
 }
 
 // ---- order ----

@@ -1,7 +1,7 @@
 #pragma once
 
-// Selecting ahead: the queries of a layer are foreseen from the residual in front of the feed-forward before it, so that
-// its list can be made while that feed-forward runs.
+// Selecting ahead: the queries of a layer are foreseen from the residual in front of the feed-forward before it, so
+// that its list can be made while that feed-forward runs.
 //
 //   the graph            residual -> feed-forward -> + residual = sum -> norm, W_q, bias, RoPE -> q
 //   what is foreseen     residual -----------------------------------> norm, W_q, bias, RoPE -> q
@@ -24,14 +24,16 @@ struct fasa_foreseen {
     std::vector<ggml_tensor *> nodes;  // from the sum on to q, without the sum, each behind its sources
     std::vector<ggml_tensor *> inputs; // of the graph that they read: positions, ...
 
-    // Bytes that a copy needs, and the copy. room: where it lies, FORK; nullptr: the allocator gives it memory.
-    size_t bytes() const;
-    ggml_tensor * copy(
-        ggml_context * ctx, ggml_tensor * room, const std::function<void(ggml_tensor *)> & on_backend) const;
+    // Copies of the nodes; the last one is the foreseen q.
+    std::vector<ggml_tensor *> copy(ggml_context * ctx, const std::function<void(ggml_tensor *)> & on_backend) const;
 };
 
 // q: not yet in a graph, all tensors of one context. dev: where its layer runs, nullptr: the CPU.
 fasa_foreseen fasa_foresee(ggml_tensor * q, ggml_backend_dev_t dev);
+
+// Those of the copies that own memory and are to stay allocated while a side stream is at work. A norm whose product
+// with a weight takes its place is left out: held, it could not be fused with that product.
+std::vector<ggml_tensor *> fasa_to_hold(const std::vector<ggml_tensor *> & copies);
 
 // moves the nodes of the graph from `first` on to right behind `node`, on which alone they depend
 void fasa_move_behind(ggml_cgraph * graph, const ggml_tensor * node, int first);

@@ -99,7 +99,7 @@ private:
     using contexts = std::map<ggml_backend_buffer_type_t, ggml_context_ptr>;
 
     llama_kv_cache & kv;
-    std::vector<fasa_layer> layers;   // by index in the KV cache
+    std::vector<fasa_layer> layers;           // by index in the KV cache
     std::vector<fasa_reason> reasons, aheads; // [layers] published
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;

@@ -72,8 +72,7 @@ void llm_graph_input_fasa::set_input(const llama_ubatch * ubatch) {
     write(staged, [&](int32_t * to) { inputs.written().write(to); });
     write(forced, [&](int32_t * to) { inputs.set_forced(to, forced->ne[0], *ubatch, state.params); });
     write(fresh, [&](int32_t * to) { inputs.set_fresh(to); });
-    write(forced_ahead,
-        [&](int32_t * to) { inputs.set_forced_ahead(to, forced_ahead->ne[0], *ubatch, state.params); });
+    write(forced_ahead, [&](int32_t * to) { inputs.set_forced_ahead(to, forced_ahead->ne[0], *ubatch, state.params); });
     auto & now = state.now;
     now.counts.layers_sparse += n_sparse;
     now.counts.layers_ahead += ahead.size();
@@ -128,4 +127,3 @@ llm_graph_input_fasa * fasa_graph_input(const llm_graph_context & graph, fasa_ca
     }
     return (llm_graph_input_fasa *) graph.res->add_input(std::move(input));
 }
-

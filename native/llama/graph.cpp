@@ -130,10 +130,11 @@ void fasa_attn::observe(const fasa_foreseen & foreseen) const {
         return;
     }
     ggml_tensor * q_ahead = foreseen.reason == FASA_REASON_NONE ?
-        foreseen.copy(graph.ctx0, nullptr, [&](ggml_tensor * t) { on_backend(t); }) :
+        foreseen.copy(graph.ctx0, [&](ggml_tensor * t) { on_backend(t); }).back() :
         nullptr;
     ggml_build_forward_expand(graph.gf,
-        fasa_build_observe(graph.ctx0, q, k, q_ahead, il, kq_scale, soft_cap, foreseen.reason, &cache->state->observer));
+        fasa_build_observe(
+            graph.ctx0, q, k, q_ahead, il, kq_scale, soft_cap, foreseen.reason, &cache->state->observer));
 }
 
 // where the scheduler is to run it; left alone it may copy the cache to another backend
@@ -223,11 +224,12 @@ void fasa_attn::build_ahead(const fasa_foreseen & foreseen) const {
     const int first = ggml_graph_n_nodes(graph.gf);
 
     const auto & layer = cache->layer(il);
-    ggml_tensor * fork = on_backend(fasa_build_fork(graph.ctx0, foreseen.residual, foreseen.bytes(), &layer.fixed));
+    ggml_tensor * fork = on_backend(fasa_build_fork(graph.ctx0, foreseen.residual, &layer.fixed));
     ggml_build_forward_expand(graph.gf, fork);
 
     fasa_select_op op  = select_op();
-    op.q               = foreseen.copy(graph.ctx0, fork, [&](ggml_tensor * t) { on_backend(t); });
+    const auto copies  = foreseen.copy(graph.ctx0, [&](ggml_tensor * t) { on_backend(t); });
+    op.q               = copies.back();
     op.ranges          = input->ranges_ahead;
     op.forced          = input->forced_ahead;
     op.fresh           = input->fresh;
@@ -239,6 +241,8 @@ void fasa_attn::build_ahead(const fasa_foreseen & foreseen) const {
 
     fasa_pending_list pending = { list, { fork, foreseen.residual, tip, kq_mask, op.ranges, op.forced, op.fresh } };
     pending.held.insert(pending.held.end(), foreseen.inputs.begin(), foreseen.inputs.end());
+    const auto hold = fasa_to_hold(copies);
+    pending.held.insert(pending.held.end(), hold.begin(), hold.end());
     input->pending[il] = pending;
     input->ahead.push_back(il);
 }
@@ -294,7 +298,7 @@ void fasa_begin_attn(const llm_graph_context & graph, const llama_kv_cache_conte
     const bool observes   = state.observer.fn != nullptr;
     ggml_tensor * const k = mctx->get_k(graph.ctx0, il);
     fasa_attn attn        = { graph, mctx, q, k, nullptr, kq_b, kq_mask, nullptr, v_mla, kq_scale, il, cache,
-               fasa_soft_cap_of(graph) };
+        fasa_soft_cap_of(graph) };
     const bool sparse     = attn.begin();
     auto & layer          = cache->layer(il);
     if (sparse) {

@@ -40,12 +40,12 @@ struct fasa_inputs {
     uint64_t ubatch() const { return number; }  // its number
     const uint64_t * ubatch_at() const { return &number; }
 
-    // The cells that a sparse step refreshes, which are not stale from then on. gpu_waits: some layers on GPUs are dense
-    // in it; they get what the others refresh now in the first step in which they are not. ahead: the layers that
+    // The cells that a sparse step refreshes, which are not stale from then on. gpu_waits: some layers on GPUs are
+    // dense in it; they get what the others refresh now in the first step in which they are not. ahead: the layers that
     // select ahead; they get what the ubatch writes in the next step.
     fasa_stale take_stale(
         uint32_t n_stream, bool gpu_waits, const std::vector<int32_t> & ahead, fasa_step_counts & counts);
-    fasa_stream_ranges written() const;   // the cells that the ubatch writes
+    fasa_stream_ranges written() const;    // the cells that the ubatch writes
     void set_fresh(int32_t * cells) const; // the same, [n_stream][n_tps]
     // the cells that each token always attends, [n_tokens][n_forced], -1: none
     void set_forced(int32_t * forced, uint32_t n_forced, const llama_ubatch & ubatch, const fasa_params & params) const;

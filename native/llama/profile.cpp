@@ -98,8 +98,7 @@ static int fasa_check_shape(const fasa_profile * p, const llama_hparams & hparam
     return fasa_check_array("mean_budget_mass", p->mean_budget_mass, p->n_mean_budget, p->n_mean_budget);
 }
 
-static int fasa_check_ranking(
-    const fasa_profile * p, const uint16_t * ranking, const std::vector<uint32_t> & offset) {
+static int fasa_check_ranking(const fasa_profile * p, const uint16_t * ranking, const std::vector<uint32_t> & offset) {
     for (uint32_t il = 0; ranking && il < p->n_layer; ++il) {
         if (p->n_chunk[il] > 0 && fasa_check_heads(ranking + offset[il], il, p->n_head_kv[il], p->n_chunk[il]) != 0) {
             return -1;

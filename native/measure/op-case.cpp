@@ -52,7 +52,7 @@ void fasa_op_layer_case::make(
         op.dims            = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, c.n_dom, c.n_head_kv);
         op.weight          = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_dom, c.n_head_kv);
         op.forced          = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, c.n_forced, c.n_tokens, c.n_stream);
-        op.fresh = c.n_fresh > 0 ? ggml_new_tensor_2d(ctx, GGML_TYPE_I32, c.n_fresh, c.n_stream) : nullptr;
+        op.fresh           = c.n_fresh > 0 ? ggml_new_tensor_2d(ctx, GGML_TYPE_I32, c.n_fresh, c.n_stream) : nullptr;
         op.k_dom_type      = c.k_dom;
         op.n_hadamard      = c.n_hadamard;
         op.params.budget   = c.budget;

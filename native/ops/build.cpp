@@ -71,23 +71,23 @@ ggml_tensor * fasa_build_select(ggml_context * ctx, const fasa_select_op & op) {
     const int64_t length = fasa_list_length(op.params, op.forced->ne[0], n_kv);
     const int64_t n_list = op.params.per_head ? n_head : op.k->ne[1];
 
-    p                                           = fasa_layer_params(FASA_OP_SELECT, op.layer, op.flags, 0.0f, 0.0f);
-    p.budget                                    = op.params.budget;
-    p.mass                                      = op.params.mass;
-    p.floor                                     = op.params.floor;
-    p.cap                                       = op.params.cap;
+    p                                              = fasa_layer_params(FASA_OP_SELECT, op.layer, op.flags, 0.0f, 0.0f);
+    p.budget                                       = op.params.budget;
+    p.mass                                         = op.params.mass;
+    p.floor                                        = op.params.floor;
+    p.cap                                          = op.params.cap;
     // On a device SELECT runs TIP too. Without ranges among its sources, the allocator could reuse their memory for its
     // dst in the last layer.
-    std::initializer_list<ggml_tensor *> on_cpu = { tip, op.forced },
+    std::initializer_list<ggml_tensor *> on_cpu    = { tip, op.forced },
                                          on_device = { tip, op.forced, op.ranges, op.fresh };
     return fasa_layer_node(ctx, GGML_TYPE_I32, { 1 + length, n_list, n_tps, n_stream },
         op.layer->work ? on_device : on_cpu, p, "fasa_select");
 }
 
 ggml_tensor * fasa_build_fac(ggml_context * ctx, const fasa_fac_op & op) {
-    fasa_op_params p    = fasa_layer_params(FASA_OP_FAC, op.layer, 0, op.scale, op.soft_cap);
-    p.stream0           = op.stream0;
-    const int64_t ne[4] = { op.v->ne[0], op.q->ne[1], op.list->ne[2], op.list->ne[3] };
+    fasa_op_params p     = fasa_layer_params(FASA_OP_FAC, op.layer, 0, op.scale, op.soft_cap);
+    p.stream0            = op.stream0;
+    const int64_t ne[4]  = { op.v->ne[0], op.q->ne[1], op.list->ne[2], op.list->ne[3] };
     ggml_tensor * ranges = op.layer->rows ? op.ranges : nullptr;
     return fasa_layer_node(
         ctx, GGML_TYPE_F32, ne, { op.list, op.q, op.k, op.v, op.mask, op.sinks, ranges }, p, "fasa_fac");
@@ -124,15 +124,14 @@ ggml_tensor * fasa_build_ahead(ggml_context * ctx, ggml_tensor * behind, ggml_te
     return t;
 }
 
-ggml_tensor * fasa_build_fork(
-    ggml_context * ctx, ggml_tensor * residual, size_t bytes, const fasa_layer_const * layer) {
+ggml_tensor * fasa_build_fork(ggml_context * ctx, ggml_tensor * residual, const fasa_layer_const * layer) {
     const fasa_op_params p = fasa_layer_params(FASA_OP_FORK, layer, 0, 0.0f, 0.0f);
-    return fasa_layer_node(ctx, GGML_TYPE_I8, { (int64_t) bytes, 1, 1, 1 }, { residual }, p, "fasa_fork");
+    return fasa_layer_node(ctx, GGML_TYPE_I8, { 1, 1, 1, 1 }, { residual }, p, "fasa_fork");
 }
 
 // A node has nine sources, so there may be several behind each other; the first one waits.
-ggml_tensor * fasa_build_join(ggml_context * ctx, ggml_tensor * list, const std::vector<ggml_tensor *> & held,
-    const fasa_layer_const * layer) {
+ggml_tensor * fasa_build_join(
+    ggml_context * ctx, ggml_tensor * list, const std::vector<ggml_tensor *> & held, const fasa_layer_const * layer) {
     const fasa_op_params p = fasa_layer_params(FASA_OP_JOIN, layer, 0, 0.0f, 0.0f);
     for (size_t i = 0; i < held.size(); i += GGML_MAX_SRC - 2) {
         ggml_tensor * t = ggml_view_tensor(ctx, list);
@@ -147,11 +146,11 @@ ggml_tensor * fasa_build_join(ggml_context * ctx, ggml_tensor * list, const std:
     return list;
 }
 
-ggml_tensor * fasa_build_observe(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * q_ahead, int32_t il,
-    float scale, float soft_cap, fasa_reason ahead_reason, fasa_observer_ref * observer) {
+ggml_tensor * fasa_build_observe(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * q_ahead,
+    int32_t il, float scale, float soft_cap, fasa_reason ahead_reason, fasa_observer_ref * observer) {
     ggml_tensor * src[] = { q, k, q_ahead };
-    ggml_tensor * t     = ggml_custom_4d(
-        ctx, GGML_TYPE_F32, 1, 1, 1, 1, src, q_ahead ? 3 : 2, fasa_cpu_op_get(), 1, observer);
+    ggml_tensor * t =
+        ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, src, q_ahead ? 3 : 2, fasa_cpu_op_get(), 1, observer);
 
     fasa_op_params p = fasa_op_make(FASA_OP_OBSERVE, observer);
     p.n_tasks        = 1;

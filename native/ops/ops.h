@@ -34,12 +34,12 @@
 //     dst    f32 [1]
 //     src    that attention's result, k and v of the next layer, and their places
 //   FORK     on a device: what follows, up to SELECT, runs on a side stream, behind what came before
-//     dst    i8 [bytes]: room for what is computed there, all of which are views of it
+//     dst    i8 [1]
 //     src    the residual
 //   JOIN     the list of a layer that selects ahead, behind the side stream. What that stream reads and writes is among
 //            its sources, since the allocator thinks in one stream.
 //     dst    the list, in place
-//     src    the list, FORK, and up to seven tensors more
+//     src    the list, FORK, and what else is held; where that is too much, several nodes behind each other
 //   OBSERVE  hands q and k to an observer on the host
 //     dst    f32 [1]
 //     src    q, k, foreseen q or none
@@ -97,7 +97,7 @@ static constexpr int FASA_SCORE_RANGE = 64;
 // CUDA kernel.
 static constexpr int FASA_SUM_PARTS   = 4;
 static constexpr float FASA_FRESH     = -1e30f; // TIP: the logit of a visible cell whose K is not stored yet
-static constexpr int FASA_SPAN_RANGE  = 100; // TIP: a score below 2^-FASA_SPAN_RANGE of its span's exponent is 0
+static constexpr int FASA_SPAN_RANGE  = 100;    // TIP: a score below 2^-FASA_SPAN_RANGE of its span's exponent is 0
 
 // What the kernels of a device keep across launches. It is zeroed once; kernels leave counts and tickets zero.
 struct fasa_work {
@@ -290,11 +290,11 @@ ggml_tensor * fasa_build_stage(ggml_context * ctx, ggml_tensor * rows, ggml_tens
 ggml_tensor * fasa_build_ahead(ggml_context * ctx, ggml_tensor * behind, ggml_tensor * k, ggml_tensor * v,
     ggml_tensor * k_place, ggml_tensor * v_place, const uint64_t * ubatch);
 
-ggml_tensor * fasa_build_fork(ggml_context * ctx, ggml_tensor * residual, size_t bytes, const fasa_layer_const * layer);
+ggml_tensor * fasa_build_fork(ggml_context * ctx, ggml_tensor * residual, const fasa_layer_const * layer);
 // held: what stays allocated until then, FORK first
-ggml_tensor * fasa_build_join(ggml_context * ctx, ggml_tensor * list, const std::vector<ggml_tensor *> & held,
-    const fasa_layer_const * layer);
+ggml_tensor * fasa_build_join(
+    ggml_context * ctx, ggml_tensor * list, const std::vector<ggml_tensor *> & held, const fasa_layer_const * layer);
 
 // q_ahead: nullptr where queries cannot be foreseen, for `ahead_reason`
-ggml_tensor * fasa_build_observe(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * q_ahead, int32_t il,
-    float scale, float soft_cap, fasa_reason ahead_reason, fasa_observer_ref * observer);
+ggml_tensor * fasa_build_observe(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * q_ahead,
+    int32_t il, float scale, float soft_cap, fasa_reason ahead_reason, fasa_observer_ref * observer);
