@@ -59,8 +59,8 @@ bool fasa_cuda_supported(int device, const ggml_tensor * op) {
     if (p == nullptr || p->kind == FASA_OP_OBSERVE || !p->flags) {
         return false;
     }
-    if (p->kind == FASA_OP_STAGE || p->kind == FASA_OP_AHEAD || p->kind == FASA_OP_FORK || p->kind == FASA_OP_JOIN) {
-        return true;
+    if (p->kind != FASA_OP_TIP && p->kind != FASA_OP_SELECT && p->kind != FASA_OP_FAC) {
+        return true; // whatever the shapes are
     }
     const bool fac         = p->kind == FASA_OP_FAC;
     const ggml_tensor *tip = p->kind == FASA_OP_SELECT ? op->src[0] : op, *k = fac ? op->src[2] : tip->src[1],
@@ -81,6 +81,7 @@ bool fasa_cuda_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
                 fasa_cuda_select(ctx, dst, *p);
             }
             return true;
+        case FASA_OP_SPREAD: fasa_cuda_spread(ctx, dst); return true;
         case FASA_OP_FORK: fasa_cuda_fork(ctx, dst); return true;
         case FASA_OP_JOIN: fasa_cuda_join(ctx); return true;
         case FASA_OP_FAC: fasa_cuda_fac(ctx, dst, *p); return true;

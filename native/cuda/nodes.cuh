@@ -15,6 +15,9 @@ void fasa_cuda_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fas
 void fasa_cuda_stage(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 void fasa_cuda_ahead(ggml_backend_cuda_context & ctx, const ggml_tensor * dst);
 
+// SPREAD (cuda/spread.cu)
+void fasa_cuda_spread(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+
 // FORK, the end of what runs on the side stream, and JOIN (cuda/side.cu)
 void fasa_cuda_fork(ggml_backend_cuda_context & ctx, const ggml_tensor * dst);
 bool fasa_cuda_is_forked(const ggml_backend_cuda_context & ctx);

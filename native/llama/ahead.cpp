@@ -3,6 +3,8 @@
 #include "ggml-impl.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <map>
 #include <set>
 
@@ -194,7 +196,7 @@ static void fasa_make_view(ggml_tensor * t, ggml_tensor * of, size_t offset) {
 }
 
 std::vector<ggml_tensor *> fasa_foreseen::copy(
-    ggml_context * ctx, const std::function<void(ggml_tensor *)> & on_backend) const {
+    ggml_context * ctx, const std::function<void(ggml_tensor *)> & on_backend, const ggml_tensor * last) const {
     std::map<const ggml_tensor *, ggml_tensor *> copies = { { sum, residual } };
     const auto copy_of                                  = [&](ggml_tensor * t) {
         const auto found = copies.find(t);
@@ -215,7 +217,79 @@ std::vector<ggml_tensor *> fasa_foreseen::copy(
         on_backend(c);
         copies[t] = c;
         out.push_back(c);
+        if (t == last) {
+            break;
+        }
     }
+    return out;
+}
+
+// ---- the dominant rows of the product alone ----
+
+static bool fasa_is_plain_rope(const ggml_tensor * t) {
+    const int32_t mode = t->op_params[2], n_offs = t->op_params[15];
+    return t->op == GGML_OP_ROPE && (mode == GGML_ROPE_TYPE_NORMAL || mode == GGML_ROPE_TYPE_NEOX) && n_offs == 0 &&
+        t->type == GGML_TYPE_F32 && t->src[0]->type == GGML_TYPE_F32;
+}
+
+fasa_query_rows fasa_foreseen::rows() const {
+    fasa_query_rows out = {};
+    const auto at       = std::find_if(nodes.begin(), nodes.end(), [](auto * t) { return t->op == GGML_OP_MUL_MAT; });
+    ggml_tensor * rope  = nodes.empty() ? nullptr : nodes.back();
+    if (at == nodes.end() || !fasa_is_plain_rope(rope) || (*at)->src[0]->view_src) {
+        return out;
+    }
+    ggml_tensor * values = *at; // the product, with its bias
+    for (auto next = at + 1; next + 1 != nodes.end(); ++next) {
+        ggml_tensor * t = *next;
+        if (t->op == GGML_OP_ADD && t->src[0] == values && out.bias == nullptr && t->src[1]->op == GGML_OP_NONE &&
+            t->src[1]->type == GGML_TYPE_F32 && ggml_nelements(t->src[1]) == values->ne[0]) {
+            out.bias = t->src[1];
+            values   = t;
+        } else if (!fasa_is_view_op(t) || t->view_src != values) {
+            return out;
+        }
+    }
+    const ggml_tensor * q = rope->src[0];
+    if (q->view_src != values || q->nb[2] != values->nb[1] || values->ne[2] != 1) {
+        return out;
+    }
+    out.product = *at;
+    out.rope    = rope;
+    out.first   = q->view_offs / sizeof(float);
+    out.head    = q->nb[1] / sizeof(float);
+    out.dim     = q->nb[0] / sizeof(float);
+    return out;
+}
+
+static fasa_rope fasa_rope_of(const ggml_tensor * rope) {
+    float f[6]; // freq_base, freq_scale, ext_factor, attn_factor, beta_fast, beta_slow
+    memcpy(f, rope->op_params + 5, sizeof(f));
+    fasa_rope r   = {};
+    r.n_rot       = rope->op_params[1];
+    r.neox        = rope->op_params[2] == GGML_ROPE_TYPE_NEOX;
+    r.theta_scale = powf(f[0], -2.0f / r.n_rot);
+    r.freq_scale = f[1], r.ext_factor = f[2], r.attn_factor = f[3];
+    float corr[2];
+    ggml_rope_yarn_corr_dims(r.n_rot, rope->op_params[4], f[0], f[4], f[5], corr);
+    r.corr[0] = corr[0], r.corr[1] = corr[1];
+    return r;
+}
+
+std::vector<ggml_tensor *> fasa_foreseen::copy_dominant(ggml_context * ctx,
+    const std::function<void(ggml_tensor *)> & on_backend, const fasa_query_rows & rows,
+    const fasa_dominant_rows & dominant, const fasa_layer_const * layer) const {
+    auto out              = copy(ctx, on_backend, rows.product);
+    ggml_tensor * product = out.back(); // with the whole weight: with its input another one is made
+    out.back()            = ggml_mul_mat(ctx, dominant.weight, product->src[1]);
+    memcpy(out.back()->op_params, product->op_params, sizeof(product->op_params)); // the precision that is asked for
+    if (dominant.bias) {
+        out.push_back(ggml_add(ctx, out.back(), dominant.bias));
+    }
+    const ggml_tensor * rope = rows.rope;
+    out.push_back(fasa_build_spread(ctx, out.back(), dominant.dims, rope->src[1], rope->src[2], rope->ne[0],
+        rope->ne[1], fasa_rope_of(rope), layer));
+    std::for_each(out.begin(), out.end(), on_backend);
     return out;
 }
 

@@ -34,6 +34,7 @@ struct fasa_layer {
     ggml_tensor * k_dom      = nullptr;    // i8  [block, n_tile, n_head_kv, n_stream]; nullptr: it cannot run sparse
     ggml_tensor * dims       = nullptr;    // i32 [n_dom, n_head_kv]
     ggml_tensor * weight     = nullptr;    // f32 [n_dom, n_head_kv]
+    fasa_dominant_rows dominant;           // of W_q, where it selects ahead
     fasa_layer_const fixed;                // what its nodes need beside their src tensors
     fasa_reason reason = FASA_REASON_NONE; // why it is dense in every step
     fasa_reason now    = FASA_REASON_NOT_BUILT; // why it was dense in the last graph, had that been a sparse step
@@ -73,8 +74,11 @@ struct fasa_cache {
     ggml_tensor * work(int32_t il) const; // what counts on its device; nullptr: nothing runs sparse there
     bool gpu_waits(uint32_t n_kv) const;  // whether its layers on GPUs stay dense in a step that sees n_kv cells
     fasa_reason ahead_reason(int32_t il); // by settings and profile: why it does not select ahead
-    size_t cell_bytes(int32_t il) const;  // K and V of one cell of one stream
-    int32_t n_hadamard() const;           // block of the rotation of the stored K, 0: none
+    // The dominant rows of W_q, made when they are asked for first. nullptr: they cannot be had, and the whole W_q
+    // serves.
+    const fasa_dominant_rows * dominant_rows(int32_t il, const fasa_query_rows & rows);
+    size_t cell_bytes(int32_t il) const; // K and V of one cell of one stream
+    int32_t n_hadamard() const;          // block of the rotation of the stored K, 0: none
 
     // what `fasa-gguf bench` does with the cells of a cache: measure/fill.cpp and measure/rates.cpp
     struct random_fill;

@@ -227,15 +227,21 @@ void fasa_attn::build_ahead(const fasa_foreseen & foreseen) const {
     ggml_tensor * fork = on_backend(fasa_build_fork(graph.ctx0, foreseen.residual, &layer.fixed));
     ggml_build_forward_expand(graph.gf, fork);
 
-    fasa_select_op op  = select_op();
-    const auto copies  = foreseen.copy(graph.ctx0, [&](ggml_tensor * t) { on_backend(t); });
-    op.q               = copies.back();
-    op.ranges          = input->ranges_ahead;
-    op.forced          = input->forced_ahead;
-    op.fresh           = input->fresh;
-    op.flags           = FASA_FORKED;
-    ggml_tensor * list = on_backend(fasa_build_select(graph.ctx0, op));
-    ggml_tensor * tip  = on_backend(list->src[0]);
+    fasa_select_op op = select_op();
+    const auto set    = [&](ggml_tensor * t) {
+        on_backend(t);
+    };
+    const auto rows       = foreseen.rows();
+    const auto * dominant = cache->dominant_rows(il, rows);
+    const auto copies     = dominant ? foreseen.copy_dominant(graph.ctx0, set, rows, *dominant, &layer.fixed) :
+                                       foreseen.copy(graph.ctx0, set);
+    op.q                  = copies.back();
+    op.ranges             = input->ranges_ahead;
+    op.forced             = input->forced_ahead;
+    op.fresh              = input->fresh;
+    op.flags              = FASA_FORKED;
+    ggml_tensor * list    = on_backend(fasa_build_select(graph.ctx0, op));
+    ggml_tensor * tip     = on_backend(list->src[0]);
     ggml_build_forward_expand(graph.gf, list);
     fasa_move_behind(graph.gf, foreseen.residual, first);
 

@@ -124,6 +124,14 @@ ggml_tensor * fasa_build_ahead(ggml_context * ctx, ggml_tensor * behind, ggml_te
     return t;
 }
 
+ggml_tensor * fasa_build_spread(ggml_context * ctx, ggml_tensor * values, ggml_tensor * dims, ggml_tensor * pos,
+    ggml_tensor * factors, int64_t d, int64_t n_head, const fasa_rope & rope, const fasa_layer_const * layer) {
+    fasa_op_params p = fasa_layer_params(FASA_OP_SPREAD, layer, 0, 0.0f, 0.0f);
+    p.rope           = rope;
+    return fasa_layer_node(
+        ctx, GGML_TYPE_F32, { d, n_head, values->ne[1], 1 }, { values, dims, pos, factors }, p, "fasa_spread");
+}
+
 ggml_tensor * fasa_build_fork(ggml_context * ctx, ggml_tensor * residual, const fasa_layer_const * layer) {
     const fasa_op_params p = fasa_layer_params(FASA_OP_FORK, layer, 0, 0.0f, 0.0f);
     return fasa_layer_node(ctx, GGML_TYPE_I8, { 1, 1, 1, 1 }, { residual }, p, "fasa_fork");

@@ -36,6 +36,11 @@
 //   FORK     on a device: what follows, up to SELECT, runs on a side stream, behind what came before
 //     dst    i8 [1]
 //     src    the residual
+//   SPREAD   foreseen queries of which only the dominant dimensions were multiplied out: rotated (RoPE), each in its
+//   place
+//     dst    f32 [d, n_head, n_tokens], 0 in all other dimensions
+//     src    their values f32 [n_dom*n_head, n_tokens], dims, positions i32 [n_tokens], RoPE's frequency factors f32
+//            [n_rot/2] or none
 //   JOIN     the list of a layer that selects ahead, behind the side stream. What that stream reads and writes is among
 //            its sources, since the allocator thinks in one stream.
 //     dst    the list, in place
@@ -63,6 +68,7 @@ enum fasa_op_kind {
     FASA_OP_STAGE,
     FASA_OP_AHEAD,
     FASA_OP_FORK,
+    FASA_OP_SPREAD,
     FASA_OP_JOIN
 };
 
@@ -182,6 +188,14 @@ enum fasa_op_flags {
     FASA_FORKED       = 8, // SELECT: the last node of a side stream that FORK began
 };
 
+// ggml's RoPE of a head, without what depends on position and dimension
+struct fasa_rope {
+    float theta_scale, freq_scale, ext_factor, attn_factor;
+    float corr[2]; // of YaRN
+    int32_t n_rot; // dimensions that rotate, the first ones of a head
+    int32_t neox;  // pairs are (i, i + n_rot/2); else (2i, 2i + 1)
+};
+
 // The whole of ggml_tensor::op_params; fun, n_tasks and userdata are ggml's own (struct ggml_custom_op_params).
 // op_params is an array of int32_t at 84 bytes into a tensor, so the struct must not want more than their alignment.
 #pragma pack(push, 4)
@@ -195,14 +209,19 @@ struct fasa_op_params {
     uint8_t flags;   // enum fasa_op_flags; 0: a CPU node
     int16_t k_dom;   // enum fasa_k_dom_type; OBSERVE: the layer, and in stream0 why its queries cannot be foreseen
     uint32_t serial; // of fasa_layer_const
-    float scale;
-    float soft_cap;
-    int32_t n_hadamard; // block of the rotation that q and k are stored under, 0: none
-    int32_t stream0;    // FAC: the first of the cache's streams that k and v show
-    uint32_t budget;
-    float mass;
-    uint32_t floor;
-    uint32_t cap;
+    union {
+        struct {
+            float scale;
+            float soft_cap;
+            int32_t n_hadamard; // block of the rotation that q and k are stored under, 0: none
+            int32_t stream0;    // FAC: the first of the cache's streams that k and v show
+            uint32_t budget;
+            float mass;
+            uint32_t floor;
+            uint32_t cap;
+        };
+        fasa_rope rope; // SPREAD
+    };
 };
 #pragma pack(pop)
 static_assert(alignof(fasa_op_params) <= alignof(int32_t) && offsetof(ggml_tensor, op_params) % alignof(int32_t) == 0,
@@ -290,6 +309,8 @@ ggml_tensor * fasa_build_stage(ggml_context * ctx, ggml_tensor * rows, ggml_tens
 ggml_tensor * fasa_build_ahead(ggml_context * ctx, ggml_tensor * behind, ggml_tensor * k, ggml_tensor * v,
     ggml_tensor * k_place, ggml_tensor * v_place, const uint64_t * ubatch);
 
+ggml_tensor * fasa_build_spread(ggml_context * ctx, ggml_tensor * values, ggml_tensor * dims, ggml_tensor * pos,
+    ggml_tensor * factors, int64_t d, int64_t n_head, const fasa_rope & rope, const fasa_layer_const * layer);
 ggml_tensor * fasa_build_fork(ggml_context * ctx, ggml_tensor * residual, const fasa_layer_const * layer);
 // held: what stays allocated until then, FORK first
 ggml_tensor * fasa_build_join(
