@@ -1,3 +1,5 @@
+// TIP and SELECT with nothing beside them: blocks that have an SM for themselves.
+
 #include "cuda/select.cuh"
 
 void fasa_cuda_select(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p) {

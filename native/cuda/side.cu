@@ -14,13 +14,14 @@
 #include "common.cuh"
 #include "ggml-impl.h"
 
+#include <atomic>
+
 static constexpr int FASA_SIDE_STREAM = 1; // ggml-cuda's number
 
 struct fasa_side {
     cudaEvent_t begin = nullptr, end = nullptr;
     bool forked  = false; // the side stream is the current one
     bool pending = false; // it has ended, and nobody waited yet
-    bool shares  = false; // kernels divide an SM's memory as SELECT does
 };
 
 // of the thread that computes a graph
@@ -55,6 +56,14 @@ struct fasa_sides {
 
 static thread_local fasa_sides fasa_computing;
 
+// how kernels of a device divide an SM's memory: a setting of the process
+static void fasa_divide_memory(int device, bool as_select) {
+    static std::atomic<bool> is_set[GGML_CUDA_MAX_DEVICES];
+    if (is_set[device].exchange(as_select) != as_select) {
+        CUDA_CHECK(cudaDeviceSetCacheConfig(as_select ? cudaFuncCachePreferShared : cudaFuncCachePreferNone));
+    }
+}
+
 static bool fasa_forks(const ggml_cgraph * graph) {
     for (int i = 0; i < graph->n_nodes; ++i) {
         const fasa_op_params * p = fasa_op_get(graph->nodes[i]);
@@ -70,10 +79,7 @@ void fasa_cuda_begin(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph)
     fasa_computing.at    = 0;
     auto & side          = fasa_computing.of[ctx.device];
     const bool forks     = fasa_forks(graph);
-    if (forks != side.shares) {
-        CUDA_CHECK(cudaDeviceSetCacheConfig(forks ? cudaFuncCachePreferShared : cudaFuncCachePreferNone));
-        side.shares = forks;
-    }
+    fasa_divide_memory(ctx.device, forks);
     if (forks && side.begin == nullptr) {
         CUDA_CHECK(cudaEventCreateWithFlags(&side.begin, cudaEventDisableTiming));
         CUDA_CHECK(cudaEventCreateWithFlags(&side.end, cudaEventDisableTiming));
@@ -86,8 +92,6 @@ void fasa_cuda_begin(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph)
     }
 }
 
-static __global__ void fasa_delay() {}
-
 void fasa_cuda_fork(ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
     auto & side = fasa_computing.of[ctx.device];
     if (ctx.curr_stream_no != 0 || !fasa_computing.joins(dst)) {
@@ -95,10 +99,6 @@ void fasa_cuda_fork(ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
     }
     CUDA_CHECK(cudaEventRecord(side.begin, ctx.stream()));
     CUDA_CHECK(cudaStreamWaitEvent(ctx.stream(ctx.device, FASA_SIDE_STREAM), side.begin));
-    static const char * env = getenv("FASA_DELAY");
-    for (int i = 0; env && i < atoi(env); ++i) {
-        fasa_delay<<<1, 32, 0, ctx.stream()>>>();
-    }
     ctx.curr_stream_no = FASA_SIDE_STREAM;
     side.forked        = true;
 }
