@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiny_apps
+from apps import environment
 from paths import ROOT
 
 from fasa_gguf.gguf.file import GGUFFile
@@ -30,7 +31,7 @@ ADAPTED = (  # (Qwen's, SmolLM2's, how often)
     ('" jumps over the lazy dog."', '" is a classic example of a"', 2),
 )
 # few enough tokens for steps of these short prompts to leave some out
-SPARSE = {"MIN_CONTEXT": 0, "BUDGET": 12, "SINK": 1, "RECENT": 4}
+SPARSE = {"BUDGET": 12, "SINK": 1, "RECENT": 4}
 
 
 def sdist():
@@ -83,9 +84,11 @@ def upstream(smollm2, calibrated, tmp_path_factory):
 @pytest.mark.parametrize("fasa", ["off", "auto"])
 def test_their_own_tests(upstream, fasa, tmp_path):
     report = tmp_path / "report.json"
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("FASA_", "PYTEST_"))}
-    env |= {f"FASA_{name}": str(value) for name, value in SPARSE.items()}
-    env |= {"FASA_APPS_FASA": fasa, "FASA_APPS_MODELS": str(upstream), "FASA_APPS_REPORT": str(report)}
+    env = environment(**SPARSE) | {
+        "FASA_APPS_FASA": fasa,
+        "FASA_APPS_MODELS": str(upstream),
+        "FASA_APPS_REPORT": str(report),
+    }
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "upstream_plugin"]
     run = subprocess.run([*command, "tests"], capture_output=True, text=True, cwd=upstream, env=env)
