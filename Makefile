@@ -17,6 +17,7 @@ help:
 	@echo 'make upstream-tests  the own tests of the pinned llama.cpp, against the patched library'
 	@echo 'make binding-tests  the own tests of the pinned llama-cpp-python, with FASA off and on'
 	@echo 'make app-tests  langchain, llama-index and the server of llama-cpp-python, with FASA'
+	@echo 'make thread-tests  settings and statistics during a decode, under the thread sanitizer'
 	@echo 'make check  does the patch queue apply'
 	@echo 'make lint   ruff, mypy and clang-format; `make format` writes what they want'
 	@echo 'make tables writes the C side of settings, counters and reasons anew, from the Python tables'
@@ -78,6 +79,14 @@ upstream-tests: build $(MODEL)
 	build/upstream-tests/bin/test-llama-archs -s 1 -o build/archs
 	$(PY) -m pytest -q tests/native/test_archs.py
 
+# OpenMP's own synchronisation is unknown to the sanitizer
+THREAD_FLAGS := -DGGML_OPENMP=OFF $(foreach l,C CXX,-DCMAKE_$(l)_FLAGS=-fsanitize=thread \
+                '-DCMAKE_$(l)_FLAGS_RELEASE=-O1 -g1 -DNDEBUG')
+thread-tests: $(VENV)/.ready
+	@$(call configure,build/threads,$(THREAD_FLAGS))
+	$(VENV)/bin/cmake --build build/threads -j $(JOBS) --target llama
+	$(PY) -m pytest -q -rs tests/native/test_threads.py
+
 # What apps import, in an environment of its own behind which .venv lies: llama-cpp-python counts as installed there.
 APPS := build/apps
 $(APPS)/.ready: $(VENV)/.ready
@@ -138,4 +147,4 @@ tables: $(VENV)/.ready
 compare: $(VENV)/.ready
 	$(PY) tests/helpers/compare_checkouts.py $(OTHER)
 
-.PHONY: help build stock upstream-tests binding-tests app-tests demo test check lint format tables compare
+.PHONY: help build stock upstream-tests binding-tests app-tests thread-tests demo test check lint format tables compare
