@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import sys
+import threading
 from collections.abc import Generator, Sequence
 from typing import Any
 
@@ -127,6 +128,7 @@ class Llama(_Base):
     _fasa: runtime.context.Context | None = None
     _step = ""  # what generate() evaluates next: "first", "prompt", "decode"; "": eval() was called by someone else
     _fasa_profile: Profile | None = None
+    _generating: object = None  # the call of generate() that began last
 
     def __init__(
         self,
@@ -137,6 +139,7 @@ class Llama(_Base):
         fasa_mode: str | None = None,
         **kwargs: Any,
     ) -> None:
+        self._one_step = threading.RLock()  # held by generate() while it computes
         self._stack = contextlib.ExitStack()  # close() needs it when we raise before llama_cpp made its own
         model_path = os.fspath(model_path)
         self._fasa_choice = fasa = self._fasa_default if fasa is None else fasa
@@ -306,17 +309,24 @@ class Llama(_Base):
             self._step = "decode"  # what comes behind the prompt was sampled, or drafted
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """llama_cpp.Llama.generate. The first tokens evaluated are a prompt, later ones decode steps."""
+        """llama_cpp.Llama.generate. The first tokens evaluated are a prompt, later ones decode steps.
+
+        Raises FasaError when another call began to generate meanwhile: there is one context, which that call now uses.
+        """
         inner, sent, step = super().generate(tokens, *args, **kwargs), None, "first"
+        mine = self._generating = object()
         with contextlib.closing(inner):
             while True:
-                outer, self._step = self._step, step
-                try:
-                    token = inner.send(sent)
-                except StopIteration:
-                    return
-                finally:
-                    self._step = outer
+                with self._one_step:
+                    if self._generating is not mine:
+                        raise FasaError(_TAKEN_OVER)
+                    outer, self._step = self._step, step
+                    try:
+                        token = inner.send(sent)
+                    except StopIteration:
+                        return
+                    finally:
+                        self._step = outer
                 sent = yield token
                 step = "prompt" if sent else "decode"  # tokens that the caller sends were not sampled
 
@@ -344,6 +354,10 @@ class Llama(_Base):
         }
 
 
+_TAKEN_OVER = (
+    "this model began another text before this one was done; a Llama makes one at a time: finish a stream before the "
+    "next call, and let only one thread call at a time (langchain: max_concurrency=1)"
+)
 _NO_VISION = "vision needs libmtmd, which fasa_gguf does not carry; run this model in a process without fasa_gguf"
 
 

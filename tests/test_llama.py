@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -267,3 +268,36 @@ def test_settings_set_while_another_thread_generates(make, profiled):
         stop.set()
         thread.join()
     assert texts == [want] * 4 and not errors
+
+
+def test_one_text_at_a_time(make, profiled):
+    """A stream that another call overtakes says so, rather than go on in the other's context."""
+    llm = make(profiled, fasa=ON)
+    want = text_of(llm, "b" * 100)
+    stream = llm.create_completion("a" * 100, max_tokens=20, temperature=0, stream=True)
+    next(stream)
+    assert text_of(llm, "b" * 100) == want
+    with pytest.raises(FasaError, match="this model began another text before this one was done"):
+        list(stream)
+    abandoned = llm.create_completion("c" * 100, max_tokens=20, temperature=0, stream=True)
+    next(abandoned)
+    del abandoned
+    assert text_of(llm, "b" * 100) == want
+
+
+def test_threads_that_share_a_model_get_their_text_or_an_error(make, profiled):
+    llm = make(profiled, fasa=ON, n_threads=2)
+    prompts = [letter * 150 for letter in "abcdef"]
+    want = [text_of(llm, p, 30) for p in prompts]
+
+    def ask(prompt):
+        try:
+            return text_of(llm, prompt, 30)
+        except FasaError as e:
+            return str(e)
+
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        found = list(pool.map(ask, prompts))
+    right = [f == w for f, w in zip(found, want, strict=True)]
+    assert any(right) and all(ok or "one at a time" in f for ok, f in zip(right, found, strict=True))
+    assert [text_of(llm, p, 30) for p in prompts] == want
