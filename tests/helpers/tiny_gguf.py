@@ -27,14 +27,17 @@ def write_tiny(
     words=(),
     chat_template=None,
     biases=None,
+    writer=None,
+    bos=1,
 ):
     """A GGUF with random weights of `dtype` (f32 or f16) and a vocabulary of bytes; `arch` has the tensors of llama.
 
     words: tokens after those of bytes, from number 259 on. biases: of every layer, by name (attn_k).
+    writer: arguments of GGUFWriter (splits, byte order). bos: None for a tokenizer that puts none before a text.
     """
     rng = np.random.default_rng(seed)
     tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)] + list(words)
-    w = GGUFWriter(path, arch)
+    w = GGUFWriter(path, arch, **(writer or {}))
     if alignment:
         w.add_custom_alignment(alignment)
     w.add_context_length(n_ctx)
@@ -60,7 +63,10 @@ def write_tiny(
     )
     if chat_template:
         w.add_chat_template(chat_template)
-    w.add_bos_token_id(1)
+    if bos is None:
+        w.add_add_bos_token(False)
+    else:
+        w.add_bos_token_id(bos)
     w.add_eos_token_id(2)
 
     def matrix(name, rows, cols, scale=0.2):
