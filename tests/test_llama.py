@@ -219,6 +219,14 @@ def test_drafts_of_the_default_length_are_decode_steps(make, profiled):
     assert sparse >= 4 and (dense, prompt) == (0, 2)  # its last token is evaluated alone
 
 
+def test_drafts_beyond_the_first_batch(make, profiled):
+    """Drafts need the logits of every token; llama_cpp has room for those of one batch."""
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    llm = make(profiled, fasa=ON, n_batch=64, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4))
+    assert text_of(llm, "abcab" * 40, 20) == text_of(make(profiled, fasa=ON, n_batch=64), "abcab" * 40, 20)
+
+
 def test_the_last_token_of_a_prompt_is_dense_when_its_prefix_is_reused(make, profiled):
     from llama_cpp import LlamaRAMCache
 
