@@ -311,6 +311,7 @@ class Llama(Mended):
         with contextlib.closing(inner):
             while True:
                 with self._one_step(run, step == "first"):
+                    self._check_usable()
                     outer, self._step = self._step, step
                     try:
                         has_room = step == "first" or self.n_tokens < self._n_ctx

@@ -59,6 +59,13 @@ def file_path(path: str | bytes | os.PathLike) -> str:
     return text
 
 
+class _Closed:
+    """In the place of what was freed."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise FasaError("this model is closed")
+
+
 class Mended(_Base):
     """llama_cpp.Llama; see the module."""
 
@@ -112,6 +119,7 @@ class Mended(_Base):
         with self._calls:
             self._run = None
             if state.n_tokens > self._n_ctx or state.scores.shape[1] != self._n_vocab:
+                self._forget()
                 raise FasaError(
                     f"{self.model_path}: this state has {state.n_tokens} tokens of a vocabulary of "
                     f"{state.scores.shape[1]}, expected at most {self._n_ctx} (n_ctx) of {self._n_vocab}"
@@ -125,8 +133,7 @@ class Mended(_Base):
             try:
                 super().load_state(state)
             except RuntimeError:
-                self.reset()
-                self._ctx.kv_cache_clear()
+                self._forget()
                 raise FasaError(
                     f"{self.model_path}: llama.cpp does not take this state: it is of another model or another type of "
                     "cache; give each model states, or a folder of LlamaDiskCache, of its own"
@@ -134,10 +141,15 @@ class Mended(_Base):
             finally:
                 self._fit_history()
 
+    def _forget(self) -> None:
+        self.reset()
+        self._ctx.kv_cache_clear()
+
     # ---- sampling ----
 
     def sample(self, *args: Any, **kwargs: Any) -> int:
         """llama_cpp.Llama.sample. Raises what a logits processor raised."""
+        self._check_usable()
         if self.n_tokens == 0:
             raise FasaError(
                 f"{self.model_path}: there is nothing to continue: expected a prompt of at least one token, found none "
@@ -240,6 +252,7 @@ class Mended(_Base):
     def _next_chunk(self, chunks: Iterator[Any]) -> Any:
         """The next of a completion, which is all of it without stream=True; None at the end."""
         with self._calls:
+            self._check_usable()
             outer, self._completing = self._completing, True
             try:
                 chunk = next(chunks, None)
@@ -262,6 +275,7 @@ class Mended(_Base):
         if self._calls.acquire(blocking=not sys.is_finalizing()):
             try:
                 super().close()
+                self._ctx = self._model = self.tokenizer_ = _Closed()
             finally:
                 self._calls.release()
 

@@ -79,7 +79,22 @@ def test_a_model_loaded_off_can_be_switched_on(make, profiled, tiny):
 def test_a_closed_model_says_so(make, profiled):
     llm = make(profiled)
     llm.close()
-    for use in (llm.fasa_stats, llm.reset_fasa_stats, lambda: llm.fasa, lambda: llm.set_fasa("off")):
+    for use in (
+        llm.fasa_stats,
+        llm.reset_fasa_stats,
+        lambda: llm.fasa,
+        lambda: llm.set_fasa("off"),
+        lambda: text_of(llm, "a"),
+        lambda: next(llm.create_completion("a", stream=True)),
+        lambda: llm.tokenize(b"a"),
+        lambda: llm.detokenize([5]),
+        lambda: llm.eval([5]),
+        lambda: next(llm.generate([5])),
+        lambda: llm.sample(),
+        llm.save_state,
+        llm.token_bos,
+        lambda: llm.ctx,
+    ):
         with pytest.raises(FasaError, match="this model is closed"):
             use()
 

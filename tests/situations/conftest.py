@@ -16,7 +16,7 @@ def profiled(library, tiny, tmp_path_factory):
 @pytest.fixture
 def make(library):
     """A Llama that decodes with FASA at any length; the test need not close it."""
-    from apps import ON
+    from reported import ON
 
     from fasa_gguf import Llama
 

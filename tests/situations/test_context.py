@@ -7,7 +7,7 @@ import resource
 
 import numpy as np
 import pytest
-from apps import ALL, ON, python, sparse_steps, streamed, text_of
+from reported import ALL, ON, python, sparse_steps, streamed, text_of
 from tiny_archs import write_hybrid
 from tiny_gguf import write_tiny
 
@@ -366,7 +366,7 @@ def test_memory_does_not_grow(session):
 def test_a_model_is_loaded_and_freed_again_and_again(profiled):
     """abetlen/llama-cpp-python#1442: `del llm` does not free the model's memory. It does, the dominant keys' too."""
     code = (
-        "import sys, resource; sys.path.insert(0, 'tests/helpers')\nfrom apps import ON, text_of\n"
+        "import sys, resource; sys.path.insert(0, 'tests/helpers')\nfrom reported import ON, text_of\n"
         "from fasa_gguf import Llama\ndef once():\n"
         "    text_of(Llama(sys.argv[1], n_ctx=4096, n_threads=1, fasa=ON, verbose=False), 'a' * 100, 3)\n"
         "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

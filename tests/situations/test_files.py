@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from apps import ON, python, sparse_steps, text_of
 from gguf import GGUFEndian, GGUFWriter
+from reported import ON, python, sparse_steps, text_of
 from tiny_gguf import write_tiny
 
 from fasa_gguf import FasaError
@@ -143,7 +143,7 @@ def test_the_model_cannot_be_locked_in_memory(profiled):
     """abetlen/llama-cpp-python#708: "failed to mlock buffer: Cannot allocate memory". Where the limit forbids it the
     model works all the same, mapped or not."""
     code = (
-        "import resource, sys; sys.path.insert(0, 'tests/helpers')\nfrom apps import ON, sparse_steps, text_of\n"
+        "import resource, sys; sys.path.insert(0, 'tests/helpers')\nfrom reported import ON, sparse_steps, text_of\n"
         "resource.setrlimit(resource.RLIMIT_MEMLOCK, (4096, 4096))\nfrom fasa_gguf import Llama\n"
         "for kw in ({}, {'use_mlock': True}, {'use_mmap': False}, {'use_mmap': False, 'use_mlock': True}):\n"
         "    llm = Llama(sys.argv[1], n_ctx=512, n_threads=1, fasa=ON, verbose=False, **kw)\n"

@@ -3,14 +3,14 @@
 import time
 
 import pytest
-from apps import python, sparse_steps, text_of
+from reported import python, sparse_steps, text_of
 
 from fasa_gguf import FasaError
 from fasa_gguf.session import Session
 
 PROMPT = "a" * 200
 START = (
-    "import sys; sys.path.insert(0, 'tests/helpers')\nfrom apps import ON, text_of\n"
+    "import sys; sys.path.insert(0, 'tests/helpers')\nfrom reported import ON, text_of\n"
     "from fasa_gguf import FasaError, Llama\n"
     "def make(**kw): return Llama(sys.argv[1], verbose=False, **{'n_ctx': 1024, 'n_threads': 1, 'fasa': ON, **kw})\n"
 )

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from apps import ON, python, sparse_steps, streamed, text_of
+from reported import ON, python, sparse_steps, streamed, text_of
 from tiny_gguf import write_tiny
 
 from fasa_gguf import FasaError
@@ -69,7 +69,7 @@ def test_a_grammar_that_cannot_be_parsed(profiled):
     """abetlen/llama-cpp-python#615: "error parsing grammar file: parsed_grammar.rules is empty". It is refused with a
     sentence, where llama_cpp now uses a null pointer, and the model goes on."""
     code = (
-        "import sys; sys.path.insert(0, 'tests/helpers')\nfrom apps import ON, text_of\n"
+        "import sys; sys.path.insert(0, 'tests/helpers')\nfrom reported import ON, text_of\n"
         "from fasa_gguf import FasaError, Llama\nfrom llama_cpp import LlamaGrammar\n"
         "llm = Llama(sys.argv[1], n_threads=1, fasa=ON, verbose=False)\nwant = text_of(llm, 'a' * 200)\n"
         "for bad in ('root ::= answer', 'answer ::= \"x\"', 'root ::= (', 'nonsense'):\n"
@@ -247,7 +247,7 @@ def test_a_long_text_is_embedded_in_a_large_batch(profiled):
     """abetlen/llama-cpp-python#1762: `embed` with n_batch above 512 ends the process. A text of 1,000 tokens gets its
     vectors."""
     code = (
-        "import sys; sys.path.insert(0, 'tests/helpers')\nfrom apps import ON\nfrom fasa_gguf import Llama\n"
+        "import sys; sys.path.insert(0, 'tests/helpers')\nfrom reported import ON\nfrom fasa_gguf import Llama\n"
         "llm = Llama(sys.argv[1], n_ctx=2048, n_batch=1024, embedding=True, n_threads=1, fasa=ON, verbose=False)\n"
         "print(len(llm.embed('a' * 996)))"
     )
