@@ -24,7 +24,8 @@ from .params import FasaParams
 from .profile.profile import Profile
 from .runtime.settings import ContextSettings
 
-_log: list[str] = []
+_log: list[tuple[int, str]] = []  # (level, text)
+_WARNING, _ERROR = 3, 4  # of llama.cpp's levels
 _log_callback: Any = None
 
 
@@ -33,16 +34,15 @@ def quiet() -> None:
 
     Calls that may log belong into `runtime.interrupt.deferred()`.
 
-    The last warnings and errors are kept for our exceptions.
+    Warnings and errors are kept for our exceptions.
     """
     global _log_callback
     _log.clear()
     if _log_callback is None:
 
         def keep(level: int, text: bytes, _user: Any) -> None:
-            if level in (3, 4):  # warning, error
-                _log.append(text.decode("utf-8", "replace").strip())
-                del _log[:-20]
+            if level in (_WARNING, _ERROR) and len(_log) < 100:
+                _log.append((level, " ".join(text.decode("utf-8", "replace").split())))
             elif text.startswith(b"fasa: pinning"):
                 print(text.decode("utf-8", "replace").strip(), file=sys.stderr)
 
@@ -52,9 +52,10 @@ def quiet() -> None:
 
 
 def last_log() -> str:
-    """The last complaint, one line: FASA's if there is one, since llama.cpp's own follow from it."""
-    ours = [line.removeprefix("fasa: ") for line in _log if line.startswith("fasa: ")]
-    return (ours or _log or ["no reason given"])[-1]
+    """The cause of a failure, one line: FASA's complaint if there is one, else the first error, which others follow."""
+    ours = [text.removeprefix("fasa: ") for _, text in _log if text.startswith("fasa: ")]
+    errors = [text for level, text in _log if level == _ERROR]
+    return (ours[-1:] or errors or [text for _, text in _log] or ["no reason given"])[0]
 
 
 class Session:
@@ -131,6 +132,7 @@ class Session:
             )
         self.settings = new
         model = self.model
+        _log.clear()
         self.free_context()
         self.mode = self._choose_mode()
         with runtime.context.kv_mode(self.mode), runtime.interrupt.deferred():
@@ -252,6 +254,7 @@ class Session:
                 f"{self.path}: expected a batch of 1 to {self.n_batch} tokens (n_batch, at most n_ctx), "
                 f"found {len(items)}"
             )
+        self.fasa.check_process(self.settings.threads)
         _log.clear()
         batch = self.llama.llama_batch_init(len(items), 0, 1)
         try:
@@ -311,16 +314,27 @@ class Session:
                 return self.logits(len(part) - 1)
         return np.stack(every) if logits == "all" else None
 
+    def _check_seq(self, *seqs: int) -> None:
+        """llama.cpp ends the process for a sequence that the context does not have."""
+        for seq in seqs:
+            if not 0 <= seq < self.settings.n_seq_max:
+                raise FasaError(
+                    f"{self.path}: sequence {seq}: expected 0 to {self.settings.n_seq_max - 1}; "
+                    "open the session with a larger n_seq_max"
+                )
+
     def remove(self, seq: int, p0: int, p1: int = -1) -> None:
         """Forget positions [p0, p1) of a sequence; p1 -1: to the end.
 
         Raises FasaError for a model whose memory is recurrent.
         """
+        self._check_seq(seq)
         if not self.llama.llama_memory_seq_rm(self.memory, seq, p0, p1):
             raise FasaError(f"{self.path}: this model's memory cannot forget single positions")
 
     def copy(self, source: int, target: int) -> None:
         """Make sequence `target` a copy of `source`."""
+        self._check_seq(source, target)
         self.llama.llama_memory_seq_cp(self.memory, source, target, -1, -1)
 
     def synchronize(self) -> None:
@@ -333,6 +347,7 @@ class Session:
 
     def state(self, seq: int = 0) -> bytes:
         """The state of one sequence, for set_state."""
+        self._check_seq(seq)
         n = self.llama.llama_state_seq_get_size(self.ctx, seq)
         buffer = (ctypes.c_uint8 * n)()
         n = self.llama.llama_state_seq_get_data(self.ctx, buffer, n, seq)
@@ -340,6 +355,7 @@ class Session:
 
     def set_state(self, data: bytes | bytearray | np.ndarray, seq: int = 0) -> None:
         """Replace one sequence by a state that `state` gave. Raises FasaError when llama.cpp does not take it."""
+        self._check_seq(seq)
         a = np.frombuffer(data, np.uint8)
         pointer = ctypes.cast(a.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
         if self.llama.llama_state_seq_set_data(self.ctx, pointer, len(a), seq) == 0:

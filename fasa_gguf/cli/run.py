@@ -115,6 +115,8 @@ def _chat(llm: Any, model: str, prompt: str, system: str | None) -> str:
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     template = llm.metadata.get("tokenizer.chat_template")
+    if why := llm.unreadable_templates.get("tokenizer.chat_template"):
+        raise FasaError(f"{model}: its chat template cannot be read: {why}; omit --chat")
     if template is None:
         raise FasaError(f"{model}: this model has no chat template; omit --chat")
     bos, eos = (llm._model.token_get_text(t) if t >= 0 else "" for t in (llm.token_bos(), llm.token_eos()))

@@ -10,8 +10,8 @@ from fasa_gguf.gguf.file import GGUFFile
 N_LAYER, N_HEAD, N_HEAD_KV, WIDTH, N_EMBD, N_FF = 3, 4, 2, 16, 64, 96
 
 
-def add_byte_vocabulary(w, words=()):
-    """The tokens of bytes, and words after them; returns how many."""
+def add_byte_vocabulary(w, words=(), bos=1):
+    """The tokens of bytes, and words after them; returns how many. bos: None for a tokenizer that puts none."""
     tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)] + list(words)
     w.add_tokenizer_model("llama")
     w.add_token_list(tokens)
@@ -21,7 +21,10 @@ def add_byte_vocabulary(w, words=()):
         + [TokenType.BYTE] * 256
         + [TokenType.NORMAL] * len(words)
     )
-    w.add_bos_token_id(1)
+    if bos is None:
+        w.add_add_bos_token(False)
+    else:
+        w.add_bos_token_id(bos)
     w.add_eos_token_id(2)
     return len(tokens)
 
@@ -43,13 +46,16 @@ def write_tiny(
     words=(),
     chat_template=None,
     biases=None,
+    writer=None,
+    bos=1,
 ):
     """A GGUF with random weights of `dtype` (f32 or f16) and a vocabulary of bytes; `arch` has the tensors of llama.
 
     words: tokens after those of bytes, from number 259 on. biases: of every layer, by name (attn_k).
+    writer: arguments of GGUFWriter (splits, byte order). bos: None for a tokenizer that puts none before a text.
     """
     rng = np.random.default_rng(seed)
-    w = GGUFWriter(path, arch)
+    w = GGUFWriter(path, arch, **(writer or {}))
     if alignment:
         w.add_custom_alignment(alignment)
     w.add_context_length(n_ctx)
@@ -65,7 +71,7 @@ def write_tiny(
     if rope_base:
         w.add_rope_freq_base(rope_base)
     w.add_layer_norm_rms_eps(1e-5)
-    n_vocab = add_byte_vocabulary(w, words)
+    n_vocab = add_byte_vocabulary(w, words, bos)
     if chat_template:
         w.add_chat_template(chat_template)
 
