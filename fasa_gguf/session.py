@@ -9,7 +9,7 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -295,29 +295,49 @@ class Session:
         if len(tokens) > 1 and logits != "all" and self.fasa.step == "auto":
             with self.fasa.step_kind("prompt"):
                 return self.decode(tokens, pos0, seq, logits=logits)
-        every = []
+        if logits == "all":
+            return np.stack(list(self.decode_rows(tokens, pos0, seq)))
         for at in range(0, len(tokens), self.n_batch):
             part = tokens[at : at + self.n_batch]
-            end = at + len(part) == len(tokens)
-            self.decode_batch(
-                [
-                    (t, pos0 + at + i, seq, logits == "all" or (logits == "last" and end and i == len(part) - 1))
-                    for i, t in enumerate(part)
-                ]
-            )
-            if logits == "all":
-                every += [self.logits(i) for i in range(len(part))]
-            elif logits == "last" and end:
-                return self.logits(len(part) - 1)
-        return np.stack(every) if logits == "all" else None
+            wants = logits == "last" and at + len(part) == len(tokens)
+            self.decode_batch([(t, pos0 + at + i, seq, wants and i == len(part) - 1) for i, t in enumerate(part)])
+        return self.logits(len(part) - 1) if logits == "last" else None
+
+    def decode_rows(self, tokens: Sequence[int], pos0: int, seq: int = 0, n: int = 0) -> Iterator[np.ndarray]:
+        """As decode with logits "all", row by row: float32 [n_vocab] of every token.
+
+        n: tokens of a batch, 0: n_batch. A large vocabulary makes a batch's logits large: 1 MiB a token at 262,144.
+        """
+        n = min(n or self.n_batch, self.n_batch)
+        for at in range(0, len(tokens), n):
+            part = tokens[at : at + n]
+            self.decode_batch([(t, pos0 + at + i, seq, True) for i, t in enumerate(part)])
+            for i in range(len(part)):
+                yield self.logits(i)
 
     def remove(self, seq: int, p0: int, p1: int = -1) -> None:
         """Forget positions [p0, p1) of a sequence; p1 -1: to the end.
 
-        Raises FasaError for a model whose memory is recurrent.
+        Raises FasaError for a model whose memory is recurrent: see `rewinder`.
         """
         if not self.llama.llama_memory_seq_rm(self.memory, seq, p0, p1):
             raise FasaError(f"{self.path}: this model's memory cannot forget single positions")
+
+    @property
+    def is_recurrent(self) -> bool:
+        """The memory, or a part of it, is a state that every token changes: no position can be forgotten."""
+        kinds = (self.llama.llama_model_is_recurrent, self.llama.llama_model_is_hybrid)
+        return any(is_kind(self.model) for is_kind in kinds)
+
+    def rewinder(self, pos: int, seq: int = 0) -> Callable[[], None]:
+        """To be asked for when the sequence ends before position `pos`: forgets what comes after, at every call.
+
+        A recurrent memory forgets nothing, so there it holds a copy of the sequence's state, and puts it back.
+        """
+        if not self.is_recurrent:
+            return lambda: self.remove(seq, pos)
+        state = self.state(seq)
+        return lambda: self.set_state(state, seq)
 
     def copy(self, source: int, target: int) -> None:
         """Make sequence `target` a copy of `source`."""
