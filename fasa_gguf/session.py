@@ -65,9 +65,9 @@ class Session:
     them and says on stderr what it found. profile: what auto plans with, None: the model's own.
 
     Attributes: settings, the ContextSettings in force; mode, device or host; n_ctx, tokens over all sequences; n_batch,
-    tokens per llama_decode, at most n_ctx; n_vocab, n_ctx_train; abort, asked between the nodes of a graph whether to
-    end the decode: instead of llama_set_abort_callback, which Ctrl-C uses; None: never. Raises FasaError when the
-    model cannot be loaded or the context cannot be made.
+    tokens per llama_decode, at most n_ctx, and n_ubatch in an encoder; n_vocab, n_ctx_train; abort, asked between the
+    nodes of a graph whether to end the decode: instead of llama_set_abort_callback, which Ctrl-C uses; None: never.
+    Raises FasaError when the model cannot be loaded or the context cannot be made.
     """
 
     settings: ContextSettings
@@ -139,6 +139,8 @@ class Session:
                 raise FasaError(f"{self.path}: llama.cpp cannot make a context of {new.n_ctx} tokens: {last_log()}")
         # llama.cpp makes a batch no larger than the context
         self.n_ctx, self.n_batch = self.llama.llama_n_ctx(self.ctx), self.llama.llama_n_batch(self.ctx)
+        if not self.memory:  # without a KV cache (an encoder) every token sees the others of its ubatch only
+            self.n_batch = min(self.n_batch, self.llama.llama_n_ubatch(self.ctx))
         self._fasa = runtime.context.Context(ctypes.cast(self.ctx, ctypes.c_void_p).value or 0)
         if self.mode == "host" and (why := runtime.context.not_pinned(self._fasa)):
             self.free_context()
@@ -248,9 +250,9 @@ class Session:
         Raises FasaError when the context is full or llama.cpp fails, and what an observer raised.
         """
         if not 1 <= len(items) <= self.n_batch:
+            most = "at most n_ctx" if self.memory else "at most n_ctx and n_ubatch"
             raise FasaError(
-                f"{self.path}: expected a batch of 1 to {self.n_batch} tokens (n_batch, at most n_ctx), "
-                f"found {len(items)}"
+                f"{self.path}: expected a batch of 1 to {self.n_batch} tokens (n_batch, {most}), found {len(items)}"
             )
         _log.clear()
         batch = self.llama.llama_batch_init(len(items), 0, 1)
@@ -297,17 +299,27 @@ class Session:
                 return self.decode(tokens, pos0, seq, logits=logits)
         if logits == "all":
             return np.stack(list(self.decode_rows(tokens, pos0, seq)))
+        self._check_encoder(len(tokens))
         for at in range(0, len(tokens), self.n_batch):
             part = tokens[at : at + self.n_batch]
             wants = logits == "last" and at + len(part) == len(tokens)
             self.decode_batch([(t, pos0 + at + i, seq, wants and i == len(part) - 1) for i, t in enumerate(part)])
         return self.logits(len(part) - 1) if logits == "last" else None
 
+    def _check_encoder(self, n: int) -> None:
+        """Raises FasaError when n tokens would be cut into batches that do not see each other."""
+        if n > self.n_batch and not self.memory:
+            raise FasaError(
+                f"{self.path}: this model has no KV cache, so its tokens see each other in one batch only; expected at "
+                f"most {self.n_batch} tokens, found {n}; use a larger n_ubatch (and n_batch, n_ctx)"
+            )
+
     def decode_rows(self, tokens: Sequence[int], pos0: int, seq: int = 0, n: int = 0) -> Iterator[np.ndarray]:
         """As decode with logits "all", row by row: float32 [n_vocab] of every token.
 
         n: tokens of a batch, 0: n_batch. A large vocabulary makes a batch's logits large: 1 MiB a token at 262,144.
         """
+        self._check_encoder(len(tokens))
         n = min(n or self.n_batch, self.n_batch)
         for at in range(0, len(tokens), n):
             part = tokens[at : at + n]
