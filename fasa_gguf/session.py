@@ -9,7 +9,7 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -66,9 +66,9 @@ class Session:
     them and says on stderr what it found. profile: what auto plans with, None: the model's own.
 
     Attributes: settings, the ContextSettings in force; mode, device or host; n_ctx, tokens over all sequences; n_batch,
-    tokens per llama_decode, at most n_ctx; n_vocab, n_ctx_train; abort, asked between the nodes of a graph whether to
-    end the decode: instead of llama_set_abort_callback, which Ctrl-C uses; None: never. Raises FasaError when the
-    model cannot be loaded or the context cannot be made.
+    tokens per llama_decode, at most n_ctx, and n_ubatch in an encoder; n_vocab, n_ctx_train; abort, asked between the
+    nodes of a graph whether to end the decode: instead of llama_set_abort_callback, which Ctrl-C uses; None: never.
+    Raises FasaError when the model cannot be loaded or the context cannot be made.
     """
 
     settings: ContextSettings
@@ -141,6 +141,8 @@ class Session:
                 raise FasaError(f"{self.path}: llama.cpp cannot make a context of {new.n_ctx} tokens: {last_log()}")
         # llama.cpp makes a batch no larger than the context
         self.n_ctx, self.n_batch = self.llama.llama_n_ctx(self.ctx), self.llama.llama_n_batch(self.ctx)
+        if not self.memory:  # without a KV cache (an encoder) every token sees the others of its ubatch only
+            self.n_batch = min(self.n_batch, self.llama.llama_n_ubatch(self.ctx))
         self._fasa = runtime.context.Context(ctypes.cast(self.ctx, ctypes.c_void_p).value or 0)
         if self.mode == "host" and (why := runtime.context.not_pinned(self._fasa)):
             self.free_context()
@@ -250,9 +252,9 @@ class Session:
         Raises FasaError when the context is full or llama.cpp fails, and what an observer raised.
         """
         if not 1 <= len(items) <= self.n_batch:
+            most = "at most n_ctx" if self.memory else "at most n_ctx and n_ubatch"
             raise FasaError(
-                f"{self.path}: expected a batch of 1 to {self.n_batch} tokens (n_batch, at most n_ctx), "
-                f"found {len(items)}"
+                f"{self.path}: expected a batch of 1 to {self.n_batch} tokens (n_batch, {most}), found {len(items)}"
             )
         self.fasa.check_process(self.settings.threads)
         _log.clear()
@@ -298,21 +300,35 @@ class Session:
         if len(tokens) > 1 and logits != "all" and self.fasa.step == "auto":
             with self.fasa.step_kind("prompt"):
                 return self.decode(tokens, pos0, seq, logits=logits)
-        every = []
+        if logits == "all":
+            return np.stack(list(self.decode_rows(tokens, pos0, seq)))
+        self._check_encoder(len(tokens))
         for at in range(0, len(tokens), self.n_batch):
             part = tokens[at : at + self.n_batch]
-            end = at + len(part) == len(tokens)
-            self.decode_batch(
-                [
-                    (t, pos0 + at + i, seq, logits == "all" or (logits == "last" and end and i == len(part) - 1))
-                    for i, t in enumerate(part)
-                ]
+            wants = logits == "last" and at + len(part) == len(tokens)
+            self.decode_batch([(t, pos0 + at + i, seq, wants and i == len(part) - 1) for i, t in enumerate(part)])
+        return self.logits(len(part) - 1) if logits == "last" else None
+
+    def _check_encoder(self, n: int) -> None:
+        """Raises FasaError when n tokens would be cut into batches that do not see each other."""
+        if n > self.n_batch and not self.memory:
+            raise FasaError(
+                f"{self.path}: this model has no KV cache, so its tokens see each other in one batch only; expected at "
+                f"most {self.n_batch} tokens, found {n}; use a larger n_ubatch (and n_batch, n_ctx)"
             )
-            if logits == "all":
-                every += [self.logits(i) for i in range(len(part))]
-            elif logits == "last" and end:
-                return self.logits(len(part) - 1)
-        return np.stack(every) if logits == "all" else None
+
+    def decode_rows(self, tokens: Sequence[int], pos0: int, seq: int = 0, n: int = 0) -> Iterator[np.ndarray]:
+        """As decode with logits "all", row by row: float32 [n_vocab] of every token.
+
+        n: tokens of a batch, 0: n_batch. A large vocabulary makes a batch's logits large: 1 MiB a token at 262,144.
+        """
+        self._check_encoder(len(tokens))
+        n = min(n or self.n_batch, self.n_batch)
+        for at in range(0, len(tokens), n):
+            part = tokens[at : at + n]
+            self.decode_batch([(t, pos0 + at + i, seq, True) for i, t in enumerate(part)])
+            for i in range(len(part)):
+                yield self.logits(i)
 
     def _check_seq(self, *seqs: int) -> None:
         """llama.cpp ends the process for a sequence that the context does not have."""
@@ -326,11 +342,27 @@ class Session:
     def remove(self, seq: int, p0: int, p1: int = -1) -> None:
         """Forget positions [p0, p1) of a sequence; p1 -1: to the end.
 
-        Raises FasaError for a model whose memory is recurrent.
+        Raises FasaError for a model whose memory is recurrent: see `rewinder`.
         """
         self._check_seq(seq)
         if not self.llama.llama_memory_seq_rm(self.memory, seq, p0, p1):
             raise FasaError(f"{self.path}: this model's memory cannot forget single positions")
+
+    @property
+    def is_recurrent(self) -> bool:
+        """The memory, or a part of it, is a state that every token changes: no position can be forgotten."""
+        kinds = (self.llama.llama_model_is_recurrent, self.llama.llama_model_is_hybrid)
+        return any(is_kind(self.model) for is_kind in kinds)
+
+    def rewinder(self, pos: int, seq: int = 0) -> Callable[[], None]:
+        """To be asked for when the sequence ends before position `pos`: forgets what comes after, at every call.
+
+        A recurrent memory forgets nothing, so there it holds a copy of the sequence's state, and puts it back.
+        """
+        if not self.is_recurrent:
+            return lambda: self.remove(seq, pos)
+        state = self.state(seq)
+        return lambda: self.set_state(state, seq)
 
     def copy(self, source: int, target: int) -> None:
         """Make sequence `target` a copy of `source`."""

@@ -62,6 +62,9 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
 
     std::map<int32_t, ggml_tensor *> lists; // by the layer that made them
 
+    int64_t first_seen        = -1;      // where the dense layers with a window begin to read; -1: there is none
+    ggml_tensor * window_mask = nullptr; // their mask, from there on
+
     llm_graph_input_fasa(fasa_cache * cache, fasa_reason dense_reason, uint32_t n_stream, bool gpu_waits)
         : cache(cache), epoch(cache->state->epoch), dense_reason(dense_reason), n_stream(n_stream),
           gpu_waits(gpu_waits) {}
@@ -110,6 +113,9 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
         const auto & ubatch = params.ubatch;
         const uint32_t n    = params.cparams.kv_unified ? 1 : ubatch.n_seqs_unq;
         const uint32_t n_kv = cache->inputs.n_kv();
+        if (first_seen >= 0 && first_seen != cache->inputs.first_seen(ubatch)) {
+            return false;
+        }
         return epoch == cache->state->epoch && n == n_stream && gpu_waits == cache->gpu_waits(n_kv) &&
             dense_reason == fasa_step_dense_reason(cache->state->params, cache->state->now.decodes, n_kv);
     }
@@ -176,6 +182,7 @@ struct fasa_attn {
 
     ggml_tensor * build_dense() const;
     ggml_tensor * build_staged() const;
+    ggml_tensor * build_window() const;
     ggml_tensor * build_select() const;
     ggml_tensor * build_fac() const;
 
@@ -276,9 +283,38 @@ std::pair<ggml_tensor *, ggml_tensor *> fasa_attn::staged(int il, ggml_tensor * 
 // nullptr: the stock code goes on
 ggml_tensor * fasa_attn::build_dense() const {
     if (!cache->residence.is_pinned(il) || !cache->residence.stage(il) || graph.cparams.training) {
-        return nullptr;
+        return build_window();
     }
     return build_staged();
+}
+
+// In a sparse step on the CPU, the stock attention of a layer with a sliding window, over the cells from the first that
+// it shows: ggml's looks at the mask of every cell for every head, which takes longer than attending to the window.
+// nullptr: as stock.
+ggml_tensor * fasa_attn::build_window() const {
+    const auto & state = *cache->state;
+    if (!state.params.enabled || !state.now.active || input->dense_reason != FASA_REASON_NONE || kq_b || v_mla ||
+        !graph.cparams.flash_attn || cache->residence.device_of(il) || v->nb[1] > v->nb[2]) {
+        return nullptr;
+    }
+    if (input->first_seen < 0) {
+        input->first_seen = cache->inputs.first_seen(graph.ubatch);
+    }
+    const int64_t first = input->first_seen, n = k->ne[2] - first;
+    if (first == 0 || n <= 0) {
+        return nullptr;
+    }
+    const auto rows = [&](ggml_tensor * x) {
+        return ggml_view_4d(
+            graph.ctx0, x, x->ne[0], x->ne[1], n, x->ne[3], x->nb[1], x->nb[2], x->nb[3], first * x->nb[2]);
+    };
+    if (input->window_mask == nullptr) {
+        ggml_tensor * m    = kq_mask;
+        ggml_tensor * view = ggml_view_4d(
+            graph.ctx0, m, n, m->ne[1], m->ne[2], m->ne[3], m->nb[1], m->nb[2], m->nb[3], first * m->nb[0]);
+        input->window_mask = ggml_is_contiguous(view) ? view : ggml_cont(graph.ctx0, view);
+    }
+    return graph.build_attn_mha(q, rows(k), rows(v), kq_b, input->window_mask, sinks, v_mla, 0, kq_scale, il);
 }
 
 // Dense attention over a copy on the device. In a step that is dense as a whole it is made while the layer before is at
