@@ -15,6 +15,9 @@ help:
 	@echo 'make build  the native library, into fasa_gguf/lib; CMAKE_ARGS=... takes options of llama.cpp'
 	@echo 'make stock  the unpatched library with the same flags, into build/stock-lib'
 	@echo 'make upstream-tests  the own tests of the pinned llama.cpp, against the patched library'
+	@echo 'make binding-tests  the own tests of the pinned llama-cpp-python, with FASA off and on'
+	@echo 'make app-tests  langchain, llama-index and the server of llama-cpp-python, with FASA'
+	@echo 'make thread-tests  settings and statistics during a decode, under the thread sanitizer'
 	@echo 'make check  does the patch queue apply'
 	@echo 'make lint   ruff, mypy and clang-format; `make format` writes what they want'
 	@echo 'make tables writes the C side of settings, counters and reasons anew, from the Python tables'
@@ -76,6 +79,33 @@ upstream-tests: build $(MODEL)
 	build/upstream-tests/bin/test-llama-archs -s 1 -o build/archs
 	$(PY) -m pytest -q tests/native/test_archs.py
 
+# OpenMP's own synchronisation is unknown to the sanitizer
+THREAD_FLAGS := -DGGML_OPENMP=OFF $(foreach l,C CXX,-DCMAKE_$(l)_FLAGS=-fsanitize=thread \
+                '-DCMAKE_$(l)_FLAGS_RELEASE=-O1 -g1 -DNDEBUG')
+thread-tests: $(VENV)/.ready
+	@$(call configure,build/threads,$(THREAD_FLAGS))
+	$(VENV)/bin/cmake --build build/threads -j $(JOBS) --target llama
+	$(PY) -m pytest -q -rs tests/native/test_threads.py
+
+# What apps import, in an environment of its own behind which .venv lies: llama-cpp-python counts as installed there.
+APPS := build/apps
+$(APPS)/.ready: $(VENV)/.ready
+	$(PY) -m venv --clear $(APPS)
+	$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	    > "$$($(APPS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth"
+	$(APPS)/bin/python -m pip install -q --disable-pip-version-check \
+	    --only-binary llama-cpp-python llama-cpp-python==$(PIN) 'scipy>=1.10' 'langchain-community>=0.4' \
+	    'llama-index-llms-llama-cpp>=0.7' 'openai>=2' 'httpx>=0.24' 'uvicorn>=0.22' 'fastapi>=0.100' \
+	    'pydantic-settings>=2.0.1' 'sse-starlette>=1.6.1' 'starlette-context>=0.3.6,<0.4' 'PyYAML>=5.1'
+	@touch $@
+
+APP_TESTS = OMP_WAIT_POLICY=passive $(APPS)/bin/python -m pytest -q -rsP
+binding-tests: build $(APPS)/.ready $(MODEL)
+	$(APP_TESTS) tests/apps/test_upstream.py
+
+app-tests: build $(APPS)/.ready $(MODEL)
+	$(APP_TESTS) tests/apps --deselect tests/apps/test_upstream.py
+
 $(MODEL): $(VENV)/.ready
 	$(PY) models/fetch.py $@
 
@@ -117,4 +147,4 @@ tables: $(VENV)/.ready
 compare: $(VENV)/.ready
 	$(PY) tests/helpers/compare_checkouts.py $(OTHER)
 
-.PHONY: help build stock upstream-tests demo test check lint format tables compare
+.PHONY: help build stock upstream-tests binding-tests app-tests thread-tests demo test check lint format tables compare

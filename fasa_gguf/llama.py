@@ -15,6 +15,7 @@ from .gguf.cache_types import CACHE_TYPES
 from .gguf.file import GGUFFile, read_header
 from .memory.model import read_model
 from .memory.placement import choose_mode, chosen_mode
+from .mended import Mended, file_path
 from .params import FasaParams
 from .profile.find import find_profile
 from .profile.profile import Profile
@@ -22,7 +23,6 @@ from .profile.rope import SCALING, UNSET, rope_note
 from .runtime.settings import ContextSettings, thread_count
 
 _llama_cpp = runtime.library.load()
-_Base: Any = _llama_cpp.Llama
 
 
 def _say(text: str) -> None:
@@ -104,7 +104,7 @@ class _Model(_llama_cpp._internals.LlamaModel):  # type: ignore[name-defined]
         return out[1:] if len(tokens) > 0 and tokens[0] == self.token_bos() and out[:1] == b" " else out
 
 
-class Llama(_Base):
+class Llama(Mended):
     """llama_cpp.Llama with FASA.
 
     fasa: "auto" (the profile in the model, if there is one), "off", or FasaParams, which need a profile. None: what
@@ -137,8 +137,7 @@ class Llama(_Base):
         fasa_mode: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self._stack = contextlib.ExitStack()  # close() needs it when we raise before llama_cpp made its own
-        model_path = os.fspath(model_path)
+        model_path = file_path(model_path)
         self._fasa_choice = fasa = self._fasa_default if fasa is None else fasa
         self._fasa_source = self._profile_default if fasa_profile is None else fasa_profile
         _check_choice(fasa)
@@ -294,9 +293,10 @@ class Llama(_Base):
 
         Several tokens are a prompt, which is dense; one token decodes with FASA.
         """
+        self._check_usable()
         first = self._step == "first"
         kind = "prompt" if first else self._step or ("prompt" if len(tokens) > 1 else "auto")
-        with self._live().step_kind(kind):
+        with self._calls, self._live().step_kind(kind):
             if first and len(tokens) > 1 and self._live().params() is not None:
                 # the last token alone, as it is evaluated when all before it is reused: the same sums, the same bits
                 super().eval(tokens[:-1])
@@ -306,29 +306,43 @@ class Llama(_Base):
             self._step = "decode"  # what comes behind the prompt was sampled, or drafted
 
     def generate(self, tokens: Sequence[int], *args: Any, **kwargs: Any) -> Generator[int, Sequence[int] | None, None]:
-        """llama_cpp.Llama.generate. The first tokens evaluated are a prompt, later ones decode steps."""
-        inner, sent, step = super().generate(tokens, *args, **kwargs), None, "first"
+        """llama_cpp.Llama.generate. The first tokens evaluated are a prompt, later ones decode steps.
+
+        Raises FasaError when another call has used the model since the last token: there is one context.
+        """
+        inner, sent, step, run = super().generate(tokens, *args, **kwargs), None, "first", object()
         with contextlib.closing(inner):
             while True:
-                outer, self._step = self._step, step
-                try:
-                    token = inner.send(sent)
-                except StopIteration:
-                    return
-                finally:
-                    self._step = outer
+                with self._one_step(run, step == "first"):
+                    self._check_usable()
+                    outer, self._step = self._step, step
+                    try:
+                        has_room = step == "first" or self.n_tokens < self._n_ctx
+                        token = inner.send(sent) if has_room else self._no_room()
+                    except StopIteration:
+                        return
+                    finally:
+                        self._step = outer
                 sent = yield token
                 step = "prompt" if sent else "decode"  # tokens that the caller sends were not sampled
 
     def embed(self, *args: Any, **kwargs: Any) -> Any:
         """llama_cpp.Llama.embed; what it evaluates is a prompt."""
-        with self._live().step_kind("prompt"):
+        with self._calls, self._live().step_kind("prompt"):
             return super().embed(*args, **kwargs)
 
     def load_state(self, state: Any) -> None:
-        """llama_cpp.Llama.load_state."""
-        with self._live().turn:
+        """llama_cpp.Llama.load_state. Raises FasaError when the state does not fit; the model is then empty."""
+        with self._calls, self._live().turn:
             super().load_state(state)
+
+    def _evaluate_last(self) -> None:
+        with self._live().step_kind("prompt"):  # as it was evaluated, if the state was saved behind a prompt
+            super()._evaluate_last()
+
+    def _check_usable(self) -> None:
+        super()._check_usable()
+        self._live().check_process(max(self.n_threads, self.n_threads_batch))
 
     def close(self) -> None:
         """Free the model and its context."""

@@ -9,7 +9,7 @@ import ctypes
 import functools
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -24,7 +24,8 @@ from .params import FasaParams
 from .profile.profile import Profile
 from .runtime.settings import ContextSettings
 
-_log: list[str] = []
+_log: list[tuple[int, str]] = []  # (level, text)
+_WARNING, _ERROR = 3, 4  # of llama.cpp's levels
 _log_callback: Any = None
 
 
@@ -33,16 +34,15 @@ def quiet() -> None:
 
     Calls that may log belong into `runtime.interrupt.deferred()`.
 
-    The last warnings and errors are kept for our exceptions.
+    Warnings and errors are kept for our exceptions.
     """
     global _log_callback
     _log.clear()
     if _log_callback is None:
 
         def keep(level: int, text: bytes, _user: Any) -> None:
-            if level in (3, 4):  # warning, error
-                _log.append(text.decode("utf-8", "replace").strip())
-                del _log[:-20]
+            if level in (_WARNING, _ERROR) and len(_log) < 100:
+                _log.append((level, " ".join(text.decode("utf-8", "replace").split())))
             elif text.startswith(b"fasa: pinning"):
                 print(text.decode("utf-8", "replace").strip(), file=sys.stderr)
 
@@ -52,9 +52,10 @@ def quiet() -> None:
 
 
 def last_log() -> str:
-    """The last complaint, one line: FASA's if there is one, since llama.cpp's own follow from it."""
-    ours = [line.removeprefix("fasa: ") for line in _log if line.startswith("fasa: ")]
-    return (ours or _log or ["no reason given"])[-1]
+    """The cause of a failure, one line: FASA's complaint if there is one, else the first error, which others follow."""
+    ours = [text.removeprefix("fasa: ") for _, text in _log if text.startswith("fasa: ")]
+    errors = [text for level, text in _log if level == _ERROR]
+    return (ours[-1:] or errors or [text for _, text in _log] or ["no reason given"])[0]
 
 
 class Session:
@@ -65,9 +66,9 @@ class Session:
     them and says on stderr what it found. profile: what auto plans with, None: the model's own.
 
     Attributes: settings, the ContextSettings in force; mode, device or host; n_ctx, tokens over all sequences; n_batch,
-    tokens per llama_decode, at most n_ctx; n_vocab, n_ctx_train; abort, asked between the nodes of a graph whether to
-    end the decode: instead of llama_set_abort_callback, which Ctrl-C uses; None: never. Raises FasaError when the
-    model cannot be loaded or the context cannot be made.
+    tokens per llama_decode, at most n_ctx, and n_ubatch in an encoder; n_vocab, n_ctx_train; abort, asked between the
+    nodes of a graph whether to end the decode: instead of llama_set_abort_callback, which Ctrl-C uses; None: never.
+    Raises FasaError when the model cannot be loaded or the context cannot be made.
     """
 
     settings: ContextSettings
@@ -131,6 +132,7 @@ class Session:
             )
         self.settings = new
         model = self.model
+        _log.clear()
         self.free_context()
         self.mode = self._choose_mode()
         with runtime.context.kv_mode(self.mode), runtime.interrupt.deferred():
@@ -139,6 +141,8 @@ class Session:
                 raise FasaError(f"{self.path}: llama.cpp cannot make a context of {new.n_ctx} tokens: {last_log()}")
         # llama.cpp makes a batch no larger than the context
         self.n_ctx, self.n_batch = self.llama.llama_n_ctx(self.ctx), self.llama.llama_n_batch(self.ctx)
+        if not self.memory:  # without a KV cache (an encoder) every token sees the others of its ubatch only
+            self.n_batch = min(self.n_batch, self.llama.llama_n_ubatch(self.ctx))
         self._fasa = runtime.context.Context(ctypes.cast(self.ctx, ctypes.c_void_p).value or 0)
         if self.mode == "host" and (why := runtime.context.not_pinned(self._fasa)):
             self.free_context()
@@ -248,10 +252,11 @@ class Session:
         Raises FasaError when the context is full or llama.cpp fails, and what an observer raised.
         """
         if not 1 <= len(items) <= self.n_batch:
+            most = "at most n_ctx" if self.memory else "at most n_ctx and n_ubatch"
             raise FasaError(
-                f"{self.path}: expected a batch of 1 to {self.n_batch} tokens (n_batch, at most n_ctx), "
-                f"found {len(items)}"
+                f"{self.path}: expected a batch of 1 to {self.n_batch} tokens (n_batch, {most}), found {len(items)}"
             )
+        self.fasa.check_process(self.settings.threads)
         _log.clear()
         batch = self.llama.llama_batch_init(len(items), 0, 1)
         try:
@@ -295,32 +300,73 @@ class Session:
         if len(tokens) > 1 and logits != "all" and self.fasa.step == "auto":
             with self.fasa.step_kind("prompt"):
                 return self.decode(tokens, pos0, seq, logits=logits)
-        every = []
+        if logits == "all":
+            return np.stack(list(self.decode_rows(tokens, pos0, seq)))
+        self._check_encoder(len(tokens))
         for at in range(0, len(tokens), self.n_batch):
             part = tokens[at : at + self.n_batch]
-            end = at + len(part) == len(tokens)
-            self.decode_batch(
-                [
-                    (t, pos0 + at + i, seq, logits == "all" or (logits == "last" and end and i == len(part) - 1))
-                    for i, t in enumerate(part)
-                ]
+            wants = logits == "last" and at + len(part) == len(tokens)
+            self.decode_batch([(t, pos0 + at + i, seq, wants and i == len(part) - 1) for i, t in enumerate(part)])
+        return self.logits(len(part) - 1) if logits == "last" else None
+
+    def _check_encoder(self, n: int) -> None:
+        """Raises FasaError when n tokens would be cut into batches that do not see each other."""
+        if n > self.n_batch and not self.memory:
+            raise FasaError(
+                f"{self.path}: this model has no KV cache, so its tokens see each other in one batch only; expected at "
+                f"most {self.n_batch} tokens, found {n}; use a larger n_ubatch (and n_batch, n_ctx)"
             )
-            if logits == "all":
-                every += [self.logits(i) for i in range(len(part))]
-            elif logits == "last" and end:
-                return self.logits(len(part) - 1)
-        return np.stack(every) if logits == "all" else None
+
+    def decode_rows(self, tokens: Sequence[int], pos0: int, seq: int = 0, n: int = 0) -> Iterator[np.ndarray]:
+        """As decode with logits "all", row by row: float32 [n_vocab] of every token.
+
+        n: tokens of a batch, 0: n_batch. A large vocabulary makes a batch's logits large: 1 MiB a token at 262,144.
+        """
+        self._check_encoder(len(tokens))
+        n = min(n or self.n_batch, self.n_batch)
+        for at in range(0, len(tokens), n):
+            part = tokens[at : at + n]
+            self.decode_batch([(t, pos0 + at + i, seq, True) for i, t in enumerate(part)])
+            for i in range(len(part)):
+                yield self.logits(i)
+
+    def _check_seq(self, *seqs: int) -> None:
+        """llama.cpp ends the process for a sequence that the context does not have."""
+        for seq in seqs:
+            if not 0 <= seq < self.settings.n_seq_max:
+                raise FasaError(
+                    f"{self.path}: sequence {seq}: expected 0 to {self.settings.n_seq_max - 1}; "
+                    "open the session with a larger n_seq_max"
+                )
 
     def remove(self, seq: int, p0: int, p1: int = -1) -> None:
         """Forget positions [p0, p1) of a sequence; p1 -1: to the end.
 
-        Raises FasaError for a model whose memory is recurrent.
+        Raises FasaError for a model whose memory is recurrent: see `rewinder`.
         """
+        self._check_seq(seq)
         if not self.llama.llama_memory_seq_rm(self.memory, seq, p0, p1):
             raise FasaError(f"{self.path}: this model's memory cannot forget single positions")
 
+    @property
+    def is_recurrent(self) -> bool:
+        """The memory, or a part of it, is a state that every token changes: no position can be forgotten."""
+        kinds = (self.llama.llama_model_is_recurrent, self.llama.llama_model_is_hybrid)
+        return any(is_kind(self.model) for is_kind in kinds)
+
+    def rewinder(self, pos: int, seq: int = 0) -> Callable[[], None]:
+        """To be asked for when the sequence ends before position `pos`: forgets what comes after, at every call.
+
+        A recurrent memory forgets nothing, so there it holds a copy of the sequence's state, and puts it back.
+        """
+        if not self.is_recurrent:
+            return lambda: self.remove(seq, pos)
+        state = self.state(seq)
+        return lambda: self.set_state(state, seq)
+
     def copy(self, source: int, target: int) -> None:
         """Make sequence `target` a copy of `source`."""
+        self._check_seq(source, target)
         self.llama.llama_memory_seq_cp(self.memory, source, target, -1, -1)
 
     def synchronize(self) -> None:
@@ -333,6 +379,7 @@ class Session:
 
     def state(self, seq: int = 0) -> bytes:
         """The state of one sequence, for set_state."""
+        self._check_seq(seq)
         n = self.llama.llama_state_seq_get_size(self.ctx, seq)
         buffer = (ctypes.c_uint8 * n)()
         n = self.llama.llama_state_seq_get_data(self.ctx, buffer, n, seq)
@@ -340,6 +387,7 @@ class Session:
 
     def set_state(self, data: bytes | bytearray | np.ndarray, seq: int = 0) -> None:
         """Replace one sequence by a state that `state` gave. Raises FasaError when llama.cpp does not take it."""
+        self._check_seq(seq)
         a = np.frombuffer(data, np.uint8)
         pointer = ctypes.cast(a.ctypes.data, ctypes.POINTER(ctypes.c_uint8))
         if self.llama.llama_state_seq_set_data(self.ctx, pointer, len(a), seq) == 0:

@@ -18,6 +18,7 @@ LAYERS = (
     ("report",),
     ("runtime",),
     ("memory",),
+    ("mended",),
     ("session", "llama"),
     ("quality",),
     ("calibrate",),

@@ -4,6 +4,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,22 @@ def test_a_model_loaded_off_can_be_switched_on(make, profiled, tiny):
 def test_a_closed_model_says_so(make, profiled):
     llm = make(profiled)
     llm.close()
-    for use in (llm.fasa_stats, llm.reset_fasa_stats, lambda: llm.fasa, lambda: llm.set_fasa("off")):
+    for use in (
+        llm.fasa_stats,
+        llm.reset_fasa_stats,
+        lambda: llm.fasa,
+        lambda: llm.set_fasa("off"),
+        lambda: text_of(llm, "a"),
+        lambda: next(llm.create_completion("a", stream=True)),
+        lambda: llm.tokenize(b"a"),
+        lambda: llm.detokenize([5]),
+        lambda: llm.eval([5]),
+        lambda: next(llm.generate([5])),
+        lambda: llm.sample(),
+        llm.save_state,
+        llm.token_bos,
+        lambda: llm.ctx,
+    ):
         with pytest.raises(FasaError, match="this model is closed"):
             use()
 
@@ -219,6 +235,14 @@ def test_drafts_of_the_default_length_are_decode_steps(make, profiled):
     assert sparse >= 4 and (dense, prompt) == (0, 2)  # its last token is evaluated alone
 
 
+def test_drafts_beyond_the_first_batch(make, profiled):
+    """Drafts need the logits of every token; llama_cpp has room for those of one batch."""
+    from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
+
+    llm = make(profiled, fasa=ON, n_batch=64, draft_model=LlamaPromptLookupDecoding(num_pred_tokens=4))
+    assert text_of(llm, "abcab" * 40, 20) == text_of(make(profiled, fasa=ON, n_batch=64), "abcab" * 40, 20)
+
+
 def test_the_last_token_of_a_prompt_is_dense_when_its_prefix_is_reused(make, profiled):
     from llama_cpp import LlamaRAMCache
 
@@ -267,3 +291,27 @@ def test_settings_set_while_another_thread_generates(make, profiled):
         stop.set()
         thread.join()
     assert texts == [want] * 4 and not errors
+
+
+def test_one_text_at_a_time(make, profiled):
+    """A stream that another call overtakes says so, rather than go on in the other's context."""
+    llm = make(profiled, fasa=ON)
+    want = text_of(llm, "b" * 100)
+    stream = llm.create_completion("a" * 100, max_tokens=20, temperature=0, stream=True)
+    next(stream)
+    assert text_of(llm, "b" * 100) == want
+    with pytest.raises(FasaError, match="this generation cannot go on: another call has used the model since"):
+        list(stream)
+    abandoned = llm.create_completion("c" * 100, max_tokens=20, temperature=0, stream=True)
+    next(abandoned)
+    del abandoned
+    assert text_of(llm, "b" * 100) == want
+
+
+def test_threads_that_share_a_model_wait_for_each_other(make, profiled):
+    llm = make(profiled, fasa=ON, n_threads=2)
+    prompts = [letter * 150 for letter in "abcdef"]
+    want = [text_of(llm, p, 30) for p in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        assert list(pool.map(lambda p: text_of(llm, p, 30), prompts)) == want
+    assert [text_of(llm, p, 30) for p in prompts] == want

@@ -200,22 +200,3 @@ def random_model(a: argparse.Namespace) -> str:
         say(f"writing a random {a.shape} model to {a.output_model}")
         write_model(a.output_model, a.shape)
     return a.output_model
-
-
-def progress_bar() -> Callable[[str, int, int], None]:
-    """A callback (what, done, total) that draws a progress bar on stderr.
-
-    It draws nothing when stderr is no terminal.
-    """
-    from tqdm import tqdm
-
-    bars: dict[str, Any] = {}
-
-    def report(what: str, done: int, total: int) -> None:
-        if what not in bars:
-            bars[what] = tqdm(total=total, desc=what, disable=None, file=sys.stderr, leave=False)
-        bars[what].update(done - bars[what].n)
-        if done >= total:
-            bars.pop(what).close()
-
-    return report

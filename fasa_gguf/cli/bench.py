@@ -23,11 +23,11 @@ from .arguments import (
     given_fasa,
     mode,
     note,
-    progress_bar,
     random_model,
     read_params,
     whole,
 )
+from .progress import progress_bar
 
 CROSSOVER_DEPTHS = (256, 512, 768, 1024, 1536, 2048, 3072, 4096)  # of --find-crossover without -d
 

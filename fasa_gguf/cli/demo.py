@@ -19,7 +19,7 @@ from ..llama import Llama
 from ..profile.embed import rewrite
 from ..profile.profile import Profile
 from ..report.pictures import save_heatmap
-from .arguments import progress_bar
+from .progress import progress_bar
 
 FACT = "The magic number is 7482915. "
 QUESTION = "What is the magic number?"

@@ -21,13 +21,13 @@ from .arguments import (
     add_model,
     comma_list,
     note,
-    progress_bar,
     read_context,
     read_params,
     read_text,
     shares,
     whole,
 )
+from .progress import progress_bar
 
 # the flags that only some tasks take, with their defaults
 TASK_FLAGS: dict[str, dict[str, Any]] = {

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from .. import __version__
 from ..errors import FasaError
 from . import bench, eval, plan, profile, quality, run
+from .progress import stop_progress
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,3 +54,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("fasa-gguf: interrupted", file=sys.stderr)
         return 130
+    finally:
+        stop_progress()

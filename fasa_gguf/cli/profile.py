@@ -13,7 +13,8 @@ from typing import Any
 from ..errors import FasaError
 from ..gguf.file import printable
 from ..profile.profile import Profile
-from .arguments import AddCommand, add_machine_flags, add_model, progress_bar, read_text, whole
+from .arguments import AddCommand, add_machine_flags, add_model, read_text, whole
+from .progress import progress_bar
 
 
 def _calibrate(a: argparse.Namespace, out: str | None) -> Profile:

@@ -17,13 +17,13 @@ from .arguments import (
     comma_list,
     note,
     percent,
-    progress_bar,
     read_context,
     read_params,
     read_text,
     shares,
     whole,
 )
+from .progress import progress_bar
 
 METHODS = (  # of `compare` without --methods
     "window",

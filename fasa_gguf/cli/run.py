@@ -7,7 +7,7 @@ import codecs
 import contextlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..counters import read_share
@@ -30,6 +30,7 @@ from .arguments import (
     read_text,
     whole,
 )
+from .progress import progress_bar, stop_progress
 
 CONTEXT = 8192  # tokens, by default
 
@@ -77,13 +78,18 @@ def _load(a: argparse.Namespace) -> tuple[Any, bool]:
 
 
 def _stoppable(llm: Any) -> None:
-    """Ctrl-C ends a batch of the prompt, rather than wait for it."""
+    """Ctrl-C ends a batch of the prompt, rather than wait for it; `decoded` is told of every batch's tokens."""
     from llama_cpp._internals import LlamaContext
 
     class Stoppable(LlamaContext):
+        decoded: Callable[[int], None] | None = None
+
         def decode(self, batch: Any) -> None:
-            with deferred_decode(library.load(), self.ctx, batch.batch.n_tokens):
+            n = batch.batch.n_tokens
+            with deferred_decode(library.load(), self.ctx, n):
                 super().decode(batch)
+            if self.decoded:
+                self.decoded(n)
 
     llm._ctx.__class__ = Stoppable
 
@@ -96,9 +102,20 @@ def _stream(llm: Any, tokens: list[int], n_predict: int, temp: float) -> tuple[i
     """Print at most n_predict tokens as they come. Returns (tokens, seconds to the first, seconds after it)."""
     text = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be several tokens
     start = first = end = time.perf_counter()
-    n = 0
+    n = n_read = 0
+    bar = progress_bar()
+
+    def decoded(n_tokens: int) -> None:
+        nonlocal n_read
+        if n_read < len(tokens):
+            n_read += n_tokens
+            bar("reading the prompt", n_read, len(tokens))
+
+    llm._ctx.decoded = decoded
+    bar("reading the prompt", 0, len(tokens))
     for token in llm.generate(tokens, temp=temp):
         end = time.perf_counter()
+        stop_progress()
         first, n = (end, 1) if n == 0 else (first, n + 1)
         if _is_end(llm, token):
             break
@@ -115,6 +132,8 @@ def _chat(llm: Any, model: str, prompt: str, system: str | None) -> str:
     from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
     template = llm.metadata.get("tokenizer.chat_template")
+    if why := llm.unreadable_templates.get("tokenizer.chat_template"):
+        raise FasaError(f"{model}: its chat template cannot be read: {why}; omit --chat")
     if template is None:
         raise FasaError(f"{model}: this model has no chat template; omit --chat")
     bos, eos = (llm._model.token_get_text(t) if t >= 0 else "" for t in (llm.token_bos(), llm.token_eos()))

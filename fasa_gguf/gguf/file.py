@@ -48,6 +48,19 @@ CORRECTED_TYPES = {9: (32, 36), 42: (64, 18)}
 # (values per block, bytes per block) of the tensor types by ggml's number
 TENSOR_TYPES: dict[int, tuple[int, int]] = {int(t): size for t, size in GGML_QUANT_SIZES.items()} | CORRECTED_TYPES
 
+# types that llama.cpp no longer reads, and the type that took their place
+REMOVED_TYPES = {4: ("Q4_2", "Q4_0"), 5: ("Q4_3", "Q4_1")}
+REMOVED_TYPES |= {31 + i: (f"Q4_0_{name}", "Q4_0") for i, name in enumerate(("4_4", "4_8", "8_8"))}
+REMOVED_TYPES |= {36 + i: (f"IQ4_NL_{name}", "IQ4_NL") for i, name in enumerate(("4_4", "4_8", "8_8"))}
+# what files that are taken for GGUF begin with, and what they are
+_PAGE = "this is a web page: download the file itself (Hugging Face: with /resolve/ for /blob/ in the link)"
+_OLD = "this is a GGML file, older than GGUF: download or convert the model again"
+NOT_GGUF = {
+    b"vers": "this is a pointer of Git LFS: fetch the file itself with `git lfs pull`",
+    **dict.fromkeys((b"<!do", b"<htm"), _PAGE),
+    **dict.fromkeys((b"tjgg", b"fmgg", b"lmgg"), _OLD),
+}
+
 MAX_KEYS = 1 << 16
 MAX_TENSORS = 1 << 17
 MAX_NAME = 1 << 16  # bytes of a key or a tensor name
@@ -301,10 +314,8 @@ class GGUFFile:
         r.load(24)
         magic = bytes(r.data[:4])
         if magic != b"GGUF":
-            raise FasaError(
-                f"{self.path}: not a GGUF file: expected it to begin with b'GGUF', found {magic!r}; "
-                "convert the model to GGUF first"
-            )
+            what = NOT_GGUF.get(magic.lower(), "convert the model to GGUF first")
+            raise FasaError(f"{self.path}: not a GGUF file: expected it to begin with b'GGUF', found {magic!r}; {what}")
         r.at = 4
         self.version = r.number("I", "the version")
         if self.version & 0xFFFF == 0 and self.version != 0:
@@ -361,6 +372,9 @@ class GGUFFile:
         shape = tuple(r.number("Q", shown) for _ in range(n_dims))
         kind = r.number("I", shown)
         offset = r.number("Q", shown)
+        if kind in REMOVED_TYPES:
+            old, new = REMOVED_TYPES[kind]
+            raise r.fail(f"{shown} has the type {old}, which llama.cpp has removed; get the model as {new}")
         if kind not in TENSOR_TYPES:
             raise r.fail(
                 f"{shown} has the unknown type {kind}: {len(TENSOR_TYPES)} are known, up to {max(TENSOR_TYPES)}; "
@@ -394,6 +408,11 @@ class GGUFFile:
     @property
     def arch(self) -> str:
         """The architecture's name, as in "llama". Raises FasaError when it is missing or not a short printable name."""
+        number = self.get(Keys.Split.LLM_KV_SPLIT_NO, U16, U32, I32, default=0)
+        if number and Keys.General.ARCHITECTURE not in self.kv:
+            raise FasaError(
+                f"{self.path}: this is file {number + 1} of a split model; give the first, whose name has -00001-of-"
+            )
         name = self.get(Keys.General.ARCHITECTURE, STR, default=...)
         if not 0 < len(name) <= 64 or not name.isprintable():
             raise FasaError(

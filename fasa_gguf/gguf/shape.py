@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -248,6 +248,26 @@ def first_shard(model: GGUFFile) -> None:
             f"{model.path}: this is file {number + 1} of {count} of a split model, "
             f"and the profile belongs in the first; use {_shard(model, 0)}"
         )
+
+
+def check_shard_name(model: GGUFFile, target: Path, warn: Callable[[str], None]) -> None:
+    """llama.cpp finds the files of a split model by the name of the first: FasaError when `target` cannot be that.
+
+    warn(sentence) is told of files that another folder lacks.
+    """
+    count = _split(model)[1]
+    ending = f"-00001-of-{count:05d}.gguf"
+    if count < 2:
+        return
+    if not target.name.endswith(ending):
+        raise FasaError(
+            f"{target}: this is file 1 of {count} of a split model, which llama.cpp tells by its name; "
+            f"expected one that ends in {ending}"
+        )
+    for i in range(1, count) if target.parent != model.path.parent.resolve() else ():
+        other = target.with_name(target.name.removesuffix(ending) + f"-{i + 1:05d}-of-{count:05d}.gguf")
+        if not other.exists():
+            warn(f"{other}: the model cannot be loaded without this file; put it there")
 
 
 def shards(model: GGUFFile) -> Iterator[GGUFFile]:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+
+from ..reference import SCORE_RANGE, SPAN, SPAN_RANGE
 
 GROUP = 8  # dominant dimensions that share one scale (reference.GROUP)
 
@@ -24,11 +28,19 @@ def top(score: torch.Tensor, visible: torch.Tensor, forced: torch.Tensor, count:
 
 
 def group_score(est: torch.Tensor, visible: torch.Tensor, n_head_kv: int) -> torch.Tensor:
-    """Sum of the softmaxes of each KV head's query heads, [n_head_kv, n_query, n_kv].
+    """Sum of the softmaxes of each KV head's query heads, f64 [n_head_kv, n_query, n_kv].
 
-    est: estimated logits [n_head, n_query, n_kv].
+    est: estimated logits [n_head, n_query, n_kv]. Scores out of reach are 0 (reference.group_score); the others do not
+    underflow.
     """
-    return est.masked_fill(~visible, -torch.inf).softmax(-1).view(n_head_kv, -1, *visible.shape).sum(1)
+    x = est.float().masked_fill(~visible, -torch.inf)
+    n_kv = x.shape[-1]
+    log2 = torch.nn.functional.pad(x * math.log2(math.e), (0, -n_kv % SPAN), value=-torch.inf)
+    cells = log2.unflatten(-1, (-1, SPAN))  # [n_head, n_query, n_span, SPAN]
+    span = cells.amax(-1, keepdim=True).round()  # [n_head, n_query, n_span, 1]
+    near = (cells - span > -SPAN_RANGE) & (span - span.amax(-2, keepdim=True) > -SCORE_RANGE)  # nan is not above
+    share = torch.where(near.flatten(-2)[..., :n_kv], x.double().softmax(-1) * 2.0**60, 0.0)
+    return share.view(n_head_kv, -1, *visible.shape).sum(1).float().double() * 2.0**-60
 
 
 def mass_count(

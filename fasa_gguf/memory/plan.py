@@ -124,6 +124,12 @@ class ContextShape:
         tiles = -(-self.cells(layer.window) // TILE)
         return block_bytes(params.k_dom, n_dom(params, self.model, layer)) * tiles * layer.n_head_kv * self.n_stream
 
+    def dominant_rows_bytes(self, params: FasaParams, layer: Layer) -> int:
+        """The dominant rows of W_q of a layer on a device, which selects ahead (fasa_cache::dominant_rows)."""
+        if params.ahead == "off" or not runs_sparse(params, layer):
+            return 0
+        return layer.query_row * n_dom(params, self.model, layer) * layer.n_head
+
     def row_stride(self, layer: Layer) -> int:
         """Bytes of a fetched row: K and V of a cell and KV head, each in steps of 16 (fasa_row_layout)."""
         sizes = ((self.settings.type_k, layer.d_k), (self.settings.type_v, layer.d_v))
@@ -192,7 +198,7 @@ class Memory:
 
     weights: int = 0  # on the device
     kv: int = 0  # K and V on the device
-    k_dom: int = 0  # dominant keys on the device
+    k_dom: int = 0  # dominant keys on the device, and the dominant rows of W_q
     row_cache: int = 0
     scratch: int = 0
     kv_pinned: int = 0  # K and V in pinned host memory
@@ -240,6 +246,8 @@ def estimate(model: Model, settings: ContextSettings, params: FasaParams | None 
         put[("kv_pinned" if host else "kv") if attends_there else "kv_ram"] += c.kv_bytes(x)
         if params is not None and not (attends_there and _stays_dense(c, params, x)):
             put["k_dom" if attends_there else "k_dom_ram"] += c.k_dom_bytes(params, x)
+            if attends_there and il > 0:
+                put["k_dom"] += c.dominant_rows_bytes(params, x)
     attending = [] if settings.no_kv_offload else model.layers[c.first_on_device :]
     if c.first_on_device <= len(model.layers):
         put["weights"] += model.output_bytes

@@ -23,7 +23,7 @@ from gguf import Keys
 
 from ..errors import FasaError, check_path
 from ..gguf.file import GGUFFile, pack_kv, read_header
-from ..gguf.shape import first_shard, read_shape, weights_sha256
+from ..gguf.shape import check_shard_name, first_shard, read_shape, weights_sha256
 from .profile import Profile
 
 CHUNK = 64 << 20  # bytes copied at a time
@@ -238,9 +238,10 @@ def _check_unchanged(model: GGUFFile, file: BinaryIO) -> None:
 
 def check_embeddable(model: str | os.PathLike, out: str | os.PathLike | None = None, force: bool = False) -> GGUFFile:
     """The header. Raises FasaError where `rewrite` would, whatever the profile: to call before a calibration."""
-    _places(model, out, force)
+    target = _places(model, out, force)[1]
     header = read_header(model)
     first_shard(header)
+    check_shard_name(header, target, lambda _: None)
     read_shape(header)
     return header
 
@@ -284,6 +285,7 @@ def rewrite(
         given = isinstance(model, GGUFFile) and model.is_current() and model.is_open_as(f)
         header = model if isinstance(model, GGUFFile) and given else GGUFFile(source, f)
         first_shard(header)
+        check_shard_name(header, target, warn)
         if profile is None:
             if not any(key.startswith("fasa.") for key in header.kv):
                 raise FasaError(f"{model}: there is no FASA profile in this model, so there is nothing to remove")

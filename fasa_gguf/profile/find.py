@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..errors import FasaError
 from ..gguf.file import GGUFFile, read_header
-from ..gguf.shape import model_shape
+from ..gguf.shape import first_shard, model_shape
 from .profile import Profile
 
 VARIABLE = "FASA_PROFILE"
@@ -34,6 +34,7 @@ def find_profile(
     if given is not None:
         return given if isinstance(given, Profile) else Profile.load(given)
     header = read_header(model)
+    first_shard(header)
     if named := os.environ.get(VARIABLE):
         try:
             return _load_for(header, named)

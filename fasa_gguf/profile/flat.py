@@ -16,7 +16,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import FasaError, check_path
-from ..gguf.file import ARR, F32, F64, I32, INTEGERS, STR, U8, U16, U32, GGUFFile, KeyValue, printable, what_is_there
+from ..gguf.file import (
+    ARR,
+    F32,
+    F64,
+    I32,
+    INTEGERS,
+    NOT_GGUF,
+    STR,
+    U8,
+    U16,
+    U32,
+    GGUFFile,
+    KeyValue,
+    printable,
+    what_is_there,
+)
 from ..params import FasaParams
 from .keys import (
     DROPPED,
@@ -121,7 +136,7 @@ def read_file(path: str | os.PathLike) -> tuple[dict[str, Any] | None, GGUFFile 
             data = f.read(4)
             if data != b"GGUF":
                 data += f.read(MAX_JSON)
-        if data == b"GGUF":
+        if data == b"GGUF" or data[:4].lower() in NOT_GGUF:  # the second raises, and says what it is
             return None, GGUFFile(path)
         _check_size(len(data), str(path))
         text = data.decode()

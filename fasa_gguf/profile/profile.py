@@ -13,6 +13,7 @@ import numpy as np
 
 from ..errors import FasaError, check_path
 from ..gguf.file import GGUFFile
+from ..gguf.shape import first_shard
 from ..params import FasaParams
 from . import flat
 from .keys import REMAKE
@@ -152,6 +153,8 @@ class Profile:
             return cls.from_flat(values, str(path))
         found = None if model is None else cls.from_gguf(model)
         if found is None:
+            if model is not None:
+                first_shard(model)
             raise FasaError(f"{path}: there is no FASA profile in this model; run `fasa-gguf embed-profile {path}`")
         return found
 

@@ -8,7 +8,7 @@ the agreement, and the first difference is where its own text leaves dense's. Fr
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -84,15 +84,21 @@ class _Writer:
 
 
 def _arm_piece(w: _Writer, switch: ArmSwitch, arm: Arm, prompt: Sequence[int], dense: Sequence[int]) -> dict[str, Any]:
-    """forced: the arm's best token at every step of dense's text; tokens: its own text; counters of both."""
-    s, at, n = w.s, len(prompt) - 1, len(dense)
-    s.remove(0, at)
+    """forced: the arm's best token at every step of dense's text; tokens: its own text; counters of both.
+
+    The cache holds the prompt without its last token.
+    """
+    s, at, n, forced = w.s, len(prompt) - 1, len(dense), []
+    to_difference: Callable[[], None] | None = None
     switch.use(arm)
-    forced = [w.best(t, at + i) for i, t in enumerate([prompt[-1], *dense[:-1]])]
+    for i, token in enumerate([prompt[-1], *dense[:-1]]):
+        forced.append(w.best(token, at + i))
+        if to_difference is None and forced[i] != dense[i]:
+            to_difference = s.rewinder(at + i + 1)
     equal = equal_prefix(forced, dense)
     tokens = list(forced[: equal + 1])
-    if len(tokens) < n:
-        s.remove(0, at + equal + 1)
+    if to_difference and len(tokens) < n:
+        to_difference()
         tokens += w.write(tokens[-1], at + equal + 1, n - len(tokens))
     w.skip(min(equal + 1, n))  # these it does not write again
     counters = s.fasa.counters()
@@ -134,18 +140,19 @@ def _write_texts(
     kept: list[list[dict[str, Any]]] = [[] for _ in range(1 + len(arms))]
     switch, w = ArmSwitch(s, profile), _Writer(s, progress, len(prompts) * n * (1 + 2 * len(arms)))
     for i, prompt in enumerate(prompts):
-        is_prefilled = False
+        rewind: Callable[[], None] | None = None
         for k, arm in enumerate([None, *arms]):
             key = f"{i}/{k}"
             if (piece := journal.get(key)) is not None:
                 w.skip(n if arm is None else 2 * n)
                 kept[k].append(piece)
                 continue
-            if not is_prefilled:
+            if rewind is None:
                 switch.use(None)
                 s.clear()
                 s.decode(prompt[:-1], 0, logits="none")
-                is_prefilled = True
+                rewind = s.rewinder(len(prompt) - 1)
+            rewind()
             if arm is None:
                 tokens = w.write(prompt[-1], len(prompt) - 1, n)
                 piece = {"forced": tokens, "tokens": tokens, "counters": {}}

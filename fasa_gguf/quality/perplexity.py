@@ -1,9 +1,10 @@
 """Perplexity and KL: teacher-forced decoding through the shipped library, FASA beside dense.
 
 The prefix of every window is prefilled dense. Then each arm decodes the same last tokens, one per step, from the same
-cache; the scored tail is forgotten between arms. The dense arm takes its tail as one batch, which is the same attention
-up to rounding: for one token on several threads upstream sums f16 values in f16, for a batch in f32, and a quantised
-model's products differ too. `batched_dense=False` decodes it step by step. Figures as llama-perplexity defines them.
+cache; the scored tail is forgotten between arms. The dense arm takes its tail as one batch (of a large vocabulary,
+LOGITS bytes of it at a time), which is the same attention up to rounding: for one token on several threads upstream
+sums f16 values in f16, for a batch in f32, and a quantised model's products differ too. `batched_dense=False` decodes
+it step by step. Figures as llama-perplexity defines them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -28,6 +30,8 @@ from ..session import Session
 from .arms import Arm, ArmSwitch, Progress, dense_share, describe, describe_arm, needed_profile
 from .journal import Journal, text_print
 from .text import cut_windows
+
+LOGITS = 128 << 20  # bytes of logits of one batch of dense: all scored tokens, unless the vocabulary is large
 
 
 @dataclass(frozen=True)
@@ -130,15 +134,13 @@ def log_softmax(x: np.ndarray) -> np.ndarray:
     return x - np.log(np.exp(x).sum(-1, keepdims=True))
 
 
-def score_tokens(
-    dense: np.ndarray, arm: np.ndarray, target: np.ndarray, p: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(nll, KL(dense || arm), same top token), each [n]; p: exp(dense).
+def score_tokens(dense: np.ndarray, arm: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(nll, KL(dense || arm), same top token), each [n].
 
     dense and arm: log-probabilities [n, n_vocab]; target: the next tokens [n].
     """
     nll = -np.take_along_axis(arm, target[:, None], -1)[:, 0]
-    kl = ((np.exp(dense) if p is None else p) * (dense - arm)).sum(-1)
+    kl = (np.exp(dense) * (dense - arm)).sum(-1)
     return nll, kl, (dense.argmax(-1) == arm.argmax(-1)).astype(np.float64)
 
 
@@ -156,45 +158,66 @@ def one_by_one(counters: dict[str, int], n_tokens: int) -> dict[str, int]:
 # ---- decoding ----
 
 
+class _Rows:
+    """Log-probabilities of dense, a row a token; beyond MEMORY bytes in a temporary file, not in memory."""
+
+    MEMORY = 128 << 20
+
+    def __init__(self, n_vocab: int) -> None:
+        self.n_bytes = 4 * n_vocab
+        self._file = tempfile.SpooledTemporaryFile(self.MEMORY)  # noqa: SIM115, closed with its last reference
+
+    def add(self, row: np.ndarray) -> None:
+        """The next token's, float32 [n_vocab]. Raises FasaError when the file's disk is full."""
+        try:
+            self._file.write(row.astype(np.float32).tobytes())
+        except OSError as e:
+            raise FasaError(
+                f"{tempfile.gettempdir()}: dense's logits cannot be kept there: {e.strerror or e}; set TMPDIR to a "
+                f"folder with more room, or use a smaller --score (a token takes {self.n_bytes / 2**20:.2g} MiB)"
+            ) from None
+
+    def __getitem__(self, i: int) -> np.ndarray:
+        self._file.seek(i * self.n_bytes)
+        return np.frombuffer(self._file.read(self.n_bytes), np.float32)
+
+
 def _score_window(
     s: Session, switch: ArmSwitch, arms: Sequence[Arm | None], tokens: Sequence[int], windows: WindowSettings
 ) -> Iterator[dict[str, Any]]:
     """nll, kl, hit and counters of one window's tail for every arm, None being dense.
 
-    tokens: the window and one more.
+    tokens: the window and one more. One token's logits are held at a time, beside a batch's in llama.cpp.
     """
     prefix = windows.window - windows.score
     switch.use(None)
     s.clear()
     s.decode(tokens[:prefix], 0, logits="none")
     tail, target = tokens[prefix:-1], np.array(tokens[prefix + 1 :])
-
-    def by_steps(n: int = 1) -> Iterator[tuple[slice, np.ndarray]]:
-        """n tokens at a time, log-probabilities [n, n_vocab]."""
-        for i in range(0, len(tail), n):
-            yield slice(i, i + n), log_softmax(s.decode(tail[i : i + n], prefix + i, logits="all"))
-
-    if windows.batched_dense:
-        dense = log_softmax(s.decode(tail, prefix, logits="all"))  # [n_scored, n_vocab]
-    else:
-        dense = np.concatenate([x for _, x in by_steps()])
-    p = np.exp(dense)
+    rewind, dense = s.rewinder(prefix), _Rows(s.n_vocab)
+    at_once = max(LOGITS // dense.n_bytes, 1) if windows.batched_dense else 1
+    for row in s.decode_rows(tail, prefix, n=at_once):
+        dense.add(log_softmax(row))
     for arm in arms:
         counters: dict[str, int] = {}
         if arm is None:
-            nll, kl, hit = score_tokens(dense, dense, target, p)
+            parts = [score_tokens(dense[i][None], dense[i][None], target[i : i + 1]) for i in range(len(tail))]
         else:
-            s.remove(0, prefix)
+            rewind()
             switch.use(arm)
-            steps = by_steps(windows.score_batch if arm.params else 1)
-            each = [score_tokens(dense[at], x, target[at], p[at]) for at, x in steps]
-            nll, kl, hit = (np.concatenate(x) for x in zip(*each, strict=True))
+            with s.fasa.step_kind("decode"):
+                rows = s.decode_rows(tail, prefix, n=windows.score_batch if arm.params else 1)
+                parts = [
+                    score_tokens(dense[i][None], log_softmax(row)[None], target[i : i + 1])
+                    for i, row in enumerate(rows)
+                ]
             counters = s.fasa.counters()
             if arm.params is not None and counters["steps_sparse"] == 0:
                 raise FasaError(f"arm {arm.name}: {not_used(s.fasa.step_reason_code())}")
             if windows.score_batch > 1 and arm.params is not None:
                 counters = one_by_one(counters, len(tail))
-        yield {"nll": nll.tolist(), "kl": kl.tolist(), "hit": hit.tolist(), "counters": counters}
+        nll, kl, hit = (np.concatenate(x).tolist() for x in zip(*parts, strict=True))
+        yield {"nll": nll, "kl": kl, "hit": hit, "counters": counters}
 
 
 def _score_all(

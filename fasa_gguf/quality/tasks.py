@@ -101,9 +101,9 @@ def _run_sample(
     switch.use(None)
     s.clear()
     s.decode(prompt[:-1], 0, logits="none")
-    answers = []
+    rewind, answers = s.rewinder(len(prompt) - 1), []
     for arm in [Arm("dense"), *arms]:
-        s.remove(0, len(prompt) - 1)
+        rewind()
         switch.use(arm)
         out = greedy(s, prompt[-1], len(prompt) - 1, n_predict, lambda out: mark(out) == 1)
         counters = s.fasa.counters()

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+<<<<<<< HEAD
 import math
+=======
+import os
+>>>>>>> main
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -75,6 +79,7 @@ class Context:
 
     def __init__(self, ctx_ptr: int) -> None:
         self.turn = threading.RLock()
+        self._process = os.getpid()
         self._inside = threading.local()  # .observer: this thread is inside one
         self._step = "auto"
         self._ffi, self._lib = api()
@@ -88,6 +93,14 @@ class Context:
             raise FasaError("an observer runs inside a decode, which a change would have to wait for; change it later")
         with self.turn:
             check(code())
+
+    def check_process(self, n_threads: int) -> None:
+        """FasaError in a process forked after the context was made: its threads of computation are not there."""
+        if n_threads > 1 and os.getpid() != self._process:
+            raise FasaError(
+                "the model was loaded before this process was forked, which leaves its threads behind; load it in each "
+                "process, or start them with multiprocessing's spawn"
+            )
 
     @property
     def step(self) -> str:

@@ -12,7 +12,8 @@
 #include <thread>
 #include <vector>
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+// not under the thread sanitizer, which starts only after a clone was chosen
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
 #    define FASA_CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
 #else
 #    define FASA_CLONES

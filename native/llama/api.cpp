@@ -238,7 +238,7 @@ int fasa_borrow_list(llama_context * ctx, int32_t il, int32_t lender) {
 
 // what the devices have counted, into the state of the caches; in a turn
 static void fasa_collect(const llama_context * ctx, const std::vector<fasa_cache *> & caches) {
-    const_cast<llama_context *>(ctx)->synchronize();
+    fasa_wait(ctx);
     for (auto * cache : caches) {
         cache->collect_counters();
     }

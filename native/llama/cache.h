@@ -130,6 +130,9 @@ std::vector<fasa_cache *> fasa_caches(llama_memory_i * memory);
 std::vector<fasa_cache *> fasa_caches_of(const llama_context * ctx);
 // configure all of them, in a turn; -1: FASA is off, and fasa_error() says why
 int fasa_configure(llama_context * ctx, const std::vector<fasa_cache *> & caches);
+// Wait until the devices have done what was computed. It writes nothing, unlike llama_context::synchronize, so that it
+// may run while another thread reads logits.
+void fasa_wait(const llama_context * ctx);
 
 // Held while what a decode uses is changed. False: a decode is running, or there is no cache; fasa_error() says which.
 struct fasa_change {

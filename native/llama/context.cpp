@@ -58,8 +58,15 @@ std::vector<fasa_cache *> fasa_caches_of(const llama_context * ctx) {
     return caches;
 }
 
+void fasa_wait(const llama_context * ctx) {
+    auto * sched = ctx->get_sched();
+    for (int i = 0; i < ggml_backend_sched_get_n_backends(sched); ++i) {
+        ggml_backend_synchronize(ggml_backend_sched_get_backend(sched, i));
+    }
+}
+
 int fasa_configure(llama_context * ctx, const std::vector<fasa_cache *> & caches) {
-    ctx->synchronize(); // a device may still be at work on what goes away
+    fasa_wait(ctx); // a device may still be at work on what goes away
     auto & state = *caches[0]->state;
     state.epoch++;
     state.n_row_layers = 0;

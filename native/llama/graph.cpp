@@ -13,6 +13,144 @@
 
 namespace {
 
+<<<<<<< HEAD
+=======
+// cells that at least one token sees, of all streams together; mask [n_kv, n_tps, 1, n_stream]
+template <typename T>
+uint64_t fasa_cells_seen(const ggml_tensor * mask, T hidden) {
+    uint64_t n = 0;
+    std::vector<uint8_t> seen(mask->ne[1] > 1 ? mask->ne[0] : 0);
+    for (int64_t s = 0; s < mask->ne[3]; ++s) {
+        if (seen.empty()) { // one token of each stream: a count that the compiler vectorises, in every step of a long
+                            // context
+            const T * row  = (const T *) ((const char *) mask->data + s * mask->nb[3]);
+            uint32_t found = 0;
+            for (int64_t j = 0; j < mask->ne[0]; ++j) {
+                found += row[j] != hidden;
+            }
+            n += found;
+            continue;
+        }
+        std::fill(seen.begin(), seen.end(), 0);
+        for (int64_t t = 0; t < mask->ne[1]; ++t) {
+            const T * row = (const T *) ((const char *) mask->data + t * mask->nb[1] + s * mask->nb[3]);
+            for (int64_t j = 0; j < mask->ne[0]; ++j) {
+                seen[j] |= row[j] != hidden;
+            }
+        }
+        n += std::count(seen.begin(), seen.end(), 1);
+    }
+    return n;
+}
+
+// One per graph and cache, dense graphs too: it holds the inputs of the sparse layers, refuses the reuse of a graph
+// whose branch or settings are no longer right, and counts layers.
+struct llm_graph_input_fasa : public llm_graph_input_i {
+    fasa_cache * cache;
+    uint64_t epoch;
+    fasa_reason dense_reason; // of the step as a whole
+    uint32_t n_stream;
+    bool gpu_waits;    // its layers on GPUs are dense
+    int n_sparse  = 0; // layers, in this graph
+    int n_dense   = 0;
+    int n_waiting = 0; // of n_dense, layers on GPUs that wait for a longer context
+
+    const ggml_tensor * mask = nullptr; // of the cache's layers, [n_kv, n_tps, 1, n_stream]
+    uint64_t cell_sparse     = 0;       // bytes of K and V of one cell, of all sparse layers
+    uint64_t cell_dense      = 0;       // and of the dense ones
+
+    ggml_tensor * ranges = nullptr; // i32 [2*FASA_MAX_RANGES, n_stream]
+    ggml_tensor * fresh  = nullptr; // i32 [2*FASA_MAX_RANGES, n_stream], of layers that are staged
+    ggml_tensor * forced = nullptr; // i32 [n_forced, n_tps, n_stream]
+
+    std::map<int32_t, ggml_tensor *> lists; // by the layer that made them
+
+    int64_t first_seen        = -1;      // where the dense layers with a window begin to read; -1: there is none
+    ggml_tensor * window_mask = nullptr; // their mask, from there on
+
+    llm_graph_input_fasa(fasa_cache * cache, fasa_reason dense_reason, uint32_t n_stream, bool gpu_waits)
+        : cache(cache), epoch(cache->state->epoch), dense_reason(dense_reason), n_stream(n_stream),
+          gpu_waits(gpu_waits) {}
+
+    void set_input(const llama_ubatch * ubatch) override {
+        auto & state = *cache->state;
+        if (ranges && ranges->buffer) {
+            std::vector<int32_t> data(ggml_nelements(ranges));
+            cache->inputs.set_ranges(data.data(), n_stream, n_waiting > 0, state.now.counts);
+            ggml_backend_tensor_set(ranges, data.data(), 0, ggml_nbytes(ranges));
+        }
+        if (fresh && fresh->buffer) {
+            std::vector<int32_t> data(ggml_nelements(fresh));
+            cache->inputs.set_fresh(data.data(), n_stream);
+            ggml_backend_tensor_set(fresh, data.data(), 0, ggml_nbytes(fresh));
+        }
+        if (forced && forced->buffer) {
+            std::vector<int32_t> data(ggml_nelements(forced));
+            cache->inputs.set_forced(data.data(), forced->ne[0], *ubatch, state.params);
+            ggml_backend_tensor_set(forced, data.data(), 0, ggml_nbytes(forced));
+        }
+        auto & now = state.now;
+        now.counts.layers_sparse += n_sparse;
+        (now.decodes ? now.counts.layers_dense : now.counts.layers_prefill) += n_dense;
+        now.waits        = now.waits || n_waiting > 0;
+        now.dense_reason = dense_reason != FASA_REASON_NONE ? dense_reason : now.dense_reason;
+        count_bytes();
+    }
+
+    // what dense attention reads in a decode step: the mask, which is set before, says which cells
+    void count_bytes() {
+        auto & now = cache->state->now;
+        if (mask == nullptr || !now.decodes) {
+            return;
+        }
+        const bool is_set = (mask->flags & GGML_TENSOR_FLAG_INPUT) && mask->buffer &&
+            ggml_backend_buffer_is_host(mask->buffer); // a computed one is not known yet
+        const uint64_t n = !is_set      ? cache->inputs.n_kv() * n_stream :
+            mask->type == GGML_TYPE_F16 ? fasa_cells_seen<ggml_fp16_t>(mask, ggml_fp32_to_fp16(-INFINITY)) :
+                                          fasa_cells_seen<float>(mask, -INFINITY);
+        now.counts.bytes_dense += n * cell_sparse;
+        now.counts.bytes_layers_dense += n * cell_dense;
+    }
+
+    bool can_reuse(const llm_graph_params & params) override {
+        const auto & ubatch = params.ubatch;
+        const uint32_t n    = params.cparams.kv_unified ? 1 : ubatch.n_seqs_unq;
+        const uint32_t n_kv = cache->inputs.n_kv();
+        if (first_seen >= 0 && first_seen != cache->inputs.first_seen(ubatch)) {
+            return false;
+        }
+        return epoch == cache->state->epoch && n == n_stream && gpu_waits == cache->gpu_waits(n_kv) &&
+            dense_reason == fasa_step_dense_reason(cache->state->params, cache->state->now.decodes, n_kv);
+    }
+};
+
+llm_graph_input_fasa * fasa_graph_input(const llm_graph_context & graph, fasa_cache * cache, const ggml_tensor * k) {
+    for (auto & input : graph.res->inputs) {
+        auto * ours = dynamic_cast<llm_graph_input_fasa *>(input.get());
+        if (ours && ours->cache == cache) {
+            return ours;
+        }
+    }
+    const auto & params = cache->state->params;
+    const auto & now    = cache->state->now;
+    const bool decodes =
+        now.active ? now.decodes : graph.n_outputs == graph.n_tokens && graph.n_tokens <= params.max_tokens * k->ne[3];
+
+    const auto reason = fasa_step_dense_reason(params, decodes, k->ne[2]);
+    auto input        = std::make_unique<llm_graph_input_fasa>(cache, reason, k->ne[3], cache->gpu_waits(k->ne[2]));
+    if (reason == FASA_REASON_NONE) {
+        input->ranges = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_I32, 2 * FASA_MAX_RANGES, k->ne[3]);
+        input->forced = ggml_new_tensor_3d(
+            graph.ctx0, GGML_TYPE_I32, std::max(1u, params.sink + params.recent), graph.n_tokens / k->ne[3], k->ne[3]);
+        ggml_set_input(input->ranges);
+        ggml_set_input(input->forced);
+        ggml_set_name(input->ranges, "fasa_ranges");
+        ggml_set_name(input->forced, "fasa_forced");
+    }
+    return (llm_graph_input_fasa *) graph.res->add_input(std::move(input));
+}
+
+>>>>>>> main
 // where a layer's nodes run
 ggml_backend_t fasa_backend_of(const llm_graph_context & graph, ggml_backend_dev_t dev) {
     for (int i = 0; dev && i < ggml_backend_sched_get_n_backends(graph.sched); ++i) {
@@ -49,6 +187,7 @@ struct fasa_attn {
 
     ggml_tensor * build_dense() const;
     ggml_tensor * build_staged() const;
+    ggml_tensor * build_window() const;
     ggml_tensor * build_select() const;
     void build_ahead(const fasa_foreseen & foreseen) const;
     fasa_select_op select_op() const;
@@ -154,9 +293,38 @@ std::pair<ggml_tensor *, ggml_tensor *> fasa_attn::staged(int il, ggml_tensor * 
 // nullptr: the stock code goes on
 ggml_tensor * fasa_attn::build_dense() const {
     if (!cache->residence.is_pinned(il) || !cache->residence.stage(il) || graph.cparams.training) {
-        return nullptr;
+        return build_window();
     }
     return build_staged();
+}
+
+// In a sparse step on the CPU, the stock attention of a layer with a sliding window, over the cells from the first that
+// it shows: ggml's looks at the mask of every cell for every head, which takes longer than attending to the window.
+// nullptr: as stock.
+ggml_tensor * fasa_attn::build_window() const {
+    const auto & state = *cache->state;
+    if (!state.params.enabled || !state.now.active || input->dense_reason != FASA_REASON_NONE || kq_b || v_mla ||
+        !graph.cparams.flash_attn || cache->residence.device_of(il) || v->nb[1] > v->nb[2]) {
+        return nullptr;
+    }
+    if (input->first_seen < 0) {
+        input->first_seen = cache->inputs.first_seen(graph.ubatch);
+    }
+    const int64_t first = input->first_seen, n = k->ne[2] - first;
+    if (first == 0 || n <= 0) {
+        return nullptr;
+    }
+    const auto rows = [&](ggml_tensor * x) {
+        return ggml_view_4d(
+            graph.ctx0, x, x->ne[0], x->ne[1], n, x->ne[3], x->nb[1], x->nb[2], x->nb[3], first * x->nb[2]);
+    };
+    if (input->window_mask == nullptr) {
+        ggml_tensor * m    = kq_mask;
+        ggml_tensor * view = ggml_view_4d(
+            graph.ctx0, m, n, m->ne[1], m->ne[2], m->ne[3], m->nb[1], m->nb[2], m->nb[3], first * m->nb[0]);
+        input->window_mask = ggml_is_contiguous(view) ? view : ggml_cont(graph.ctx0, view);
+    }
+    return graph.build_attn_mha(q, rows(k), rows(v), kq_b, input->window_mask, sinks, v_mla, 0, kq_scale, il);
 }
 
 // Dense attention over a copy on the device. In a step that is dense as a whole it is made while the layer before is at

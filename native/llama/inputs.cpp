@@ -1,5 +1,6 @@
 #include "llama/inputs.h"
 
+#include "llama-hparams.h"
 #include "llama-kv-cache.h"
 
 #include <algorithm>
@@ -127,6 +128,29 @@ bool fasa_inputs::set_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool
         }
     }
     return true;
+}
+
+uint32_t fasa_inputs::first_seen(const llama_ubatch & ubatch) const {
+    if (kv.swa_type != LLAMA_SWA_TYPE_STANDARD && kv.swa_type != LLAMA_SWA_TYPE_CHUNKED) {
+        return 0;
+    }
+    std::map<llama_seq_id, std::pair<llama_pos, llama_pos>> ends; // first and last position of each sequence
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        const auto pos = ubatch.pos[i];
+        auto & end     = ends.try_emplace(ubatch.seq_id[i][0], pos, pos).first->second;
+        end            = { std::min(end.first, pos), std::max(end.second, pos) };
+    }
+    uint32_t first = n_visible;
+    for (const auto & [seq, end] : ends) {
+        const auto & all = kv.v_cells[kv.seq_to_stream[seq]].seq_pos_get(seq); // (position, cell), ascending
+        for (auto c = all.rbegin(); c != all.rend(); ++c) {
+            if (c->first <= end.first && llama_hparams::is_masked_swa(kv.n_swa, kv.swa_type, c->first, end.first)) {
+                break; // and so are those before
+            }
+            first = c->first <= end.second ? std::min(first, c->second) : first;
+        }
+    }
+    return first / 256 * 256;
 }
 
 // ---- forced cells ----

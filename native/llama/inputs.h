@@ -56,6 +56,9 @@ struct fasa_inputs {
     // The mask of a decode step, with FASA enabled, in which every stream holds one sequence without holes, by its
     // length. false: some other step, for which llama.cpp looks at every cell (0.1 ms and more of a step at 131,072).
     bool set_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool causal, bool enabled) const;
+    // Under a sliding window: the ubatch sees no cell below. A multiple of 256, so that it seldom changes; 0: no
+    // window.
+    uint32_t first_seen(const llama_ubatch & ubatch) const;
 
 private:
     llama_kv_cache & kv;

@@ -37,7 +37,8 @@ def test_a_bias_of_the_keys_is_noticed(library, tmp_path, capsys, bias, k_dom):
 
 def test_the_type_is_the_smallest_that_loses_little():
     assert k_dom_for({}) == ("q4", "")
-    assert k_dom_for({0: [[0.9, 0.9, 0.86]], 1: [[0.9, 0.9, 0.9]]}) == ("q4", "")
+    assert k_dom_for({0: [[0.9, 0.9, 0.895]], 1: [[0.9, 0.9, 0.9]]}) == ("q4", "")
+    assert k_dom_for({0: [[0.8825, 0.8826, 0.8626]], 1: [[0.9, 0.9, 0.9]]})[0] == "q8"  # Gemma3-270M, the pydoc topics
     kind, why = k_dom_for({0: [[0.9, 0.9, 0.9]], 3: [[0.9, 0.88, 0.7], [0.9, 0.9, 0.8]]})
     assert kind == "q8" and why.startswith("in 4 bits the dominant keys of layer 3 keep 15% of the attention less")
     assert k_dom_for({0: [[0.9, 0.8, 0.7]]})[0] == "f16"

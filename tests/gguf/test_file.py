@@ -240,7 +240,8 @@ BAD = {
         "key general.alignment is 2147483648, expected a power of two",
     ),
     "dimensions": (gguf_bytes([], [tensor(shape=(1,) * 5)]), "tensor t has 5 dimensions, expected at most 4"),
-    "tensor type": (gguf_bytes([], [tensor(kind=4)]), "tensor t has the unknown type 4: 35 are known, up to 42"),
+    "tensor type": (gguf_bytes([], [tensor(kind=43)]), "tensor t has the unknown type 43: 35 are known, up to 42"),
+    "removed type": (gguf_bytes([], [tensor(kind=37)]), "has the type IQ4_NL_4_8, which llama.cpp has removed; get"),
     "shape overflows": (gguf_bytes([], [tensor(shape=(2**40, 2**40))]), "tensor t claims the shape"),
     "zero times huge": (gguf_bytes([], [tensor(shape=(0, 2**63))]), "tensor t claims the shape"),
     "block": (

@@ -13,7 +13,7 @@ from policies import BUDGET, FIXED, N_KV, N_QUERY, SHAPE, TAIL, knowledge, masks
 from fasa_gguf.harness.calibrate import Knowledge  # noqa: E402
 from fasa_gguf.harness.decoder import Shape, Tail  # noqa: E402
 from fasa_gguf.harness.policies import POLICIES, parse_spec, spec_text  # noqa: E402
-from fasa_gguf.harness.selection import mass_count, quantize_k_dom, quantize_query, top  # noqa: E402
+from fasa_gguf.harness.selection import group_score, mass_count, quantize_k_dom, quantize_query, top  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
@@ -43,6 +43,22 @@ def test_queries_are_quantised_bit_for_bit(kind):
     x = np.random.default_rng(2).standard_normal((50, 16)).astype(np.float32)
     x[0], x[1, :8] = 0, 0
     assert np.array_equal(quantize_query(torch.tensor(x), kind).numpy(), R.quantize_query(x, kind))
+
+
+@pytest.mark.parametrize("spread", [1.0, 15.0, 40.0])
+def test_scores_far_behind_the_best_rank_as_in_the_reference(spread):
+    """Between 50 and 100 nats behind the best a softmax in f32 would be 0, and ranked by cell."""
+    rng = np.random.default_rng(5)
+    est = (rng.standard_normal((4, 3, 700)) * spread).astype(np.float32)
+    visible = np.arange(700) <= np.arange(600, 603)[:, None]
+    got = group_score(torch.from_numpy(est), torch.from_numpy(visible), 2).numpy()
+    want = np.array([[R.group_score(est[2 * h : 2 * h + 2, t], visible[t]) for t in range(3)] for h in range(2)])
+    assert (spread < 15) == (got[..., :600] > 1e-30).all()
+    np.testing.assert_allclose(got, want, rtol=1e-6, atol=0)
+    chosen = top(torch.from_numpy(got), torch.from_numpy(visible), torch.zeros(3, 700, dtype=torch.bool), 300)
+    for h, t in np.ndindex(2, 3):
+        best = np.lexsort((np.arange(700), -np.where(visible[t], want[h, t], -1)))[:300]
+        assert set(best) == set(np.flatnonzero(chosen[h, t].numpy()))
 
 
 @pytest.mark.parametrize(

@@ -74,3 +74,11 @@ def write_hybrid(path):
                 (f"blk.{i}.shortconv.out_proj", 64, 64),
             ]
     write_arch(path, "lfm2", {"attention.layer_norm_rms_epsilon": 1e-5, "shortconv.l_cache": 3}, [0, 2, 0, 2], tensors)
+
+
+def write_encoder(path):
+    """llada: every token attends to all others of its batch, and there is no KV cache."""
+    tensors = [("token_embd", 64, 64), ("output_norm", 64)]
+    for i in range(4):
+        tensors += [(f"blk.{i}.attn_norm", 64), (f"blk.{i}.ffn_norm", 64), *attention(i), *feed_forward(i)]
+    write_arch(path, "llada", {"attention.layer_norm_rms_epsilon": 1e-5}, 2, tensors)

@@ -10,6 +10,25 @@ from fasa_gguf.gguf.file import GGUFFile
 N_LAYER, N_HEAD, N_HEAD_KV, WIDTH, N_EMBD, N_FF = 3, 4, 2, 16, 64, 96
 
 
+def add_byte_vocabulary(w, words=(), bos=1):
+    """The tokens of bytes, and words after them; returns how many. bos: None for a tokenizer that puts none."""
+    tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)] + list(words)
+    w.add_tokenizer_model("llama")
+    w.add_token_list(tokens)
+    w.add_token_scores([0.0] * len(tokens))
+    w.add_token_types(
+        [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
+        + [TokenType.BYTE] * 256
+        + [TokenType.NORMAL] * len(words)
+    )
+    if bos is None:
+        w.add_add_bos_token(False)
+    else:
+        w.add_bos_token_id(bos)
+    w.add_eos_token_id(2)
+    return len(tokens)
+
+
 def write_tiny(
     path,
     seed=0,
@@ -27,16 +46,18 @@ def write_tiny(
     words=(),
     chat_template=None,
     biases=None,
+    writer=None,
+    bos=1,
     feed_forward=0.2,
 ):
     """A GGUF with random weights of `dtype` (f32 or f16) and a vocabulary of bytes; `arch` has the tensors of llama.
 
-    words: tokens after those of bytes, from number 259 on. biases: of every layer, by name (attn_k). feed_forward:
-    standard deviation of ffn_down; 0: feed-forwards add nothing.
+    words: tokens after those of bytes, from number 259 on. biases: of every layer, by name (attn_k).
+    writer: arguments of GGUFWriter (splits, byte order). bos: None for a tokenizer that puts none before a text.
+    feed_forward: standard deviation of ffn_down; 0: feed-forwards add nothing.
     """
     rng = np.random.default_rng(seed)
-    tokens = ["<unk>", "<s>", "</s>"] + [f"<0x{i:02X}>" for i in range(256)] + list(words)
-    w = GGUFWriter(path, arch)
+    w = GGUFWriter(path, arch, **(writer or {}))
     if alignment:
         w.add_custom_alignment(alignment)
     w.add_context_length(n_ctx)
@@ -52,18 +73,9 @@ def write_tiny(
     if rope_base:
         w.add_rope_freq_base(rope_base)
     w.add_layer_norm_rms_eps(1e-5)
-    w.add_tokenizer_model("llama")
-    w.add_token_list(tokens)
-    w.add_token_scores([0.0] * len(tokens))
-    w.add_token_types(
-        [TokenType.UNKNOWN, TokenType.CONTROL, TokenType.CONTROL]
-        + [TokenType.BYTE] * 256
-        + [TokenType.NORMAL] * len(words)
-    )
+    n_vocab = add_byte_vocabulary(w, words, bos)
     if chat_template:
         w.add_chat_template(chat_template)
-    w.add_bos_token_id(1)
-    w.add_eos_token_id(2)
 
     def matrix(name, rows, cols, scale=0.2):
         w.add_tensor(name + ".weight", (rng.standard_normal((rows, cols)) * scale).astype(dtype))
@@ -71,8 +83,8 @@ def write_tiny(
     def norm(name):
         w.add_tensor(name + ".weight", np.ones(n_embd, np.float32))
 
-    matrix("token_embd", len(tokens), n_embd, 1.0)
-    matrix("output", len(tokens), n_embd)
+    matrix("token_embd", n_vocab, n_embd, 1.0)
+    matrix("output", n_vocab, n_embd)
     norm("output_norm")
     for i in range(n_layer):
         norm(f"blk.{i}.attn_norm")

@@ -9,6 +9,7 @@ from fasa_gguf import FasaError, FasaParams
 from fasa_gguf.gguf.file import GGUFFile
 from fasa_gguf.gguf.shape import model_shape
 from fasa_gguf.profile.profile import Profile
+from fasa_gguf.quality import perplexity
 from fasa_gguf.quality.arms import Arm, ArmSwitch, parse_arms
 from fasa_gguf.quality.perplexity import (
     Score,
@@ -305,6 +306,42 @@ def test_scored_tokens_in_batches_give_the_figures_of_steps(library, tiny, text,
         "bytes_dense": 1200,
         "bytes_fac": 7,
     }
+
+
+def test_a_batch_of_an_arm_is_a_decode_step(library, tiny, text, profile):
+    """Also behind a dense batch that is longer than max_tokens and so counts as a prompt."""
+    size = replace(SIZE, windows=1, score=100, score_batch=64)
+    a, b = (evaluate(tiny, text, [Arm("a", ON)], x, profile=profile)[1] for x in (size, replace(size, score_batch=1)))
+    assert a["steps_sparse"] == b["steps_sparse"] == 100 and abs(a["kl"] - b["kl"]) < 1e-3
+
+
+def test_a_large_vocabulary_is_scored_in_pieces(library, tiny, text, profile, monkeypatch):
+    """Logits go by in batches of LOGITS bytes, and dense's rows beyond MEMORY bytes into a file: the same figures."""
+    arms = [Arm("a", ON), Arm("steps")]
+    whole, decoded, decode = evaluate(tiny, text, arms, SIZE, profile=profile), [], Session.decode_batch
+
+    def spy(self, items):
+        decoded.append(sum(wants for *_, wants in items))
+        decode(self, items)
+
+    with Session(tiny, n_ctx=256) as s:
+        row = 4 * s.n_vocab
+    monkeypatch.setattr(Session, "decode_batch", spy)
+    monkeypatch.setattr(perplexity, "LOGITS", 8 * row)
+    monkeypatch.setattr(perplexity._Rows, "MEMORY", 3 * row)
+    pieces = evaluate(tiny, text, arms, SIZE, profile=profile)
+    assert decoded.count(8) == 4 and decoded.count(4) == 2 and max(decoded) == 8
+    for a, b in zip(whole, pieces, strict=True):
+        assert abs(a["kl"] - b["kl"]) < 1e-5 and abs(a["ppl"] / b["ppl"] - 1) < 1e-4
+
+
+def test_no_room_for_the_rows(library, tiny, text, profile, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(perplexity.tempfile.SpooledTemporaryFile, "write", full)
+    with pytest.raises(FasaError, match="logits cannot be kept there: No space left on device; set TMPDIR"):
+        evaluate(tiny, text, [Arm("a", ON)], SIZE, profile=profile)
 
 
 def test_the_table(library, tiny, text, profile):

@@ -87,3 +87,17 @@ def test_paths_that_no_file_can_have(library, tmp_path):
         for use in (Session, GGUFFile, Profile.load, check_embeddable, lambda p: Journal(p, {})):
             with pytest.raises(FasaError, match="expected the path of a file, found characters that no path can have"):
                 use(path)
+
+
+def test_an_encoder_takes_one_ubatch(library, tmp_path):
+    """llama.cpp ends the process where a batch of a model without a KV cache is larger than n_ubatch."""
+    from tiny_archs import write_encoder
+
+    write_encoder(tmp_path / "m.gguf")
+    with Session(tmp_path / "m.gguf", n_ctx=256, n_batch=64, n_ubatch=32, n_threads=1) as s:
+        assert s.n_batch == 32 and s.decode(list(range(1, 33)), 0, logits="all").shape == (32, 64)
+        with pytest.raises(FasaError, match=r"1 to 32 tokens \(n_batch, at most n_ctx and n_ubatch\), found 40"):
+            s.decode_batch([(1, i, 0, True) for i in range(40)])
+        for logits in ("last", "all", "none"):
+            with pytest.raises(FasaError, match=r"no KV cache.* at most 32 tokens, found 40; use a larger n_ubatch"):
+                s.decode([1] * 40, 0, logits=logits)
