@@ -8,6 +8,8 @@ scratch, llama.cpp's compute buffer, is the largest of the three moments in a ub
     feed-forward  4 t (3 n_ff + 4 n_embd)                        + masks
     attention     4 t (3 n_embd + 2 queries + keys + values)     + masks + f16 copies of K and V
 
+Layers that select ahead have the dominant rows of their W_q beside it.
+
 masks: 2 t bytes for every cell (f16), of the cache with a window too. f16 copies: of one layer, when the cache has
 another type. FASA-M adds one layer's K and V for dense attention (in a model with windows, one of either kind). A
 mixture of experts has the n_ff of the experts that a token uses.
@@ -198,7 +200,7 @@ class Memory:
 
     weights: int = 0  # on the device
     kv: int = 0  # K and V on the device
-    k_dom: int = 0  # dominant keys on the device, and the dominant rows of W_q
+    k_dom: int = 0  # dominant keys on the device
     row_cache: int = 0
     scratch: int = 0
     kv_pinned: int = 0  # K and V in pinned host memory
@@ -246,8 +248,7 @@ def estimate(model: Model, settings: ContextSettings, params: FasaParams | None 
         put[("kv_pinned" if host else "kv") if attends_there else "kv_ram"] += c.kv_bytes(x)
         if params is not None and not (attends_there and _stays_dense(c, params, x)):
             put["k_dom" if attends_there else "k_dom_ram"] += c.k_dom_bytes(params, x)
-            if attends_there and il > 0:
-                put["k_dom"] += c.dominant_rows_bytes(params, x)
+            put["scratch"] += c.dominant_rows_bytes(params, x) if attends_there and il > 0 else 0
     attending = [] if settings.no_kv_offload else model.layers[c.first_on_device :]
     if c.first_on_device <= len(model.layers):
         put["weights"] += model.output_bytes

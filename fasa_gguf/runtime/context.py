@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-<<<<<<< HEAD
 import math
-=======
 import os
->>>>>>> main
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

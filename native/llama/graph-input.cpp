@@ -101,6 +101,9 @@ bool llm_graph_input_fasa::can_reuse(const llm_graph_params & params) {
     const auto & ubatch = params.ubatch;
     const uint32_t n    = params.cparams.kv_unified ? 1 : ubatch.n_seqs_unq;
     const uint32_t n_kv = cache->inputs.n_kv();
+    if (first_seen >= 0 && first_seen != cache->inputs.first_seen(ubatch)) {
+        return false;
+    }
     return epoch == cache->state->epoch && n == n_stream && gpu_waits == cache->gpu_waits(n_kv) &&
         dense_reason == fasa_step_dense_reason(cache->state->params, cache->state->now.decodes, n_kv);
 }

@@ -43,6 +43,9 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
     std::map<int32_t, fasa_pending_list> pending; // of layers that select ahead
     std::vector<int32_t> ahead;                   // these layers
 
+    int64_t first_seen        = -1;      // where the dense layers with a window begin to read; -1: there is none
+    ggml_tensor * window_mask = nullptr; // their mask, from there on
+
     llm_graph_input_fasa(fasa_cache * cache, fasa_reason dense_reason, uint32_t n_stream, bool gpu_waits);
 
     void set_input(const llama_ubatch * ubatch) override;
