@@ -115,8 +115,8 @@ typedef struct fasa_params {
     // MiB, from -1: FASA-M: device memory, over all layers, that keeps recently attended rows; 0: none, -1: twice what
     // a step attends
     int32_t row_cache;
-    // enum fasa_ahead_type: select the tokens of a layer while the feed-forward before it runs, by queries that are
-    // foreseen; auto: layers on a GPU
+    // enum fasa_ahead_type: select a layer's tokens while the feed-forward before it runs, by queries that are
+    // foreseen; auto: on a GPU
     int32_t ahead;
 } fasa_params;
 // end settings
