@@ -51,6 +51,7 @@ struct fasa_attn {
     ggml_tensor * build_staged() const;
     ggml_tensor * build_select() const;
     void build_ahead(const fasa_foreseen & foreseen) const;
+    bool has_room_ahead() const;
     bool can_fetch(const ggml_tensor * residual) const;
     ggml_tensor * build_fetch(ggml_tensor * list) const;
     fasa_select_op select_op() const;
@@ -218,6 +219,19 @@ ggml_tensor * fasa_attn::build_select() const {
     return list;
 }
 
+// FASA-M: whether the rows of a list that holds the ubatch as well have room
+bool fasa_attn::has_room_ahead() const {
+    const ggml_tensor * rows = cache->layer(il).fixed.rows;
+    if (rows == nullptr) {
+        return true;
+    }
+    const ggml_tensor * v = mctx->get_v(graph.ctx0, il);
+    const auto params     = cache->state->layer_params(il);
+    const fasa_row_layout row(k->type, v->type, k->ne[0], v->ne[0]);
+    const int64_t length = fasa_list_length(params, input->forced->ne[0] + graph.n_tokens / k->ne[3], k->ne[2]);
+    return fasa_rows_bytes(row, length, params.per_head ? q->ne[1] : k->ne[1]) <= (size_t) rows->ne[0];
+}
+
 // FASA-M: whether the rows of its list can be fetched from the residual on. They share the room of all layers, so FAC
 // of the layers before is to be done with it; there is room for one token.
 bool fasa_attn::can_fetch(const ggml_tensor * residual) const {
@@ -361,8 +375,9 @@ void fasa_begin_attn(const llm_graph_context & graph, const llama_kv_cache_conte
         layer.foreseen = foreseen;
     }
     if (sparse && layer.ahead == FASA_REASON_NONE) {
-        layer.ahead = foreseen.reason;
-        if (foreseen.reason == FASA_REASON_NONE) {
+        layer.ahead =
+            foreseen.reason != FASA_REASON_NONE || attn.has_room_ahead() ? foreseen.reason : FASA_REASON_AHEAD_ROOM;
+        if (layer.ahead == FASA_REASON_NONE) {
             attn.build_ahead(foreseen);
         }
     }

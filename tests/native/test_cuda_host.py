@@ -11,6 +11,7 @@ from tiny_gguf import write_tiny
 from fasa_gguf import FasaError, FasaParams, runtime
 from fasa_gguf.gguf.file import GGUFFile
 from fasa_gguf.gguf.shape import model_shape
+from fasa_gguf.reasons import Reason
 from fasa_gguf.session import Session
 from fasa_gguf.speed.random_model import synthetic_profile
 
@@ -228,6 +229,22 @@ def test_steps_with_and_without_drafts_ahead(make):
         assert mode == "c" or c["rows_fetched"] + c["rows_reused"] == c["tokens_attended"]
         got.append(np.array(rows))
     assert np.abs(got[0] - got[1]).max() < 1e-4 * np.abs(got[0]).max()  # FAC splits lists of one and three otherwise
+
+
+@pytest.mark.parametrize("how", [{"budget": 40}, {"mass": 0.9, "cap": 36, "floor": 1}])
+def test_a_list_of_all_drafts_has_no_room(make, how):
+    """Sinks, recent tokens and drafts are more than a list was to hold: the layers select with their own queries."""
+    got = []
+    for ahead in ("off", "on"):
+        s = make("m", AHEAD.replace(ahead=ahead, **how))
+        s.decode(prompt(s), 0, logits="none")
+        got.append(s.decode(list(range(3, 11)), 600, logits="all"))
+        codes = s.fasa.layer_ahead_codes()
+        assert codes[1:] == [Reason.AHEAD_ROOM if ahead == "on" else Reason.AHEAD_OFF] * 2
+        c = s.fasa.counters()
+        assert c["steps_sparse"] == 1 and c["layers_ahead"] == 0
+        assert c["rows_fetched"] + c["rows_reused"] == c["tokens_attended"]
+    assert (got[0] == got[1]).all()
 
 
 @pytest.mark.parametrize("unified", [False, True])
