@@ -139,11 +139,9 @@ void fasa_fetch_launch(const fasa_fetch_args & a, cudaStream_t stream) {
 fasa_fetched fasa_cuda_fetch(ggml_backend_cuda_context & ctx, const ggml_tensor * node, int token) {
     const fasa_op_params & p = *fasa_op_get(node);
     const bool fac = p.kind == FASA_OP_FAC, fetched = p.flags & FASA_FETCHED;
-    const ggml_tensor *list = node->src[0], *k = node->src[fac ? 2 : 1], *v = node->src[fac ? 3 : 2];
-    const ggml_tensor *ranges      = fetched ? nullptr : node->src[fac ? 6 : 3],
-                      *fresh       = fetched ? node->src[6] :
-        fac                                  ? nullptr :
-                                               node->src[4];
+    const ggml_tensor * const * src = node->src;
+    const ggml_tensor *list = src[0], *k = src[fac ? 2 : 1], *v = src[fac ? 3 : 2], *cells = src[fac ? 6 : 3];
+    const ggml_tensor *ranges = fetched ? nullptr : cells, *fresh = fetched ? cells : fac ? nullptr : src[4];
     const fasa_layer_const & layer = fasa_op_layer(node);
     const ggml_tensor *rows = layer.rows, *cache = layer.row_cache;
     const int n_tps = list->ne[2], s = token / n_tps, n_list = list->ne[1], length = list->ne[0] - 1;
