@@ -89,6 +89,10 @@ class Reason(IntEnum):
     AHEAD_NO_FEED_FORWARD = "no feed-forward lies between the attention or other block before it and its queries"
     AHEAD_UNKNOWN = "how its queries follow from the layer before is not recognised"
     AHEAD_DEVICE = "the feed-forward before it runs on another device"
+    AHEAD_ROOM = (
+        "its rows on the device have no room for a list with all tokens of the batch",
+        "use a larger budget or cap",
+    )
 
 
 def not_used(reason: Reason, why: str = "") -> str:

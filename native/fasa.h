@@ -264,6 +264,8 @@ enum fasa_reason {
     FASA_REASON_AHEAD_UNKNOWN         = 40,
     // the feed-forward before it runs on another device
     FASA_REASON_AHEAD_DEVICE          = 41,
+    // its rows on the device have no room for a list with all tokens of the batch
+    FASA_REASON_AHEAD_ROOM            = 42,
 };
 // end reasons
 

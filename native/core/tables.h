@@ -107,6 +107,7 @@
     X(AHEAD_FIRST, "no block lies before it") \
     X(AHEAD_NO_FEED_FORWARD, "no feed-forward lies between the attention or other block before it and its queries") \
     X(AHEAD_UNKNOWN, "how its queries follow from the layer before is not recognised") \
-    X(AHEAD_DEVICE, "the feed-forward before it runs on another device")
+    X(AHEAD_DEVICE, "the feed-forward before it runs on another device") \
+    X(AHEAD_ROOM, "its rows on the device have no room for a list with all tokens of the batch")
 
 // clang-format on

@@ -69,6 +69,13 @@ bool fasa_cuda_supported(int device, const ggml_tensor * op) {
     return fasa_cuda_reason(device, s) == FASA_REASON_NONE;
 }
 
+// behind the node that may be the last one of a side stream
+static void fasa_end_side(ggml_backend_cuda_context & ctx, const fasa_op_params & p) {
+    if ((p.flags & FASA_FORKED) && fasa_cuda_is_forked(ctx)) {
+        fasa_cuda_return(ctx);
+    }
+}
+
 bool fasa_cuda_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const fasa_op_params * p = fasa_op_get(dst);
     switch (p ? p->kind : 0) {
@@ -76,10 +83,14 @@ bool fasa_cuda_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         case FASA_OP_SELECT:
             if (fasa_cuda_is_forked(ctx)) {
                 fasa_cuda_select_side(ctx, dst, *p);
-                fasa_cuda_return(ctx);
             } else {
                 fasa_cuda_select(ctx, dst, *p);
             }
+            fasa_end_side(ctx, *p);
+            return true;
+        case FASA_OP_FETCH:
+            fasa_cuda_fetch(ctx, dst, 0);
+            fasa_end_side(ctx, *p);
             return true;
         case FASA_OP_SPREAD: fasa_cuda_spread(ctx, dst); return true;
         case FASA_OP_FORK: fasa_cuda_fork(ctx, dst); return true;

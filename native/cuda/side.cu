@@ -1,8 +1,8 @@
 // FORK and JOIN: a layer that selects ahead does so on a side stream of its device, beside the feed-forward before it.
 //
 // ggml-cuda runs each node on the current stream of its context. FORK makes the side stream the current one, behind
-// what came before; SELECT, the last node there, changes back; JOIN lets the main stream wait. All in one call of
-// graph_compute: a stream that was forked while a CUDA graph is captured must be joined in it. Where the JOIN is in
+// what came before; the last node there, SELECT or FETCH, changes back; JOIN lets the main stream wait. All in one call
+// of graph_compute: a stream that was forked while a CUDA graph is captured must be joined in it. Where the JOIN is in
 // another call (the scheduler split the graph, or a callback looks at nodes), the nodes run in the main stream.
 //
 // Kernels run beside each other on an SM only if they agree on how it divides its memory into L1 and shared memory. All

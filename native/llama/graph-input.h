@@ -13,6 +13,7 @@
 struct fasa_pending_list {
     ggml_tensor * list;
     std::vector<ggml_tensor *> held; // what the side stream reads and writes, FORK first
+    bool fetched;                    // FETCH brings its rows
 };
 
 // One per graph and cache, dense graphs too: it holds the inputs of the sparse layers, refuses the reuse of a graph

@@ -52,6 +52,9 @@ struct fasa_attn {
     ggml_tensor * build_window() const;
     ggml_tensor * build_select() const;
     void build_ahead(const fasa_foreseen & foreseen) const;
+    bool has_room_ahead() const;
+    bool can_fetch(const ggml_tensor * residual) const;
+    ggml_tensor * build_fetch(ggml_tensor * list) const;
     fasa_select_op select_op() const;
     ggml_tensor * build_fac() const;
 
@@ -246,6 +249,51 @@ ggml_tensor * fasa_attn::build_select() const {
     return list;
 }
 
+// FASA-M: whether the rows of a list that holds the ubatch as well have room
+bool fasa_attn::has_room_ahead() const {
+    const ggml_tensor * rows = cache->layer(il).fixed.rows;
+    if (rows == nullptr) {
+        return true;
+    }
+    const ggml_tensor * v = mctx->get_v(graph.ctx0, il);
+    const auto params     = cache->state->layer_params(il);
+    const fasa_row_layout row(k->type, v->type, k->ne[0], v->ne[0]);
+    const int64_t length = fasa_list_length(params, input->forced->ne[0] + graph.n_tokens / k->ne[3], k->ne[2]);
+    return fasa_rows_bytes(row, length, params.per_head ? q->ne[1] : k->ne[1]) <= (size_t) rows->ne[0];
+}
+
+// FASA-M: whether the rows of its list can be fetched from the residual on. They share the room of all layers, so FAC
+// of the layers before is to be done with it; there is room for one token.
+bool fasa_attn::can_fetch(const ggml_tensor * residual) const {
+    const ggml_tensor * rows = cache->layer(il).fixed.rows;
+    if (rows == nullptr || graph.n_tokens != 1) {
+        return false;
+    }
+    for (int i = ggml_graph_n_nodes(graph.gf) - 1; i >= 0; --i) {
+        const ggml_tensor * node = ggml_graph_node(graph.gf, i);
+        if (node == residual) {
+            return true;
+        }
+        const fasa_op_params * p = fasa_op_get(node);
+        if (p && p->kind == FASA_OP_FAC && fasa_op_layer(node).rows == rows) {
+            break;
+        }
+    }
+    return false;
+}
+
+ggml_tensor * fasa_attn::build_fetch(ggml_tensor * list) const {
+    fasa_fetch_op op = {};
+    op.list          = list;
+    op.k             = k;
+    op.v             = mctx->get_v(graph.ctx0, il);
+    op.ranges        = input->ranges; // with the cell that this ubatch writes, whose old row is not to be found again
+    op.fresh         = input->fresh;
+    op.stream0       = stream0();
+    op.layer         = &cache->layer(il).fixed;
+    return on_backend(fasa_build_fetch(graph.ctx0, op));
+}
+
 // TIP and SELECT with foreseen queries, right behind the residual that they are foreseen from: in the graph the
 // feed-forward may stand before them already.
 void fasa_attn::build_ahead(const fasa_foreseen & foreseen) const {
@@ -254,6 +302,7 @@ void fasa_attn::build_ahead(const fasa_foreseen & foreseen) const {
     const int first = ggml_graph_n_nodes(graph.gf);
 
     const auto & layer = cache->layer(il);
+    const bool fetches = can_fetch(foreseen.residual);
     ggml_tensor * fork = on_backend(fasa_build_fork(graph.ctx0, foreseen.residual, &layer.fixed));
     ggml_build_forward_expand(graph.gf, fork);
 
@@ -269,13 +318,18 @@ void fasa_attn::build_ahead(const fasa_foreseen & foreseen) const {
     op.ranges             = input->ranges_ahead;
     op.forced             = input->forced_ahead;
     op.fresh              = input->fresh;
-    op.flags              = FASA_FORKED;
+    op.flags              = fetches ? 0 : FASA_FORKED;
     ggml_tensor * list    = on_backend(fasa_build_select(graph.ctx0, op));
     ggml_tensor * tip     = on_backend(list->src[0]);
+    list                  = fetches ? build_fetch(list) : list;
     ggml_build_forward_expand(graph.gf, list);
     fasa_move_behind(graph.gf, foreseen.residual, first);
 
-    fasa_pending_list pending = { list, { fork, foreseen.residual, tip, kq_mask, op.ranges, op.forced, op.fresh } };
+    fasa_pending_list pending = { list, { fork, foreseen.residual, tip, kq_mask, op.ranges, op.forced, op.fresh },
+        fetches };
+    if (fetches) {
+        pending.held.push_back(input->ranges);
+    }
     pending.held.insert(pending.held.end(), foreseen.inputs.begin(), foreseen.inputs.end());
     const auto hold = fasa_to_hold(copies);
     pending.held.insert(pending.held.end(), hold.begin(), hold.end());
@@ -285,19 +339,22 @@ void fasa_attn::build_ahead(const fasa_foreseen & foreseen) const {
 
 // attention over the list, [d_v*n_head, n_tokens]
 ggml_tensor * fasa_attn::build_fac() const {
-    fasa_fac_op op    = {};
-    op.list           = input->lists.at(lender());
-    op.q              = q;
-    op.k              = k;
-    op.v              = v;
-    op.mask           = kq_mask;
-    op.sinks          = sinks;
-    op.ranges         = input->ranges;
-    op.stream0        = stream0();
-    op.scale          = kq_scale;
-    op.soft_cap       = soft_cap;
-    op.layer          = &cache->layer(il).fixed;
-    ggml_tensor * cur = on_backend(fasa_build_fac(graph.ctx0, op));
+    const auto pending = input->pending.find(il);
+    const bool fetched = pending != input->pending.end() && pending->second.fetched;
+    fasa_fac_op op     = {};
+    op.list            = input->lists.at(lender());
+    op.q               = q;
+    op.k               = k;
+    op.v               = v;
+    op.mask            = kq_mask;
+    op.sinks           = sinks;
+    op.ranges          = input->ranges;
+    op.fresh           = fetched ? input->fresh : nullptr;
+    op.stream0         = stream0();
+    op.scale           = kq_scale;
+    op.soft_cap        = soft_cap;
+    op.layer           = &cache->layer(il).fixed;
+    ggml_tensor * cur  = on_backend(fasa_build_fac(graph.ctx0, op));
     graph.cb(cur, "fasa", il);
     return ggml_reshape_2d(graph.ctx0, cur, cur->ne[0] * cur->ne[1], cur->ne[2] * cur->ne[3]);
 }
@@ -348,8 +405,9 @@ void fasa_begin_attn(const llm_graph_context & graph, const llama_kv_cache_conte
         layer.foreseen = foreseen;
     }
     if (sparse && layer.ahead == FASA_REASON_NONE) {
-        layer.ahead = foreseen.reason;
-        if (foreseen.reason == FASA_REASON_NONE) {
+        layer.ahead =
+            foreseen.reason != FASA_REASON_NONE || attn.has_room_ahead() ? foreseen.reason : FASA_REASON_AHEAD_ROOM;
+        if (layer.ahead == FASA_REASON_NONE) {
             attn.build_ahead(foreseen);
         }
     }
@@ -379,9 +437,9 @@ ggml_tensor * fasa_build_attn(const llm_graph_context & graph, const llama_kv_ca
     input->cell_sparse += cache->cell_bytes(il);
     const auto pending = input->pending.find(il);
     if (pending != input->pending.end()) {
-        const auto & [list, held] = pending->second;
-        input->lists[il]          = fasa_build_join(graph.ctx0, list, held, &layer.fixed);
-        for (ggml_tensor * t = input->lists[il]; t != list; t = t->src[0]) {
+        const auto & from = pending->second;
+        input->lists[il]  = fasa_build_join(graph.ctx0, from.list, from.held, &layer.fixed);
+        for (ggml_tensor * t = input->lists[il]; t != from.list; t = t->src[0]) {
             attn.on_backend(t);
         }
     } else if (layer.source == FASA_LAYER_SELECTS) {

@@ -5,6 +5,7 @@
 
 #include "ggml-cpu.h"
 
+#include <algorithm>
 #include <cstring>
 #include <initializer_list>
 #include <vector>
@@ -84,13 +85,31 @@ ggml_tensor * fasa_build_select(ggml_context * ctx, const fasa_select_op & op) {
         op.layer->work ? on_device : on_cpu, p, "fasa_select");
 }
 
+// the list once more, behind what else is among the sources
+static ggml_tensor * fasa_list_node(ggml_context * ctx, ggml_tensor * list, const std::vector<ggml_tensor *> & src,
+    const fasa_op_params & p, const char * name) {
+    ggml_tensor * t = ggml_view_tensor(ctx, list);
+    t->op           = GGML_OP_CUSTOM;
+    t->src[0]       = list;
+    std::copy(src.begin(), src.end(), t->src + 1);
+    fasa_op_set(t, p, name);
+    return t;
+}
+
+ggml_tensor * fasa_build_fetch(ggml_context * ctx, const fasa_fetch_op & op) {
+    GGML_ASSERT(op.layer->rows && op.list->ne[2] == 1 && op.list->ne[3] == 1 && ggml_nelements(op.fresh) == 1);
+    fasa_op_params p = fasa_layer_params(FASA_OP_FETCH, op.layer, FASA_FORKED, 0.0f, 0.0f);
+    p.stream0        = op.stream0;
+    return fasa_list_node(ctx, op.list, { op.k, op.v, op.ranges, op.fresh }, p, "fasa_fetch");
+}
+
 ggml_tensor * fasa_build_fac(ggml_context * ctx, const fasa_fac_op & op) {
-    fasa_op_params p     = fasa_layer_params(FASA_OP_FAC, op.layer, 0, op.scale, op.soft_cap);
-    p.stream0            = op.stream0;
-    const int64_t ne[4]  = { op.v->ne[0], op.q->ne[1], op.list->ne[2], op.list->ne[3] };
-    ggml_tensor * ranges = op.layer->rows ? op.ranges : nullptr;
+    fasa_op_params p    = fasa_layer_params(FASA_OP_FAC, op.layer, op.fresh ? FASA_FETCHED : 0, op.scale, op.soft_cap);
+    p.stream0           = op.stream0;
+    const int64_t ne[4] = { op.v->ne[0], op.q->ne[1], op.list->ne[2], op.list->ne[3] };
+    ggml_tensor * cells = !op.layer->rows ? nullptr : op.fresh ? op.fresh : op.ranges;
     return fasa_layer_node(
-        ctx, GGML_TYPE_F32, ne, { op.list, op.q, op.k, op.v, op.mask, op.sinks, ranges }, p, "fasa_fac");
+        ctx, GGML_TYPE_F32, ne, { op.list, op.q, op.k, op.v, op.mask, op.sinks, cells }, p, "fasa_fac");
 }
 
 ggml_tensor * fasa_place_in(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * room, size_t offset) {
@@ -142,14 +161,8 @@ ggml_tensor * fasa_build_join(
     ggml_context * ctx, ggml_tensor * list, const std::vector<ggml_tensor *> & held, const fasa_layer_const * layer) {
     const fasa_op_params p = fasa_layer_params(FASA_OP_JOIN, layer, 0, 0.0f, 0.0f);
     for (size_t i = 0; i < held.size(); i += GGML_MAX_SRC - 2) {
-        ggml_tensor * t = ggml_view_tensor(ctx, list);
-        t->op           = GGML_OP_CUSTOM;
-        t->src[0]       = list;
-        for (size_t j = 0; j < GGML_MAX_SRC - 2 && i + j < held.size(); ++j) {
-            t->src[1 + j] = held[i + j];
-        }
-        fasa_op_set(t, p, "fasa_join");
-        list = t;
+        const auto first = held.begin() + i, last = first + std::min<size_t>(GGML_MAX_SRC - 2, held.size() - i);
+        list = fasa_list_node(ctx, list, { first, last }, p, "fasa_join");
     }
     return list;
 }

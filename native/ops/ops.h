@@ -21,11 +21,15 @@
 //            n_head when every query head has a list of its own (fasa_params::per_head)
 //     src    TIP, forced i32 [n_forced, n_tps, n_stream], -1: none; on a device also ranges and fresh, which its launch
 //            reads for TIP
+//   FETCH    on a device, where a layer selects ahead for one token and k and v lie in pinned host memory (FASA-M):
+//            brings FAC the rows of the list, but for the fresh cell
+//     dst    the list, in place
+//     src    the list, k, v, ranges, fresh i32 [1]
 //   FAC      exact attention over those cells
 //     dst    f32 [d_v, n_head, n_tps, n_stream]
 //     src    a list of SELECT's shape, its cells in any order, q, k, v [d_v, n_head_kv, n_kv, n_stream], mask,
 //            sinks f32 [n_head] or none; where k and v lie in pinned host memory (FASA-M) also ranges, whose cells fall
-//            out of the row cache
+//            out of the row cache; behind FETCH (FASA_FETCHED) fresh instead, whose rows are read in place
 //   STAGE    a layer's k or v of pinned host memory, copied to a place on the device for dense attention
 //     dst    as k or v, in that place
 //     src    k or v, fresh i32 [2*FASA_MAX_RANGES, n_stream] (the cells that this ubatch writes), work or none
@@ -33,7 +37,7 @@
 //            graph it does nothing
 //     dst    f32 [1]
 //     src    that attention's result, k and v of the next layer, and their places
-//   FORK     on a device: what follows, up to SELECT, runs on a side stream, behind what came before
+//   FORK     on a device: what follows, up to the node with FASA_FORKED, runs on a side stream, behind what came before
 //     dst    i8 [1]
 //     src    the residual
 //   SPREAD   foreseen queries of which only the dominant dimensions were multiplied out: rotated (RoPE), each in its
@@ -69,7 +73,8 @@ enum fasa_op_kind {
     FASA_OP_AHEAD,
     FASA_OP_FORK,
     FASA_OP_SPREAD,
-    FASA_OP_JOIN
+    FASA_OP_JOIN,
+    FASA_OP_FETCH
 };
 
 // The softmax over all cells is put together from spans that different threads, or thread blocks, work on. A span's
@@ -182,10 +187,11 @@ struct fasa_layer_const {
 // Flags of fasa_op_params::flags. With FASA_ON_DEVICE one launch of SELECT computes TIP too; the TIP node's data is
 // then undefined unless FASA_SCORES_KEPT.
 enum fasa_op_flags {
-    FASA_ON_DEVICE    = 1, // the tensors lie on a device whose backend has kernels
-    FASA_SCORES_KEPT  = 2, // the TIP node holds the scores afterwards, as on the CPU
-    FASA_SCORES_GIVEN = 4, // the TIP node holds scores already
-    FASA_FORKED       = 8, // SELECT: the last node of a side stream that FORK began
+    FASA_ON_DEVICE    = 1,  // the tensors lie on a device whose backend has kernels
+    FASA_SCORES_KEPT  = 2,  // the TIP node holds the scores afterwards, as on the CPU
+    FASA_SCORES_GIVEN = 4,  // the TIP node holds scores already
+    FASA_FORKED       = 8,  // SELECT or FETCH: the last node of a side stream that FORK began
+    FASA_FETCHED      = 16, // FAC: FETCH has brought the rows that lie in pinned host memory
 };
 
 // ggml's RoPE of a head, without what depends on position and dimension
@@ -269,9 +275,21 @@ struct fasa_fac_op {
     ggml_tensor * mask;   // f16 [n_kv, n_tps, 1, n_stream]
     ggml_tensor * sinks;  // f32 [n_head] or nullptr
     ggml_tensor * ranges; // i32 [2*FASA_MAX_RANGES, n_stream]
+    ggml_tensor * fresh;  // i32 [1], where the list comes from FETCH; else nullptr
     int32_t stream0;      // the first of the cache's streams that k and v show
     float scale;
     float soft_cap;
+    const fasa_layer_const * layer;
+};
+
+// what FETCH of one layer is built from
+struct fasa_fetch_op {
+    ggml_tensor * list;   // i32 [1 + length, n_list], of one token
+    ggml_tensor * k;      // [d, n_head_kv, n_kv]
+    ggml_tensor * v;      // [d_v, n_head_kv, n_kv]
+    ggml_tensor * ranges; // i32 [2*FASA_MAX_RANGES], with the fresh cell
+    ggml_tensor * fresh;  // i32 [1]
+    int32_t stream0;      // the cache's stream that k and v show
     const fasa_layer_const * layer;
 };
 
@@ -298,6 +316,7 @@ ggml_custom_op_t fasa_cpu_op_get(void);
 
 // SELECT; its src[0] is the TIP
 ggml_tensor * fasa_build_select(ggml_context * ctx, const fasa_select_op & op);
+ggml_tensor * fasa_build_fetch(ggml_context * ctx, const fasa_fetch_op & op);
 ggml_tensor * fasa_build_fac(ggml_context * ctx, const fasa_fac_op & op);
 
 // `rows` as they lie behind each other at `offset` of `room`, which is allocated
