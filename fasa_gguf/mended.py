@@ -226,8 +226,8 @@ class Mended(_Base):
                 self._run, self._full = run, False
             elif self._run is not run:
                 raise FasaError(
-                    "this generation cannot go on: another call has used the model since; "
-                    "let one end before the next begins, or load the model once for each"
+                    "this generation cannot go on: another call has used the model since; let one end before the next "
+                    "begins (langchain: max_concurrency=1, or streaming=False), or load the model once for each"
                 )
             yield
 

@@ -31,13 +31,18 @@ class _Lines:
     def _speak(self) -> None:
         while not self._over.wait(PAUSE):
             with self._lock:
-                parts = [f"{what} {done:,} of {total:,}" for what, (done, total) in self._open.items()]
-            minutes, seconds = divmod(int(time.monotonic() - self._start), 60)
-            print(f"fasa-gguf: {', '.join(parts) or 'working'} ({minutes}:{seconds:02})", file=sys.stderr, flush=True)
+                if not self._over.is_set():
+                    self._say()
+
+    def _say(self) -> None:
+        parts = [f"{what} {done:,} of {total:,}" for what, (done, total) in self._open.items()]
+        minutes, seconds = divmod(int(time.monotonic() - self._start), 60)
+        print(f"fasa-gguf: {', '.join(parts) or 'working'} ({minutes}:{seconds:02})", file=sys.stderr, flush=True)
 
     def stop(self) -> None:
-        """No more lines."""
-        self._over.set()
+        """No more lines, not even the end of one."""
+        with self._lock:
+            self._over.set()
 
 
 _speaking: list[_Lines] = []

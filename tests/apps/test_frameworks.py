@@ -43,7 +43,7 @@ llm = ChatLlamaCpp(model_path=model, **common)
 whole = llm.invoke(prompt).content
 show(llm.client, whole, "".join(part.content for part in llm.stream(prompt)))
 """
-# its batch calls one model from several threads
+# its batch calls one model from several threads, and its calls are streams unless it is told otherwise
 LANGCHAIN_BATCH = """
 from langchain_community.chat_models import ChatLlamaCpp
 llm = ChatLlamaCpp(model_path=model, **common)
@@ -51,6 +51,9 @@ prompts = [f"What is {i} plus {i}? " + prompt[:100] for i in range(4)]
 alone = [llm.invoke(p).content for p in prompts]
 batch = [answer.content for answer in llm.batch(prompts, config={"max_concurrency": 1})]
 assert batch == alone, batch
+llm.streaming = False
+assert [answer.content for answer in llm.batch(prompts)] == alone
+llm.streaming = True
 found = [str(getattr(answer, "content", answer)) for answer in llm.batch(prompts, return_exceptions=True)]
 show(llm.client, *(["right"] if any(f == a for f, a in zip(found, alone)) else []),
      *(f for f, a in zip(found, alone) if f != a))
@@ -123,7 +126,8 @@ def test_langchain_chat(run):
 
 @needs("langchain_community")
 def test_langchain_batch(run):
-    """One by one the answers are those of single calls; all at once one of them is, and the others say why not."""
+    """One by one, and without streams, the answers are those of single calls; of streams at once one of them is, and
+    the others say why not."""
     found, _ = run(LANGCHAIN.format(rope=OWN_ROPE) + LANGCHAIN_BATCH)
     assert found["texts"][0] == "right" and all("max_concurrency=1" in text for text in found["texts"][1:])
 

@@ -1,6 +1,7 @@
 """What a command says of how far it is: a line now and then where stderr is a file."""
 
 import re
+import threading
 import time
 
 import pytest
@@ -53,6 +54,31 @@ def test_another_bar_replaces_the_first(capfd):
     progress.progress_bar()("writing", 1, 2)
     time.sleep(0.1)
     assert "reading" not in lines(capfd)[-1]
+
+
+def test_nothing_is_said_behind_the_end(monkeypatch):
+    """A line that is being written when the command ends is written before stop_progress returns."""
+    begun, said = threading.Event(), []
+
+    class Slow:
+        def isatty(self):
+            return False
+
+        def write(self, text):
+            begun.set()
+            time.sleep(0.05)
+            said.append(text)
+
+        def flush(self):
+            pass
+
+    monkeypatch.setattr("sys.stderr", Slow())
+    progress.progress_bar()
+    assert begun.wait(5)
+    progress.stop_progress()
+    at_end = list(said)
+    time.sleep(0.2)
+    assert said == at_end != []
 
 
 EVAL = ["eval", "{m}", "-f", "{t}", "--windows", "2", "--window", "300", "--score", "20", "--fasa-min-context", "0"]
