@@ -157,7 +157,8 @@ class FasaParams:
     ahead: str = _row(
         "auto",
         "auto, off or on",
-        "select a layer's tokens while the feed-forward before it runs, by queries that are foreseen; auto: on a GPU",
+        "select a layer's tokens while the feed-forward before it runs, by foreseen queries; auto: on a GPU, in steps "
+        "of one token",
         choices=AHEAD,
     )
 

@@ -83,6 +83,7 @@ class Reason(IntEnum):
     # of a layer that runs sparse: why it selects with its own queries instead of ahead
     AHEAD_OFF = "selecting ahead is off", "use --fasa-ahead on"
     AHEAD_AUTO = "it is on the CPU, where selecting ahead saves no time", "use --fasa-ahead on"
+    AHEAD_TOKENS = "the step has several tokens, with which selecting ahead is slower", "use --fasa-ahead on"
     AHEAD_BORROWS = "it borrows its list"
     AHEAD_PROFILE = "the profile says that foreseen queries lose too much there"
     AHEAD_FIRST = "no block lies before it"

@@ -115,8 +115,8 @@ typedef struct fasa_params {
     // MiB, from -1: FASA-M: device memory, over all layers, that keeps recently attended rows; 0: none, -1: twice what
     // a step attends
     int32_t row_cache;
-    // enum fasa_ahead_type: select a layer's tokens while the feed-forward before it runs, by queries that are
-    // foreseen; auto: on a GPU
+    // enum fasa_ahead_type: select a layer's tokens while the feed-forward before it runs, by foreseen queries; auto:
+    // on a GPU, in steps of one token
     int32_t ahead;
 } fasa_params;
 // end settings
@@ -252,20 +252,22 @@ enum fasa_reason {
     FASA_REASON_AHEAD_OFF             = 34,
     // it is on the CPU, where selecting ahead saves no time
     FASA_REASON_AHEAD_AUTO            = 35,
+    // the step has several tokens, with which selecting ahead is slower
+    FASA_REASON_AHEAD_TOKENS          = 36,
     // it borrows its list
-    FASA_REASON_AHEAD_BORROWS         = 36,
+    FASA_REASON_AHEAD_BORROWS         = 37,
     // the profile says that foreseen queries lose too much there
-    FASA_REASON_AHEAD_PROFILE         = 37,
+    FASA_REASON_AHEAD_PROFILE         = 38,
     // no block lies before it
-    FASA_REASON_AHEAD_FIRST           = 38,
+    FASA_REASON_AHEAD_FIRST           = 39,
     // no feed-forward lies between the attention or other block before it and its queries
-    FASA_REASON_AHEAD_NO_FEED_FORWARD = 39,
+    FASA_REASON_AHEAD_NO_FEED_FORWARD = 40,
     // how its queries follow from the layer before is not recognised
-    FASA_REASON_AHEAD_UNKNOWN         = 40,
+    FASA_REASON_AHEAD_UNKNOWN         = 41,
     // the feed-forward before it runs on another device
-    FASA_REASON_AHEAD_DEVICE          = 41,
+    FASA_REASON_AHEAD_DEVICE          = 42,
     // its rows on the device have no room for a list with all tokens of the batch
-    FASA_REASON_AHEAD_ROOM            = 42,
+    FASA_REASON_AHEAD_ROOM            = 43,
 };
 // end reasons
 

@@ -180,11 +180,14 @@ static __global__ void __launch_bounds__(32 * N_WARP, 1) fasa_fac_mma_kernel(con
     list.mask = (const half *) (a.mask + s * a.mask_nb3 + t * a.mask_nb1);
 
     uint32_t q[D / 16][4];
+    if (a.joined) { // what made q may be at work yet: SELECT did not wait for it
+        ggml_cuda_pdl_sync();
+    }
     fasa_fac_mma_query<D>(a, at, g, c, q);
     fasa_fac_mma_state<D> state;
 
     ggml_cuda_pdl_lc();   // what follows FAC waits for it, and may as well begin
-    ggml_cuda_pdl_sync(); // q is older than SELECT, the list is not
+    ggml_cuda_pdl_sync(); // q is older than a SELECT in the same stream, the list is not
     const int first = (warp * at.n_split + at.split) * TOKENS, step = N_WARP * at.n_split * TOKENS;
     list.n     = list.cells[-1];
     list.fresh = fasa_fac_fresh(a);

@@ -185,10 +185,13 @@ static __global__ void __launch_bounds__(32 * N_WARP, 1) fasa_fac_kernel(const f
 
     float q[M][8];
     fasa_fac_state<M> state;
+    if (a.joined) { // what made q may be at work yet: SELECT did not wait for it
+        ggml_cuda_pdl_sync();
+    }
     fasa_fac_query<M>(a, at, dim, active, q);
     state.zero();
     ggml_cuda_pdl_lc();   // what follows FAC waits for it, and may as well begin
-    ggml_cuda_pdl_sync(); // q is older than SELECT, the list is not
+    ggml_cuda_pdl_sync(); // q is older than a SELECT in the same stream, the list is not
     const int first = (warp * at.n_split + at.split) * TOKENS,
               step  = N_WARP * at.n_split * TOKENS; // from token to token of a lane
     int cell_of[AHEAD];
@@ -316,6 +319,7 @@ void fasa_cuda_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fas
     a.d                = k->ne[0];
     a.scale            = p.scale;
     a.soft_cap         = p.soft_cap;
+    a.joined           = p.flags & FASA_FORKED;
     const int n_stream = dst->ne[3], n_token = dst->ne[2] * n_stream;
     a.row_bytes       = ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, v->ne[0]);
     const auto launch = [&](int n) {

@@ -21,7 +21,8 @@ struct fasa_fac_args {
     int64_t q_nb1, q_nb2, k_nb1, k_nb2, k_nb3, v_nb1, v_nb2, v_nb3, mask_nb1, mask_nb3;
     ggml_type type_k, type_v;
     fasa_fetched fetched;
-    int token0; // of this launch
+    int token0;  // of this launch
+    bool joined; // the list comes from a side stream
     int n_list_len, n_list, n_head, n_shared, d;
     uint3 by_n_tps, by_n_group, by_n_chunk; // fastdiv
     float scale, soft_cap;

@@ -220,7 +220,7 @@ void fasa_cache::upload_tables(size_t ikv) {
     const int layout = rope == LLAMA_ROPE_TYPE_NORM || rope == LLAMA_ROPE_TYPE_NONE ? 0 : 1;
 
     // for foreseen queries, where it is to select ahead
-    const bool ahead     = ahead_reason(il) == FASA_REASON_NONE;
+    const bool ahead     = ahead_reason(il, 1) == FASA_REASON_NONE;
     const auto & ranking = ahead && !known.ahead_ranking.empty() ? known.ahead_ranking : known.ranking;
     const auto & weights = ahead && !known.ahead_weight.empty() ? known.ahead_weight : known.weight;
 
@@ -426,8 +426,8 @@ int32_t fasa_cache::n_hadamard() const {
 
 // ---- reasons ----
 
-// auto: where there is a side stream for it
-fasa_reason fasa_cache::ahead_reason(int32_t il) {
+// auto: where there is a side stream for it. The feed-forward of several tokens leaves less room beside it.
+fasa_reason fasa_cache::ahead_reason(int32_t il, uint32_t n_tokens) {
     const int32_t setting = state->params.ahead;
     const auto & l        = layer(il);
     if (setting == FASA_AHEAD_OFF) {
@@ -435,6 +435,9 @@ fasa_reason fasa_cache::ahead_reason(int32_t il) {
     }
     if (setting == FASA_AHEAD_AUTO && l.fixed.work == nullptr) {
         return FASA_REASON_AHEAD_AUTO;
+    }
+    if (setting == FASA_AHEAD_AUTO && n_tokens > 1) {
+        return FASA_REASON_AHEAD_TOKENS;
     }
     if (l.source != FASA_LAYER_SELECTS) {
         return FASA_REASON_AHEAD_BORROWS;

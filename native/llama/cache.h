@@ -73,7 +73,8 @@ struct fasa_cache {
     bool is_shared(int32_t il) const;     // another layer attends to the same K and V
     ggml_tensor * work(int32_t il) const; // what counts on its device; nullptr: nothing runs sparse there
     bool gpu_waits(uint32_t n_kv) const;  // whether its layers on GPUs stay dense in a step that sees n_kv cells
-    fasa_reason ahead_reason(int32_t il); // by settings and profile: why it does not select ahead
+    // by settings and profile: why it does not select ahead in a ubatch of n_tokens
+    fasa_reason ahead_reason(int32_t il, uint32_t n_tokens);
     // The dominant rows of W_q, made when they are asked for first. nullptr: they cannot be had, and the whole W_q
     // serves.
     const fasa_dominant_rows * dominant_rows(int32_t il, const fasa_query_rows & rows);

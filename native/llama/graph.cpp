@@ -395,7 +395,7 @@ void fasa_begin_attn(const llm_graph_context & graph, const llama_kv_cache_conte
     const bool sparse     = attn.begin();
     auto & layer          = cache->layer(il);
     if (sparse) {
-        layer.ahead = cache->ahead_reason(il);
+        layer.ahead = cache->ahead_reason(il, graph.n_tokens);
     }
     if (!observes && (!sparse || layer.ahead != FASA_REASON_NONE)) {
         return;

@@ -104,7 +104,8 @@ ggml_tensor * fasa_build_fetch(ggml_context * ctx, const fasa_fetch_op & op) {
 }
 
 ggml_tensor * fasa_build_fac(ggml_context * ctx, const fasa_fac_op & op) {
-    fasa_op_params p    = fasa_layer_params(FASA_OP_FAC, op.layer, op.fresh ? FASA_FETCHED : 0, op.scale, op.soft_cap);
+    fasa_op_params p = fasa_layer_params(
+        FASA_OP_FAC, op.layer, (op.fresh ? FASA_FETCHED : 0) | (op.joined ? FASA_FORKED : 0), op.scale, op.soft_cap);
     p.stream0           = op.stream0;
     const int64_t ne[4] = { op.v->ne[0], op.q->ne[1], op.list->ne[2], op.list->ne[3] };
     ggml_tensor * cells = !op.layer->rows ? nullptr : op.fresh ? op.fresh : op.ranges;

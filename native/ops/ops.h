@@ -190,7 +190,7 @@ enum fasa_op_flags {
     FASA_ON_DEVICE    = 1,  // the tensors lie on a device whose backend has kernels
     FASA_SCORES_KEPT  = 2,  // the TIP node holds the scores afterwards, as on the CPU
     FASA_SCORES_GIVEN = 4,  // the TIP node holds scores already
-    FASA_FORKED       = 8,  // SELECT or FETCH: the last node of a side stream that FORK began
+    FASA_FORKED       = 8,  // SELECT or FETCH: the last node of a side stream that FORK began; FAC: behind its JOIN
     FASA_FETCHED      = 16, // FAC: FETCH has brought the rows that lie in pinned host memory
 };
 
@@ -277,6 +277,7 @@ struct fasa_fac_op {
     ggml_tensor * ranges; // i32 [2*FASA_MAX_RANGES, n_stream]
     ggml_tensor * fresh;  // i32 [1], where the list comes from FETCH; else nullptr
     int32_t stream0;      // the first of the cache's streams that k and v show
+    bool joined;          // the list comes from a side stream
     float scale;
     float soft_cap;
     const fasa_layer_const * layer;
