@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 MAX_F32 = float(np.finfo(np.float32).max)
 _GGUF_TYPES = {"u32": U32, "i32": I32, "f32": F32, "str": STR}
-_ROUNDED = ("weight", "recall")  # long lists, whose order and neighbours do not matter
+_ROUNDED = ("weight", "ahead.weight", "recall")  # long lists, whose order and neighbours do not matter
 
 
 # ---- writing ----
@@ -72,6 +72,12 @@ def write_flat(profile: Profile) -> dict[str, Any]:
             "recall_budget": profile.recall_budget,
             "recall": flat(profile.recall, float),
         }
+    if profile.ahead is not None:
+        out["ahead.layers"] = [int(x) for x in profile.ahead]
+    if profile.ahead_weight is not None:
+        out["ahead.weight"] = flat(profile.ahead_weight, float)
+    if profile.ahead_ranking is not None:
+        out["ahead.ranking"] = flat(profile.ahead_ranking, int)
     if profile.layer_miss is not None:
         out["layer_miss"] = [float(x) for x in profile.layer_miss]
     if profile.mean_budget:
@@ -221,10 +227,11 @@ def read_flat(values: dict[str, Any], where: str) -> dict[str, Any]:
     return {
         "n_head_kv": n_head_kv,
         "n_chunk": n_chunk,
-        "ranking": _read_ranking(checked, n_head_kv, n_chunk),
+        "ranking": _read_ranking(checked, "ranking", n_head_kv, n_chunk),
         "ranking_method": method,
         **_read_per_chunk(checked, n_head_kv, n_chunk),
         **_read_window(checked, len(n_chunk)),
+        **_read_ahead(checked, n_head_kv, n_chunk),
         **_read_layer_miss(checked, len(n_chunk)),
         **_read_mean_budget(checked),
         **_read_groups(checked),
@@ -331,9 +338,9 @@ def _per_layer(
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _read_ranking(v: _Values, n_head_kv: list[int], n_chunk: list[int]) -> list[np.ndarray]:
+def _read_ranking(v: _Values, key: str, n_head_kv: list[int], n_chunk: list[int]) -> list[np.ndarray]:
     """Per layer uint16 [n_head_kv, n_chunk], every chunk of a head once."""
-    layers = _per_layer(v, "ranking", n_head_kv, n_chunk, n_chunk, np.uint32)
+    layers = _per_layer(v, key, n_head_kv, n_chunk, n_chunk, np.uint32)
     for il, heads in enumerate(layers):
         n = heads.shape[1]
         wrong = (np.sort(heads, axis=1) != np.arange(n)).any(axis=1)  # [n_head_kv]
@@ -342,7 +349,7 @@ def _read_ranking(v: _Values, n_head_kv: list[int], n_chunk: list[int]) -> list[
             order = heads[h]
             bad = next(int(x) for x in order if x >= n or (order == x).sum() > 1)
             expected = f"each chunk from 0 to {n - 1} once in layer {il}, KV head {h}"
-            raise v.explain("ranking", expected, f"chunk {bad} twice" if bad < n else f"chunk {bad}")
+            raise v.explain(key, expected, f"chunk {bad} twice" if bad < n else f"chunk {bad}")
     return [layer.astype(np.uint16) for layer in layers]
 
 
@@ -371,6 +378,29 @@ def _read_window(v: _Values, n_layer: int) -> dict[str, Any]:
     if len(each) != n_layer:
         raise v.explain("window", f"{n_layer} numbers, one a layer", f"{len(each)} numbers")
     return {"window": each}
+
+
+def _read_ahead(v: _Values, n_head_kv: list[int], n_chunk: list[int]) -> dict[str, Any]:
+    """ahead, uint8 [n_layer], and the ranking and weights for foreseen queries, those that are there."""
+    out: dict[str, Any] = {}
+    if "ahead.layers" in v:
+        expected, n = f"{len(n_chunk)} numbers, 0 or 1, one a layer", v.count("ahead.layers")
+        if n not in (None, len(n_chunk)):
+            raise v.explain("ahead.layers", expected, f"{n} numbers")
+        each = v.get("ahead.layers")
+        il = next((il for il, x in enumerate(each) if x > 1), None)
+        if il is not None:
+            raise v.explain("ahead.layers", expected, f"{each[il]} in layer {il}")
+        out["ahead"] = np.asarray(each, np.uint8)
+    if "ahead.ranking" in v:
+        out["ahead_ranking"] = _read_ranking(v, "ahead.ranking", n_head_kv, n_chunk)
+    n = v.get("weight_k", 0)
+    if ("ahead.weight" in v) != ("ahead.ranking" in v and n > 0):  # weights are those of one order of chunks
+        expected = "it where both fasa.ahead.ranking and fasa.weight are, and only there"
+        raise v.explain("ahead.weight", expected, "it" if "ahead.weight" in v else "nothing")
+    if "ahead.weight" in v:
+        out["ahead_weight"] = _per_layer(v, "ahead.weight", n_head_kv, [n] * len(n_chunk), n_chunk, np.float32)
+    return out
 
 
 def _read_layer_miss(v: _Values, n_layer: int) -> dict[str, Any]:
