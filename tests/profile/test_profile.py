@@ -55,7 +55,10 @@ def test_json_both_ways(tmp_path):
         k_dom="q8",
         per_head=1,
         row_cache=64,
+        ahead="on",
     )
+    assert q.ahead.dtype == np.uint8 and q.ahead.tolist() == [0, 1, 1] and q.ahead_weight[2][1, 1] == 2.25
+    assert all(np.array_equal(a[:, ::-1], b) for a, b in zip(q.ahead_ranking, q.ranking, strict=True))
     assert p.to_json().count("\n") == len(p.to_flat()) + 2  # one key a line
 
 
@@ -103,8 +106,9 @@ def test_the_preset_paper_is_fasa_as_published():
         p.preset("x")
     p.ranking_method = "ca"
     params, plain = p.preset("paper")
-    assert params == FasaParams(chunks=max(WIDTH // 8, 1), sink=0, recent=0, k_dom="f16", per_head=1)
-    assert plain.weight is None and plain.weight_k == 0 and plain.ranking is p.ranking and p.weight_k == 2
+    assert params == FasaParams(chunks=max(WIDTH // 8, 1), sink=0, recent=0, k_dom="f16", per_head=1, ahead="off")
+    assert plain.weight is None and plain.weight_k == 0 and plain.ahead_ranking is plain.ahead_weight is None
+    assert plain.ranking is p.ranking and p.weight_k == 2
 
 
 def test_gguf_both_ways_with_an_independent_reader(tiny, tmp_path):
@@ -120,6 +124,7 @@ def test_gguf_both_ways_with_an_independent_reader(tiny, tmp_path):
         "str": [GGUFValueType.STRING],
         "[u32]": [GGUFValueType.ARRAY, GGUFValueType.UINT32],
         "[f32]": [GGUFValueType.ARRAY, GGUFValueType.FLOAT32],
+        "[u8]": [GGUFValueType.ARRAY, GGUFValueType.UINT8],
         "[u8] or [u16]": [GGUFValueType.ARRAY, GGUFValueType.UINT8],
     }
     for key, value in full_profile().to_flat().items():
@@ -204,6 +209,43 @@ BAD = [
     (put_at("weight", 5, 1e39), r"key fasa.weight: expected an array, .f32., found 1e\+39 at index 5"),
     (put_at("recall", 4, 1.5), "key fasa.recall: expected shares from 0 to 1, found 0.75 to 1.5 in layer 2"),
     (put_at("recall", 0, -0.25), "key fasa.recall: expected shares from 0 to 1, found -0.25 to 0.75 in layer 0"),
+    (put("ahead.layers", [1, 1]), "key fasa.ahead.layers: expected 3 numbers, 0 or 1, one a layer, found 2 numbers"),
+    (
+        put_at("ahead.layers", 1, 2),
+        "key fasa.ahead.layers: expected 3 numbers, 0 or 1, one a layer, found 2 in layer 1",
+    ),
+    (put_at("ahead.layers", 2, -1), "key fasa.ahead.layers: expected an array, .u8., found -1 at index 2"),
+    (put("ahead.layers", 1), "key fasa.ahead.layers: expected an array, .u8., found 1"),
+    (
+        lambda f: f["ahead.ranking"].pop(),
+        "key fasa.ahead.ranking: expected 48 numbers for this shape, found 47 numbers",
+    ),
+    (
+        put_at("ahead.ranking", 47, 200),
+        "key fasa.ahead.ranking: expected each chunk from 0 to 7 once in layer 2, KV head 1, found chunk 200",
+    ),
+    (
+        lambda f: f["ahead.weight"].append(1.0),
+        "key fasa.ahead.weight: expected 12 numbers for this shape, found 13 numbers",
+    ),
+    (
+        put_at("ahead.weight", 5, float("inf")),
+        "key fasa.ahead.weight: expected an array, .f32., found inf at index 5",
+    ),
+    (
+        lambda f: f.pop("ahead.weight"),
+        "key fasa.ahead.weight: expected it where both fasa.ahead.ranking and fasa.weight are, and only there, found "
+        "nothing",
+    ),
+    (lambda f: f.pop("ahead.ranking"), "key fasa.ahead.weight: expected it where both .*, and only there, found it"),
+    (
+        lambda f: [f.pop("weight"), f.pop("weight_k")],
+        "key fasa.ahead.weight: expected it where both .*, and only there, found it",
+    ),
+    (
+        put("default.ahead", "maybe"),
+        "keys fasa.default..: setting ahead: expected one of auto, off, on, found 'maybe'",
+    ),
     (put("layer_miss", [1, 1]), "key fasa.layer_miss: expected 3 factors above 0 and below 100, found a list of 2"),
     (
         put("layer_miss", [1.0, 0.0, 1]),
@@ -417,6 +459,23 @@ def test_inspect_shows_the_chunks_that_decoding_uses():
         assert lines[-4].split("best ")[1].split()[0] == str(chunks or 4)
         assert [len(line.split()) for line in lines[-3:]] == [2 + (chunks or 4)] * 3
         assert [line.split()[1] for line in lines[-3:]] == [kept] * 3
+
+
+def test_profiles_from_before_layers_selected_ahead():
+    """They load, and their ranking serves foreseen queries too; `inspect` says so."""
+    p = full_profile()
+    line = "layers that may select ahead: 1-2, 2 of 3, with a ranking of their own"
+    assert line in format_profile(p).splitlines()
+    names = ("ahead.layers", "ahead.ranking", "ahead.weight")
+    values = {k: v for k, v in p.to_flat().items() if k not in names}
+    old = Profile.from_flat(values, "old")
+    assert old.ahead is old.ahead_ranking is old.ahead_weight is None and old.to_flat() == values
+    line = "layers that may select ahead: 0-2, 3 of 3, with the same ranking, not calibrated for it"
+    assert line in format_profile(old).splitlines()
+    some = Profile.from_flat(values | {"ahead.layers": [0, 0, 0]}, "some")
+    assert "layers that may select ahead: none" in format_profile(some).splitlines()
+    plain = {k: v for k, v in p.to_flat().items() if k not in ("weight", "weight_k", "ahead.weight")}
+    assert Profile.from_flat(plain, "plain").ahead_weight is None
 
 
 def test_profiles_without_windows_and_with_bad_ones(tmp_path):
