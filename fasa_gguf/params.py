@@ -157,8 +157,8 @@ class FasaParams:
     ahead: str = _row(
         "auto",
         "auto, off or on",
-        "select the tokens of a layer while the feed-forward before it runs, by queries that are foreseen; auto: layers "
-        "on a GPU",
+        "select the tokens of a layer while the feed-forward before it runs, by queries that are foreseen; auto: "
+        "layers on a GPU",
         choices=AHEAD,
     )
 

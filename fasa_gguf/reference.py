@@ -8,8 +8,8 @@ the cached tokens almost as the whole head does. One decode step of one KV head 
     select   the best `budget` tokens; sinks and recent ones always in         forced_cells, select
     FAC      focused attention computation: exact, over the selected tokens    attend
 
-`decode_step` is the four in a row. A layer that selects ahead makes its list, TIP and select, before its queries and the
-newest keys are known: by queries that are foreseen from the residual in front of the feed-forward before it.
+`decode_step` is the four in a row. A layer that selects ahead makes its list (TIP and select) before its queries and
+the newest keys are known, by queries that are foreseen from the residual in front of the feed-forward before it.
 
 Source: FASA, arXiv 2602.03152, sections 3 and 4; what differs from it (one selection per KV head, forced tokens, the
 ranking of chunks as a set) is explained in docs/reference/method.md.

@@ -142,7 +142,9 @@ class Calibrator:
         return [todo[i : i + per_pass] for i in range(0, len(todo), per_pass)]
 
     def _key(self) -> str:
-        text = json.dumps([TOOL, "ahead", self.params.__dict__, self.context, self.corpus_sha256, *self._identity(), self.where])
+        text = json.dumps(
+            [TOOL, "ahead", self.params.__dict__, self.context, self.corpus_sha256, *self._identity(), self.where]
+        )
         return f"{zlib.crc32(text.encode()):08x}"
 
     def _resume(self, partial: Path | None) -> Ranked:

@@ -301,7 +301,9 @@ def test_what_is_saved_is_loaded(tiny, tmp_path, seed):
     p.layer_miss = np.where(rng.random(3) < 0.5, edge, rng.random(3).astype(np.float32) * 99 + 1e-3).astype(np.float32)
     p.recall = [np.clip(rng.random((2, 1)), 0, 1).astype(np.float32) * np.float32(1.0009999) for _ in range(3)]
     p.weight = [(rng.standard_normal((2, 2)) * 10.0 ** rng.integers(-44, 38)).astype(np.float32) for _ in range(3)]
-    p.ahead_weight = [(rng.standard_normal((2, 2)) * 10.0 ** rng.integers(-44, 38)).astype(np.float32) for _ in range(3)]
+    p.ahead_weight = [
+        (rng.standard_normal((2, 2)) * 10.0 ** rng.integers(-44, 38)).astype(np.float32) for _ in range(3)
+    ]
     p.rope |= {"base": float(rng.random() * 1e6 + 1e-3), "scale": float(rng.choice([1, 1 / 3, 1e-40, 0.99999999]))}
     p.defaults |= {"mass": float(np.nextafter(np.float32(1), np.float32(0))), "row_cache": int(rng.integers(-1, 99))}
     p.save(tmp_path / "p.json")
@@ -311,7 +313,11 @@ def test_what_is_saved_is_loaded(tiny, tmp_path, seed):
         assert [np.float32(x) for x in q.mean_budget.values()] == [np.float32(x) for x in p.mean_budget.values()]
         assert np.array_equal(q.layer_miss, p.layer_miss)
         assert np.float32(q.defaults["mass"]) == np.float32(p.defaults["mass"])
-        for a, b in itertools.chain(zip(q.weight, p.weight, strict=True), zip(q.ahead_weight, p.ahead_weight, strict=True), zip(q.recall, p.recall, strict=True)):
+        for a, b in itertools.chain(
+            zip(q.weight, p.weight, strict=True),
+            zip(q.ahead_weight, p.ahead_weight, strict=True),
+            zip(q.recall, p.recall, strict=True),
+        ):
             assert np.allclose(a, b, rtol=6e-5, atol=1e-44)
 
 
