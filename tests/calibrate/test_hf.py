@@ -130,6 +130,12 @@ def test_queries_and_keys_are_those_of_llama_cpp(models, name):
             x, y = x.astype(np.float32), y.astype(np.float32)
             assert np.abs(x - y).max() < (0.004 if il == 0 else 0.03) * np.abs(y).max()
         assert np.allclose(a.k_sum, b.k_sum, rtol=3e-3)
+        parallel = name in ("gptneox", "cohere")  # attention and feed-forward read the same
+        assert (a.q_ahead is None) == (b.q_ahead is None) == (il == 0 or parallel)
+        if a.q_ahead is not None:
+            x, y = (s.q_ahead[:, :, s.dims] * s.scale for s in (a, b))
+            assert np.abs(x - y).max() < 0.03 * np.abs(y).max()
+            assert np.abs(x - a.q[:, :, a.dims] * a.scale).max() > 0.1 * np.abs(y).max()
 
 
 def test_the_rows_of_a_llama_gguf_are_permuted(models):
@@ -172,7 +178,7 @@ def test_a_longer_text_keeps_no_more(llama):
 
     one, two = (Counted(llama, IDS, CalibrationParams(context=512, queries=16, budget=40, windows=n)) for n in (1, 2))
     seen = [c._pass([0, 1], lambda n: None) for c in (one, two)]
-    assert (one.passes, two.passes) == (3, 4)  # two probes each
+    assert (one.passes, two.passes) == (4, 5)  # three probes each
     assert (
         [s[1].n for s in seen] == [512, 1024]
         and np.array_equal(seen[0][1].k, seen[1][1].k)
