@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 from profiles import full_profile
-from tiny_gguf import N_HEAD_KV, WIDTH, gguf_bytes, insert
+from tiny_gguf import N_HEAD_KV, WIDTH, gguf_bytes
 
 from fasa_gguf import FasaError
 from fasa_gguf.gguf.file import ARR, BOOL, F32, STR, U8, U16, U32, GGUFFile, pack_kv
@@ -60,22 +60,6 @@ def test_json_both_ways(tmp_path):
     assert q.ahead.dtype == np.uint8 and q.ahead.tolist() == [0, 1, 1] and q.ahead_weight[2][1, 1] == 2.25
     assert all(np.array_equal(a[:, ::-1], b) for a, b in zip(q.ahead_ranking, q.ranking, strict=True))
     assert p.to_json().count("\n") == len(p.to_flat()) + 2  # one key a line
-
-
-def test_a_file_with_a_dropped_key_loads(tiny, tmp_path):
-    """fasa.layer_budget is no longer a key; files that have it still load, and it is not written again."""
-    old = full_profile().to_flat() | {"layer_budget": [0.5, 1.5, 1]}
-    (tmp_path / "p.json").write_text(json.dumps(old))
-    assert Profile.load(tmp_path / "p.json").to_flat() == full_profile().to_flat()
-    key = pack_kv("fasa.layer_budget", ARR, [0.5, 1.5, 1], F32)
-    model = insert(embed.embed(tiny, full_profile(), tmp_path / "m.gguf"), tmp_path / "old.gguf", key)
-    assert "fasa.layer_budget" in GGUFFile(model).kv
-    assert Profile.load(model).to_flat() == full_profile().to_flat()
-    embed.embed(model, Profile.load(model))
-    assert "fasa.layer_budget" not in GGUFFile(model).kv
-    insert(tiny, tmp_path / "bad.gguf", pack_kv("fasa.layer_budget", STR, "whatever"))
-    with pytest.raises(FasaError, match=r"key fasa.version: expected u32, found nothing"):
-        Profile.load(tmp_path / "bad.gguf")
 
 
 def test_a_header_is_read_once(tiny, tmp_path, monkeypatch):
@@ -459,35 +443,6 @@ def test_inspect_shows_the_chunks_that_decoding_uses():
         assert lines[-4].split("best ")[1].split()[0] == str(chunks or 4)
         assert [len(line.split()) for line in lines[-3:]] == [2 + (chunks or 4)] * 3
         assert [line.split()[1] for line in lines[-3:]] == [kept] * 3
-
-
-def test_profiles_from_before_layers_selected_ahead():
-    """They load, and their ranking serves foreseen queries too; `inspect` says so."""
-    p = full_profile()
-    line = "layers that may select ahead: 1-2, 2 of 3, with a ranking of their own"
-    assert line in format_profile(p).splitlines()
-    names = ("ahead.layers", "ahead.ranking", "ahead.weight")
-    values = {k: v for k, v in p.to_flat().items() if k not in names}
-    old = Profile.from_flat(values, "old")
-    assert old.ahead is old.ahead_ranking is old.ahead_weight is None and old.to_flat() == values
-    line = "layers that may select ahead: 0-2, 3 of 3, with the same ranking, not calibrated for it"
-    assert line in format_profile(old).splitlines()
-    some = Profile.from_flat(values | {"ahead.layers": [0, 0, 0]}, "some")
-    assert "layers that may select ahead: none" in format_profile(some).splitlines()
-    plain = {k: v for k, v in p.to_flat().items() if k not in ("weight", "weight_k", "ahead.weight")}
-    assert Profile.from_flat(plain, "plain").ahead_weight is None
-
-
-def test_profiles_without_windows_and_with_bad_ones(tmp_path):
-    p = full_profile()
-    flat = p.to_flat()
-    del flat["window"], flat["rope.base_window"]
-    old = Profile.from_flat(flat, "old")
-    assert old.window is None and "base_window" not in old.rope
-    with pytest.raises(FasaError, match=r"key fasa.window: expected 3 numbers, one a layer, found 2 numbers"):
-        Profile.from_flat(flat | {"window": [1, 2]}, "bad")
-    with pytest.raises(FasaError, match=r"key fasa.rope.base_window: expected a number above 0, found 0"):
-        Profile.from_flat(flat | {"rope.base_window": 0.0}, "bad")
 
 
 def test_heat_map_shows_the_mean_place(tmp_path, monkeypatch):
