@@ -1,5 +1,6 @@
-"""Why attention is dense, and why a layer does not select ahead: the one table. enum fasa_reason of native/fasa.h and
-the texts of the library follow from it.
+"""Why attention is dense, and why a layer does not select ahead: the one table.
+
+enum fasa_reason of native/fasa.h and the texts of the library follow from it.
 
 After a change run `make tables`. Code compares members, never texts.
 """

@@ -472,6 +472,7 @@ typedef struct fasa_rank_case {
     float soft_cap;
     const int32_t * chunk_dims; // [n_chunk, 2]
     const float * q;            // [n_group, n_query, n_embd_head]
+    const float * q_est;        // as q, the queries that score: foreseen ones; NULL: q
     const float * k;            // [n_kv, n_embd_head]
     const int32_t * q_pos;      // [n_query] position of each query: cells <= it are visible
     const uint8_t * candidate;  // [n_chunk] 1: may be chosen; NULL: all
