@@ -64,6 +64,13 @@ static void fasa_divide_memory(int device, bool as_select) {
     }
 }
 
+// with GGML_CUDA_GRAPH_OPT=1 ggml-cuda has branches of its own, on the same streams
+static bool fasa_may_fork() {
+    static const char * env = getenv("GGML_CUDA_GRAPH_OPT");
+    static const bool may   = env == nullptr || atoi(env) != 1;
+    return may;
+}
+
 static bool fasa_forks(const ggml_cgraph * graph) {
     for (int i = 0; i < graph->n_nodes; ++i) {
         const fasa_op_params * p = fasa_op_get(graph->nodes[i]);
@@ -78,7 +85,7 @@ void fasa_cuda_begin(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph)
     fasa_computing.graph = graph;
     fasa_computing.at    = 0;
     auto & side          = fasa_computing.of[ctx.device];
-    const bool forks     = fasa_forks(graph);
+    const bool forks     = fasa_may_fork() && fasa_forks(graph);
     fasa_divide_memory(ctx.device, forks);
     if (forks && side.begin == nullptr) {
         CUDA_CHECK(cudaEventCreateWithFlags(&side.begin, cudaEventDisableTiming));
@@ -94,7 +101,7 @@ void fasa_cuda_begin(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph)
 
 void fasa_cuda_fork(ggml_backend_cuda_context & ctx, const ggml_tensor * dst) {
     auto & side = fasa_computing.of[ctx.device];
-    if (ctx.curr_stream_no != 0 || !fasa_computing.joins(dst)) {
+    if (!fasa_may_fork() || ctx.curr_stream_no != 0 || !fasa_computing.joins(dst)) {
         return;
     }
     CUDA_CHECK(cudaEventRecord(side.begin, ctx.stream()));
