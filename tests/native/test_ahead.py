@@ -155,7 +155,7 @@ def without_feed_forward(model, out, il):
 
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "hybrid"])
 def test_foreseen_queries_are_those_of_a_model_without_the_feed_forward(library, request, tmp_path, arch):
-    """Bit for bit: the same ops on the same residual."""
+    """Bit for bit, the same ops on the same residual; of convolutions, whose bits a compiler moves, nearly so."""
     if arch == "hybrid":
         model, layers = request.getfixturevalue("hybrid"), (1, 3)
     else:
@@ -165,7 +165,8 @@ def test_foreseen_queries_are_those_of_a_model_without_the_feed_forward(library,
     seen = observed(model, tokens)
     for il in layers:
         other = observed(without_feed_forward(model, tmp_path / "other.gguf", il - 1), tokens)
-        assert seen[il][2] == Reason.NONE and np.array_equal(seen[il][1], other[il][0])
+        assert seen[il][2] == Reason.NONE
+        assert np.abs(seen[il][1] - other[il][0]).max() <= (1e-5 if arch == "hybrid" else 0)
         assert not np.array_equal(seen[il][0], other[il][0])
 
 
