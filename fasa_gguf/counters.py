@@ -31,6 +31,7 @@ COUNTERS = (
     Counter("steps_dense", "step", "ubatches", "decode steps in which every layer was dense"),
     Counter("steps_prefill", "step", "ubatches", "ubatches of prompts, always dense"),
     Counter("layers_sparse", "step", "layers x steps", "layers that ran with FASA"),
+    Counter("layers_ahead", "step", "layers x steps", "layers that ran with FASA and selected ahead"),
     Counter("layers_dense", "step", "layers x steps", "layers that ran without FASA in decode steps"),
     Counter("layers_prefill", "step", "layers x steps", "layers that ran in ubatches of prompts"),
     Counter("tokens_attended", "op", "tokens x lists", "tokens that the lists hold"),

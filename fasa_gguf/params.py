@@ -16,6 +16,7 @@ from .errors import FasaError
 from .reasons import Reason
 
 K_DOM_TYPES = ("f16", "q8", "q4")  # in the order of enum fasa_k_dom_type
+AHEAD = ("auto", "off", "on")  # in the order of enum fasa_ahead
 MODES = ("auto", "device", "host")  # where K and V lie. No setting: a live context cannot change it
 MODE_ALIASES = {"c": "device", "m": "host"}  # the paper's letters
 INT_MAX = 2**31 - 1
@@ -152,6 +153,13 @@ class FasaParams:
         "FASA-M: device memory, over all layers, that keeps recently attended rows; 0: none, -1: twice what a step "
         "attends",
         low=-1,
+    )
+    ahead: str = _row(
+        "auto",
+        "auto, off or on",
+        "select a layer's tokens while the feed-forward before it runs, by foreseen queries; auto: on a GPU, in steps "
+        "of one token",
+        choices=AHEAD,
     )
 
     def replace(self, **changes: Any) -> FasaParams:

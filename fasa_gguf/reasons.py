@@ -1,4 +1,6 @@
-"""Why attention is dense: the one table. enum fasa_reason of native/fasa.h and the texts of the library follow from it.
+"""Why attention is dense, and why a layer does not select ahead: the one table.
+
+enum fasa_reason of native/fasa.h and the texts of the library follow from it.
 
 After a change run `make tables`. Code compares members, never texts.
 """
@@ -78,6 +80,21 @@ class Reason(IntEnum):
     )
     CUDA_HEAD_DIM = "the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256"
     CUDA_GROUP = "more than 128 query heads share a KV head"
+
+    # of a layer that runs sparse: why it selects with its own queries instead of ahead
+    AHEAD_OFF = "selecting ahead is off", "use --fasa-ahead on"
+    AHEAD_AUTO = "it is on the CPU, where selecting ahead saves no time", "use --fasa-ahead on"
+    AHEAD_TOKENS = "the step has several tokens, with which selecting ahead is slower", "use --fasa-ahead on"
+    AHEAD_BORROWS = "it borrows its list"
+    AHEAD_PROFILE = "the profile says that foreseen queries lose too much there"
+    AHEAD_FIRST = "no block lies before it"
+    AHEAD_NO_FEED_FORWARD = "no feed-forward lies between the attention or other block before it and its queries"
+    AHEAD_UNKNOWN = "how its queries follow from the layer before is not recognised"
+    AHEAD_DEVICE = "the feed-forward before it runs on another device"
+    AHEAD_ROOM = (
+        "its rows on the device have no room for a list with all tokens of the batch",
+        "use a larger budget or cap",
+    )
 
 
 def not_used(reason: Reason, why: str = "") -> str:

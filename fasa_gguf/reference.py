@@ -8,7 +8,8 @@ the cached tokens almost as the whole head does. One decode step of one KV head 
     select   the best `budget` tokens; sinks and recent ones always in         forced_cells, select
     FAC      focused attention computation: exact, over the selected tokens    attend
 
-`decode_step` is the four in a row.
+`decode_step` is the four in a row. A layer that selects ahead makes its list (TIP and select) before its queries and
+the newest keys are known, by queries that are foreseen from the residual in front of the feed-forward before it.
 
 Source: FASA, arXiv 2602.03152, sections 3 and 4; what differs from it (one selection per KV head, forced tokens, the
 ranking of chunks as a set) is explained in docs/reference/method.md.
@@ -210,12 +211,18 @@ def decode_step(
     soft_cap: float = 0,
     weight: np.ndarray | None = None,
     sink: np.ndarray | None = None,
+    q_ahead: np.ndarray | None = None,
+    fresh: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One token, one KV head: (output f32 [G, d_v], the cells attended, ascending).
 
     q [G, head_dim], k [n_kv, head_dim], v [n_kv, d_v], positions and visible [n_kv], ranking [n_chunk], dims
     [n_chunk, 2]; weight [m] of the m leading chunks, the others have 1. With per_head every query head selects for
     itself: call it for each, G = 1.
+
+    Of a layer that selects ahead q_ahead [G, head_dim], the foreseen queries, make the list, and fresh bool [n_kv] are
+    the cells that this ubatch writes, whose K is not stored yet: a token attends all of them that it sees, whatever
+    `recent` is, and the estimate is one over the other cells, so that a fresh one has the score 0.
     """
     if p.mean_budget > 0:
         raise FasaError(
@@ -229,9 +236,11 @@ def decode_step(
     if weight is not None:
         known = np.repeat(weight[:chunks], 2)  # [2*m]
         w[: len(known)] = known
-    est = estimate(q, quantize_k_dom(k, chosen, p.k_dom), chosen, w, scale, soft_cap, p.k_dom)  # [G, n_kv]
-    forced = forced_cells(positions, visible, p.sink, p.recent)  # [n_kv]
-    cells = select(group_score(est, visible), visible, forced, len(q), budget, p.mass, p.floor, p.cap)
+    by = q if q_ahead is None else q_ahead  # [G, head_dim]
+    est = estimate(by, quantize_k_dom(k, chosen, p.k_dom), chosen, w, scale, soft_cap, p.k_dom)  # [G, n_kv]
+    stored = visible if fresh is None else visible & ~fresh  # [n_kv]
+    forced = forced_cells(positions, visible, p.sink, p.recent) | (visible & ~stored)  # [n_kv]
+    cells = select(group_score(est, stored), visible, forced, len(q), budget, p.mass, p.floor, p.cap)
     return attend(q, k, v, cells, scale, soft_cap, sink), cells
 
 
@@ -309,15 +318,16 @@ def rank_recall(
     budget: int,
     sink: int,
     recent: int,
+    q_est: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Chunks as a set, by recall: each time the one is added that raises most the true attention mass kept.
 
     The mass is that of the top `budget` tokens of the chosen set's shared score, sinks and recent ones forced. Ties:
     the lower id. Returns (order int32 [n_rank], share of the mass kept after each choice f32 [n_rank]).
-    Cell = position.
+    Cell = position. q_est, of q's shape: the queries that score, such as foreseen ones; the attention is q's.
     """
     n_kv = len(k)
-    parts = chunk_scores(q, k, dims, scale)  # [n_chunk, G, n_query, n_kv]
+    parts = chunk_scores(q if q_est is None else q_est, k, dims, scale)  # [n_chunk, G, n_query, n_kv]
     full = capped(np.einsum("gqd,nd->gqn", q, k) * scale, soft_cap)  # [G, n_query, n_kv]
     cell = np.arange(n_kv)  # [n_kv]
 
@@ -358,17 +368,19 @@ def kept_share(
     budget: int,
     sink: int,
     recent: int,
+    q_est: np.ndarray | None = None,
 ) -> float:
     """Share of the true attention that the budget's tokens hold when the dominant keys are stored as `kind`.
 
     q [G, n_query, head_dim], k [n_kv, head_dim], q_pos [n_query]; dims, weight [n_dom]. Cell = position. It is the mean
-    over heads and queries.
+    over heads and queries. q_est: as in rank_recall.
     """
+    by = q if q_est is None else q_est  # [G, n_query, head_dim]
     cell, k_dom, total = np.arange(len(k)), quantize_k_dom(k, dims, kind), 0.0
     for i, pos in enumerate(q_pos):
         visible = cell <= pos  # [n_kv]
         mass = group_score(capped(q[:, i] @ k.T * scale, soft_cap), visible)  # [n_kv]
-        score = group_score(estimate(q[:, i], k_dom, dims, weight, scale, soft_cap, kind), visible)  # [n_kv]
+        score = group_score(estimate(by[:, i], k_dom, dims, weight, scale, soft_cap, kind), visible)  # [n_kv]
         total += mass[select(score, visible, forced_cells(cell, visible, sink, recent), len(q), budget)].sum()
     return float(total / (len(q_pos) * len(q)))
 
@@ -381,16 +393,18 @@ def fit_weights(
     chosen: np.ndarray,
     scale: float,
     soft_cap: float = 0,
+    q_est: np.ndarray | None = None,
 ) -> np.ndarray:
     """A weight per chosen chunk, f32 [len(chosen)], >= 0.
 
     Weighted least squares of the true logits (before soft-capping) on the chunks' logits, each centred per query and
-    head; the weight of a cell is the root of its true attention.
+    head; the weight of a cell is the root of its true attention. q_est: as in rank_recall, for the chunks' logits.
     """
+    by = q if q_est is None else q_est  # [G, n_query, head_dim]
     a = np.zeros((len(chosen), len(chosen)))  # [m, m]
     b = np.zeros(len(chosen))  # [m]
     for i, pos in enumerate(q_pos):
-        x = chunk_scores(q[:, i : i + 1], k[: pos + 1], dims[chosen], scale)[:, :, 0]  # [m, G, n]
+        x = chunk_scores(by[:, i : i + 1], k[: pos + 1], dims[chosen], scale)[:, :, 0]  # [m, G, n]
         y = np.einsum("gd,nd->gn", q[:, i], k[: pos + 1]) * scale  # [G, n]
         w = np.sqrt(softmax(capped(y, soft_cap)))  # [G, n]
         w /= w.sum(-1, keepdims=True)

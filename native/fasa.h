@@ -32,6 +32,13 @@ enum fasa_k_dom_type {
     FASA_K_DOM_Q4  = 2,
 };
 
+// whether a layer selects its tokens while the feed-forward before it runs, by queries that are foreseen
+enum fasa_ahead_type {
+    FASA_AHEAD_AUTO = 0, // layers on a GPU do
+    FASA_AHEAD_OFF  = 1,
+    FASA_AHEAD_ON   = 2,
+};
+
 // where the K and V of a context's layers on GPUs lie
 enum fasa_mode {
     FASA_MODE_DEVICE = 0, // FASA-C: on the layer's device, as in the stock library
@@ -64,6 +71,11 @@ typedef struct fasa_profile {
     uint32_t n_mean_budget;         // entries of the table of mean budgets, 0: none
     const uint32_t * mean_budget;   // [n_mean_budget] mean number of tokens, ascending
     const float * mean_budget_mass; // [n_mean_budget] the target mass that takes as many, ascending, between 0 and 1
+    // Of layers that select ahead. None: every layer may, with the ranking above.
+    uint32_t n_ahead;               // entries of ahead: n_layer, or 0
+    const uint8_t * ahead;          // [n_ahead] 1: the layer may select ahead, 0: it keeps its own queries
+    const uint16_t * ahead_ranking; // [n_ranking] for foreseen queries, or NULL: as ranking
+    const float * ahead_weight;     // [n_weight] likewise
 } fasa_profile;
 
 // How to decode. The defaults are in fasa_params_default; units are tokens (= KV cells) unless said otherwise.
@@ -103,6 +115,9 @@ typedef struct fasa_params {
     // MiB, from -1: FASA-M: device memory, over all layers, that keeps recently attended rows; 0: none, -1: twice what
     // a step attends
     int32_t row_cache;
+    // enum fasa_ahead_type: select a layer's tokens while the feed-forward before it runs, by foreseen queries; auto:
+    // on a GPU, in steps of one token
+    int32_t ahead;
 } fasa_params;
 // end settings
 
@@ -118,6 +133,8 @@ typedef struct fasa_counters {
     uint64_t steps_prefill;
     // layers x steps: layers that ran with FASA
     uint64_t layers_sparse;
+    // layers x steps: layers that ran with FASA and selected ahead
+    uint64_t layers_ahead;
     // layers x steps: layers that ran without FASA in decode steps
     uint64_t layers_dense;
     // layers x steps: layers that ran in ubatches of prompts
@@ -163,74 +180,94 @@ typedef struct fasa_counters {
 // begin reasons: written by native/generate.py
 enum fasa_reason {
     // it is sparse
-    FASA_REASON_NONE               = 0,
+    FASA_REASON_NONE                  = 0,
     // FASA is off
-    FASA_REASON_OFF                = 1,
+    FASA_REASON_OFF                   = 1,
     // the context is shorter than min_context_gpu
-    FASA_REASON_MIN_CONTEXT_GPU    = 2,
+    FASA_REASON_MIN_CONTEXT_GPU       = 2,
     // nothing was computed yet
-    FASA_REASON_NOT_STARTED        = 3,
+    FASA_REASON_NOT_STARTED           = 3,
     // the last step was a prompt
-    FASA_REASON_PREFILL            = 4,
+    FASA_REASON_PREFILL               = 4,
     // the context is shorter than min_context
-    FASA_REASON_MIN_CONTEXT        = 5,
+    FASA_REASON_MIN_CONTEXT           = 5,
     // no layer can run sparse
-    FASA_REASON_NO_LAYER           = 6,
+    FASA_REASON_NO_LAYER              = 6,
     // this context has no KV cache that FASA knows
-    FASA_REASON_UNKNOWN_CONTEXT    = 7,
+    FASA_REASON_UNKNOWN_CONTEXT       = 7,
     // no such layer
-    FASA_REASON_NO_SUCH_LAYER      = 8,
+    FASA_REASON_NO_SUCH_LAYER         = 8,
     // it has no KV cache that FASA knows
-    FASA_REASON_NO_CACHE           = 9,
+    FASA_REASON_NO_CACHE              = 9,
     // no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its attention by another
     // path
-    FASA_REASON_NOT_BUILT          = 10,
+    FASA_REASON_NOT_BUILT             = 10,
     // its sliding window is not longer than what it would attend
-    FASA_REASON_SMALL_WINDOW       = 11,
+    FASA_REASON_SMALL_WINDOW          = 11,
     // the profile has no ranking for it
-    FASA_REASON_NOT_RANKED         = 12,
+    FASA_REASON_NOT_RANKED            = 12,
     // the layer whose list it borrows is dense
-    FASA_REASON_LENDER_DENSE       = 13,
+    FASA_REASON_LENDER_DENSE          = 13,
     // its cache is shared with another context
-    FASA_REASON_SHARED_CACHE       = 14,
+    FASA_REASON_SHARED_CACHE          = 14,
     // multi-head latent attention has no keys per head
-    FASA_REASON_LATENT             = 15,
+    FASA_REASON_LATENT                = 15,
     // its head dimension is odd
-    FASA_REASON_ODD_HEAD           = 16,
+    FASA_REASON_ODD_HEAD              = 16,
     // its cache type cannot be read back
-    FASA_REASON_CACHE_TYPE         = 17,
+    FASA_REASON_CACHE_TYPE            = 17,
     // its cache is on a device that FASA has no kernels for
-    FASA_REASON_NO_KERNELS         = 18,
+    FASA_REASON_NO_KERNELS            = 18,
     // the CPU backend has no FASA ops
-    FASA_REASON_NO_CPU_OPS         = 19,
+    FASA_REASON_NO_CPU_OPS            = 19,
     // flash attention is off
-    FASA_REASON_NO_FLASH_ATTENTION = 20,
+    FASA_REASON_NO_FLASH_ATTENTION    = 20,
     // training
-    FASA_REASON_TRAINING           = 21,
+    FASA_REASON_TRAINING              = 21,
     // its attention is not causal
-    FASA_REASON_NOT_CAUSAL         = 22,
+    FASA_REASON_NOT_CAUSAL            = 22,
     // its attention has a bias
-    FASA_REASON_BIAS               = 23,
+    FASA_REASON_BIAS                  = 23,
     // ALiBi moves the scores
-    FASA_REASON_ALIBI              = 24,
+    FASA_REASON_ALIBI                 = 24,
     // its queries are not f32
-    FASA_REASON_QUERY_TYPE         = 25,
+    FASA_REASON_QUERY_TYPE            = 25,
     // its query heads are no multiple of its KV heads
-    FASA_REASON_QUERY_HEADS        = 26,
+    FASA_REASON_QUERY_HEADS           = 26,
     // its mask is not f16
-    FASA_REASON_MASK_TYPE          = 27,
+    FASA_REASON_MASK_TYPE             = 27,
     // its mask is computed
-    FASA_REASON_MASK_COMPUTED      = 28,
+    FASA_REASON_MASK_COMPUTED         = 28,
     // its device is not one of CUDA's
-    FASA_REASON_CUDA_DEVICE        = 29,
+    FASA_REASON_CUDA_DEVICE           = 29,
     // its GPU has no FASA kernels: they need an NVIDIA GPU of compute capability 7.5 or later
-    FASA_REASON_CUDA_CAPABILITY    = 30,
+    FASA_REASON_CUDA_CAPABILITY       = 30,
     // the CUDA kernels read caches in f32, f16, bf16, q8_0 and q4_0, and this one has another type
-    FASA_REASON_CUDA_CACHE_TYPE    = 31,
+    FASA_REASON_CUDA_CACHE_TYPE       = 31,
     // the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256
-    FASA_REASON_CUDA_HEAD_DIM      = 32,
+    FASA_REASON_CUDA_HEAD_DIM         = 32,
     // more than 128 query heads share a KV head
-    FASA_REASON_CUDA_GROUP         = 33,
+    FASA_REASON_CUDA_GROUP            = 33,
+    // selecting ahead is off
+    FASA_REASON_AHEAD_OFF             = 34,
+    // it is on the CPU, where selecting ahead saves no time
+    FASA_REASON_AHEAD_AUTO            = 35,
+    // the step has several tokens, with which selecting ahead is slower
+    FASA_REASON_AHEAD_TOKENS          = 36,
+    // it borrows its list
+    FASA_REASON_AHEAD_BORROWS         = 37,
+    // the profile says that foreseen queries lose too much there
+    FASA_REASON_AHEAD_PROFILE         = 38,
+    // no block lies before it
+    FASA_REASON_AHEAD_FIRST           = 39,
+    // no feed-forward lies between the attention or other block before it and its queries
+    FASA_REASON_AHEAD_NO_FEED_FORWARD = 40,
+    // how its queries follow from the layer before is not recognised
+    FASA_REASON_AHEAD_UNKNOWN         = 41,
+    // the feed-forward before it runs on another device
+    FASA_REASON_AHEAD_DEVICE          = 42,
+    // its rows on the device have no room for a list with all tokens of the batch
+    FASA_REASON_AHEAD_ROOM            = 43,
 };
 // end reasons
 
@@ -282,6 +319,8 @@ FASA_API int fasa_reset_counters(struct llama_context * ctx);
 // built with FASA on, which the first decode does.
 FASA_API const char * fasa_layer_reason(const struct llama_context * ctx, int32_t il);
 FASA_API int32_t fasa_layer_reason_code(const struct llama_context * ctx, int32_t il); // enum fasa_reason
+// Why layer il selects with its own queries in a sparse step instead of ahead: FASA_REASON_NONE when it selects ahead.
+FASA_API int32_t fasa_layer_ahead_code(const struct llama_context * ctx, int32_t il); // enum fasa_reason
 // Why the last ubatch as a whole was dense: "" when it was sparse.
 FASA_API const char * fasa_step_reason(const struct llama_context * ctx);
 FASA_API int32_t fasa_step_reason_code(const struct llama_context * ctx); // enum fasa_reason
@@ -302,6 +341,8 @@ typedef struct fasa_observation {
     int32_t k_is_f16;
     float scale;    // of the logits
     float soft_cap; // 0: none
+    const float * q_ahead; // as q, foreseen from the residual before the feed-forward; NULL: they cannot be foreseen
+    int32_t ahead_reason;  // enum fasa_reason, why not
 } fasa_observation;
 typedef void (*fasa_observer)(const fasa_observation * seen, void * user);
 // Called from a compute thread for every attention layer of every ubatch; NULL removes it.
@@ -382,6 +423,8 @@ typedef struct fasa_op_case {
     int32_t per_head;  // n_list below: n_head when 1, n_head_kv when 0
     int32_t n_forced;  // forced cells per token
     const int32_t * forced; // [n_stream, n_tokens, n_forced] cells, -1: none
+    int32_t n_fresh;        // cells per stream that the estimate leaves out, because their K is not stored yet
+    const int32_t * fresh;  // [n_stream, n_fresh] cells, -1: none
     int32_t list_length;    // cells that a given list has room for
     const int32_t * list; // [n_stream, n_tokens, n_list, 1 + list_length] the count, then the cells: FAC runs alone on
                           // these lists, and what only TIP and SELECT read is ignored; NULL: SELECT makes the lists
@@ -429,6 +472,7 @@ typedef struct fasa_rank_case {
     float soft_cap;
     const int32_t * chunk_dims; // [n_chunk, 2]
     const float * q;            // [n_group, n_query, n_embd_head]
+    const float * q_est;        // as q, the queries that score: foreseen ones; NULL: q
     const float * k;            // [n_kv, n_embd_head]
     const int32_t * q_pos;      // [n_query] position of each query: cells <= it are visible
     const uint8_t * candidate;  // [n_chunk] 1: may be chosen; NULL: all

@@ -176,6 +176,90 @@ def test_decode_step_with_every_cell_is_dense_attention():
     assert cells.tolist() == list(range(40)) and np.allclose(out, R.softmax(q @ k.T * 0.25) @ v, atol=1e-6)
 
 
+def ahead_case(n=60, seed=12):
+    rng = np.random.default_rng(seed)
+    q, q_ahead, k, v = (rng.standard_normal(s).astype(np.float32) for s in ((3, 12), (3, 12), (n, 12), (n, 5)))
+    step = {"q": q, "k": k, "v": v, "positions": np.arange(n), "visible": np.arange(n) < n - 2}
+    step |= {"ranking": np.array([4, 1, 3, 0, 5, 2]), "dims": R.chunk_dims(12, 8, "neox"), "scale": 0.4}
+    return step, q_ahead
+
+
+@pytest.mark.parametrize("how", [{"budget": 14}, {"mass": 0.7, "floor": 1, "cap": 60}])
+def test_a_list_made_ahead_leaves_fresh_cells_out_of_the_estimate_and_takes_them_all(how):
+    """Six cells are written, four of which the token sees; `recent` is two."""
+    step, q_ahead = ahead_case()
+    fresh = np.zeros(60, bool)
+    fresh[[20, 54, 55, 57, 58, 59]] = True
+    p = FasaParams(chunks=3, sink=2, recent=2, k_dom="f16", **how)
+    out, cells = R.decode_step(**step, p=p, q_ahead=q_ahead, fresh=fresh)
+    seen = np.flatnonzero(fresh & step["visible"])
+    assert set(seen) | {0, 1} <= set(cells) and not {58, 59} & set(cells)
+    assert np.allclose(out, R.attend(step["q"], step["k"], step["v"], cells, 0.4), atol=1e-6)
+
+    # the same list from keys that lack the fresh cells, which are then added to it
+    old = dict(step, q=q_ahead, visible=step["visible"] & ~fresh)
+    room = len(cells) - len(seen)
+    dims = R.dominant_dims(step["ranking"], 3, step["dims"])
+    keys = R.quantize_k_dom(step["k"], dims, "f16")
+    score = R.group_score(R.estimate(q_ahead, keys, dims, np.ones(len(dims)), 0.4), old["visible"])
+    forced = R.forced_cells(step["positions"], step["visible"], 2, 2) & ~fresh
+    assert cells.tolist() == sorted([*seen, *R.select(score, old["visible"], forced, 3, room)])
+    if "mass" in how:
+        share = [score[c[~fresh[c]]].sum() / 3 for c in (cells, R.select(score, old["visible"], forced, 3, room - 1))]
+        assert share[0] >= 0.7 > share[1]
+
+    step["k"][fresh] = np.nan  # what is stored there does not matter to the list
+    with np.errstate(invalid="ignore"):
+        assert R.decode_step(**step, p=p, q_ahead=q_ahead, fresh=fresh)[1].tolist() == cells.tolist()
+
+
+def test_a_list_made_ahead_by_true_queries_is_the_own_list_when_the_newest_cells_are_forced_anyway():
+    step, _ = ahead_case()
+    fresh = np.arange(60) >= 57
+    p = FasaParams(chunks=3, budget=20, sink=2, recent=3, k_dom="f16")
+    for head in range(3):  # of several heads the newest cells move the shares of a score
+        one = dict(step, q=step["q"][head : head + 1])
+        own, ahead = R.decode_step(**one, p=p), R.decode_step(**one, p=p, q_ahead=one["q"], fresh=fresh)
+        assert own[1].tolist() == ahead[1].tolist() and (own[0] == ahead[0]).all()
+
+
+def test_when_all_that_a_token_sees_is_fresh_it_attends_all():
+    step, q_ahead = ahead_case()
+    for how in ({"budget": 5}, {"mass": 0.5, "floor": 1, "cap": 3}):
+        p = FasaParams(chunks=3, sink=1, recent=1, **how)
+        cells = R.decode_step(**step, p=p, q_ahead=q_ahead, fresh=np.ones(60, bool))[1]
+        assert cells.tolist() == list(range(58))
+
+
+def foreseen_case(seed=14):
+    """True queries find a needle by chunk 5, foreseen ones have nothing there and half of it in chunk 2."""
+    rng = np.random.default_rng(seed)
+    d, n, needle = 16, 200, 77
+    k = rng.standard_normal((n, d)).astype(np.float32) * 0.1
+    q = rng.standard_normal((2, 4, d)).astype(np.float32) * 0.1
+    dims = R.chunk_dims(d, d, "neox")
+    k[needle, dims[5]] = q[:, :, dims[5]] = 6.0
+    k[needle, dims[2]] = 6.0
+    q_est = q.copy()
+    q_est[:, :, dims[5]], q_est[:, :, dims[2]] = 0.0, 3.0
+    return q, q_est, k, np.arange(n - 4, n), dims
+
+
+def test_chunks_are_ranked_and_weighted_for_the_queries_that_score():
+    q, q_est, k, pos, dims = foreseen_case()
+    given = (q, k, pos, dims, 0.25, 0, 2, 20, 2, 4)
+    assert R.rank_recall(*given)[0][0] == 5
+    order, kept = R.rank_recall(*given, q_est=q_est)
+    assert order[0] == 2 and kept[0] > 0.9
+    assert all(np.array_equal(a, b) for a, b in zip(R.rank_recall(*given, q_est=q), R.rank_recall(*given), strict=True))
+    # chunk 2 of the foreseen queries says half of what chunk 5 of the true ones does
+    assert np.allclose(R.fit_weights(q, k, pos, dims, np.array([2]), 0.25, q_est=q_est), 2, atol=0.1)
+    assert R.fit_weights(q, k, pos, dims, np.array([5]), 0.25)[0] == pytest.approx(1, abs=0.1)
+    dd, w = R.dominant_dims(np.array([5]), 1, dims), np.ones(8)
+    share = [R.kept_share(q, k, pos, dd, w, "f16", 0.25, 0, 20, 2, 4, by) for by in (None, q, q_est)]
+    assert share[0] == share[1] > 0.9 > share[2]
+
+
 def test_decode_step_with_default_settings_finds_a_needle():
     rng = np.random.default_rng(11)
     n, d, needle = 900, 80, 333

@@ -25,7 +25,7 @@ from ..profile.keys import MAX_CHUNKS, METHODS
 from ..profile.profile import Profile
 from ..runtime.settings import thread_count
 from .corpus import Corpus
-from .ranking import CalibrationParams, LayerSample, k_dom_for, rank_layer
+from .ranking import CalibrationParams, LayerSample, k_dom_for, may_select_ahead, rank_layer
 
 TOOL = f"fasa_gguf {__version__}"
 ATTENDED = max(FasaParams().budget, FasaParams().cap)  # tokens that decoding attends at most, by default
@@ -142,7 +142,9 @@ class Calibrator:
         return [todo[i : i + per_pass] for i in range(0, len(todo), per_pass)]
 
     def _key(self) -> str:
-        text = json.dumps([TOOL, self.params.__dict__, self.context, self.corpus_sha256, *self._identity(), self.where])
+        text = json.dumps(
+            [TOOL, "ahead", self.params.__dict__, self.context, self.corpus_sha256, *self._identity(), self.where]
+        )
         return f"{zlib.crc32(text.encode()):08x}"
 
     def _resume(self, partial: Path | None) -> Ranked:
@@ -242,4 +244,20 @@ class Calibrator:
             if self.params.method == "recall":
                 profile.recall_k, profile.recall_budget = n_rank, self.params.budget_in(self.context)
                 profile.recall = layers("recall", np.float32)
+        _add_ahead(profile, done)
         return profile
+
+
+def _add_ahead(profile: Profile, done: dict[int, dict]) -> None:
+    """Which layers may select ahead, and their ranking and weights; the other layers keep their own."""
+    may = {il for il, entry in done.items() if may_select_ahead(entry)}
+    profile.ahead = np.array([il in may for il in range(len(profile.n_chunk))], np.uint8)
+    if not may:
+        return
+
+    def layers(own: list[np.ndarray], key: str) -> list[np.ndarray]:
+        return [np.array(done[il][key], own[il].dtype) if il in may else x for il, x in enumerate(own)]
+
+    profile.ahead_ranking = layers(profile.ranking, "ahead_ranking")
+    if profile.weight is not None:
+        profile.ahead_weight = layers(profile.weight, "ahead_weight")

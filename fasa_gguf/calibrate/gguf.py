@@ -65,7 +65,7 @@ class Calibration(Calibrator):
             if o.il in seen:
                 s, n = seen[o.il], len(o.q)
                 s.scale, s.soft_cap = o.scale, o.soft_cap
-                s.add(o.q, o.k[at : at + n], at)
+                s.add(o.q, o.k[at : at + n], at, o.q_ahead)
                 if at + n == self.context:
                     s.end(o.k[: self.context])
 

@@ -20,6 +20,7 @@ from ..profile.profile import Profile
 from ..runtime.settings import thread_count
 from .calibrator import Calibrator, Progress
 from .corpus import Corpus, default_corpus
+from .hf_ahead import Foresight
 from .hf_attention import by_token, import_torch, watched
 from .hf_model import check_config, load_model, load_tokenizer, read_config, text_config, weights_hash
 from .hf_probe import Probe
@@ -52,6 +53,8 @@ class HFCalibration(Calibrator):
         check_config(model.config, self.where, self.arch)
         probe = Probe(self._forward, self.text.vocab_size)
         self._shape(probe)
+        self.foresight = Foresight(model, probe.modules)
+        self.foresight.check(lambda ids: self._forward(lambda *_: None, ids), self.text.vocab_size)
         rope = self._rope_of(self._full_layer())
         factor = rope.get("factor", 1.0) if rope.get("rope_type") in ("linear", "yarn") else 1.0
         self.rope = {"base": float(rope.get("rope_theta", 10000.0)), "scale": 1.0 / float(factor)}
@@ -147,7 +150,9 @@ class HFCalibration(Calibrator):
         seen = self._samples(layers)
         for window in self.tokens:
             shown: set[int] = set()  # layers
-            self._forward(_into_samples(seen, shown, len(window), tick), np.array([window]))
+            watch = _into_samples(seen, shown, len(window), tick, self.foresight)
+            with self.foresight.watching():
+                self._forward(watch, np.array([window]))
             tick(len(window) - len(window) * len(shown) // len(seen))
             for s in seen.values():
                 s.fold()
@@ -155,7 +160,7 @@ class HFCalibration(Calibrator):
 
 
 def _into_samples(
-    seen: dict[int, LayerSample], shown: set[int], n: int, tick: Callable[[int], None]
+    seen: dict[int, LayerSample], shown: set[int], n: int, tick: Callable[[int], None], foresight: Foresight
 ) -> Callable[..., None]:
     """Puts a window's queries and keys into the samples; `shown` gets the layers seen, n is the window's tokens."""
 
@@ -165,7 +170,8 @@ def _into_samples(
             return
         s, keys = seen[il], by_token(k)
         s.scale, s.soft_cap = float(scale), float(soft_cap)
-        s.add(by_token(q), keys, 0)
+        q_ahead = foresight.q.get(il)
+        s.add(by_token(q), keys, 0, None if q_ahead is None else by_token(q_ahead))
         s.end(keys)
         shown.add(il)
         tick(n * len(shown) // len(seen) - n * (len(shown) - 1) // len(seen))

@@ -89,15 +89,24 @@ def _blocked_attention(query: Any, key: Any, value: Any, mask: Any, scale: float
 @contextlib.contextmanager
 def watched(model: Any, watch: Callable[..., None]) -> Iterator[None]:
     """Our attention function in place of the model's: watch(module, q, k, scale, soft_cap, window) in every layer."""
-    global _watcher
     old = model.config._attn_implementation
     try:
         model.set_attn_implementation(NAME)
-        _watcher = watch
+        with watching(watch):
+            yield
+    finally:
+        model.set_attn_implementation(old)
+
+
+@contextlib.contextmanager
+def watching(watch: Callable[..., None] | None) -> Iterator[None]:
+    """Another watcher, or none, of what runs inside."""
+    global _watcher
+    old, _watcher = _watcher, watch
+    try:
         yield
     finally:
-        _watcher = None
-        model.set_attn_implementation(old)
+        _watcher = old
 
 
 def by_token(x: Any) -> np.ndarray:

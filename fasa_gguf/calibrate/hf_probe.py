@@ -21,6 +21,7 @@ class Probe:
 
     def __init__(self, run: Callable[..., None], n_vocab: int) -> None:
         self.keys: list[dict[int, np.ndarray]] = []  # per position {layer: [n_token, n_head_kv, head_dim]}
+        self.modules: dict[int, Any] = {}  # that attend, by layer
         self.n_head: dict[int, int] = {}
         self.windows: dict[int, int] = {}
         self.both_ways = False
@@ -32,6 +33,7 @@ class Probe:
     def _watch(self, module: Any, q: Any, k: Any, scale: float, soft_cap: float, window: int) -> None:
         il, found = getattr(module, "layer_idx", None), self.keys[-1]
         if il is not None and il not in found:
+            self.modules[il] = module
             found[il] = k[:, :, 0].float().cpu().numpy()
             self.n_head[il], self.windows[il] = q.shape[1], window
             self.both_ways |= getattr(module, "is_causal", True) is False

@@ -106,6 +106,8 @@ def sparse_alone(profile: Profile, layers: Sequence[int]) -> Profile:
         ranking=part(profile.ranking),
         weight=profile.weight and part(profile.weight),
         recall=profile.recall and part(profile.recall),
+        ahead_ranking=profile.ahead_ranking and part(profile.ahead_ranking),
+        ahead_weight=profile.ahead_weight and part(profile.ahead_weight),
         layer_miss=None,
         mean_budget={},
     )

@@ -60,12 +60,17 @@ class LayerSample:
         self.scale, self.soft_cap = 1.0, 0.0  # of the logits
         self.window = 0  # last tokens that a query attends; 0: all
         self.q: np.ndarray | None = None  # float32 [n_query, n_head, head_dim], the first window's last queries
+        self.q_ahead: np.ndarray | None = None  # the same, foreseen before the feed-forward; None: they cannot be
         self.k: np.ndarray | None = None  # float16 [context, n_head_kv, head_dim], the first window's keys
         self._tail: list[np.ndarray] = []  # queries at the end of the current window
+        self._tail_ahead: list[np.ndarray] = []  # the same, foreseen
         self._keys: np.ndarray | None = None  # keys of the current window
 
-    def add(self, q: np.ndarray, k: np.ndarray, at: int) -> None:
-        """Tokens from position `at` of a window on: q float32 [n, n_head, head_dim], k [n, n_head_kv, head_dim]."""
+    def add(self, q: np.ndarray, k: np.ndarray, at: int, q_ahead: np.ndarray | None = None) -> None:
+        """Tokens from position `at` of a window on: q float32 [n, n_head, head_dim], k [n, n_head_kv, head_dim].
+
+        q_ahead: as q, foreseen; None: they cannot be.
+        """
         for i in range(0, len(q), TOKENS):
             pair = np.hypot(*np.moveaxis(q[i : i + TOKENS][:, :, self.dims], -1, 0))  # [n, n_head, n_chunk]
             self.q_sum += pair.sum(0, dtype=np.float64).reshape(len(self.q_sum), -1, len(self.dims)).mean(1)
@@ -76,6 +81,8 @@ class LayerSample:
         first = self.context - self.params.queries
         if at + len(q) > first:
             self._tail.append(q[max(0, first - at) :].copy())
+            if q_ahead is not None:
+                self._tail_ahead.append(q_ahead[max(0, first - at) :].copy())
 
     def end(self, k: np.ndarray) -> None:
         """The window is complete: k [context, n_head_kv, head_dim] are its keys. Cheap; `fold` does the work."""
@@ -88,13 +95,15 @@ class LayerSample:
             q, k = np.concatenate(self._tail), self._keys
             if self.q is None:
                 self.q, self.k = q, k
+                if len(self._tail_ahead) == len(self._tail):
+                    self.q_ahead = np.concatenate(self._tail_ahead)
             if self.params.method == "ca":
                 for h in range(len(self.ca)):
                     heads, keys, pos = self.case(h, q, k)
                     order = reference.rank_ca(heads, keys, pos, self.dims, self.scale, self.params.budget_in(len(keys)))
                     self.ca[h] += np.argsort(order)
             self.n_windows += 1
-        self._tail, self._keys = [], None
+        self._tail, self._tail_ahead, self._keys = [], [], None
 
     def case(
         self, h: int, q: np.ndarray | None = None, k: np.ndarray | None = None
@@ -112,40 +121,64 @@ class LayerSample:
 
 
 def rank_layer(s: LayerSample, n_threads: int) -> dict[str, Any]:
-    """Plain lists of one layer, a row for each KV head: ranking [n_chunk], weight [m], recall [n_rank], kept [3]."""
-    p, n_chunk = s.params, len(s.dims)
-    n_rank, n_weight = p.counts(n_chunk)
-    out: dict[str, Any] = {"ranking": [], "weight": [], "recall": [], "kept": []}
+    """Plain lists of one layer, a row for each KV head: ranking [n_chunk], weight [m], recall [n_rank], kept [3].
+
+    Where queries can be foreseen also ahead_ranking and ahead_weight, for these, and ahead_kept [2]: the attention kept
+    with own and with foreseen queries.
+    """
+    names = ["ranking", "weight", "recall", "kept"]
+    if s.q_ahead is not None:
+        names += ["ahead_ranking", "ahead_weight", "ahead_kept"]
+    out: dict[str, Any] = {name: [] for name in names}
     for h in range(len(s.q_sum)):
-        energy = reference.rank_energy(s.q_sum[h] / s.n, s.k_sum[h] / s.n)
-        heads, keys, pos = s.case(h)
-        order, recall = energy, []
-        if p.method == "ca":
-            order = np.argsort(s.ca[h] / s.n_windows, kind="stable")
-        elif p.method == "recall":
-            best, kept = runtime.ops.rank_recall(
-                heads,
-                keys,
-                pos,
-                s.dims,
-                n_rank,
-                p.budget_in(len(keys)),
-                p.sink,
-                p.recent,
-                s.scale,
-                s.soft_cap,
-                n_threads=n_threads,
-            )
-            order = np.concatenate([best, [c for c in energy if c not in set(best.tolist())]])
-            recall = kept.tolist()
-        weight = reference.fit_weights(
-            heads[:, ::4], keys, pos[::4], s.dims, np.asarray(order[:n_weight], int), s.scale, s.soft_cap
-        )
-        out["ranking"].append([int(c) for c in order])
-        out["weight"].append([float(w) for w in weight])
+        order, recall = _order(s, h, None, n_threads)
+        weight = _weights(s, h, order, None)
+        out["ranking"].append(order.tolist())
+        out["weight"].append(weight.tolist())
         out["recall"].append(recall)
-        out["kept"].append(_kept_by_type(s, h, np.asarray(order, int), weight))
+        out["kept"].append([_kept(s, h, order, weight, kind, most=8) for kind in K_DOM_TYPES])
+        if s.q_ahead is not None:
+            ahead = s.case(h, s.q_ahead)[0]
+            order_ahead = _order(s, h, ahead, n_threads)[0] if s.params.method == "recall" else order
+            weight_ahead = _weights(s, h, order_ahead, ahead)
+            out["ahead_ranking"].append(order_ahead.tolist())
+            out["ahead_weight"].append(weight_ahead.tolist())
+            kept = _kept(s, h, order, weight), _kept(s, h, order_ahead, weight_ahead, q_est=ahead)
+            out["ahead_kept"].append(list(kept))
     return out
+
+
+def _order(s: LayerSample, h: int, q_est: np.ndarray | None, n_threads: int) -> tuple[np.ndarray, list[float]]:
+    """(ranking [n_chunk] of KV head h, recall [n_rank] or []); q_est: the queries that score, if not its own."""
+    p, energy = s.params, reference.rank_energy(s.q_sum[h] / s.n, s.k_sum[h] / s.n)
+    if p.method == "ca":
+        return np.argsort(s.ca[h] / s.n_windows, kind="stable"), []
+    if p.method != "recall":
+        return energy, []
+    heads, keys, pos = s.case(h)
+    best, kept = runtime.ops.rank_recall(
+        heads,
+        keys,
+        pos,
+        s.dims,
+        p.counts(len(s.dims))[0],
+        p.budget_in(len(keys)),
+        p.sink,
+        p.recent,
+        s.scale,
+        s.soft_cap,
+        n_threads=n_threads,
+        q_est=q_est,
+    )
+    rest = [c for c in energy if c not in set(best.tolist())]
+    return np.concatenate([best, np.asarray(rest, int)]), kept.tolist()
+
+
+def _weights(s: LayerSample, h: int, order: np.ndarray, q_est: np.ndarray | None) -> np.ndarray:
+    """float32 [m], of the leading chunks of `order`."""
+    heads, keys, pos = s.case(h)
+    chosen, est = order[: s.params.counts(len(s.dims))[1]], None if q_est is None else q_est[:, ::4]
+    return reference.fit_weights(heads[:, ::4], keys, pos[::4], s.dims, chosen, s.scale, s.soft_cap, est)
 
 
 # Share of the attention that rounding the dominant keys may cost the layer that loses most. SmolLM2-135M's loses 0.4%
@@ -173,28 +206,45 @@ def k_dom_for(kept: Mapping[int, Sequence[Sequence[float]]]) -> tuple[str, str]:
     )
 
 
-def _kept_by_type(s: LayerSample, h: int, order: np.ndarray, weight: np.ndarray) -> list[float]:
-    """The attention that KV head h keeps with its dominant keys in f16, q8 and q4 [3], over some of the queries."""
+MOST_LOST_AHEAD = 0.02  # share of the attention that foreseen queries may keep less than a layer's own
+
+
+def may_select_ahead(entry: Mapping[str, Any]) -> bool:
+    """Whether a layer, of rank_layer, keeps about as much of the attention with foreseen queries as with its own."""
+    if "ahead_kept" not in entry:
+        return False
+    own, ahead = np.mean(entry["ahead_kept"], 0)
+    return bool(own - ahead <= MOST_LOST_AHEAD)
+
+
+def _kept(
+    s: LayerSample,
+    h: int,
+    order: np.ndarray,
+    weight: np.ndarray,
+    kind: str = "f16",
+    q_est: np.ndarray | None = None,
+    most: int = 24,
+) -> float:
+    """The attention that KV head h keeps with its dominant keys in `kind`, over about `most` of the queries."""
     p, (heads, keys, pos) = s.params, s.case(h)
     chunks = p.chunks or default_chunks(len(s.dims))
     dims = reference.dominant_dims(order, chunks, s.dims)  # [n_dom]
     w = np.ones(len(dims), np.float32)  # [n_dom]
     known = np.repeat(weight[:chunks], 2)
     w[: len(known)] = known
-    some = slice(None, None, max(1, len(pos) // 8))
-    return [
-        reference.kept_share(
-            heads[:, some],
-            keys,
-            pos[some],
-            dims,
-            w,
-            kind,
-            s.scale,
-            s.soft_cap,
-            p.budget_in(len(keys)),
-            p.sink,
-            p.recent,
-        )
-        for kind in K_DOM_TYPES
-    ]
+    some = slice(None, None, max(1, len(pos) // most))
+    return reference.kept_share(
+        heads[:, some],
+        keys,
+        pos[some],
+        dims,
+        w,
+        kind,
+        s.scale,
+        s.soft_cap,
+        p.budget_in(len(keys)),
+        p.sink,
+        p.recent,
+        None if q_est is None else q_est[:, some],
+    )

@@ -24,6 +24,7 @@ class Layer:
     d_v: int = 0
     window: int = 0  # the last tokens that it attends, 0: all
     n_chunk: int = 0  # frequency chunks that the profile ranks, 0: it stays dense
+    query_row: int = 0  # bytes of a row of W_q on the device; 0: queries are not its product and RoPE alone
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class _Tensors:
 
     n_bytes: list[int]  # [n_layer], in a CUDA buffer
     names: list[set[str]]  # [n_layer], without "blk.N."
+    query_row: list[int]  # [n_layer] bytes of a row of W_q, or of the fused W_qkv
     output_bytes: int = 0
     embedding: TensorInfo | None = None
     has_output: bool = False  # without one, the embedding is the output matrix too
@@ -67,14 +69,22 @@ def device_bytes(t: TensorInfo) -> int:
     return n + -n % 128
 
 
+def row_device_bytes(t: TensorInfo) -> int:
+    """Bytes of a row in a CUDA buffer."""
+    per, size = TENSOR_TYPES[t.type]
+    return t.shape[0] // per * size
+
+
 def _read_tensors(gguf: GGUFFile, n_layer: int) -> _Tensors:
-    found = _Tensors([0] * n_layer, [set() for _ in range(n_layer)])
+    found = _Tensors([0] * n_layer, [set() for _ in range(n_layer)], [0] * n_layer)
     for t in (t for part in shards(gguf) for t in part.tensors):
         block, _, rest = t.name.removeprefix("blk.").partition(".")
         if t.name.startswith("blk.") and block.isdigit():
             if int(block) < n_layer:
                 found.n_bytes[int(block)] += device_bytes(t)
                 found.names[int(block)].add(rest)
+                if rest in ("attn_q.weight", "attn_qkv.weight"):
+                    found.query_row[int(block)] = row_device_bytes(t)
         elif t.name == "token_embd.weight":
             found.embedding = t
         elif t.name != "per_layer_token_embd.weight":
@@ -111,6 +121,7 @@ def _read_layers(gguf: GGUFFile, shape: ModelShape, tensors: _Tensors, profile: 
                 d_v=width_local if windows[il] else width,
                 window=windows[il],
                 n_chunk=ranked[il] if il < len(ranked) else 0,
+                query_row=0 if "attn_q_norm.weight" in names else tensors.query_row[il],
             )
         )
     return layers

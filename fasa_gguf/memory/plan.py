@@ -8,6 +8,8 @@ scratch, llama.cpp's compute buffer, is the largest of the three moments in a ub
     feed-forward  4 t (3 n_ff + 4 n_embd)                        + masks
     attention     4 t (3 n_embd + 2 queries + keys + values)     + masks + f16 copies of K and V
 
+Layers that select ahead have the dominant rows of their W_q beside it.
+
 masks: 2 t bytes for every cell (f16), of the cache with a window too. f16 copies: of one layer, when the cache has
 another type. FASA-M adds one layer's K and V for dense attention (in a model with windows, one of either kind). A
 mixture of experts has the n_ff of the experts that a token uses.
@@ -123,6 +125,12 @@ class ContextShape:
             return 0
         tiles = -(-self.cells(layer.window) // TILE)
         return block_bytes(params.k_dom, n_dom(params, self.model, layer)) * tiles * layer.n_head_kv * self.n_stream
+
+    def dominant_rows_bytes(self, params: FasaParams, layer: Layer) -> int:
+        """The dominant rows of W_q of a layer on a device, which selects ahead (fasa_cache::dominant_rows)."""
+        if params.ahead == "off" or not runs_sparse(params, layer):
+            return 0
+        return layer.query_row * n_dom(params, self.model, layer) * layer.n_head
 
     def row_stride(self, layer: Layer) -> int:
         """Bytes of a fetched row: K and V of a cell and KV head, each in steps of 16 (fasa_row_layout)."""
@@ -240,6 +248,7 @@ def estimate(model: Model, settings: ContextSettings, params: FasaParams | None 
         put[("kv_pinned" if host else "kv") if attends_there else "kv_ram"] += c.kv_bytes(x)
         if params is not None and not (attends_there and _stays_dense(c, params, x)):
             put["k_dom" if attends_there else "k_dom_ram"] += c.k_dom_bytes(params, x)
+            put["scratch"] += c.dominant_rows_bytes(params, x) if attends_there and il > 0 else 0
     attending = [] if settings.no_kv_offload else model.layers[c.first_on_device :]
     if c.first_on_device <= len(model.layers):
         put["weights"] += model.output_bytes

@@ -48,13 +48,13 @@ from .keys import (
     TYPES,
     VERSION,
 )
+from .values import as_text, brief, exact, is_f32, is_i32, is_u32, short
 
 if TYPE_CHECKING:
     from .profile import Profile
 
-MAX_F32 = float(np.finfo(np.float32).max)
 _GGUF_TYPES = {"u32": U32, "i32": I32, "f32": F32, "str": STR}
-_ROUNDED = ("weight", "recall")  # long lists, whose order and neighbours do not matter
+_ROUNDED = ("weight", "ahead.weight", "recall")  # long lists, whose order and neighbours do not matter
 
 
 # ---- writing ----
@@ -78,7 +78,7 @@ def write_flat(profile: Profile) -> dict[str, Any]:
         out["window"] = [int(n) for n in profile.window]
     out |= {f"rope.{k}": v for k, v in profile.rope.items()}
     out |= {f"default.{k}": v for k, v in profile.defaults.items()}
-    out |= {f"calibration.{k}": _text(v) for k, v in profile.calibration.items()}
+    out |= {f"calibration.{k}": as_text(v) for k, v in profile.calibration.items()}
     if profile.weight is not None:
         out |= {"weight_k": profile.weight_k, "weight": flat(profile.weight, float)}
     if profile.recall is not None:
@@ -87,6 +87,12 @@ def write_flat(profile: Profile) -> dict[str, Any]:
             "recall_budget": profile.recall_budget,
             "recall": flat(profile.recall, float),
         }
+    if profile.ahead is not None:
+        out["ahead.layers"] = [int(x) for x in profile.ahead]
+    if profile.ahead_weight is not None:
+        out["ahead.weight"] = flat(profile.ahead_weight, float)
+    if profile.ahead_ranking is not None:
+        out["ahead.ranking"] = flat(profile.ahead_ranking, int)
     if profile.layer_miss is not None:
         out["layer_miss"] = [float(x) for x in profile.layer_miss]
     if profile.mean_budget:
@@ -99,7 +105,7 @@ def write_flat(profile: Profile) -> dict[str, Any]:
 def write_json(values: dict[str, Any]) -> str:
     """Readable JSON of a flat form, one key a line; floats have 5 digits, or as many as tell them from their neighbours
     in f32 where a reader compares them."""
-    lines = ((k, _short(v) if k in _ROUNDED else _exact(v)) for k, v in values.items())
+    lines = ((k, short(v) if k in _ROUNDED else exact(v)) for k, v in values.items())
     body = ",\n".join(f"  {json.dumps(k)}: {json.dumps(v)}" for k, v in lines)
     return "{\n" + body + "\n}\n"
 
@@ -236,10 +242,11 @@ def read_flat(values: dict[str, Any], where: str) -> dict[str, Any]:
     return {
         "n_head_kv": n_head_kv,
         "n_chunk": n_chunk,
-        "ranking": _read_ranking(checked, n_head_kv, n_chunk),
+        "ranking": _read_ranking(checked, "ranking", n_head_kv, n_chunk),
         "ranking_method": method,
         **_read_per_chunk(checked, n_head_kv, n_chunk),
         **_read_window(checked, len(n_chunk)),
+        **_read_ahead(checked, n_head_kv, n_chunk),
         **_read_layer_miss(checked, len(n_chunk)),
         **_read_mean_budget(checked),
         **_read_groups(checked),
@@ -256,7 +263,7 @@ class _Values:
         return key in self.values
 
     def fail(self, key: str, expected: str, value: Any) -> FasaError:
-        return self.explain(key, expected, "nothing" if value is None else _brief(value))
+        return self.explain(key, expected, "nothing" if value is None else brief(value))
 
     def explain(self, key: str, expected: str, found: str) -> FasaError:
         """The same, with the text of what was found."""
@@ -278,18 +285,18 @@ class _Values:
             return default
         value = self.values[key]
         value = value.value if isinstance(value, KeyValue) else value
-        good = _is_f32 if "f32" in kind else _is_i32 if kind == "i32" else _is_u32
+        good = is_f32 if "f32" in kind else is_i32 if kind == "i32" else is_u32
         if kind == "str":
             if not isinstance(value, str) or len(value) >= MAX_TEXT:
                 raise self.fail(key, f"text of fewer than {MAX_TEXT} characters", value)
-            if value != _text(value):
+            if value != as_text(value):
                 raise self.fail(key, "text that can be written as UTF-8", value)
         elif kind.startswith("["):
             if not isinstance(value, list):
                 raise self.fail(key, f"an array, {kind}", value)
             bad = next((i for i, x in enumerate(value) if not good(x)), None)
             if bad is not None:
-                raise self.explain(key, f"an array, {kind}", f"{_brief(value[bad])} at index {bad}")
+                raise self.explain(key, f"an array, {kind}", f"{brief(value[bad])} at index {bad}")
         elif not good(value):
             raise self.fail(key, kind, value)
         return value
@@ -346,9 +353,9 @@ def _per_layer(
     return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
-def _read_ranking(v: _Values, n_head_kv: list[int], n_chunk: list[int]) -> list[np.ndarray]:
+def _read_ranking(v: _Values, key: str, n_head_kv: list[int], n_chunk: list[int]) -> list[np.ndarray]:
     """Per layer uint16 [n_head_kv, n_chunk], every chunk of a head once."""
-    layers = _per_layer(v, "ranking", n_head_kv, n_chunk, n_chunk, np.uint32)
+    layers = _per_layer(v, key, n_head_kv, n_chunk, n_chunk, np.uint32)
     for il, heads in enumerate(layers):
         n = heads.shape[1]
         wrong = (np.sort(heads, axis=1) != np.arange(n)).any(axis=1)  # [n_head_kv]
@@ -357,7 +364,7 @@ def _read_ranking(v: _Values, n_head_kv: list[int], n_chunk: list[int]) -> list[
             order = heads[h]
             bad = next(int(x) for x in order if x >= n or (order == x).sum() > 1)
             expected = f"each chunk from 0 to {n - 1} once in layer {il}, KV head {h}"
-            raise v.explain("ranking", expected, f"chunk {bad} twice" if bad < n else f"chunk {bad}")
+            raise v.explain(key, expected, f"chunk {bad} twice" if bad < n else f"chunk {bad}")
     return [layer.astype(np.uint16) for layer in layers]
 
 
@@ -388,6 +395,29 @@ def _read_window(v: _Values, n_layer: int) -> dict[str, Any]:
     return {"window": each}
 
 
+def _read_ahead(v: _Values, n_head_kv: list[int], n_chunk: list[int]) -> dict[str, Any]:
+    """ahead, uint8 [n_layer], and the ranking and weights for foreseen queries, those that are there."""
+    out: dict[str, Any] = {}
+    if "ahead.layers" in v:
+        expected, n = f"{len(n_chunk)} numbers, 0 or 1, one a layer", v.count("ahead.layers")
+        if n not in (None, len(n_chunk)):
+            raise v.explain("ahead.layers", expected, f"{n} numbers")
+        each = v.get("ahead.layers")
+        il = next((il for il, x in enumerate(each) if x > 1), None)
+        if il is not None:
+            raise v.explain("ahead.layers", expected, f"{each[il]} in layer {il}")
+        out["ahead"] = np.asarray(each, np.uint8)
+    if "ahead.ranking" in v:
+        out["ahead_ranking"] = _read_ranking(v, "ahead.ranking", n_head_kv, n_chunk)
+    n = v.get("weight_k", 0)
+    if ("ahead.weight" in v) != ("ahead.ranking" in v and n > 0):  # weights are those of one order of chunks
+        expected = "it where both fasa.ahead.ranking and fasa.weight are, and only there"
+        raise v.explain("ahead.weight", expected, "it" if "ahead.weight" in v else "nothing")
+    if "ahead.weight" in v:
+        out["ahead_weight"] = _per_layer(v, "ahead.weight", n_head_kv, [n] * len(n_chunk), n_chunk, np.float32)
+    return out
+
+
 def _read_layer_miss(v: _Values, n_layer: int) -> dict[str, Any]:
     """layer_miss, float32 [n_layer], if it is there."""
     if "layer_miss" not in v:
@@ -410,14 +440,14 @@ def _read_mean_budget(v: _Values) -> dict[str, Any]:
             raise v.explain(key, f"at most {MAX_BUDGETS} numbers", f"{v.count(key)} numbers")
     tokens, masses = v.get("mean_budget"), v.get("mean_budget_mass")
     if not tokens or tokens[0] < 1 or any(a >= b for a, b in pairwise(tokens)):
-        found = str(tokens[:8]) if tokens else _brief(tokens)
+        found = str(tokens[:8]) if tokens else brief(tokens)
         raise v.explain("mean_budget", "numbers of tokens, each larger than the one before", found)
     if len(masses) != len(tokens):
         expected = f"{len(tokens)} numbers, one for each of mean_budget"
         raise v.explain("mean_budget_mass", expected, f"{len(masses)} numbers")
     small = np.asarray(masses, np.float32)
     if not (small[0] > 0 and small[-1] < 1 and (np.diff(small) > 0).all()):
-        found = str([_short(float(x)) for x in masses[:8]])
+        found = str([short(float(x)) for x in masses[:8]])
         raise v.explain("mean_budget_mass", "masses between 0 and 1, each larger than the one before", found)
     return {"mean_budget": dict(zip(tokens, (float(x) for x in masses), strict=True))}
 
@@ -448,44 +478,3 @@ def _check_default_budget(v: _Values, n: int) -> None:
         reach = f"{min(tokens)} to {max(tokens)} tokens" if tokens else "none"
         expected = "a number that the table fasa.mean_budget reaches"
         raise v.explain("default.mean_budget", expected, f"{n}, and the table has {reach}")
-
-
-def _brief(value: Any) -> str:
-    """A value as it was found, in at most 60 characters; of long lists and numbers only the size is told."""
-    if isinstance(value, int) and abs(value) >= 1 << 64:
-        return "a number of more than 64 bits"
-    if isinstance(value, (list, dict)):
-        return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)}"
-    text = ascii(value[:60] if isinstance(value, str) else value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _is_u32(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 1 << 32
-
-
-def _is_i32(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and -(1 << 31) <= x < 1 << 31
-
-
-def _is_f32(x: Any) -> bool:
-    return isinstance(x, (int, float)) and not isinstance(x, bool) and -MAX_F32 <= x <= MAX_F32  # false for NaN
-
-
-def _text(value: Any) -> Any:
-    """A string with `?` for what UTF-8 cannot hold, such as the odd bytes of a file name; anything else as it is."""
-    return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
-
-
-def _exact(value: Any) -> Any:
-    """Floats with the fewest digits that give the same f32, also those of a list."""
-    if isinstance(value, list):
-        return [_exact(x) for x in value]
-    return float(str(np.float32(value))) if isinstance(value, float) and _is_f32(value) else value
-
-
-def _short(value: Any) -> Any:
-    """Floats with 5 digits, also those of a list."""
-    if isinstance(value, list):
-        return [_short(x) for x in value]
-    return float(f"{value:.5g}") if isinstance(value, float) else value

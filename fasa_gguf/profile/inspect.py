@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..gguf.file import printable
 from ..params import default_chunks
 from .profile import Profile, span
@@ -41,6 +43,28 @@ def _origin(profile: Profile) -> list[str]:
         lines.append("defaults: " + ", ".join(f"{n} {v}" for n, v in profile.defaults.items()))
     if profile.mean_budget:
         lines.append("mean budgets: " + ", ".join(f"{n} at mass {m:.4g}" for n, m in profile.mean_budget.items()))
+    lines.append(_ahead(profile))
     if profile.layer_miss is not None:
         lines.append(f"layers may miss {profile.layer_miss.min():.3g} to {profile.layer_miss.max():.3g} times 1 - mass")
     return lines
+
+
+def _ahead(profile: Profile) -> str:
+    """Which layers may select ahead, and by which ranking."""
+    ranked = [il for il, n in enumerate(profile.n_chunk) if n]
+    may = [il for il in ranked if profile.ahead is None or profile.ahead[il]]
+    how = "a ranking of their own" if profile.ahead_ranking is not None else "the same ranking, not calibrated for it"
+    if not may:
+        return "layers that may select ahead: none"
+    return f"layers that may select ahead: {runs(may)}, {len(may)} of {len(ranked)}, with {how}"
+
+
+def runs(numbers: Sequence[int]) -> str:
+    """Ascending numbers with runs in short: 1-3,7."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and n == parts[-1][-1] + 1:
+            parts[-1] = [parts[-1][0], n]
+        else:
+            parts.append([n])
+    return ",".join("-".join(map(str, part)) for part in parts)

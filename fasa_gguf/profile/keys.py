@@ -53,6 +53,13 @@ KEYS = (
     Key("fasa.recall_k", "u32", "n of fasa.recall; 0: none"),
     Key("fasa.recall_budget", "u32", "tokens attended while fasa.recall was measured"),
     Key(
+        "fasa.ahead.layers",
+        "[u8]",
+        "of every layer 1: it may select ahead, by foreseen queries; 0: it keeps its own. Missing: every layer may",
+    ),
+    Key("fasa.ahead.ranking", "[u8] or [u16]", "as fasa.ranking, for foreseen queries; missing: fasa.ranking"),
+    Key("fasa.ahead.weight", "[f32]", "as fasa.weight, of the leading chunks of fasa.ahead.ranking"),
+    Key(
         "fasa.layer_miss",
         "[f32]",
         "with a target mass, a layer's is 1 - (1 - mass) * layer_miss: how much more than others it may miss",

@@ -36,6 +36,9 @@ class Profile:
     recall: list[np.ndarray] | None = None  # per layer float32 [n_head_kv, recall_k]
     recall_k: int = 0
     recall_budget: int = 0  # tokens
+    ahead: np.ndarray | None = None  # uint8 [n_layer] 1: may select ahead, by foreseen queries; None: every layer may
+    ahead_ranking: list[np.ndarray] | None = None  # as ranking, for foreseen queries; None: ranking
+    ahead_weight: list[np.ndarray] | None = None  # as weight, for ahead_ranking; both or none where there are weights
     layer_miss: np.ndarray | None = None  # float32 [n_layer]
     mean_budget: dict[int, float] = field(default_factory=dict)  # mean tokens -> target mass, both ascending
     defaults: dict[str, Any] = field(default_factory=dict)  # some of FasaParams
@@ -49,7 +52,8 @@ class Profile:
         """(settings, profile) of a named way to decode.
 
         default: `params()` and this profile. paper: FASA as published (arXiv 2602.03152): chunks ranked one by one by
-        contextual agreement, a quarter of them, in f16 and unweighted, a selection per query head, no forced tokens.
+        contextual agreement, a quarter of them, in f16 and unweighted, a selection per query head by its own query, no
+        forced tokens.
         Raises FasaError for another name, or for `paper` when the ranking is not `ca`.
         """
         if name == "default":
@@ -61,8 +65,10 @@ class Profile:
                 f"preset paper: expected a profile ranked by ca, found {self.ranking_method}; "
                 "make one with `fasa-gguf calibrate MODEL --method ca -o ca.json`, and give it with --profile ca.json"
             )
-        params = FasaParams(chunks=max(max(self.n_chunk) // 4, 1), sink=0, recent=0, k_dom="f16", per_head=1)
-        return params, replace(self, weight=None, weight_k=0)
+        params = FasaParams(
+            chunks=max(max(self.n_chunk) // 4, 1), sink=0, recent=0, k_dom="f16", per_head=1, ahead="off"
+        )
+        return params, replace(self, weight=None, weight_k=0, ahead_ranking=None, ahead_weight=None)
 
     # ---- against a model ----
 

@@ -72,6 +72,7 @@ class Attached:
         self._set("uint32_t", "n_chunk", n_chunk)
         self._set("uint16_t", "ranking", ranking, "n_ranking")
         self._set_weights(profile, heads)
+        self._set_ahead(profile, heads)
         if profile.layer_miss is not None:
             self._set("float", "layer_miss", _numbers("layer_miss", profile.layer_miss, np.float32), "n_layer_miss")
         table = profile.mean_budget
@@ -87,6 +88,20 @@ class Attached:
         flat = _flat("weight", profile.weight, {il: (h, k) for il, h in heads.items()}, np.float32)
         self.struct.weight_k = k
         self._set("float", "weight", flat, "n_weight")
+
+    def _set_ahead(self, profile: Profile, heads: dict[int, int]) -> None:
+        if profile.ahead is not None:
+            self._set("uint8_t", "ahead", _numbers("ahead", profile.ahead, np.uint8), "n_ahead")
+        k = _whole("weight_k", profile.weight_k)
+        if (profile.ahead_weight is not None) != (profile.ahead_ranking is not None and k > 0):
+            what, found = "arrays where ahead_ranking and weight are, and only there", profile.ahead_weight
+            raise FasaError(f"the profile's ahead_weight: expected {what}; found {'none' if found is None else 'some'}")
+        if profile.ahead_ranking is not None:
+            shapes = {il: (h, int(profile.n_chunk[il])) for il, h in heads.items()}
+            self._set("uint16_t", "ahead_ranking", _flat("ahead_ranking", profile.ahead_ranking, shapes, np.uint16))
+        if profile.ahead_weight is not None:
+            shapes = {il: (h, k) for il, h in heads.items()}
+            self._set("float", "ahead_weight", _flat("ahead_weight", profile.ahead_weight, shapes, np.float32))
 
     def _set(self, ctype: str, name: str, values: np.ndarray, count: str = "") -> None:
         pointer, owner = array(ctype, values, values.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -49,6 +50,8 @@ class Observation:
     k: np.ndarray  # float16 or float32 [n_kv, n_head_kv, head_dim], valid during the call only
     scale: float
     soft_cap: float
+    q_ahead: np.ndarray | None  # as q, foreseen from the residual before the feed-forward; None: they cannot be
+    ahead_reason: Reason  # why not
 
 
 def not_pinned(context: Context) -> str:
@@ -209,6 +212,11 @@ class Context:
         n_layer = self.model_info()["n_layer"]
         return [Reason(self._lib.fasa_layer_reason_code(self._ctx, il)) for il in range(n_layer)]
 
+    def layer_ahead_codes(self) -> list[Reason]:
+        """Per layer, why it selects with its own queries; NONE where it selects ahead in a sparse step."""
+        n_layer = self.model_info()["n_layer"]
+        return [Reason(self._lib.fasa_layer_ahead_code(self._ctx, il)) for il in range(n_layer)]
+
     def layer_reasons(self) -> list[str | None]:
         """The texts of layer_reason_codes; None where a layer runs sparse."""
         return [reason.text or None for reason in self.layer_reason_codes()]
@@ -246,18 +254,22 @@ class Context:
         def call(seen: Any, _user: Any) -> None:
             self._inside.observer = True
             try:
-                nq = seen.n_tokens * seen.n_head * seen.n_embd_head
-                q = (
-                    np.frombuffer(self._ffi.buffer(seen.q, nq * 4), np.float32)
-                    .reshape(seen.n_tokens, seen.n_head, -1)
-                    .copy()
-                )
+                shape = (seen.n_tokens, seen.n_head, seen.n_embd_head)
+
+                def queries(at: Any) -> np.ndarray:
+                    return np.frombuffer(self._ffi.buffer(at, 4 * math.prod(shape)), np.float32).reshape(shape).copy()
+
                 dtype = np.dtype(np.float16 if seen.k_is_f16 else np.float32)
                 nk = seen.n_kv * seen.n_head_kv * seen.n_embd_head
                 k = np.frombuffer(self._ffi.buffer(seen.k, nk * dtype.itemsize), dtype).reshape(
                     seen.n_kv, seen.n_head_kv, -1
                 )
-                fn(Observation(seen.il, q, k, seen.scale, seen.soft_cap))
+                q_ahead = queries(seen.q_ahead) if seen.q_ahead != self._ffi.NULL else None
+                fn(
+                    Observation(
+                        seen.il, queries(seen.q), k, seen.scale, seen.soft_cap, q_ahead, Reason(seen.ahead_reason)
+                    )
+                )
             except BaseException as e:  # must not cross the C frame; raise_observed raises it
                 self._observer_error = self._observer_error or e
             finally:

@@ -27,14 +27,18 @@ def rank_recall(
     soft_cap: float = 0.0,
     candidate: np.ndarray | None = None,
     n_threads: int | None = None,
+    q_est: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Rank one KV head's chunks as a set, greedily: reference.rank_recall in C++.
 
     q float32 [n_group, n_query, head_dim], k float32 [n_kv, head_dim], chunk_dims int32 [n_chunk, 2]; q_pos: the
-    position of each query. candidate bool [n_chunk]: the chunks that may be chosen; None: all.
+    position of each query. candidate bool [n_chunk]: the chunks that may be chosen; None: all. q_est, of q's shape: the
+    queries that score.
     Returns (order int32 [n_rank], share of the attention mass kept float32 [n_rank]). Raises FasaError.
     """
     pq, q = array("float", q, np.float32)
+    if q_est is not None and np.shape(q_est) != q.shape:
+        raise FasaError(f"rank_recall: expected q_est of shape {[*q.shape]}, found {[*np.shape(q_est)]}")
     pk, k = array("float", k, np.float32)
     pp, _pos = array("int32_t", q_pos, np.int32)
     pd, dims = array("int32_t", chunk_dims, np.int32)
@@ -63,6 +67,8 @@ def rank_recall(
     )
     if candidate is not None:
         c.candidate, _keep = array("uint8_t", candidate, np.uint8)
+    if q_est is not None:
+        c.q_est, _est = array("float", q_est, np.float32)
     lib = api()[1]
     in_thread(lambda: check(lib.fasa_rank_recall(c)))
     return order, recall
@@ -77,6 +83,7 @@ def _op_case(
     dims: np.ndarray | None = None,
     weight: np.ndarray | None = None,
     forced: np.ndarray | None = None,
+    fresh: np.ndarray | None = None,
     list: np.ndarray | None = None,
     budget: int = 0,
     scale: float,
@@ -146,6 +153,8 @@ def _op_case(
         c.weight = kept("float", weight, np.float32)
     if forced is not None:
         c.forced, c.n_forced = kept("int32_t", forced, np.int32), forced.shape[-1]
+    if fresh is not None:
+        c.fresh, c.n_fresh = kept("int32_t", fresh, np.int32), fresh.shape[-1]
     if list is not None:
         c.list, c.list_length = kept("int32_t", list, np.int32), list.shape[-1] - 1
     if mask is not None:

@@ -164,11 +164,11 @@ struct ranker {
         mass.assign(size_t(c.n_query) * n_pad, 0.0f);
     }
 
-    const float * query(int i, int g) const { return c.q + (size_t(g) * c.n_query + i) * c.n_embd_head; }
+    const float * query(const float * q, int i, int g) const { return q + (size_t(g) * c.n_query + i) * c.n_embd_head; }
     float * row(int i, int g) { return est.data() + (size_t(i) * c.n_group + g) * n_pad; }
 
     void add(const float * from, float * to, int i, int g, int chunk) const {
-        const float * q = query(i, g);
+        const float * q = query(c.q_est ? c.q_est : c.q, i, g);
         const float * k = k_pair.data() + size_t(chunk) * 2 * n_pad;
         fasa_add_chunk(to, from, k, k + n_pad, q[c.chunk_dims[2 * chunk]] * c.scale,
             q[c.chunk_dims[2 * chunk + 1]] * c.scale, c.q_pos[i] + 1);
@@ -188,7 +188,7 @@ struct ranker {
             std::fill(x.begin(), x.end(), 0.0f);
             for (int d = 0; d < c.n_embd_head; ++d) {
                 for (int j = 0; j < n; ++j) {
-                    x[j] += query(i, g)[d] * c.k[size_t(j) * c.n_embd_head + d];
+                    x[j] += query(c.q, i, g)[d] * c.k[size_t(j) * c.n_embd_head + d];
                 }
             }
             for (int j = 0; j < n; ++j) {
@@ -242,13 +242,14 @@ struct ranker {
         const auto all = [](const float * x, size_t n) {
             return std::all_of(x, x + n, [](float v) { return std::isfinite(v); });
         };
-        return std::isfinite(c.scale) && std::isfinite(c.soft_cap) &&
-            all(c.q, size_t(c.n_group) * c.n_query * c.n_embd_head) && all(c.k, size_t(c.n_kv) * c.n_embd_head);
+        const size_t n_q = size_t(c.n_group) * c.n_query * c.n_embd_head;
+        return std::isfinite(c.scale) && std::isfinite(c.soft_cap) && all(c.q, n_q) &&
+            (c.q_est == nullptr || all(c.q_est, n_q)) && all(c.k, size_t(c.n_kv) * c.n_embd_head);
     }
 
     int run() {
         if (!is_finite()) {
-            return fasa_set_error("fasa_rank_case: q, k, scale or soft_cap is not finite");
+            return fasa_set_error("fasa_rank_case: q, q_est, k, scale or soft_cap is not finite");
         }
         for_queries([&](int first, int last) {
             for (int i = first; i < last; ++i) {

@@ -285,6 +285,28 @@ struct fasa_ranges {
         data = std::move(merged);
     }
 
+    void add(const fasa_ranges & more) {
+        for (const auto & r : more.data) {
+            add(r.first, r.second);
+        }
+    }
+
+    // What is in none of `other`. Where that would be too many ranges, gaps between them are filled.
+    fasa_ranges without(const fasa_ranges & other) const {
+        fasa_ranges out;
+        for (const auto & r : data) {
+            uint32_t at = r.first;
+            for (const auto & o : other.data) {
+                if (o.second > at && o.first < r.second) {
+                    out.add(at, o.first);
+                    at = std::max(at, o.second);
+                }
+            }
+            out.add(at, r.second);
+        }
+        return out;
+    }
+
     // take away and return the part below `limit`
     fasa_ranges take(uint32_t limit) {
         fasa_ranges taken, rest;

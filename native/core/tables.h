@@ -19,7 +19,8 @@
     X(k_dom, int32_t, FASA_K_DOM_Q4, FASA_K_DOM_F16, FASA_K_DOM_Q4) \
     X(per_head, uint32_t, 0, 0, 1) \
     X(mean_budget, uint32_t, 0, 0, 2147483647) \
-    X(row_cache, int32_t, -1, -1, 2147483647)
+    X(row_cache, int32_t, -1, -1, 2147483647) \
+    X(ahead, int32_t, FASA_AHEAD_AUTO, FASA_AHEAD_AUTO, FASA_AHEAD_ON)
 
 // counted by: the ops, on the CPU and on a device
 // X(name, NAME)
@@ -45,6 +46,7 @@
     X(steps_dense, STEPS_DENSE) \
     X(steps_prefill, STEPS_PREFILL) \
     X(layers_sparse, LAYERS_SPARSE) \
+    X(layers_ahead, LAYERS_AHEAD) \
     X(layers_dense, LAYERS_DENSE) \
     X(layers_prefill, LAYERS_PREFILL) \
     X(bytes_dense, BYTES_DENSE) \
@@ -97,6 +99,16 @@
     X(CUDA_CACHE_TYPE, "the CUDA kernels read caches in f32, f16, bf16, q8_0 and q4_0, and this one has another " \
         "type") \
     X(CUDA_HEAD_DIM, "the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256") \
-    X(CUDA_GROUP, "more than 128 query heads share a KV head")
+    X(CUDA_GROUP, "more than 128 query heads share a KV head") \
+    X(AHEAD_OFF, "selecting ahead is off") \
+    X(AHEAD_AUTO, "it is on the CPU, where selecting ahead saves no time") \
+    X(AHEAD_TOKENS, "the step has several tokens, with which selecting ahead is slower") \
+    X(AHEAD_BORROWS, "it borrows its list") \
+    X(AHEAD_PROFILE, "the profile says that foreseen queries lose too much there") \
+    X(AHEAD_FIRST, "no block lies before it") \
+    X(AHEAD_NO_FEED_FORWARD, "no feed-forward lies between the attention or other block before it and its queries") \
+    X(AHEAD_UNKNOWN, "how its queries follow from the layer before is not recognised") \
+    X(AHEAD_DEVICE, "the feed-forward before it runs on another device") \
+    X(AHEAD_ROOM, "its rows on the device have no room for a list with all tokens of the batch")
 
 // clang-format on

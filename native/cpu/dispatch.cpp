@@ -13,6 +13,9 @@ extern "C" void fasa_cpu_op(ggml_tensor * dst, int ith, int nth, void * userdata
         case FASA_OP_SELECT: fasa_cpu_select(dst, p, ith, nth); break;
         case FASA_OP_FAC: fasa_cpu_fac(dst, p, ith, nth); break;
         case FASA_OP_OBSERVE: fasa_cpu_observe(dst, p, ith); break;
+        case FASA_OP_SPREAD: fasa_cpu_spread(dst, p, ith, nth); break;
+        case FASA_OP_FORK:
+        case FASA_OP_JOIN: break; // a CPU computes in order
         default: GGML_ABORT("unknown FASA op");
     }
 }

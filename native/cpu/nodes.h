@@ -8,3 +8,4 @@ void fasa_cpu_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth)
 void fasa_cpu_select(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth);
 void fasa_cpu_fac(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth);
 void fasa_cpu_observe(ggml_tensor * dst, const fasa_op_params & p, int ith);
+void fasa_cpu_spread(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth);

@@ -201,6 +201,17 @@ static fasa_tip_tile_t fasa_tip_tile_get(int k_dom, int64_t m) {
                                      fasa_tip_tile_of<FASA_K_DOM_Q4>(m);
 }
 
+// A cell whose K is not stored yet has the logit FASA_FRESH, unless it is hidden. hide: of the n cells from `cell` on
+static void fasa_hide_fresh(const ggml_tensor * fresh, int64_t s, int64_t cell, int64_t n, float * hide) {
+    const int32_t * cells = (const int32_t *) ((const char *) fresh->data + s * fresh->nb[1]);
+    for (int64_t i = 0; i < fresh->ne[0]; ++i) {
+        const int64_t at = cells[i] - cell;
+        if (cells[i] >= 0 && at >= 0 && at < n && hide[at] > -INFINITY) {
+            hide[at] = FASA_FRESH;
+        }
+    }
+}
+
 // One span of n cells: logits x [FASA_SPAN] to exp(x)/2^e in out [n], with their e and their sum. hide [FASA_SPAN] is
 // the mask, -inf from cell n on.
 static void fasa_tip_span(
@@ -212,7 +223,8 @@ static void fasa_tip_span(
     }
     fasa_f32x16 most = fasa_f32x16{} - INFINITY;
     for (int64_t c = 0; c < n; c += 16) {
-        const fasa_f32x16 v = fasa_load<fasa_f32x16>(x + c) + fasa_load<fasa_f32x16>(hide + c);
+        const fasa_f32x16 h = fasa_load<fasa_f32x16>(hide + c);
+        const fasa_f32x16 v = h > FASA_FRESH ? fasa_load<fasa_f32x16>(x + c) + h : h; // x may be anything, NaN too
         memcpy(x + c, &v, sizeof(v));
         most = v > most ? v : most;
     }
@@ -237,7 +249,7 @@ static void fasa_tip_span(
 }
 
 void fasa_cpu_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth) {
-    const ggml_tensor *k_dom = dst->src[0], *dims = dst->src[4], *mask = dst->src[6];
+    const ggml_tensor *k_dom = dst->src[0], *dims = dst->src[4], *mask = dst->src[6], *fresh = dst->src[7];
 
     const int64_t n_kv = fasa_tip_n_kv(dst), n_head = dst->ne[1], n_tps = dst->ne[2], n_stream = dst->ne[3];
     const int64_t n_head_kv = dims->ne[1], n_group = n_head / n_head_kv, n_dom = dims->ne[0];
@@ -259,6 +271,9 @@ void fasa_cpu_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth)
                 const int64_t cell = span * FASA_SPAN, n = std::min<int64_t>(FASA_SPAN, n_kv - cell);
                 fasa_row_to_f32((const ggml_fp16_t *) fasa_at(mask, t, 0, s) + cell, hide, GGML_TYPE_F16, n);
                 std::fill(hide + n, hide + FASA_SPAN, -INFINITY);
+                if (fresh) {
+                    fasa_hide_fresh(fresh, s, cell, n, hide);
+                }
                 for (int64_t head = 0; head < n_head;) {
                     const int64_t m = std::min<int64_t>(4, n_group - head % n_group);
                     const auto f    = fasa_tip_tile_get(p.k_dom, m);

@@ -50,7 +50,7 @@ struct fasa_fac_mma_list {
     const int32_t * cells;
     const char *k, *v; // of the stream and KV head
     const half * mask;
-    int n;
+    int n, fresh;
     int cell[3]; // of tokens g, 2c and 2c + 1 of the turn that is read next
 
     __device__ __forceinline__ int token(int i0, int u) const { return i0 + (u == 0 ? g : 2 * c + u - 1); }
@@ -67,9 +67,10 @@ struct fasa_fac_mma_list {
         fasa_fac_eight<D> x;
 #pragma unroll
         for (int u = 0; u < 3; ++u) {
-            const int i            = token(i0, u);
-            const bool is          = i < n;
-            const fasa_fac_row row = is ? fasa_fac_row_of<FETCHED>(a, k, v, list, h, i, cell[u]) : fasa_fac_row{};
+            const int i   = token(i0, u);
+            const bool is = i < n;
+            const fasa_fac_row row =
+                is ? fasa_fac_row_of<FETCHED>(a, k, v, list, h, i, cell[u], fresh) : fasa_fac_row{};
             if (u == 0) {
 #pragma unroll
                 for (int j = 0; j < D / 32; ++j) {
@@ -179,13 +180,17 @@ static __global__ void __launch_bounds__(32 * N_WARP, 1) fasa_fac_mma_kernel(con
     list.mask = (const half *) (a.mask + s * a.mask_nb3 + t * a.mask_nb1);
 
     uint32_t q[D / 16][4];
+    if (a.joined) { // what made q may be at work yet: SELECT did not wait for it
+        ggml_cuda_pdl_sync();
+    }
     fasa_fac_mma_query<D>(a, at, g, c, q);
     fasa_fac_mma_state<D> state;
 
     ggml_cuda_pdl_lc();   // what follows FAC waits for it, and may as well begin
-    ggml_cuda_pdl_sync(); // q is older than SELECT, the list is not
+    ggml_cuda_pdl_sync(); // q is older than a SELECT in the same stream, the list is not
     const int first = (warp * at.n_split + at.split) * TOKENS, step = N_WARP * at.n_split * TOKENS;
-    list.n = list.cells[-1];
+    list.n     = list.cells[-1];
+    list.fresh = fasa_fac_fresh(a);
     list.ask(first);
     fasa_fac_eight<D> next;
     // a turn asks for the rows of i0, then works on those of the turn before: one piece of code, because code has to be

@@ -1,5 +1,5 @@
 // FAC: exact attention over the cells of a list. Rows are read in place; those of FASA-M where cuda/fetch.cu has put
-// them.
+// them, but for that of a cell which was written since.
 //
 // LANES lanes read a token's row, eight dimensions each, so a warp works on 32/LANES tokens of the list at a time, for
 // up to M query heads of the group. From compute capability 8.0 on, rows in f16 go to the tensor cores
@@ -185,10 +185,13 @@ static __global__ void __launch_bounds__(32 * N_WARP, 1) fasa_fac_kernel(const f
 
     float q[M][8];
     fasa_fac_state<M> state;
+    if (a.joined) { // what made q may be at work yet: SELECT did not wait for it
+        ggml_cuda_pdl_sync();
+    }
     fasa_fac_query<M>(a, at, dim, active, q);
     state.zero();
     ggml_cuda_pdl_lc();   // what follows FAC waits for it, and may as well begin
-    ggml_cuda_pdl_sync(); // q is older than SELECT, the list is not
+    ggml_cuda_pdl_sync(); // q is older than a SELECT in the same stream, the list is not
     const int first = (warp * at.n_split + at.split) * TOKENS,
               step  = N_WARP * at.n_split * TOKENS; // from token to token of a lane
     int cell_of[AHEAD];
@@ -199,7 +202,7 @@ static __global__ void __launch_bounds__(32 * N_WARP, 1) fasa_fac_kernel(const f
             cell_of[u]  = i < a.n_list_len - 1 ? cells[i] : 0;
         }
     };
-    const int n = cells[-1];
+    const int n = cells[-1], fresh = fasa_fac_fresh(a);
     ask(first);
     for (int i0 = first; i0 < n; i0 += AHEAD * step) {
         fasa_fac_values<F16> keys[AHEAD], values[AHEAD];
@@ -211,8 +214,8 @@ static __global__ void __launch_bounds__(32 * N_WARP, 1) fasa_fac_kernel(const f
             keys[u].zero(), values[u].zero();
             if (i < n) {
                 const int64_t cell     = cell_of[u];
-                const fasa_fac_row row = a.fetched.rows ? fasa_fac_row_of<true>(a, k, v, at.list, h, i, cell) :
-                                                          fasa_fac_row_of<false>(a, k, v, at.list, h, i, cell);
+                const fasa_fac_row row = a.fetched.rows ? fasa_fac_row_of<true>(a, k, v, at.list, h, i, cell, fresh) :
+                                                          fasa_fac_row_of<false>(a, k, v, at.list, h, i, cell, fresh);
                 bias[u]                = __half2float(mask[cell]) * LOG2E;
                 if (active) {
                     keys[u].load(a.type_k, row.key, dim);
@@ -316,6 +319,7 @@ void fasa_cuda_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fas
     a.d                = k->ne[0];
     a.scale            = p.scale;
     a.soft_cap         = p.soft_cap;
+    a.joined           = p.flags & FASA_FORKED;
     const int n_stream = dst->ne[3], n_token = dst->ne[2] * n_stream;
     a.row_bytes       = ggml_row_size(k->type, k->ne[0]) + ggml_row_size(v->type, v->ne[0]);
     const auto launch = [&](int n) {

@@ -21,7 +21,8 @@ struct fasa_fac_args {
     int64_t q_nb1, q_nb2, k_nb1, k_nb2, k_nb3, v_nb1, v_nb2, v_nb3, mask_nb1, mask_nb3;
     ggml_type type_k, type_v;
     fasa_fetched fetched;
-    int token0; // of this launch
+    int token0;  // of this launch
+    bool joined; // the list comes from a side stream
     int n_list_len, n_list, n_head, n_shared, d;
     uint3 by_n_tps, by_n_group, by_n_chunk; // fastdiv
     float scale, soft_cap;
@@ -47,14 +48,19 @@ static __device__ __forceinline__ fasa_fac_share fasa_fac_share_of(const fasa_fa
         (int) blockIdx.x, (int) gridDim.x, (int) (blockIdx.z * gridDim.y + blockIdx.y) };
 }
 
-// Where K and V of the cell lie that is i-th of a list. FETCHED: not read in place
+// the cell whose row is read in place where the others are not, or -1
+static __device__ __forceinline__ int fasa_fac_fresh(const fasa_fac_args & a) {
+    return a.fetched.fresh ? *a.fetched.fresh : -1;
+}
+
+// Where K and V of the cell lie that is i-th of a list. FETCHED: not read in place, unless it is `fresh`
 struct fasa_fac_row {
     const char *key, *value;
 };
 template <bool FETCHED>
 static __device__ __forceinline__ fasa_fac_row fasa_fac_row_of(
-    const fasa_fac_args & a, const char * k, const char * v, int list, int h, int i, int64_t cell) {
-    if constexpr (!FETCHED) {
+    const fasa_fac_args & a, const char * k, const char * v, int list, int h, int i, int64_t cell, int fresh) {
+    if (!FETCHED || cell == fresh) {
         return { k + cell * a.k_nb2, v + cell * a.v_nb2 };
     }
     const int64_t place = (int64_t) list * (a.n_list_len - 1) + i;

@@ -9,6 +9,9 @@ struct ggml_backend_cuda_context;
 // whether the kernels can run a node of ours on this device
 bool fasa_cuda_supported(int device, const ggml_tensor * op);
 
+// a graph is about to be computed, or captured
+void fasa_cuda_begin(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph);
+
 // run it; false: not a node of ours
 bool fasa_cuda_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
 

@@ -1,6 +1,9 @@
 // FASA-M: the rows of a list, K and V of a cell side by side, from pinned host memory to the device, before FAC attends
 // to them. Read in place, a row would come over PCIe once for every two query heads that share it.
 //
+// A layer that selects ahead has them fetched on the side stream too (FETCH). What this ubatch writes is not there yet:
+// FAC reads that one row in place, and the row cache does not get it.
+//
 // With a row cache (ops/ops.h) rows stay on the device from step to step. A set of FASA_ROW_WAYS slots holds the cells
 // that fall into it, and the least recently used one makes room. Which rows are there changes the time alone.
 
@@ -17,6 +20,7 @@ static __global__ void __launch_bounds__(1024) fasa_assign_slots_kernel(const fa
     auto * const tag   = (int32_t *) (a.cache + h * a.cache_nb2); // the cell + 1; 0: free
     auto * const used  = (uint32_t *) (tag + a.n_slot);           // the step that used it last
     const uint32_t now = a.work->clock + 1;
+    const int fresh    = a.fresh ? *a.fresh : -1;
 
     for (int i = threadIdx.x; a.ranges && i < a.n_slot; i += blockDim.x) {
         const int cell = tag[i] - 1;
@@ -41,7 +45,7 @@ static __global__ void __launch_bounds__(1024) fasa_assign_slots_kernel(const fa
             if (slot >= 0) {
                 used[slot] = now;
             }
-            slots[i] = slot;
+            slots[i] = cells[i] == fresh ? FASA_ROW_FETCH : slot; // FAC does not look
         }
         __syncthreads(); // what is there stays
         for (int i = threadIdx.x; i < n; i += blockDim.x) {
@@ -79,6 +83,7 @@ static __global__ void __launch_bounds__(32 * N_WARP) fasa_fetch_kernel(const fa
     char * const cache    = a.cache + h * a.cache_nb2 + (int64_t) a.n_slot * FASA_ROW_HEAD;
     const char *const k = a.k + h * a.k_nb1, *const v = a.v + h * a.v_nb1;
     const int units_k = a.bytes_k / sizeof(T), units = units_k + a.bytes_v / sizeof(T);
+    const int fresh = a.fresh ? *a.fresh : -1; // counted here, read by FAC
 
     int fetched = 0, reused = 0;
     for (int i0 = (blockIdx.x * N_WARP + warp) * AHEAD; i0 < n; i0 += gridDim.x * N_WARP * AHEAD) {
@@ -90,9 +95,9 @@ static __global__ void __launch_bounds__(32 * N_WARP) fasa_fetch_kernel(const fa
             const int slot  = slots && i < n ? slots[i] : -1;
             const bool take = i < n && (slot < 0 || slot & FASA_ROW_FETCH);
             cell[u]         = take ? cells[i] : 0;
-            to[u]           = !take ? nullptr :
-                slot < 0            ? rows + (int64_t) i * a.stride :
-                                      cache + (int64_t) (slot & ~FASA_ROW_FETCH) * a.stride;
+            to[u]           = !take || cell[u] == fresh ? nullptr :
+                slot < 0                                ? rows + (int64_t) i * a.stride :
+                                                          cache + (int64_t) (slot & ~FASA_ROW_FETCH) * a.stride;
             fetched += take;
             reused += i < n && !take;
         }
@@ -131,23 +136,29 @@ void fasa_fetch_launch(const fasa_fetch_args & a, cudaStream_t stream) {
     CUDA_CHECK(cudaGetLastError());
 }
 
-fasa_fetched fasa_cuda_fetch(ggml_backend_cuda_context & ctx, const ggml_tensor * fac, int token) {
-    const ggml_tensor *list = fac->src[0], *k = fac->src[2], *v = fac->src[3], *ranges = fac->src[6];
-    const fasa_layer_const & layer = fasa_op_layer(fac);
+fasa_fetched fasa_cuda_fetch(ggml_backend_cuda_context & ctx, const ggml_tensor * node, int token) {
+    const fasa_op_params & p = *fasa_op_get(node);
+    const bool fac = p.kind == FASA_OP_FAC, fetched = p.flags & FASA_FETCHED;
+    const ggml_tensor * const * src = node->src;
+    const ggml_tensor *list = src[0], *k = src[fac ? 2 : 1], *v = src[fac ? 3 : 2], *cells = src[fac ? 6 : 3];
+    const ggml_tensor *ranges = fetched ? nullptr : cells, *fresh = fetched ? cells : fac ? nullptr : src[4];
+    const fasa_layer_const & layer = fasa_op_layer(node);
     const ggml_tensor *rows = layer.rows, *cache = layer.row_cache;
-    const int n_tps = fac->ne[2], s = token / n_tps, n_list = list->ne[1], length = list->ne[0] - 1;
+    const int n_tps = list->ne[2], s = token / n_tps, n_list = list->ne[1], length = list->ne[0] - 1;
     const fasa_row_layout layout(k->type, v->type, k->ne[0], v->ne[0]);
     GGML_ASSERT(fasa_rows_bytes(layout, length, n_list) <= (size_t) rows->ne[0]);
 
     fasa_fetch_args a = {};
     a.list            = (const int32_t *) list->data + (int64_t) token * n_list * (length + 1);
-    a.ranges = token % n_tps == 0 ? (const int32_t *) ((const char *) ranges->data + s * ranges->nb[1]) : nullptr;
-    a.k      = (const char *) k->data + s * k->nb[3];
-    a.v      = (const char *) v->data + s * v->nb[3];
-    a.slots  = cache ? (int32_t *) rows->data : nullptr;
-    a.rows   = (char *) rows->data + fasa_rows_slots(length, n_list);
-    a.cache  = cache ? (char *) cache->data + (fasa_op_get(fac)->stream0 + s) * cache->nb[3] : nullptr;
-    a.work   = (fasa_work *) layer.work->data;
+    a.ranges =
+        ranges && token % n_tps == 0 ? (const int32_t *) ((const char *) ranges->data + s * ranges->nb[1]) : nullptr;
+    a.fresh = fresh ? (const int32_t *) fresh->data : nullptr;
+    a.k     = (const char *) k->data + s * k->nb[3];
+    a.v     = (const char *) v->data + s * v->nb[3];
+    a.slots = cache ? (int32_t *) rows->data : nullptr;
+    a.rows  = (char *) rows->data + fasa_rows_slots(length, n_list);
+    a.cache = cache ? (char *) cache->data + (p.stream0 + s) * cache->nb[3] : nullptr;
+    a.work  = (fasa_work *) layer.work->data;
     a.k_nb1 = k->nb[1], a.k_nb2 = k->nb[2], a.v_nb1 = v->nb[1], a.v_nb2 = v->nb[2];
     a.n_list_len = length + 1;
     a.n_list     = n_list;
@@ -156,11 +167,13 @@ fasa_fetched fasa_cuda_fetch(ggml_backend_cuda_context & ctx, const ggml_tensor 
     a.cache_nb2  = cache ? cache->nb[2] : 0;
     a.bytes_k = layout.bytes_k, a.bytes_v = layout.bytes_v, a.v_at = layout.v_at, a.stride = layout.stride;
 
-    if (cache) {
+    if (cache && !fetched) {
         fasa_assign_slots_kernel<<<k->ne[1], 1024, 0, ctx.stream()>>>(a);
         CUDA_CHECK(cudaGetLastError());
     }
-    fasa_fetch_launch(a, ctx.stream());
-    return { a.rows, a.cache ? a.cache + (int64_t) a.n_slot * FASA_ROW_HEAD : nullptr, a.slots, a.cache_nb2, a.stride,
-        a.v_at };
+    if (!fetched) {
+        fasa_fetch_launch(a, ctx.stream());
+    }
+    return { a.rows, a.cache ? a.cache + (int64_t) a.n_slot * FASA_ROW_HEAD : nullptr, a.slots, a.fresh, a.cache_nb2,
+        a.stride, a.v_at };
 }

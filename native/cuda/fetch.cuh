@@ -11,6 +11,7 @@ static constexpr int AHEAD  = 4; // rows that a warp asks for together
 struct fasa_fetch_args {
     const int32_t * list;   // of the token: [n_list_len, n_list], the count, then the cells
     const int32_t * ranges; // [2*FASA_MAX_RANGES] stale cells of the stream; nullptr: seen already
+    const int32_t * fresh;  // the cell that stays out, whose K and V are not stored yet; nullptr: none
     const char *k, *v;      // of the stream
     char * rows;            // [n_list_len - 1, n_list] rows
     int32_t * slots;        // [n_list_len - 1, n_list]

@@ -59,8 +59,8 @@ bool fasa_cuda_supported(int device, const ggml_tensor * op) {
     if (p == nullptr || p->kind == FASA_OP_OBSERVE || !p->flags) {
         return false;
     }
-    if (p->kind == FASA_OP_STAGE || p->kind == FASA_OP_AHEAD) {
-        return true;
+    if (p->kind != FASA_OP_TIP && p->kind != FASA_OP_SELECT && p->kind != FASA_OP_FAC) {
+        return true; // whatever the shapes are
     }
     const bool fac         = p->kind == FASA_OP_FAC;
     const ggml_tensor *tip = p->kind == FASA_OP_SELECT ? op->src[0] : op, *k = fac ? op->src[2] : tip->src[1],
@@ -69,11 +69,32 @@ bool fasa_cuda_supported(int device, const ggml_tensor * op) {
     return fasa_cuda_reason(device, s) == FASA_REASON_NONE;
 }
 
+// behind the node that may be the last one of a side stream
+static void fasa_end_side(ggml_backend_cuda_context & ctx, const fasa_op_params & p) {
+    if ((p.flags & FASA_FORKED) && fasa_cuda_is_forked(ctx)) {
+        fasa_cuda_return(ctx);
+    }
+}
+
 bool fasa_cuda_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
     const fasa_op_params * p = fasa_op_get(dst);
     switch (p ? p->kind : 0) {
         case FASA_OP_TIP: return true; // SELECT does it
-        case FASA_OP_SELECT: fasa_cuda_select(ctx, dst, *p); return true;
+        case FASA_OP_SELECT:
+            if (fasa_cuda_is_forked(ctx)) {
+                fasa_cuda_select_side(ctx, dst, *p);
+            } else {
+                fasa_cuda_select(ctx, dst, *p);
+            }
+            fasa_end_side(ctx, *p);
+            return true;
+        case FASA_OP_FETCH:
+            fasa_cuda_fetch(ctx, dst, 0);
+            fasa_end_side(ctx, *p);
+            return true;
+        case FASA_OP_SPREAD: fasa_cuda_spread(ctx, dst); return true;
+        case FASA_OP_FORK: fasa_cuda_fork(ctx, dst); return true;
+        case FASA_OP_JOIN: fasa_cuda_join(ctx); return true;
         case FASA_OP_FAC: fasa_cuda_fac(ctx, dst, *p); return true;
         case FASA_OP_STAGE: fasa_cuda_stage(ctx, dst); return true;
         case FASA_OP_AHEAD: fasa_cuda_ahead(ctx, dst); return true;

@@ -16,6 +16,8 @@ struct fasa_tip_args {
     const int32_t * dims; // [n_dom, n_head_kv]
     const float * weight; // [n_dom, n_head_kv]
     const char * mask;
+    const int32_t * fresh; // [n_fresh, n_stream] cells that are not scored, -1: none
+    int n_fresh;
     int64_t k_dom_nb1, k_dom_nb2, k_dom_nb3; // bytes
     int64_t k_nb1, k_nb2, k_nb3, q_nb1, q_nb2, mask_nb1, mask_nb3;
     ggml_type type_k;

@@ -48,6 +48,7 @@ struct fasa_select_args {
         part_cells;  // n_lists: of all tokens; n_shared: query heads of one
     uint3 by_n_list; // fastdiv
     int bin_base;
+    int per_sm; // blocks of an SM at the most; 0: as many as fit
     bool given; // the scores are in `scores` already
     uint32_t budget, floor, cap;
     uint64_t need;      // of the shares; 0: the budget decides
@@ -281,9 +282,9 @@ struct fasa_select_last {
 // target mass the count). x: cell threadIdx.x of the edge
 static __device__ __forceinline__ fasa_select_last fasa_select_rank(
     const fasa_select_args & a, fasa_select_block & b, fasa_u64 x, int first) {
-    constexpr int PER = 4;
-    static_assert(
-        PER * EDGE <= N_THREAD && 2 * EDGE <= BINS, "every cell has its threads; cells and shares lie in b.mass");
+    constexpr int PER = N_THREAD >= 4 * EDGE ? 4 : N_THREAD / EDGE;
+    static_assert(PER > 0 && PER * EDGE <= N_THREAD && 2 * EDGE <= BINS,
+        "every cell has its threads; cells and shares lie in b.mass");
     const int lane = threadIdx.x % 32, at = threadIdx.x / PER, n_edge = b.n_edge;
     fasa_u64 *edge = b.mass, *share = b.mass + EDGE;
     if ((int) threadIdx.x < n_edge) {
@@ -419,4 +420,27 @@ static __device__ __forceinline__ void fasa_select_write(
         __syncthreads();
         out += fasa_warp_sum(lane < warp ? b.scan[lane] : 0u);
     }
+}
+
+static fasa_select_args fasa_select_args_make(const ggml_tensor * dst, const fasa_op_params & p) {
+    const ggml_tensor *tip = dst->src[0], *forced = dst->src[1], *work = fasa_op_layer(dst).work;
+    fasa_select_args a = {};
+    a.tip              = fasa_tip_args_make(tip);
+    a.scores           = (float *) tip->data;
+    a.forced           = (const int32_t *) forced->data;
+    a.dst              = (int32_t *) dst->data;
+    a.work             = (fasa_work *) work->data;
+    a.n_lists          = ggml_nrows(dst);
+    a.n_shared         = a.tip.n_head / dst->ne[1];
+    a.by_n_list        = init_fastdiv_values(dst->ne[1]);
+    a.n_forced         = forced->ne[0];
+    a.n_list_len       = dst->ne[0];
+    a.given            = p.flags & FASA_SCORES_GIVEN;
+    a.budget           = p.budget;
+    a.floor            = p.floor;
+    a.cap              = p.cap;
+    a.need             = p.mass > 0 ? std::max<uint64_t>(1, fasa_mass_need(p.mass, a.n_shared)) : 0;
+    a.bin_base         = fasa_bin_base(std::max<uint32_t>(p.mass > 0 ? p.cap : p.budget, a.n_forced), a.n_shared);
+    a.bytes_tip        = fasa_tip_bytes(tip);
+    return a;
 }

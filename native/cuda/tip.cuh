@@ -13,7 +13,10 @@
 #include "core/select.h"
 #include "cuda/k-dom.cuh"
 
-static constexpr int TIP_WARPS = 16; // of a block
+#ifndef FASA_TIP_WARPS
+#    define FASA_TIP_WARPS 16 // what a block has that needs not share its SM
+#endif
+static constexpr int TIP_WARPS = FASA_TIP_WARPS; // of a block
 
 // What a block works on: the cells [first, last) of one list, `first` at the start of a span.
 struct fasa_tip_list {
@@ -33,6 +36,7 @@ struct fasa_tip_block {
     static constexpr int KEPT        = QUADS > 0 ? QUADS : 1;
     static constexpr int PAIR        = 2;      // tiles that are asked for, and worked on, at once
     static constexpr uint16_t HIDDEN = 0xfc00; // -inf
+    static constexpr uint16_t FRESH  = 0x7e00; // no value of a mask: the cell has the logit FASA_FRESH
 
     struct tile {
         fasa_tip_raw<K_DOM> raw[KEPT];
@@ -48,6 +52,7 @@ struct fasa_tip_block {
     int h, s;
     typename fasa_tip_raw<K_DOM>::place place[KEPT];
     int2 stale;        // a range of each lane
+    int fresh    = -1; // cell `lane` of a.fresh
     int dim      = -1; // dims and weight of dimension `lane`
     float weight = 0.0f;
     tile ahead[PAIR]; // worked on next
@@ -65,6 +70,9 @@ struct fasa_tip_block {
             place[i] = { a.n_dom / FASA_GROUP, i };
         }
         mask = (const uint16_t *) (a.mask + s * a.mask_nb3 + t * a.mask_nb1);
+        if ((int) threadIdx.x % 32 < a.n_fresh) {
+            fresh = a.fresh[s * a.n_fresh + threadIdx.x % 32];
+        }
         if ((int) threadIdx.x % 32 < a.n_dom) {
             dim = a.dims[h * a.n_dom + threadIdx.x % 32], weight = a.weight[h * a.n_dom + threadIdx.x % 32];
         }
@@ -83,6 +91,24 @@ struct fasa_tip_block {
             x.raw[i].load(at, place[i]);
         }
         x.hide = cell < to ? mask[cell] : HIDDEN;
+        if (a.n_fresh > 0) {
+            mark_fresh(x, from);
+        }
+    }
+
+    __device__ __forceinline__ void mark_fresh(tile & x, int from) const {
+        const int cell = from + threadIdx.x % 32;
+        for (uint32_t some = __ballot_sync(0xffffffff, fresh >= from && fresh < from + FASA_TILE); some != 0;
+            some &= some - 1) {
+            if (__shfl_sync(0xffffffff, fresh, __ffs(some) - 1) == cell && x.hide != HIDDEN) {
+                x.hide = FRESH;
+            }
+        }
+        for (int i = 32; i < a.n_fresh; ++i) {
+            if (a.fresh[s * a.n_fresh + i] == cell && x.hide != HIDDEN) {
+                x.hide = FRESH;
+            }
+        }
     }
 
     // the pair's logits, from what was asked for or, for any number of groups, from memory
@@ -120,8 +146,9 @@ struct fasa_tip_block {
 #pragma unroll
             for (int i = 0; i < 4 * PAIR; ++i) {
                 const uint16_t hide = __shfl_sync(0xffffffff, (int) ahead[i / 4].hide, lane / 4 * 4 + i % 4);
-                out[i / 4][i % 4] =
-                    hide == HIDDEN ? -INFINITY : out[i / 4][i % 4] + __half2float(__ushort_as_half(hide));
+                out[i / 4][i % 4]   = hide == HIDDEN ? -INFINITY :
+                    hide == FRESH                    ? FASA_FRESH :
+                                                       out[i / 4][i % 4] + __half2float(__ushort_as_half(hide));
             }
         }
     }
@@ -288,7 +315,7 @@ struct fasa_tip_block {
 #pragma unroll 2
             for (int at = from; at < to; at += FASA_TILE) {
                 get(y, at, to);
-                exponentials(y, e, sum);
+                exponentials(y, most > FASA_FRESH ? e : 0.0f, sum); // a span of fresh cells has none
                 put(y, at, to);
             }
             sum = sum_of(sum);
@@ -337,6 +364,8 @@ static fasa_tip_args fasa_tip_args_make(const ggml_tensor * tip) {
     a.q                     = (const char *) q->data;
     a.dims                  = (const int32_t *) dims->data;
     a.weight                = (const float *) tip->src[5]->data;
+    a.fresh                 = tip->src[7] ? (const int32_t *) tip->src[7]->data : nullptr;
+    a.n_fresh               = tip->src[7] ? tip->src[7]->ne[0] : 0;
     a.mask                  = (const char *) mask->data;
     a.k_dom_nb1 = k_dom->nb[1], a.k_dom_nb2 = k_dom->nb[2], a.k_dom_nb3 = k_dom->nb[3];
     a.k_nb1 = k->nb[1], a.k_nb2 = k->nb[2], a.k_nb3 = k->nb[3];

@@ -314,6 +314,16 @@ int32_t fasa_layer_reason_code(const llama_context * ctx, int32_t il) {
     return cache->state->params.enabled ? cache->reason(il) : FASA_REASON_OFF;
 }
 
+int32_t fasa_layer_ahead_code(const llama_context * ctx, int32_t il) {
+    const int32_t reason = fasa_layer_reason_code(ctx, il);
+    if (reason != FASA_REASON_NONE) {
+        return reason;
+    }
+    auto * cache = fasa_cache_with(fasa_caches(llama_get_memory(ctx)), il);
+    std::lock_guard<std::mutex> lock(cache->state->reading);
+    return cache->published_ahead(il);
+}
+
 const char * fasa_layer_reason(const llama_context * ctx, int32_t il) {
     const int32_t reason = fasa_layer_reason_code(ctx, il);
     return reason == FASA_REASON_NONE ? nullptr : fasa_reason_text(reason);

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <string>
 
 fasa_cache::fasa_cache(llama_kv_cache & kv)
@@ -154,6 +155,60 @@ int fasa_cache::allocate(contexts & ctxs) {
     return 0;
 }
 
+// rows [n] of `from`, a tensor of rows behind each other, in `to`
+static void fasa_copy_tensor_rows(ggml_tensor * to, const ggml_tensor * from, const std::vector<int64_t> & rows) {
+    std::vector<uint8_t> all(ggml_nbytes(from)), some(rows.size() * from->nb[1]);
+    ggml_backend_tensor_get(from, all.data(), 0, all.size());
+    for (size_t i = 0; i < rows.size(); ++i) {
+        memcpy(some.data() + i * from->nb[1], all.data() + rows[i] * from->nb[1], from->nb[1]);
+    }
+    ggml_backend_tensor_set(to, some.data(), 0, some.size());
+}
+
+const fasa_dominant_rows * fasa_cache::dominant_rows(int32_t il, const fasa_query_rows & rows) {
+    auto & l = layer(il);
+    if (rows.product == nullptr || l.dominant.of == rows.weight()) {
+        return rows.product ? &l.dominant : nullptr;
+    }
+    const ggml_tensor * weight = rows.weight();
+    auto * buft                = weight->buffer ? ggml_backend_buffer_get_type(weight->buffer) : nullptr;
+    auto * memory              = residence.memory_of(il);
+    const bool plain = buft && (buft == memory || (ggml_backend_buft_is_host(buft) && l.fixed.work == nullptr));
+    if (!plain || !ggml_is_contiguous(weight) || weight->ne[2] != 1) { // rows in another order
+        return nullptr;
+    }
+    const int64_t n_dom = l.dims->ne[0], n_head = kv.hparams.n_head(il), n_group = n_head / l.dims->ne[1];
+    std::vector<int32_t> dims(ggml_nelements(l.dims));
+    ggml_backend_tensor_get(l.dims, dims.data(), 0, ggml_nbytes(l.dims));
+    std::vector<int64_t> wanted;
+    for (int64_t h = 0; h < n_head; ++h) {
+        for (int64_t j = 0; j < n_dom; ++j) {
+            wanted.push_back(rows.row(h, std::max(0, dims[h / n_group * n_dom + j])));
+        }
+    }
+    ggml_context_ptr ctx(ggml_init({ 2 * ggml_tensor_overhead(), nullptr, true }));
+    fasa_dominant_rows out;
+    out.of     = weight;
+    out.weight = ggml_new_tensor_2d(ctx.get(), weight->type, weight->ne[0], wanted.size());
+    out.bias   = rows.bias ? ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, wanted.size()) : nullptr;
+    out.dims   = l.dims;
+    ggml_backend_buffer_ptr buf(ggml_backend_alloc_ctx_tensors_from_buft(ctx.get(), memory));
+    if (!buf) {
+        return nullptr;
+    }
+    ggml_backend_buffer_set_usage(buf.get(), GGML_BACKEND_BUFFER_USAGE_WEIGHTS);
+    fasa_copy_tensor_rows(out.weight, weight, wanted);
+    if (out.bias) {
+        std::vector<float> all(ggml_nelements(rows.bias)), some(wanted.size());
+        ggml_backend_tensor_get(rows.bias, all.data(), 0, ggml_nbytes(rows.bias));
+        std::transform(wanted.begin(), wanted.end(), some.begin(), [&](int64_t row) { return all[row]; });
+        ggml_backend_tensor_set(out.bias, some.data(), 0, ggml_nbytes(out.bias));
+    }
+    ctxs_bufs.emplace_back(std::move(ctx), std::move(buf));
+    l.dominant = out;
+    return &l.dominant;
+}
+
 // dims and weights of a layer, from the profile to its device
 void fasa_cache::upload_tables(size_t ikv) {
     const auto & known  = state->known;
@@ -163,6 +218,11 @@ void fasa_cache::upload_tables(size_t ikv) {
     const int chunks = std::min<int>(state->params.chunks, n_chunk);
     const auto rope  = kv.hparams.rope_type;
     const int layout = rope == LLAMA_ROPE_TYPE_NORM || rope == LLAMA_ROPE_TYPE_NONE ? 0 : 1;
+
+    // for foreseen queries, where it is to select ahead
+    const bool ahead     = ahead_reason(il, 1) == FASA_REASON_NONE;
+    const auto & ranking = ahead && !known.ahead_ranking.empty() ? known.ahead_ranking : known.ranking;
+    const auto & weights = ahead && !known.ahead_weight.empty() ? known.ahead_weight : known.weight;
 
     size_t weights_before = 0; // ranked KV heads of the layers before this one
     for (uint32_t i = 0; i < il; ++i) {
@@ -174,9 +234,9 @@ void fasa_cache::upload_tables(size_t ikv) {
     for (int h = 0; h < n_head_kv; ++h) {
         for (int c = 0; c < chunks; ++c) {
             const int at = h * n_dom + 2 * c;
-            fasa_chunk_dims(known.ranking[known.offset[il] + h * n_chunk + c], n_rot, layout, &dims[at]);
+            fasa_chunk_dims(ranking[known.offset[il] + h * n_chunk + c], n_rot, layout, &dims[at]);
             if (uint32_t(c) < known.weight_k) {
-                weight[at] = weight[at + 1] = known.weight[(weights_before + h) * known.weight_k + c];
+                weight[at] = weight[at + 1] = weights[(weights_before + h) * known.weight_k + c];
             }
         }
     }
@@ -366,15 +426,41 @@ int32_t fasa_cache::n_hadamard() const {
 
 // ---- reasons ----
 
+// auto: where there is a side stream for it. The feed-forward of several tokens leaves less room beside it.
+fasa_reason fasa_cache::ahead_reason(int32_t il, uint32_t n_tokens) {
+    const int32_t setting = state->params.ahead;
+    const auto & l        = layer(il);
+    if (setting == FASA_AHEAD_OFF) {
+        return FASA_REASON_AHEAD_OFF;
+    }
+    if (setting == FASA_AHEAD_AUTO && l.fixed.work == nullptr) {
+        return FASA_REASON_AHEAD_AUTO;
+    }
+    if (setting == FASA_AHEAD_AUTO && n_tokens > 1) {
+        return FASA_REASON_AHEAD_TOKENS;
+    }
+    if (l.source != FASA_LAYER_SELECTS) {
+        return FASA_REASON_AHEAD_BORROWS;
+    }
+    return state->known.may_select_ahead(il) ? FASA_REASON_NONE : FASA_REASON_AHEAD_PROFILE;
+}
+
 void fasa_cache::publish_reasons() {
     reasons.resize(layers.size());
+    aheads.resize(layers.size());
     for (size_t ikv = 0; ikv < layers.size(); ++ikv) {
         const auto & l = layers[ikv];
         reasons[ikv]   = l.reason != FASA_REASON_NONE ? l.reason : l.now;
+        aheads[ikv]    = l.ahead;
     }
 }
 
 fasa_reason fasa_cache::reason(int32_t il) const {
     const size_t ikv = kv.map_layer_ids.at(il);
     return ikv < reasons.size() ? reasons[ikv] : FASA_REASON_NOT_BUILT;
+}
+
+fasa_reason fasa_cache::published_ahead(int32_t il) const {
+    const size_t ikv = kv.map_layer_ids.at(il);
+    return ikv < aheads.size() ? aheads[ikv] : FASA_REASON_NOT_BUILT;
 }

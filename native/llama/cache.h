@@ -4,6 +4,7 @@
 // always owns one (llama_kv_cache::fasa); while FASA is off it holds no memory of its own and changes no graph.
 
 #include "core/reasons.h"
+#include "llama/ahead.h"
 #include "llama/inputs.h"
 #include "llama/residence.h"
 #include "llama/state.h"
@@ -33,9 +34,12 @@ struct fasa_layer {
     ggml_tensor * k_dom      = nullptr;    // i8  [block, n_tile, n_head_kv, n_stream]; nullptr: it cannot run sparse
     ggml_tensor * dims       = nullptr;    // i32 [n_dom, n_head_kv]
     ggml_tensor * weight     = nullptr;    // f32 [n_dom, n_head_kv]
+    fasa_dominant_rows dominant;           // of W_q, where it selects ahead
     fasa_layer_const fixed;                // what its nodes need beside their src tensors
     fasa_reason reason = FASA_REASON_NONE; // why it is dense in every step
     fasa_reason now    = FASA_REASON_NOT_BUILT; // why it was dense in the last graph, had that been a sparse step
+    fasa_reason ahead  = FASA_REASON_NOT_BUILT; // why it selected with its own queries in the last sparse graph
+    fasa_foreseen foreseen;                     // of the graph being built, for an observer
 };
 
 struct fasa_cache {
@@ -69,8 +73,13 @@ struct fasa_cache {
     bool is_shared(int32_t il) const;     // another layer attends to the same K and V
     ggml_tensor * work(int32_t il) const; // what counts on its device; nullptr: nothing runs sparse there
     bool gpu_waits(uint32_t n_kv) const;  // whether its layers on GPUs stay dense in a step that sees n_kv cells
-    size_t cell_bytes(int32_t il) const;  // K and V of one cell of one stream
-    int32_t n_hadamard() const;           // block of the rotation of the stored K, 0: none
+    // by settings and profile: why it does not select ahead in a ubatch of n_tokens
+    fasa_reason ahead_reason(int32_t il, uint32_t n_tokens);
+    // The dominant rows of W_q, made when they are asked for first. nullptr: they cannot be had, and the whole W_q
+    // serves.
+    const fasa_dominant_rows * dominant_rows(int32_t il, const fasa_query_rows & rows);
+    size_t cell_bytes(int32_t il) const; // K and V of one cell of one stream
+    int32_t n_hadamard() const;          // block of the rotation of the stored K, 0: none
 
     // what `fasa-gguf bench` does with the cells of a cache: measure/fill.cpp and measure/rates.cpp
     struct random_fill;
@@ -81,6 +90,7 @@ struct fasa_cache {
 
     void publish_reasons();
     fasa_reason reason(int32_t il) const;
+    fasa_reason published_ahead(int32_t il) const; // why it selects with its own queries
 
     // ---- counters: bytes by the names of the table ----
 
@@ -94,8 +104,8 @@ private:
     using contexts = std::map<ggml_backend_buffer_type_t, ggml_context_ptr>;
 
     llama_kv_cache & kv;
-    std::vector<fasa_layer> layers;   // by index in the KV cache
-    std::vector<fasa_reason> reasons; // [layers] published
+    std::vector<fasa_layer> layers;           // by index in the KV cache
+    std::vector<fasa_reason> reasons, aheads; // [layers] published
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
     std::map<ggml_backend_buffer_type_t, ggml_tensor *> works; // of the devices

@@ -1,4 +1,6 @@
+#include "llama/ahead.h"
 #include "llama/fasa-hooks.h"
+#include "llama/graph-input.h"
 
 #include "llama-batch.h"
 #include "llama-cparams.h"
@@ -7,145 +9,9 @@
 #include "llama-kv-cache.h"
 
 #include <algorithm>
-#include <cmath>
-#include <map>
+#include <cstring>
 
 namespace {
-
-// cells that at least one token sees, of all streams together; mask [n_kv, n_tps, 1, n_stream]
-template <typename T>
-uint64_t fasa_cells_seen(const ggml_tensor * mask, T hidden) {
-    uint64_t n = 0;
-    std::vector<uint8_t> seen(mask->ne[1] > 1 ? mask->ne[0] : 0);
-    for (int64_t s = 0; s < mask->ne[3]; ++s) {
-        if (seen.empty()) { // one token of each stream: a count that the compiler vectorises, in every step of a long
-                            // context
-            const T * row  = (const T *) ((const char *) mask->data + s * mask->nb[3]);
-            uint32_t found = 0;
-            for (int64_t j = 0; j < mask->ne[0]; ++j) {
-                found += row[j] != hidden;
-            }
-            n += found;
-            continue;
-        }
-        std::fill(seen.begin(), seen.end(), 0);
-        for (int64_t t = 0; t < mask->ne[1]; ++t) {
-            const T * row = (const T *) ((const char *) mask->data + t * mask->nb[1] + s * mask->nb[3]);
-            for (int64_t j = 0; j < mask->ne[0]; ++j) {
-                seen[j] |= row[j] != hidden;
-            }
-        }
-        n += std::count(seen.begin(), seen.end(), 1);
-    }
-    return n;
-}
-
-// One per graph and cache, dense graphs too: it holds the inputs of the sparse layers, refuses the reuse of a graph
-// whose branch or settings are no longer right, and counts layers.
-struct llm_graph_input_fasa : public llm_graph_input_i {
-    fasa_cache * cache;
-    uint64_t epoch;
-    fasa_reason dense_reason; // of the step as a whole
-    uint32_t n_stream;
-    bool gpu_waits;    // its layers on GPUs are dense
-    int n_sparse  = 0; // layers, in this graph
-    int n_dense   = 0;
-    int n_waiting = 0; // of n_dense, layers on GPUs that wait for a longer context
-
-    const ggml_tensor * mask = nullptr; // of the cache's layers, [n_kv, n_tps, 1, n_stream]
-    uint64_t cell_sparse     = 0;       // bytes of K and V of one cell, of all sparse layers
-    uint64_t cell_dense      = 0;       // and of the dense ones
-
-    ggml_tensor * ranges = nullptr; // i32 [2*FASA_MAX_RANGES, n_stream]
-    ggml_tensor * fresh  = nullptr; // i32 [2*FASA_MAX_RANGES, n_stream], of layers that are staged
-    ggml_tensor * forced = nullptr; // i32 [n_forced, n_tps, n_stream]
-
-    std::map<int32_t, ggml_tensor *> lists; // by the layer that made them
-
-    int64_t first_seen        = -1;      // where the dense layers with a window begin to read; -1: there is none
-    ggml_tensor * window_mask = nullptr; // their mask, from there on
-
-    llm_graph_input_fasa(fasa_cache * cache, fasa_reason dense_reason, uint32_t n_stream, bool gpu_waits)
-        : cache(cache), epoch(cache->state->epoch), dense_reason(dense_reason), n_stream(n_stream),
-          gpu_waits(gpu_waits) {}
-
-    void set_input(const llama_ubatch * ubatch) override {
-        auto & state = *cache->state;
-        if (ranges && ranges->buffer) {
-            std::vector<int32_t> data(ggml_nelements(ranges));
-            cache->inputs.set_ranges(data.data(), n_stream, n_waiting > 0, state.now.counts);
-            ggml_backend_tensor_set(ranges, data.data(), 0, ggml_nbytes(ranges));
-        }
-        if (fresh && fresh->buffer) {
-            std::vector<int32_t> data(ggml_nelements(fresh));
-            cache->inputs.set_fresh(data.data(), n_stream);
-            ggml_backend_tensor_set(fresh, data.data(), 0, ggml_nbytes(fresh));
-        }
-        if (forced && forced->buffer) {
-            std::vector<int32_t> data(ggml_nelements(forced));
-            cache->inputs.set_forced(data.data(), forced->ne[0], *ubatch, state.params);
-            ggml_backend_tensor_set(forced, data.data(), 0, ggml_nbytes(forced));
-        }
-        auto & now = state.now;
-        now.counts.layers_sparse += n_sparse;
-        (now.decodes ? now.counts.layers_dense : now.counts.layers_prefill) += n_dense;
-        now.waits        = now.waits || n_waiting > 0;
-        now.dense_reason = dense_reason != FASA_REASON_NONE ? dense_reason : now.dense_reason;
-        count_bytes();
-    }
-
-    // what dense attention reads in a decode step: the mask, which is set before, says which cells
-    void count_bytes() {
-        auto & now = cache->state->now;
-        if (mask == nullptr || !now.decodes) {
-            return;
-        }
-        const bool is_set = (mask->flags & GGML_TENSOR_FLAG_INPUT) && mask->buffer &&
-            ggml_backend_buffer_is_host(mask->buffer); // a computed one is not known yet
-        const uint64_t n = !is_set      ? cache->inputs.n_kv() * n_stream :
-            mask->type == GGML_TYPE_F16 ? fasa_cells_seen<ggml_fp16_t>(mask, ggml_fp32_to_fp16(-INFINITY)) :
-                                          fasa_cells_seen<float>(mask, -INFINITY);
-        now.counts.bytes_dense += n * cell_sparse;
-        now.counts.bytes_layers_dense += n * cell_dense;
-    }
-
-    bool can_reuse(const llm_graph_params & params) override {
-        const auto & ubatch = params.ubatch;
-        const uint32_t n    = params.cparams.kv_unified ? 1 : ubatch.n_seqs_unq;
-        const uint32_t n_kv = cache->inputs.n_kv();
-        if (first_seen >= 0 && first_seen != cache->inputs.first_seen(ubatch)) {
-            return false;
-        }
-        return epoch == cache->state->epoch && n == n_stream && gpu_waits == cache->gpu_waits(n_kv) &&
-            dense_reason == fasa_step_dense_reason(cache->state->params, cache->state->now.decodes, n_kv);
-    }
-};
-
-llm_graph_input_fasa * fasa_graph_input(const llm_graph_context & graph, fasa_cache * cache, const ggml_tensor * k) {
-    for (auto & input : graph.res->inputs) {
-        auto * ours = dynamic_cast<llm_graph_input_fasa *>(input.get());
-        if (ours && ours->cache == cache) {
-            return ours;
-        }
-    }
-    const auto & params = cache->state->params;
-    const auto & now    = cache->state->now;
-    const bool decodes =
-        now.active ? now.decodes : graph.n_outputs == graph.n_tokens && graph.n_tokens <= params.max_tokens * k->ne[3];
-
-    const auto reason = fasa_step_dense_reason(params, decodes, k->ne[2]);
-    auto input        = std::make_unique<llm_graph_input_fasa>(cache, reason, k->ne[3], cache->gpu_waits(k->ne[2]));
-    if (reason == FASA_REASON_NONE) {
-        input->ranges = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_I32, 2 * FASA_MAX_RANGES, k->ne[3]);
-        input->forced = ggml_new_tensor_3d(
-            graph.ctx0, GGML_TYPE_I32, std::max(1u, params.sink + params.recent), graph.n_tokens / k->ne[3], k->ne[3]);
-        ggml_set_input(input->ranges);
-        ggml_set_input(input->forced);
-        ggml_set_name(input->ranges, "fasa_ranges");
-        ggml_set_name(input->forced, "fasa_forced");
-    }
-    return (llm_graph_input_fasa *) graph.res->add_input(std::move(input));
-}
 
 // where a layer's nodes run
 ggml_backend_t fasa_backend_of(const llm_graph_context & graph, ggml_backend_dev_t dev) {
@@ -176,14 +42,20 @@ struct fasa_attn {
     float soft_cap;
     llm_graph_input_fasa * input = nullptr;
 
+    bool begin(); // whether the layer runs sparse in this graph
     fasa_reason reason() const;
     fasa_reason reason_now() const;
-    void observe() const;
+    void observe(const fasa_foreseen & foreseen) const;
 
     ggml_tensor * build_dense() const;
     ggml_tensor * build_staged() const;
     ggml_tensor * build_window() const;
     ggml_tensor * build_select() const;
+    void build_ahead(const fasa_foreseen & foreseen) const;
+    bool has_room_ahead() const;
+    bool can_fetch(const ggml_tensor * residual) const;
+    ggml_tensor * build_fetch(ggml_tensor * list) const;
+    fasa_select_op select_op() const;
     ggml_tensor * build_fac() const;
 
     int32_t lender() const;
@@ -257,13 +129,16 @@ fasa_reason fasa_attn::reason_now() const {
 
 // ---- building ----
 
-void fasa_attn::observe() const {
-    const auto & observer = cache->state->observer;
-    if (observer.fn && k->ne[3] == 1 && cache->n_hadamard() == 0 &&
-        (k->type == GGML_TYPE_F16 || k->type == GGML_TYPE_F32)) {
-        ggml_build_forward_expand(
-            graph.gf, fasa_build_observe(graph.ctx0, q, k, il, kq_scale, soft_cap, &cache->state->observer));
+void fasa_attn::observe(const fasa_foreseen & foreseen) const {
+    if (k->ne[3] != 1 || cache->n_hadamard() != 0 || (k->type != GGML_TYPE_F16 && k->type != GGML_TYPE_F32)) {
+        return;
     }
+    ggml_tensor * q_ahead = foreseen.reason == FASA_REASON_NONE ?
+        foreseen.copy(graph.ctx0, [&](ggml_tensor * t) { on_backend(t); }).back() :
+        nullptr;
+    ggml_build_forward_expand(graph.gf,
+        fasa_build_observe(
+            graph.ctx0, q, k, q_ahead, il, kq_scale, soft_cap, foreseen.reason, &cache->state->observer));
 }
 
 // where the scheduler is to run it; left alone it may copy the cache to another backend
@@ -320,16 +195,14 @@ ggml_tensor * fasa_attn::build_window() const {
 // Dense attention over a copy on the device. In a step that is dense as a whole it is made while the layer before is at
 // work (AHEAD), but for the cells that this ubatch writes.
 ggml_tensor * fasa_attn::build_staged() const {
-    if (input->fresh == nullptr) {
-        input->fresh = ggml_new_tensor_2d(graph.ctx0, GGML_TYPE_I32, 2 * FASA_MAX_RANGES, k->ne[3]);
-        ggml_set_input(input->fresh);
-        ggml_set_name(input->fresh, "fasa_fresh");
+    if (input->staged == nullptr) {
+        input->staged = input->new_input(graph.ctx0, 2 * FASA_MAX_RANGES, k->ne[3], "fasa_staged");
     }
     const uint64_t * ubatch       = cache->inputs.ubatch_at();
     ggml_tensor * work            = cache->work(il);
     const auto [k_place, v_place] = staged(il, k, v);
-    ggml_tensor * k_here          = on_backend(fasa_build_stage(graph.ctx0, k, k_place, input->fresh, work, ubatch));
-    ggml_tensor * v_here          = on_backend(fasa_build_stage(graph.ctx0, v, v_place, input->fresh, work, ubatch));
+    ggml_tensor * k_here          = on_backend(fasa_build_stage(graph.ctx0, k, k_place, input->staged, work, ubatch));
+    ggml_tensor * v_here          = on_backend(fasa_build_stage(graph.ctx0, v, v_place, input->staged, work, ubatch));
 
     ggml_tensor * cur = graph.build_attn_mha(q, k_here, v_here, kq_b, kq_mask, sinks, v_mla, 0, kq_scale, il);
     ggml_build_forward_expand(graph.gf, cur);
@@ -346,8 +219,8 @@ ggml_tensor * fasa_attn::build_staged() const {
     return cur;
 }
 
-// the layer's own list
-ggml_tensor * fasa_attn::build_select() const {
+// TIP and SELECT of a layer with its own queries
+fasa_select_op fasa_attn::select_op() const {
     const auto & layer  = cache->layer(il);
     const auto & state  = *cache->state;
     ggml_tensor * k_dom = layer.k_dom;
@@ -367,31 +240,178 @@ ggml_tensor * fasa_attn::build_select() const {
     op.soft_cap   = soft_cap;
     op.params     = state.layer_params(il);
     op.layer      = &layer.fixed;
-    ggml_tensor * list = on_backend(fasa_build_select(graph.ctx0, op));
+    return op;
+}
+
+ggml_tensor * fasa_attn::build_select() const {
+    ggml_tensor * list = on_backend(fasa_build_select(graph.ctx0, select_op()));
     on_backend(list->src[0]);
     return list;
 }
 
+// FASA-M: whether the rows of a list that holds the ubatch as well have room
+bool fasa_attn::has_room_ahead() const {
+    const ggml_tensor * rows = cache->layer(il).fixed.rows;
+    if (rows == nullptr) {
+        return true;
+    }
+    const ggml_tensor * v = mctx->get_v(graph.ctx0, il);
+    const auto params     = cache->state->layer_params(il);
+    const fasa_row_layout row(k->type, v->type, k->ne[0], v->ne[0]);
+    const int64_t length = fasa_list_length(params, input->forced->ne[0] + graph.n_tokens / k->ne[3], k->ne[2]);
+    return fasa_rows_bytes(row, length, params.per_head ? q->ne[1] : k->ne[1]) <= (size_t) rows->ne[0];
+}
+
+// FASA-M: whether the rows of its list can be fetched from the residual on. They share the room of all layers, so FAC
+// of the layers before is to be done with it; there is room for one token.
+bool fasa_attn::can_fetch(const ggml_tensor * residual) const {
+    const ggml_tensor * rows = cache->layer(il).fixed.rows;
+    if (rows == nullptr || graph.n_tokens != 1) {
+        return false;
+    }
+    for (int i = ggml_graph_n_nodes(graph.gf) - 1; i >= 0; --i) {
+        const ggml_tensor * node = ggml_graph_node(graph.gf, i);
+        if (node == residual) {
+            return true;
+        }
+        const fasa_op_params * p = fasa_op_get(node);
+        if (p && p->kind == FASA_OP_FAC && fasa_op_layer(node).rows == rows) {
+            break;
+        }
+    }
+    return false;
+}
+
+ggml_tensor * fasa_attn::build_fetch(ggml_tensor * list) const {
+    fasa_fetch_op op = {};
+    op.list          = list;
+    op.k             = k;
+    op.v             = mctx->get_v(graph.ctx0, il);
+    op.ranges        = input->ranges; // with the cell that this ubatch writes, whose old row is not to be found again
+    op.fresh         = input->fresh;
+    op.stream0       = stream0();
+    op.layer         = &cache->layer(il).fixed;
+    return on_backend(fasa_build_fetch(graph.ctx0, op));
+}
+
+// TIP and SELECT with foreseen queries, right behind the residual that they are foreseen from: in the graph the
+// feed-forward may stand before them already.
+void fasa_attn::build_ahead(const fasa_foreseen & foreseen) const {
+    input->add_ahead(graph.ctx0, graph.n_tokens / k->ne[3]);
+    ggml_build_forward_expand(graph.gf, foreseen.residual);
+    const int first = ggml_graph_n_nodes(graph.gf);
+
+    const auto & layer = cache->layer(il);
+    const bool fetches = can_fetch(foreseen.residual);
+    ggml_tensor * fork = on_backend(fasa_build_fork(graph.ctx0, foreseen.residual, &layer.fixed));
+    ggml_build_forward_expand(graph.gf, fork);
+
+    fasa_select_op op = select_op();
+    const auto set    = [&](ggml_tensor * t) {
+        on_backend(t);
+    };
+    const auto rows       = foreseen.rows();
+    const auto * dominant = cache->dominant_rows(il, rows);
+    const auto copies     = dominant ? foreseen.copy_dominant(graph.ctx0, set, rows, *dominant, &layer.fixed) :
+                                       foreseen.copy(graph.ctx0, set);
+    op.q                  = copies.back();
+    op.ranges             = input->ranges_ahead;
+    op.forced             = input->forced_ahead;
+    op.fresh              = input->fresh;
+    op.flags              = fetches ? 0 : FASA_FORKED;
+    ggml_tensor * list    = on_backend(fasa_build_select(graph.ctx0, op));
+    ggml_tensor * tip     = on_backend(list->src[0]);
+    list                  = fetches ? build_fetch(list) : list;
+    ggml_build_forward_expand(graph.gf, list);
+    fasa_move_behind(graph.gf, foreseen.residual, first);
+
+    fasa_pending_list pending = { list, { fork, foreseen.residual, tip, kq_mask, op.ranges, op.forced, op.fresh },
+        fetches };
+    if (fetches) {
+        pending.held.push_back(input->ranges);
+    }
+    pending.held.insert(pending.held.end(), foreseen.inputs.begin(), foreseen.inputs.end());
+    const auto hold = fasa_to_hold(copies);
+    pending.held.insert(pending.held.end(), hold.begin(), hold.end());
+    input->pending[il] = pending;
+    input->ahead.push_back(il);
+}
+
 // attention over the list, [d_v*n_head, n_tokens]
 ggml_tensor * fasa_attn::build_fac() const {
-    fasa_fac_op op    = {};
-    op.list           = input->lists.at(lender());
-    op.q              = q;
-    op.k              = k;
-    op.v              = v;
-    op.mask           = kq_mask;
-    op.sinks          = sinks;
-    op.ranges         = input->ranges;
-    op.stream0        = stream0();
-    op.scale          = kq_scale;
-    op.soft_cap       = soft_cap;
-    op.layer          = &cache->layer(il).fixed;
-    ggml_tensor * cur = on_backend(fasa_build_fac(graph.ctx0, op));
+    const auto pending = input->pending.find(il);
+    const bool fetched = pending != input->pending.end() && pending->second.fetched;
+    fasa_fac_op op     = {};
+    op.list            = input->lists.at(lender());
+    op.q               = q;
+    op.k               = k;
+    op.v               = v;
+    op.mask            = kq_mask;
+    op.sinks           = sinks;
+    op.ranges          = input->ranges;
+    op.fresh           = fetched ? input->fresh : nullptr;
+    op.stream0         = stream0();
+    op.scale           = kq_scale;
+    op.soft_cap        = soft_cap;
+    op.layer           = &cache->layer(il).fixed;
+    ggml_tensor * cur  = on_backend(fasa_build_fac(graph.ctx0, op));
     graph.cb(cur, "fasa", il);
     return ggml_reshape_2d(graph.ctx0, cur, cur->ne[0] * cur->ne[1], cur->ne[2] * cur->ne[3]);
 }
 
+// ---- the hooks ----
+
+bool fasa_attn::begin() {
+    input       = fasa_graph_input(graph, cache, k);
+    input->mask = kq_mask;
+    if (!cache->state->params.enabled) {
+        return false;
+    }
+    auto & layer = cache->layer(il);
+    if (layer.reason == FASA_REASON_NONE) {
+        layer.reason = reason();
+    }
+    layer.now = reason_now();
+    return input->dense_reason == FASA_REASON_NONE && layer.now == FASA_REASON_NONE;
+}
+
 } // namespace
+
+static float fasa_soft_cap_of(const llm_graph_context & graph) {
+    return graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
+}
+
+void fasa_begin_attn(const llm_graph_context & graph, const llama_kv_cache_context * mctx, ggml_tensor * q,
+    ggml_tensor * kq_b, ggml_tensor * kq_mask, ggml_tensor * v_mla, float kq_scale, int il) {
+    fasa_cache * cache = fasa_cache::of(mctx);
+    if (cache == nullptr || !cache->has_layer(il) || graph.cparams.training) {
+        return;
+    }
+    const auto & state    = *cache->state;
+    const bool observes   = state.observer.fn != nullptr;
+    ggml_tensor * const k = mctx->get_k(graph.ctx0, il);
+    fasa_attn attn        = { graph, mctx, q, k, nullptr, kq_b, kq_mask, nullptr, v_mla, kq_scale, il, cache,
+        fasa_soft_cap_of(graph) };
+    const bool sparse     = attn.begin();
+    auto & layer          = cache->layer(il);
+    if (sparse) {
+        layer.ahead = cache->ahead_reason(il, graph.n_tokens);
+    }
+    if (!observes && (!sparse || layer.ahead != FASA_REASON_NONE)) {
+        return;
+    }
+    const fasa_foreseen foreseen = fasa_foresee(q, cache->residence.device_of(il));
+    if (observes) {
+        layer.foreseen = foreseen;
+    }
+    if (sparse && layer.ahead == FASA_REASON_NONE) {
+        layer.ahead =
+            foreseen.reason != FASA_REASON_NONE || attn.has_room_ahead() ? foreseen.reason : FASA_REASON_AHEAD_ROOM;
+        if (layer.ahead == FASA_REASON_NONE) {
+            attn.build_ahead(foreseen);
+        }
+    }
+}
 
 ggml_tensor * fasa_build_attn(const llm_graph_context & graph, const llama_kv_cache_context * mctx, ggml_tensor * q,
     ggml_tensor * k, ggml_tensor * v, ggml_tensor * kq_b, ggml_tensor * kq_mask, ggml_tensor * sinks,
@@ -400,31 +420,30 @@ ggml_tensor * fasa_build_attn(const llm_graph_context & graph, const llama_kv_ca
     if (cache == nullptr || !cache->has_layer(il)) {
         return nullptr;
     }
-    const float soft_cap = graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
-    fasa_attn attn       = { graph, mctx, q, k, v, kq_b, kq_mask, sinks, v_mla, kq_scale, il, cache, soft_cap };
-    attn.observe();
-    attn.input       = fasa_graph_input(graph, cache, k);
-    attn.input->mask = kq_mask;
-    if (!cache->state->params.enabled) {
-        attn.input->cell_dense += cache->cell_bytes(il);
-        attn.input->n_dense++;
+    fasa_attn attn = { graph, mctx, q, k, v, kq_b, kq_mask, sinks, v_mla, kq_scale, il, cache,
+        fasa_soft_cap_of(graph) };
+    auto & layer   = cache->layer(il);
+    if (cache->state->observer.fn) {
+        attn.observe(layer.foreseen);
+    }
+    auto & input = attn.input;
+    if (!attn.begin()) {
+        input->n_dense++;
+        input->cell_dense += cache->cell_bytes(il);
+        input->n_waiting += cache->state->params.enabled && layer.now == FASA_REASON_MIN_CONTEXT_GPU;
         return attn.build_dense();
     }
-    auto & layer = cache->layer(il);
-    if (layer.reason == FASA_REASON_NONE) {
-        layer.reason = attn.reason();
-    }
-    layer.now = attn.reason_now();
-    if (attn.input->dense_reason != FASA_REASON_NONE || layer.now != FASA_REASON_NONE) {
-        attn.input->n_dense++;
-        attn.input->cell_dense += cache->cell_bytes(il);
-        attn.input->n_waiting += layer.now == FASA_REASON_MIN_CONTEXT_GPU;
-        return attn.build_dense();
-    }
-    attn.input->n_sparse++;
-    attn.input->cell_sparse += cache->cell_bytes(il);
-    if (layer.source == FASA_LAYER_SELECTS) {
-        attn.input->lists[il] = attn.build_select();
+    input->n_sparse++;
+    input->cell_sparse += cache->cell_bytes(il);
+    const auto pending = input->pending.find(il);
+    if (pending != input->pending.end()) {
+        const auto & from = pending->second;
+        input->lists[il]  = fasa_build_join(graph.ctx0, from.list, from.held, &layer.fixed);
+        for (ggml_tensor * t = input->lists[il]; t != from.list; t = t->src[0]) {
+            attn.on_backend(t);
+        }
+    } else if (layer.source == FASA_LAYER_SELECTS) {
+        input->lists[il] = attn.build_select();
     }
     ggml_tensor * cur = attn.build_fac();
     ggml_build_forward_expand(graph.gf, cur);

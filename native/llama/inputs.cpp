@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cmath>
 
-fasa_inputs::fasa_inputs(llama_kv_cache & kv) : kv(kv), stale(kv.n_stream), owed(kv.n_stream) {
+fasa_inputs::fasa_inputs(llama_kv_cache & kv) : kv(kv), stale(kv.n_stream), owed(kv.n_stream), left(kv.n_stream) {
     all_stale();
 }
 
@@ -40,44 +40,63 @@ void fasa_inputs::begin(
 
 // ---- cells to refresh ----
 
-void fasa_inputs::set_ranges(int32_t * ranges, uint32_t n_stream, bool gpu_waits, fasa_step_counts & counts) {
-    std::fill(ranges, ranges + n_stream * 2 * FASA_MAX_RANGES, 0);
+void fasa_stream_ranges::write(int32_t * to) const {
+    std::fill(to, to + of.size() * 2 * FASA_MAX_RANGES, 0);
+    for (size_t s = 0; s < of.size(); ++s) {
+        int32_t * at = to + s * 2 * FASA_MAX_RANGES;
+        for (const auto & r : of[s].data) {
+            *at++ = (int32_t) r.first;
+            *at++ = (int32_t) r.second;
+        }
+    }
+}
+
+fasa_stream_ranges fasa_inputs::written() const {
     const llama_seq_id s0 = *std::min_element(strm.begin(), strm.end());
-    uint64_t cells        = 0;
+    fasa_stream_ranges out;
+    out.of.resize(fresh.size());
+    for (size_t s = 0; s < fresh.size(); ++s) {
+        out.of[strm[s] - s0] = fresh[s];
+    }
+    return out;
+}
+
+fasa_stale fasa_inputs::take_stale(
+    uint32_t n_stream, bool gpu_waits, const std::vector<int32_t> & ahead, fasa_step_counts & counts) {
+    const llama_seq_id s0 = *std::min_element(strm.begin(), strm.end());
+    const auto now        = written();
+    const bool moved      = ahead != left_in; // a layer that selected ahead may not do so any more
+    fasa_stale out;
+    out.own.of.resize(n_stream);
+    out.ahead.of.resize(n_stream);
+    uint64_t cells = 0;
     for (uint32_t s = 0; s < n_stream; ++s) {
-        auto & later = owed[s0 + s];
+        auto &own = out.own.of[s], &later = owed[s0 + s], &behind = left[s0 + s];
         if (!gpu_waits) {
-            for (const auto & r : later.data) {
-                stale[s0 + s].add(r.first, r.second);
-            }
+            stale[s0 + s].add(later);
             later = {};
         }
         // cells behind the last used one are empty, and are marked again when they are written
-        const auto now = stale[s0 + s].take(kv.v_cells[s0 + s].used_max_p1());
-        stale[s0 + s]  = {};
-        for (size_t i = 0; gpu_waits && i < now.data.size(); ++i) {
-            later.add(now.data[i].first, now.data[i].second);
+        own           = stale[s0 + s].take(kv.v_cells[s0 + s].used_max_p1());
+        stale[s0 + s] = {};
+        cells += own.cells();
+        auto all = own;
+        all.add(behind);
+        out.ahead.of[s] = all.without(now.of[s]);
+        own             = moved ? all : own;
+        if (gpu_waits) {
+            later.add(all);
         }
-        for (size_t i = 0; i < now.data.size(); ++i) {
-            ranges[s * 2 * FASA_MAX_RANGES + 2 * i]     = (int32_t) now.data[i].first;
-            ranges[s * 2 * FASA_MAX_RANGES + 2 * i + 1] = (int32_t) now.data[i].second;
-        }
-        cells += now.cells();
+        behind = ahead.empty() ? fasa_ranges{} : now.of[s];
     }
+    left_in = ahead;
     counts.cells_refreshed += cells;
     counts.rebuilds += cells > new_cells.size();
+    return out;
 }
 
-void fasa_inputs::set_fresh(int32_t * ranges, uint32_t n_stream) const {
-    std::fill(ranges, ranges + n_stream * 2 * FASA_MAX_RANGES, 0);
-    const llama_seq_id s0 = *std::min_element(strm.begin(), strm.end());
-    for (size_t s = 0; s < fresh.size(); ++s) {
-        int32_t * out = ranges + (strm[s] - s0) * 2 * FASA_MAX_RANGES;
-        for (const auto & r : fresh[s].data) {
-            *out++ = (int32_t) r.first;
-            *out++ = (int32_t) r.second;
-        }
-    }
+void fasa_inputs::set_fresh(int32_t * cells) const {
+    std::copy(new_cells.begin(), new_cells.end(), cells);
 }
 
 // ---- mask ----
@@ -148,6 +167,17 @@ void fasa_inputs::set_forced(
             std::fill(forced, forced + n_forced, -1);
             scan_forced(forced, seq, pos, params.sink, params.recent);
         }
+    }
+}
+
+void fasa_inputs::set_forced_ahead(
+    int32_t * forced, uint32_t n_forced, const llama_ubatch & ubatch, const fasa_params & params) const {
+    const uint32_t n_own = std::max(1u, params.sink + params.recent), n_tps = n_forced - n_own;
+    std::vector<int32_t> own((size_t) ubatch.n_tokens * n_own);
+    set_forced(own.data(), n_own, ubatch, params);
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i, forced += n_forced) {
+        std::copy_n(own.begin() + i * n_own, n_own, forced);
+        std::copy_n(new_cells.begin() + i / n_tps * n_tps, n_tps, forced + n_own); // of its stream
     }
 }
 

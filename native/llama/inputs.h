@@ -15,6 +15,19 @@
 class llama_kv_cache;
 struct llama_ubatch;
 
+// ranges of cells, of every stream of a ubatch
+struct fasa_stream_ranges {
+    std::vector<fasa_ranges> of; // [n_stream]
+
+    void write(int32_t * to) const; // i32 [n_stream][2*FASA_MAX_RANGES]
+};
+
+// the cells whose dominant keys a sparse step derives
+struct fasa_stale {
+    fasa_stream_ranges own;   // in layers that select with their own queries, and so behind the cache write
+    fasa_stream_ranges ahead; // in layers that select ahead: without what the ubatch writes
+};
+
 struct fasa_inputs {
     explicit fasa_inputs(llama_kv_cache & kv);
 
@@ -27,13 +40,19 @@ struct fasa_inputs {
     uint64_t ubatch() const { return number; }  // its number
     const uint64_t * ubatch_at() const { return &number; }
 
-    // The cells whose dominant keys a sparse step refreshes, [n_stream][2*FASA_MAX_RANGES]. gpu_waits: some layers on
-    // GPUs are dense in it; they get what the others refresh now in the first step in which they are not.
-    void set_ranges(int32_t * ranges, uint32_t n_stream, bool gpu_waits, fasa_step_counts & counts);
-    // the cells that the ubatch writes, [n_stream][2*FASA_MAX_RANGES]
-    void set_fresh(int32_t * ranges, uint32_t n_stream) const;
+    // The cells that a sparse step refreshes, which are not stale from then on. gpu_waits: some layers on GPUs are
+    // dense in it; they get what the others refresh now in the first step in which they are not. ahead: the layers that
+    // select ahead; they get what the ubatch writes in the next step.
+    fasa_stale take_stale(
+        uint32_t n_stream, bool gpu_waits, const std::vector<int32_t> & ahead, fasa_step_counts & counts);
+    fasa_stream_ranges written() const;    // the cells that the ubatch writes
+    void set_fresh(int32_t * cells) const; // the same, [n_stream][n_tps]
     // the cells that each token always attends, [n_tokens][n_forced], -1: none
     void set_forced(int32_t * forced, uint32_t n_forced, const llama_ubatch & ubatch, const fasa_params & params) const;
+    // The same of a layer that selects ahead: all that the ubatch writes as well. A token that does not see a cell does
+    // not attend it.
+    void set_forced_ahead(
+        int32_t * forced, uint32_t n_forced, const llama_ubatch & ubatch, const fasa_params & params) const;
     // The mask of a decode step, with FASA enabled, in which every stream holds one sequence without holes, by its
     // length. false: some other step, for which llama.cpp looks at every cell (0.1 ms and more of a step at 131,072).
     bool set_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool causal, bool enabled) const;
@@ -46,6 +65,8 @@ private:
 
     std::vector<fasa_ranges> stale; // [n_stream]
     std::vector<fasa_ranges> owed;  // [n_stream] no longer stale, but for the layers on GPUs that waited
+    std::vector<fasa_ranges> left;  // [n_stream] no longer stale, but for the layers that selected ahead
+    std::vector<int32_t> left_in;   // these layers
 
     uint32_t n_visible = 0;
     uint64_t number    = 0;

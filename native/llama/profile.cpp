@@ -91,23 +91,27 @@ static int fasa_check_shape(const fasa_profile * p, const llama_hparams & hparam
     if (fasa_check_array("ranking", p->ranking, p->n_ranking, n_ranking) != 0 ||
         fasa_check_array("weight", p->weight, p->n_weight, n_heads * p->weight_k) != 0 ||
         fasa_check_array("layer_miss", p->layer_miss, p->n_layer_miss, p->n_layer_miss ? p->n_layer : 0) != 0 ||
-        fasa_check_array("mean_budget", p->mean_budget, p->n_mean_budget, p->n_mean_budget) != 0) {
+        fasa_check_array("mean_budget", p->mean_budget, p->n_mean_budget, p->n_mean_budget) != 0 ||
+        fasa_check_array("ahead", p->ahead, p->n_ahead, p->n_ahead ? p->n_layer : 0) != 0) {
         return -1;
     }
     return fasa_check_array("mean_budget_mass", p->mean_budget_mass, p->n_mean_budget, p->n_mean_budget);
 }
 
-static int fasa_check_ranking(const fasa_profile * p, const std::vector<uint32_t> & offset) {
-    for (uint32_t il = 0; il < p->n_layer; ++il) {
-        if (p->n_chunk[il] > 0 &&
-            fasa_check_heads(p->ranking + offset[il], il, p->n_head_kv[il], p->n_chunk[il]) != 0) {
+static int fasa_check_ranking(const fasa_profile * p, const uint16_t * ranking, const std::vector<uint32_t> & offset) {
+    for (uint32_t il = 0; ranking && il < p->n_layer; ++il) {
+        if (p->n_chunk[il] > 0 && fasa_check_heads(ranking + offset[il], il, p->n_head_kv[il], p->n_chunk[il]) != 0) {
             return -1;
         }
     }
-    for (uint64_t i = 0; i < p->n_weight; ++i) {
-        if (!std::isfinite(p->weight[i])) {
-            return fasa_set_error("the profile's weight: expected finite numbers, found %g at index %llu",
-                (double) p->weight[i], (unsigned long long) i);
+    return 0;
+}
+
+static int fasa_check_weights(const char * name, const float * weight, uint64_t n) {
+    for (uint64_t i = 0; weight && i < n; ++i) {
+        if (!std::isfinite(weight[i])) {
+            return fasa_set_error("the profile's %s: expected finite numbers, found %g at index %llu", name,
+                (double) weight[i], (unsigned long long) i);
         }
     }
     return 0;
@@ -147,8 +151,11 @@ int fasa_set_profile(llama_context * ctx, const fasa_profile * p) {
         return -1;
     }
     fasa_known known;
-    if (fasa_check_shape(p, ctx->get_model().hparams, known.offset) != 0 || fasa_check_ranking(p, known.offset) != 0 ||
-        fasa_check_masses(p) != 0) {
+    if (fasa_check_shape(p, ctx->get_model().hparams, known.offset) != 0 ||
+        fasa_check_ranking(p, p->ranking, known.offset) != 0 ||
+        fasa_check_ranking(p, p->ahead_ranking, known.offset) != 0 ||
+        fasa_check_weights("weight", p->weight, p->n_weight) != 0 ||
+        fasa_check_weights("ahead_weight", p->ahead_weight, p->n_weight) != 0 || fasa_check_masses(p) != 0) {
         return -1;
     }
     known.n_head_kv        = fasa_copy(p->n_head_kv, p->n_layer);
@@ -159,6 +166,9 @@ int fasa_set_profile(llama_context * ctx, const fasa_profile * p) {
     known.layer_miss       = fasa_copy(p->layer_miss, p->n_layer_miss);
     known.mean_budget      = fasa_copy(p->mean_budget, p->n_mean_budget);
     known.mean_budget_mass = fasa_copy(p->mean_budget_mass, p->n_mean_budget);
+    known.ahead            = fasa_copy(p->ahead, p->n_ahead);
+    known.ahead_ranking    = fasa_copy(p->ahead_ranking, p->n_ranking);
+    known.ahead_weight     = fasa_copy(p->ahead_weight, p->n_weight);
     const fasa_change change(caches);
     if (!change) {
         return -1;

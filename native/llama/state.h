@@ -18,6 +18,11 @@ struct fasa_known {
     std::vector<float> layer_miss;       // [n_layer] or empty
     std::vector<uint32_t> mean_budget;   // [n_mean_budget]
     std::vector<float> mean_budget_mass; // [n_mean_budget]
+    std::vector<uint8_t> ahead;          // [n_layer] or empty: all may
+    std::vector<uint16_t> ahead_ranking; // as ranking, for foreseen queries; empty: the same one
+    std::vector<float> ahead_weight;     // likewise
+
+    bool may_select_ahead(uint32_t il) const { return il >= ahead.size() || ahead[il] != 0; }
 };
 
 struct fasa_state {

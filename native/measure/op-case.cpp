@@ -52,6 +52,7 @@ void fasa_op_layer_case::make(
         op.dims            = ggml_new_tensor_2d(ctx, GGML_TYPE_I32, c.n_dom, c.n_head_kv);
         op.weight          = ggml_new_tensor_2d(ctx, GGML_TYPE_F32, c.n_dom, c.n_head_kv);
         op.forced          = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, c.n_forced, c.n_tokens, c.n_stream);
+        op.fresh           = c.n_fresh > 0 ? ggml_new_tensor_2d(ctx, GGML_TYPE_I32, c.n_fresh, c.n_stream) : nullptr;
         op.k_dom_type      = c.k_dom;
         op.n_hadamard      = c.n_hadamard;
         op.params.budget   = c.budget;
@@ -179,6 +180,8 @@ static int fasa_op_check_select(const fasa_op_case & c) {
         fasa_check_range("k_dom", c.k_dom, FASA_K_DOM_F16, FASA_K_DOM_Q4) != 0 ||
         fasa_check_range("n_dom", c.n_dom, 1, FASA_OP_MOST) != 0 ||
         fasa_check_range("n_forced", c.n_forced, 1, FASA_OP_MOST) != 0 ||
+        fasa_check_range("n_fresh", c.n_fresh, 0, FASA_OP_MOST) != 0 ||
+        (c.n_fresh > 0 && fasa_check_given(c.fresh, "fresh") != 0) ||
         fasa_check_range("budget", c.budget, 0, INT32_MAX) != 0) {
         return -1;
     }

@@ -66,7 +66,7 @@ int fasa_op_run_graph::init(
 int fasa_op_run_graph::build(const char * name, int scores) {
     list = layer.fac.list;
     if (list == nullptr) {
-        layer.select.scores = scores;
+        layer.select.flags = scores;
         list = select = layer.build_select(ctx.get());
         tip           = select->src[0];
     }
@@ -108,6 +108,9 @@ void fasa_op_run_graph::set_inputs(const fasa_op_case & c) {
         fasa_case_write(op.dims, c.dims);
         fasa_case_write(op.weight, c.weight);
         fasa_case_write(op.forced, c.forced);
+        if (op.fresh) {
+            fasa_case_write(op.fresh, c.fresh);
+        }
     }
 }
 

@@ -119,6 +119,9 @@ void fasa_op_time_run::set_inputs(const fasa_op_case & c, ggml_type type_k, ggml
         fasa_case_write(layers[i].select.dims, c.dims);
         fasa_case_write(layers[i].select.weight, c.weight);
         fasa_case_write(layers[i].select.forced, c.forced);
+        if (layers[i].select.fresh) {
+            fasa_case_write(layers[i].select.fresh, c.fresh);
+        }
         fasa_case_write(layers[i].select.ranges, all.data());
     }
     time(FASA_TIME_SELECT, 1);

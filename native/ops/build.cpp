@@ -5,6 +5,7 @@
 
 #include "ggml-cpu.h"
 
+#include <algorithm>
 #include <cstring>
 #include <initializer_list>
 #include <vector>
@@ -37,6 +38,9 @@ static void fasa_op_set(ggml_tensor * t, const fasa_op_params & p, const char * 
 static ggml_tensor * fasa_layer_node(ggml_context * ctx, ggml_type type, const int64_t (&ne)[4],
     std::initializer_list<ggml_tensor *> src, const fasa_op_params & p, const char * name) {
     std::vector<ggml_tensor *> args(src);
+    while (args.back() == nullptr) { // one in between has its place
+        args.pop_back();
+    }
     ggml_tensor * t = ggml_custom_4d(
         ctx, type, ne[0], ne[1], ne[2], ne[3], args.data(), args.size(), p.fun, GGML_N_TASKS_MAX, p.userdata);
     fasa_op_set(t, p, name);
@@ -44,9 +48,9 @@ static ggml_tensor * fasa_layer_node(ggml_context * ctx, ggml_type type, const i
 }
 
 static fasa_op_params fasa_layer_params(
-    fasa_op_kind kind, const fasa_layer_const * layer, int32_t scores, float scale, float soft_cap) {
+    fasa_op_kind kind, const fasa_layer_const * layer, int32_t flags, float scale, float soft_cap) {
     fasa_op_params p =
-        fasa_op_make(kind, const_cast<fasa_layer_const *>(layer), layer->work ? FASA_ON_DEVICE | scores : 0);
+        fasa_op_make(kind, const_cast<fasa_layer_const *>(layer), layer->work ? FASA_ON_DEVICE | flags : 0);
     p.serial   = layer->serial;
     p.scale    = scale;
     p.soft_cap = soft_cap;
@@ -59,39 +63,54 @@ ggml_tensor * fasa_build_select(ggml_context * ctx, const fasa_select_op & op) {
     const int64_t n_head   = op.q->ne[1];
     const int64_t n_tps    = op.q->ne[2] / n_stream;
 
-    fasa_op_params p  = fasa_layer_params(FASA_OP_TIP, op.layer, op.scores, op.scale, op.soft_cap);
+    fasa_op_params p  = fasa_layer_params(FASA_OP_TIP, op.layer, op.flags, op.scale, op.soft_cap);
     p.k_dom           = op.k_dom_type;
     p.n_hadamard      = op.n_hadamard;
     ggml_tensor * tip = fasa_layer_node(ctx, GGML_TYPE_F32, { fasa_tip_length(n_kv), n_head, n_tps, n_stream },
-        { op.k_dom, op.k, op.ranges, op.q, op.dims, op.weight, op.mask }, p, "fasa_tip");
+        { op.k_dom, op.k, op.ranges, op.q, op.dims, op.weight, op.mask, op.fresh }, p, "fasa_tip");
 
     const int64_t length = fasa_list_length(op.params, op.forced->ne[0], n_kv);
     const int64_t n_list = op.params.per_head ? n_head : op.k->ne[1];
 
-    p                                           = fasa_layer_params(FASA_OP_SELECT, op.layer, op.scores, 0.0f, 0.0f);
-    p.budget                                    = op.params.budget;
-    p.mass                                      = op.params.mass;
-    p.floor                                     = op.params.floor;
-    p.cap                                       = op.params.cap;
+    p                                              = fasa_layer_params(FASA_OP_SELECT, op.layer, op.flags, 0.0f, 0.0f);
+    p.budget                                       = op.params.budget;
+    p.mass                                         = op.params.mass;
+    p.floor                                        = op.params.floor;
+    p.cap                                          = op.params.cap;
     // On a device SELECT runs TIP too. Without ranges among its sources, the allocator could reuse their memory for its
     // dst in the last layer.
-    std::initializer_list<ggml_tensor *> on_cpu = { tip, op.forced }, on_device = { tip, op.forced, op.ranges };
+    std::initializer_list<ggml_tensor *> on_cpu    = { tip, op.forced },
+                                         on_device = { tip, op.forced, op.ranges, op.fresh };
     return fasa_layer_node(ctx, GGML_TYPE_I32, { 1 + length, n_list, n_tps, n_stream },
         op.layer->work ? on_device : on_cpu, p, "fasa_select");
 }
 
+// the list once more, behind what else is among the sources
+static ggml_tensor * fasa_list_node(ggml_context * ctx, ggml_tensor * list, const std::vector<ggml_tensor *> & src,
+    const fasa_op_params & p, const char * name) {
+    ggml_tensor * t = ggml_view_tensor(ctx, list);
+    t->op           = GGML_OP_CUSTOM;
+    t->src[0]       = list;
+    std::copy(src.begin(), src.end(), t->src + 1);
+    fasa_op_set(t, p, name);
+    return t;
+}
+
+ggml_tensor * fasa_build_fetch(ggml_context * ctx, const fasa_fetch_op & op) {
+    GGML_ASSERT(op.layer->rows && op.list->ne[2] == 1 && op.list->ne[3] == 1 && ggml_nelements(op.fresh) == 1);
+    fasa_op_params p = fasa_layer_params(FASA_OP_FETCH, op.layer, FASA_FORKED, 0.0f, 0.0f);
+    p.stream0        = op.stream0;
+    return fasa_list_node(ctx, op.list, { op.k, op.v, op.ranges, op.fresh }, p, "fasa_fetch");
+}
+
 ggml_tensor * fasa_build_fac(ggml_context * ctx, const fasa_fac_op & op) {
-    fasa_op_params p    = fasa_layer_params(FASA_OP_FAC, op.layer, 0, op.scale, op.soft_cap);
+    fasa_op_params p = fasa_layer_params(
+        FASA_OP_FAC, op.layer, (op.fresh ? FASA_FETCHED : 0) | (op.joined ? FASA_FORKED : 0), op.scale, op.soft_cap);
     p.stream0           = op.stream0;
     const int64_t ne[4] = { op.v->ne[0], op.q->ne[1], op.list->ne[2], op.list->ne[3] };
-    if (op.layer->rows) {
-        return fasa_layer_node(
-            ctx, GGML_TYPE_F32, ne, { op.list, op.q, op.k, op.v, op.mask, op.sinks, op.ranges }, p, "fasa_fac");
-    }
-    if (op.sinks) {
-        return fasa_layer_node(ctx, GGML_TYPE_F32, ne, { op.list, op.q, op.k, op.v, op.mask, op.sinks }, p, "fasa_fac");
-    }
-    return fasa_layer_node(ctx, GGML_TYPE_F32, ne, { op.list, op.q, op.k, op.v, op.mask }, p, "fasa_fac");
+    ggml_tensor * cells = !op.layer->rows ? nullptr : op.fresh ? op.fresh : op.ranges;
+    return fasa_layer_node(
+        ctx, GGML_TYPE_F32, ne, { op.list, op.q, op.k, op.v, op.mask, op.sinks, cells }, p, "fasa_fac");
 }
 
 ggml_tensor * fasa_place_in(ggml_context * ctx, ggml_tensor * rows, ggml_tensor * room, size_t offset) {
@@ -125,16 +144,42 @@ ggml_tensor * fasa_build_ahead(ggml_context * ctx, ggml_tensor * behind, ggml_te
     return t;
 }
 
-ggml_tensor * fasa_build_observe(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, int32_t il, float scale,
-    float soft_cap, fasa_observer_ref * observer) {
-    ggml_tensor * src[] = { q, k };
-    ggml_tensor * t     = ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, src, 2, fasa_cpu_op_get(), 1, observer);
+ggml_tensor * fasa_build_spread(ggml_context * ctx, ggml_tensor * values, ggml_tensor * dims, ggml_tensor * pos,
+    ggml_tensor * factors, int64_t d, int64_t n_head, const fasa_rope & rope, const fasa_layer_const * layer) {
+    fasa_op_params p = fasa_layer_params(FASA_OP_SPREAD, layer, 0, 0.0f, 0.0f);
+    p.rope           = rope;
+    return fasa_layer_node(
+        ctx, GGML_TYPE_F32, { d, n_head, values->ne[1], 1 }, { values, dims, pos, factors }, p, "fasa_spread");
+}
+
+ggml_tensor * fasa_build_fork(ggml_context * ctx, ggml_tensor * residual, const fasa_layer_const * layer) {
+    const fasa_op_params p = fasa_layer_params(FASA_OP_FORK, layer, 0, 0.0f, 0.0f);
+    return fasa_layer_node(ctx, GGML_TYPE_I8, { 1, 1, 1, 1 }, { residual }, p, "fasa_fork");
+}
+
+// A node has nine sources, so there may be several behind each other; the first one waits.
+ggml_tensor * fasa_build_join(
+    ggml_context * ctx, ggml_tensor * list, const std::vector<ggml_tensor *> & held, const fasa_layer_const * layer) {
+    const fasa_op_params p = fasa_layer_params(FASA_OP_JOIN, layer, 0, 0.0f, 0.0f);
+    for (size_t i = 0; i < held.size(); i += GGML_MAX_SRC - 2) {
+        const auto first = held.begin() + i, last = first + std::min<size_t>(GGML_MAX_SRC - 2, held.size() - i);
+        list = fasa_list_node(ctx, list, { first, last }, p, "fasa_join");
+    }
+    return list;
+}
+
+ggml_tensor * fasa_build_observe(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * q_ahead,
+    int32_t il, float scale, float soft_cap, fasa_reason ahead_reason, fasa_observer_ref * observer) {
+    ggml_tensor * src[] = { q, k, q_ahead };
+    ggml_tensor * t =
+        ggml_custom_4d(ctx, GGML_TYPE_F32, 1, 1, 1, 1, src, q_ahead ? 3 : 2, fasa_cpu_op_get(), 1, observer);
 
     fasa_op_params p = fasa_op_make(FASA_OP_OBSERVE, observer);
     p.n_tasks        = 1;
     p.scale          = scale;
     p.soft_cap       = soft_cap;
     p.k_dom          = il;
+    p.stream0        = ahead_reason;
     fasa_op_set(t, p, "fasa_observe");
     return t;
 }

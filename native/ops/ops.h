@@ -14,17 +14,22 @@
 //            span of FASA_SPAN cells, or -1 where the mask hides the cell; then e of every span; then the sum of each
 //     src    K_dom i8 [block, n_tile, n_head_kv, n_stream], k [d, n_head_kv, n_kv, n_stream],
 //            ranges i32 [2*FASA_MAX_RANGES, n_stream], q f32 [d, n_head, n_tokens], dims i32 [n_dom, n_head_kv],
-//            weight f32 [n_dom, n_head_kv], mask f16 [n_kv, n_tps, 1, n_stream]
+//            weight f32 [n_dom, n_head_kv], mask f16 [n_kv, n_tps, 1, n_stream]; where it selects ahead also fresh
+//            i32 [n_fresh, n_stream], -1: none: cells whose K is not stored yet. A visible one has the score 0.
 //   SELECT   the cells to attend, per list and token
 //     dst    i32 [1 + length, n_list, n_tps, n_stream]: the count, then the cells, ascending; n_list is n_head_kv, or
 //            n_head when every query head has a list of its own (fasa_params::per_head)
-//     src    TIP, forced i32 [n_forced, n_tps, n_stream], -1: none; on a device also ranges, which its launch reads for
-//            TIP
+//     src    TIP, forced i32 [n_forced, n_tps, n_stream], -1: none; on a device also ranges and fresh, which its launch
+//            reads for TIP
+//   FETCH    on a device, where a layer selects ahead for one token and k and v lie in pinned host memory (FASA-M):
+//            brings FAC the rows of the list, but for the fresh cell
+//     dst    the list, in place
+//     src    the list, k, v, ranges, fresh i32 [1]
 //   FAC      exact attention over those cells
 //     dst    f32 [d_v, n_head, n_tps, n_stream]
 //     src    a list of SELECT's shape, its cells in any order, q, k, v [d_v, n_head_kv, n_kv, n_stream], mask,
 //            sinks f32 [n_head] or none; where k and v lie in pinned host memory (FASA-M) also ranges, whose cells fall
-//            out of the row cache
+//            out of the row cache; behind FETCH (FASA_FETCHED) fresh instead, whose rows are read in place
 //   STAGE    a layer's k or v of pinned host memory, copied to a place on the device for dense attention
 //     dst    as k or v, in that place
 //     src    k or v, fresh i32 [2*FASA_MAX_RANGES, n_stream] (the cells that this ubatch writes), work or none
@@ -32,9 +37,21 @@
 //            graph it does nothing
 //     dst    f32 [1]
 //     src    that attention's result, k and v of the next layer, and their places
+//   FORK     on a device: what follows, up to the node with FASA_FORKED, runs on a side stream, behind what came before
+//     dst    i8 [1]
+//     src    the residual
+//   SPREAD   foreseen queries of which only the dominant dimensions were multiplied out: rotated (RoPE), each in its
+//   place
+//     dst    f32 [d, n_head, n_tokens], 0 in all other dimensions
+//     src    their values f32 [n_dom*n_head, n_tokens], dims, positions i32 [n_tokens], RoPE's frequency factors f32
+//            [n_rot/2] or none
+//   JOIN     the list of a layer that selects ahead, behind the side stream. What that stream reads and writes is among
+//            its sources, since the allocator thinks in one stream.
+//     dst    the list, in place
+//     src    the list, FORK, and what else is held; where that is too much, several nodes behind each other
 //   OBSERVE  hands q and k to an observer on the host
 //     dst    f32 [1]
-//     src    q, k
+//     src    q, k, foreseen q or none
 
 #include "ggml-backend.h"
 #include "ggml.h"
@@ -45,8 +62,20 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
-enum fasa_op_kind { FASA_OP_TIP = 1, FASA_OP_SELECT, FASA_OP_FAC, FASA_OP_OBSERVE, FASA_OP_STAGE, FASA_OP_AHEAD };
+enum fasa_op_kind {
+    FASA_OP_TIP = 1,
+    FASA_OP_SELECT,
+    FASA_OP_FAC,
+    FASA_OP_OBSERVE,
+    FASA_OP_STAGE,
+    FASA_OP_AHEAD,
+    FASA_OP_FORK,
+    FASA_OP_SPREAD,
+    FASA_OP_JOIN,
+    FASA_OP_FETCH
+};
 
 // The softmax over all cells is put together from spans that different threads, or thread blocks, work on. A span's
 // exponent is a whole number, so this rounds nothing: equal logits get equal scores, wherever their cells lie.
@@ -78,7 +107,8 @@ static constexpr int FASA_SCORE_RANGE = 64;
 // SELECT sums a head's spans in FASA_SUM_PARTS interleaved parts (span i goes to part i / 32 % 4), in the order of the
 // CUDA kernel.
 static constexpr int FASA_SUM_PARTS   = 4;
-static constexpr int FASA_SPAN_RANGE  = 100; // TIP: a score below 2^-FASA_SPAN_RANGE of its span's exponent is 0
+static constexpr float FASA_FRESH     = -1e30f; // TIP: the logit of a visible cell whose K is not stored yet
+static constexpr int FASA_SPAN_RANGE  = 100;    // TIP: a score below 2^-FASA_SPAN_RANGE of its span's exponent is 0
 
 // What the kernels of a device keep across launches. It is zeroed once; kernels leave counts and tickets zero.
 struct fasa_work {
@@ -103,6 +133,8 @@ struct fasa_work {
         uint32_t part[PARTS], equal[PARTS];
         uint32_t n_edge, unused_1[31]; // cache lines of their own: every block of a list writes to them
         uint32_t arrived, unused_2[31];
+        uint32_t ticket, unused_3[31]; // of a list that is made by several launches: its blocks that are done
+        uint64_t found[8];             // and where it ends
     } lists[LISTS_AT_ONCE];
 };
 
@@ -155,9 +187,19 @@ struct fasa_layer_const {
 // Flags of fasa_op_params::flags. With FASA_ON_DEVICE one launch of SELECT computes TIP too; the TIP node's data is
 // then undefined unless FASA_SCORES_KEPT.
 enum fasa_op_flags {
-    FASA_ON_DEVICE    = 1, // the tensors lie on a device whose backend has kernels
-    FASA_SCORES_KEPT  = 2, // the TIP node holds the scores afterwards, as on the CPU
-    FASA_SCORES_GIVEN = 4, // the TIP node holds scores already
+    FASA_ON_DEVICE    = 1,  // the tensors lie on a device whose backend has kernels
+    FASA_SCORES_KEPT  = 2,  // the TIP node holds the scores afterwards, as on the CPU
+    FASA_SCORES_GIVEN = 4,  // the TIP node holds scores already
+    FASA_FORKED       = 8,  // SELECT or FETCH: the last node of a side stream that FORK began; FAC: behind its JOIN
+    FASA_FETCHED      = 16, // FAC: FETCH has brought the rows that lie in pinned host memory
+};
+
+// ggml's RoPE of a head, without what depends on position and dimension
+struct fasa_rope {
+    float theta_scale, freq_scale, ext_factor, attn_factor;
+    float corr[2]; // of YaRN
+    int32_t n_rot; // dimensions that rotate, the first ones of a head
+    int32_t neox;  // pairs are (i, i + n_rot/2); else (2i, 2i + 1)
 };
 
 // The whole of ggml_tensor::op_params; fun, n_tasks and userdata are ggml's own (struct ggml_custom_op_params).
@@ -171,16 +213,21 @@ struct fasa_op_params {
     void * userdata;
     uint8_t kind;
     uint8_t flags;   // enum fasa_op_flags; 0: a CPU node
-    int16_t k_dom;   // enum fasa_k_dom_type; OBSERVE: the layer
+    int16_t k_dom;   // enum fasa_k_dom_type; OBSERVE: the layer, and in stream0 why its queries cannot be foreseen
     uint32_t serial; // of fasa_layer_const
-    float scale;
-    float soft_cap;
-    int32_t n_hadamard; // block of the rotation that q and k are stored under, 0: none
-    int32_t stream0;    // FAC: the first of the cache's streams that k and v show
-    uint32_t budget;
-    float mass;
-    uint32_t floor;
-    uint32_t cap;
+    union {
+        struct {
+            float scale;
+            float soft_cap;
+            int32_t n_hadamard; // block of the rotation that q and k are stored under, 0: none
+            int32_t stream0;    // FAC: the first of the cache's streams that k and v show
+            uint32_t budget;
+            float mass;
+            uint32_t floor;
+            uint32_t cap;
+        };
+        fasa_rope rope; // SPREAD
+    };
 };
 #pragma pack(pop)
 static_assert(alignof(fasa_op_params) <= alignof(int32_t) && offsetof(ggml_tensor, op_params) % alignof(int32_t) == 0,
@@ -209,7 +256,8 @@ struct fasa_select_op {
     ggml_tensor * weight; // f32 [n_dom, n_head_kv]
     ggml_tensor * ranges; // i32 [2*FASA_MAX_RANGES, n_stream]
     ggml_tensor * forced; // i32 [n_forced, n_tps, n_stream]
-    int32_t scores;       // FASA_SCORES_KEPT or FASA_SCORES_GIVEN, on a device
+    ggml_tensor * fresh;  // i32 [n_fresh, n_stream] or nullptr
+    int32_t flags;        // FASA_SCORES_KEPT, FASA_SCORES_GIVEN, FASA_FORKED; on a device
     int32_t k_dom_type;
     int32_t n_hadamard;
     float scale;
@@ -227,9 +275,22 @@ struct fasa_fac_op {
     ggml_tensor * mask;   // f16 [n_kv, n_tps, 1, n_stream]
     ggml_tensor * sinks;  // f32 [n_head] or nullptr
     ggml_tensor * ranges; // i32 [2*FASA_MAX_RANGES, n_stream]
+    ggml_tensor * fresh;  // i32 [1], where the list comes from FETCH; else nullptr
     int32_t stream0;      // the first of the cache's streams that k and v show
+    bool joined;          // the list comes from a side stream
     float scale;
     float soft_cap;
+    const fasa_layer_const * layer;
+};
+
+// what FETCH of one layer is built from
+struct fasa_fetch_op {
+    ggml_tensor * list;   // i32 [1 + length, n_list], of one token
+    ggml_tensor * k;      // [d, n_head_kv, n_kv]
+    ggml_tensor * v;      // [d_v, n_head_kv, n_kv]
+    ggml_tensor * ranges; // i32 [2*FASA_MAX_RANGES], with the fresh cell
+    ggml_tensor * fresh;  // i32 [1]
+    int32_t stream0;      // the cache's stream that k and v show
     const fasa_layer_const * layer;
 };
 
@@ -256,6 +317,7 @@ ggml_custom_op_t fasa_cpu_op_get(void);
 
 // SELECT; its src[0] is the TIP
 ggml_tensor * fasa_build_select(ggml_context * ctx, const fasa_select_op & op);
+ggml_tensor * fasa_build_fetch(ggml_context * ctx, const fasa_fetch_op & op);
 ggml_tensor * fasa_build_fac(ggml_context * ctx, const fasa_fac_op & op);
 
 // `rows` as they lie behind each other at `offset` of `room`, which is allocated
@@ -267,5 +329,13 @@ ggml_tensor * fasa_build_stage(ggml_context * ctx, ggml_tensor * rows, ggml_tens
 ggml_tensor * fasa_build_ahead(ggml_context * ctx, ggml_tensor * behind, ggml_tensor * k, ggml_tensor * v,
     ggml_tensor * k_place, ggml_tensor * v_place, const uint64_t * ubatch);
 
-ggml_tensor * fasa_build_observe(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, int32_t il, float scale,
-    float soft_cap, fasa_observer_ref * observer);
+ggml_tensor * fasa_build_spread(ggml_context * ctx, ggml_tensor * values, ggml_tensor * dims, ggml_tensor * pos,
+    ggml_tensor * factors, int64_t d, int64_t n_head, const fasa_rope & rope, const fasa_layer_const * layer);
+ggml_tensor * fasa_build_fork(ggml_context * ctx, ggml_tensor * residual, const fasa_layer_const * layer);
+// held: what stays allocated until then, FORK first
+ggml_tensor * fasa_build_join(
+    ggml_context * ctx, ggml_tensor * list, const std::vector<ggml_tensor *> & held, const fasa_layer_const * layer);
+
+// q_ahead: nullptr where queries cannot be foreseen, for `ahead_reason`
+ggml_tensor * fasa_build_observe(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * q_ahead,
+    int32_t il, float scale, float soft_cap, fasa_reason ahead_reason, fasa_observer_ref * observer);

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from fasa_gguf import FasaError, reference, runtime
+from fasa_gguf.calibrate import ranking
 from fasa_gguf.calibrate.gguf import (
     Calibration,
     CalibrationParams,
@@ -74,6 +75,48 @@ def test_the_ranking_is_the_references(session, tiny):
     energy = reference.rank_energy(s.q_sum[1], s.k_sum[1])
     assert profile.ranking[1][1][4:].tolist() == [x for x in energy if x not in order]
     assert (profile.recall_k, profile.recall_budget, profile.weight_k) == (4, 40, default_chunks(8))
+
+
+def test_foreseen_queries_have_a_ranking_of_their_own(session, tiny, monkeypatch):
+    """The references', with the foreseen queries as those that score; the first layer has none."""
+    monkeypatch.setattr(ranking, "MOST_LOST_AHEAD", 1.0)
+    profile = calibrate(tiny, params=SMALL)
+    c = Calibration(session, default_corpus(), SMALL)
+    seen = c._pass([0, 1], lambda n: None)
+    s = seen[1]
+    assert seen[0].q_ahead is None and s.q_ahead.shape == s.q.shape and not np.allclose(s.q, s.q_ahead, atol=0.1)
+    assert profile.ahead.tolist() == [0, 1, 1] and np.array_equal(profile.ahead_ranking[0], profile.ranking[0])
+    assert np.array_equal(profile.ahead_weight[0], profile.weight[0])
+    dims, pos = reference.chunk_dims(16, 16, "norm"), np.arange(496, 512)
+    q, ahead = (x[:, 2:4].transpose(1, 0, 2) for x in (s.q, s.q_ahead))
+    keys = s.k[:, 1].astype(np.float32)
+    order, _ = reference.rank_recall(q, keys, pos, dims, s.scale, s.soft_cap, 4, 40, 4, 32, ahead)
+    assert profile.ahead_ranking[1][1][:4].tolist() == order.tolist()
+    assert sorted(profile.ahead_ranking[1][1]) == list(range(8))
+    weight = reference.fit_weights(
+        q[:, ::4], keys, pos[::4], dims, profile.ahead_ranking[1][1][:4], s.scale, s.soft_cap, ahead[:, ::4]
+    )
+    assert np.allclose(profile.ahead_weight[1][1], weight, atol=1e-5)
+    entry = ranking.rank_layer(s, 1)
+    assert len(entry["ahead_kept"]) == 2 and np.all(np.diff(entry["ahead_kept"]) < 0)
+
+
+def test_a_layer_that_would_lose_much_keeps_its_own_queries(library, tiny, tmp_path, monkeypatch):
+    for kept, may in (([[0.9, 0.88], [0.8, 0.79]], True), ([[0.9, 0.85], [0.8, 0.8]], False)):
+        assert ranking.may_select_ahead({"ahead_kept": kept}) is may
+    assert not ranking.may_select_ahead({"ranking": []})  # its queries cannot be foreseen
+    monkeypatch.setattr(ranking, "MOST_LOST_AHEAD", -1.0)
+    profile = calibrate(tiny, params=SMALL, out=tmp_path / "p.json")
+    assert profile.ahead.tolist() == [0, 0, 0] and profile.ahead_ranking is profile.ahead_weight is None
+    assert Profile.load(tmp_path / "p.json").ahead.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("method", ["energy", "ca"])
+def test_rankings_of_single_chunks_serve_foreseen_queries_with_other_weights(library, tiny, monkeypatch, method):
+    monkeypatch.setattr(ranking, "MOST_LOST_AHEAD", 1.0)
+    p = calibrate(tiny, params=CalibrationParams(context=512, queries=16, budget=40, method=method))
+    assert all(np.array_equal(a, b) for a, b in zip(p.ranking, p.ahead_ranking, strict=True))
+    assert not np.allclose(p.weight[1], p.ahead_weight[1], atol=1e-3)
 
 
 def test_memory_is_bounded_by_passes_and_they_change_nothing(library, tiny, monkeypatch):

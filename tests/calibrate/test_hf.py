@@ -130,6 +130,64 @@ def test_queries_and_keys_are_those_of_llama_cpp(models, name):
             x, y = x.astype(np.float32), y.astype(np.float32)
             assert np.abs(x - y).max() < (0.004 if il == 0 else 0.03) * np.abs(y).max()
         assert np.allclose(a.k_sum, b.k_sum, rtol=3e-3)
+        parallel = name in ("gptneox", "cohere")  # attention and feed-forward read the same
+        assert (a.q_ahead is None) == (b.q_ahead is None) == (il == 0 or parallel)
+        if a.q_ahead is not None:
+            x, y = (s.q_ahead[:, :, s.dims] * s.scale for s in (a, b))
+            assert np.abs(x - y).max() < 0.03 * np.abs(y).max()
+            assert np.abs(x - a.q[:, :, a.dims] * a.scale).max() > 0.1 * np.abs(y).max()
+
+
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+CONVOLUTIONS = {"num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2}
+STREAMS = {
+    "num_hidden_layers": 4,
+    "vocab_size_per_layer_input": tiny_hf.N_VOCAB,
+    "hidden_size_per_layer_input": 16,
+    "num_kv_shared_layers": 0,
+    "laurel_rank": 8,
+    "layer_types": ["full_attention"] * 4,
+    "activation_sparsity_pattern": [0.0] * 4,
+}
+
+
+@pytest.mark.parametrize(
+    "kind, settings, layers",
+    [
+        ("GraniteConfig", {"residual_multiplier": 0.5}, {1}),
+        ("GraniteMoeConfig", {**EXPERTS, "residual_multiplier": 0.5}, {1}),
+        ("MixtralConfig", EXPERTS, {1}),
+        ("GptOssConfig", {**EXPERTS, "sliding_window": 128}, {1}),
+        ("Olmo2Config", {}, {1}),  # norms behind attention and feed-forward
+        ("Lfm2Config", CONVOLUTIONS, {1, 3}),  # a convolution and its feed-forward before each
+        ("PhiConfig", {}, set()),  # attention and feed-forward side by side
+        ("Cohere2Config", {}, set()),
+        ("Gemma3nTextConfig", STREAMS, set()),  # several residual streams
+    ],
+)
+def test_whose_queries_can_be_foreseen_is_measured(kind, settings, layers):
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(**{**tiny_hf.COMMON, **tiny_hf.GQA, **settings})
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for w in model.parameters():
+            if w.ndim < 2:
+                w.add_(torch.randn_like(w), alpha=0.1)
+    c = HFCalibration(model, IDS, SMALL)
+    assert c.foresight.good == layers
+    seen = c._pass([il for il, shape in enumerate(c.shapes) if shape[1]], lambda n: None)
+    assert {il for il, s in seen.items() if s.q_ahead is not None} == layers
+    assert not c.foresight.q and not c.foresight._calls and not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_foreseen_queries_do_not_know_the_feed_forward(llama):
+    """Those of a model whose first layer has none, bit for bit."""
+    other = tiny_hf.build("llama")[0]
+    with torch.no_grad():
+        other.model.layers[0].mlp.down_proj.weight.zero_()
+    ours, theirs = (HFCalibration(m, IDS, SMALL)._pass([1], lambda n: None)[1] for m in (llama, other))
+    assert np.array_equal(ours.q_ahead, theirs.q) and np.array_equal(theirs.q_ahead, theirs.q)
+    assert not np.allclose(ours.q, theirs.q, atol=0.1)
 
 
 def test_the_rows_of_a_llama_gguf_are_permuted(models):
@@ -172,7 +230,7 @@ def test_a_longer_text_keeps_no_more(llama):
 
     one, two = (Counted(llama, IDS, CalibrationParams(context=512, queries=16, budget=40, windows=n)) for n in (1, 2))
     seen = [c._pass([0, 1], lambda n: None) for c in (one, two)]
-    assert (one.passes, two.passes) == (3, 4)  # two probes each
+    assert (one.passes, two.passes) == (4, 5)  # three probes each
     assert (
         [s[1].n for s in seen] == [512, 1024]
         and np.array_equal(seen[0][1].k, seen[1][1].k)

@@ -12,6 +12,8 @@ def full_profile():
     p = synthetic_profile([N_HEAD_KV] * N_LAYER, [WIDTH // 2] * N_LAYER, seed=1)
     p.weight_k, p.weight = 2, [np.full((N_HEAD_KV, 2), 0.5 + il, np.float32) for il in range(N_LAYER)]
     p.recall_k, p.recall_budget, p.recall = 1, 64, [np.full((N_HEAD_KV, 1), 0.75, np.float32)] * N_LAYER
+    p.ahead, p.ahead_ranking = np.array([0, 1, 1], np.uint8), [x[:, ::-1].copy() for x in p.ranking]
+    p.ahead_weight = [np.full((N_HEAD_KV, 2), 0.25 + il, np.float32) for il in range(N_LAYER)]
     p.layer_miss, p.mean_budget = np.array([0.25, 2, 1], np.float32), {100: 0.5, 256: 0.875}
     p.window = [64, 0, 128]
     p.rope = {"layout": "norm", "dims": WIDTH, "base": 10000.0, "base_window": 5000.0, "scale": 1.0}
@@ -30,6 +32,7 @@ def full_profile():
         "per_head": 1,
         "mean_budget": 0,
         "row_cache": 64,
+        "ahead": "on",
     }
     p.calibration = {
         "tool": "t",

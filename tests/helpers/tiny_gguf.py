@@ -48,11 +48,13 @@ def write_tiny(
     biases=None,
     writer=None,
     bos=1,
+    feed_forward=0.2,
 ):
     """A GGUF with random weights of `dtype` (f32 or f16) and a vocabulary of bytes; `arch` has the tensors of llama.
 
     words: tokens after those of bytes, from number 259 on. biases: of every layer, by name (attn_k).
     writer: arguments of GGUFWriter (splits, byte order). bos: None for a tokenizer that puts none before a text.
+    feed_forward: standard deviation of ffn_down; 0: feed-forwards add nothing.
     """
     rng = np.random.default_rng(seed)
     w = GGUFWriter(path, arch, **(writer or {}))
@@ -96,7 +98,7 @@ def write_tiny(
             ("ffn_up", n_ff, n_embd),
             ("ffn_down", n_embd, n_ff),
         ):
-            matrix(f"blk.{i}.{part}", rows, cols)
+            matrix(f"blk.{i}.{part}", rows, cols, feed_forward if part == "ffn_down" else 0.2)
         for part, bias in (biases or {}).items():
             w.add_tensor(f"blk.{i}.{part}.bias", np.asarray(bias, np.float32))
     w.write_header_to_file()

@@ -65,3 +65,27 @@ def test_architecture(library, path):
         if not counters["layers_sparse"]:
             pytest.skip(f"dense: {reasons[0]}")
         assert ((sparse - dense) ** 2).mean() / (dense**2).mean() < NMSE
+
+
+@pytest.mark.skipif(not MODELS, reason="no models in build/archs; run `make upstream-tests`")
+def test_the_page_of_architectures(library):
+    """docs/reference/architectures.md says what these models do: tests/helpers/list_architectures.py writes it."""
+    import list_architectures
+
+    page = list_architectures.PAGE.read_text()
+    assert page == list_architectures.HEAD + list_architectures.table()
+    known = (
+        "llama",
+        "qwen2",
+        "qwen3",
+        "qwen3moe",
+        "gpt-oss",
+        "gemma2",
+        "gemma3",
+        "phi3",
+        "mistral3",
+        "granite",
+        "lfm2",
+    )
+    for name in (*known, "qwen3next"):
+        assert f"| {name} | yes | yes |" in page

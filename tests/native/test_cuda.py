@@ -28,6 +28,7 @@ def case(
     equal=False,
     infinite=False,
     spread=2.0,
+    fresh=None,
     seed=0,
     **settings,
 ):
@@ -44,6 +45,10 @@ def case(
     mask[:, :, n_kv - hidden :] = -np.inf
     dims = np.stack([rng.permutation(d)[:n_dom] for _ in range(n_head_kv)]).astype(np.int32)
     dims[0, -3:] = -1
+    forced = rng.integers(-1, n_kv, (n_stream, n_tokens, 36)).astype(np.int32)
+    if fresh is not None:
+        fresh = np.broadcast_to(np.asarray(fresh, np.int32), (n_stream, np.shape(fresh)[-1])).copy()
+        forced = np.concatenate([forced, fresh[:, None].repeat(n_tokens, 1)], -1)
     return dict(
         q=q,
         k=k,
@@ -51,7 +56,8 @@ def case(
         mask=mask,
         dims=dims,
         weight=rng.random((n_head_kv, n_dom)).astype(np.float32) + 0.5,
-        forced=rng.integers(-1, n_kv, (n_stream, n_tokens, 36)).astype(np.int32),
+        forced=forced,
+        fresh=fresh,
         scale=d**-0.5,
         n_hadamard=n_hadamard,
         sinks=rng.standard_normal(n_head).astype(np.float32) if sinks else None,
@@ -119,6 +125,25 @@ def test_numbers_of_cells(library, cuda, n_kv, k_dom):
 def test_target_mass(library, cuda, mass, floor, cap, per_head):
     for seed in range(3):
         compare(library, cuda, mass=mass, floor=floor, cap=cap, per_head=per_head, seed=seed, n_kv=3000)
+
+
+@pytest.mark.parametrize("k_dom", ["f16", "q8", "q4"])
+@pytest.mark.parametrize("mass", [0.0, 0.7])
+@pytest.mark.parametrize(
+    "fresh",
+    [[700], [17, 255, 256, -1, 1200, 1201, 1490, -1, 1499], np.arange(256, 512), np.arange(100, 250, 3), [-1]],
+    ids=["one", "several", "a span", "more than a warp", "none"],
+)
+def test_fresh_cells(library, cuda, fresh, mass, k_dom):
+    for how in ({}, {"per_head": True}, {"n_tokens": 5}, {"n_stream": 3}, {"n_kv": 1499}):
+        compare(library, cuda, k_dom=k_dom, mass=mass, cap=900, fresh=fresh, **how)
+
+
+@pytest.mark.parametrize("mass", [0.0, 0.7])
+def test_all_cells_fresh(library, cuda, mass):
+    for n_kv in (33, 300, 1500):
+        got = compare(library, cuda, mass=mass, n_kv=n_kv, fresh=np.arange(n_kv), n_tokens=1)
+        assert (got["count"] == got["count"][0, 0, 0]).all()
 
 
 @pytest.mark.parametrize("n_kv", [1500, 20000])

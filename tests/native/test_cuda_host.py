@@ -11,6 +11,7 @@ from tiny_gguf import write_tiny
 from fasa_gguf import FasaError, FasaParams, runtime
 from fasa_gguf.gguf.file import GGUFFile
 from fasa_gguf.gguf.shape import model_shape
+from fasa_gguf.reasons import Reason
 from fasa_gguf.session import Session
 from fasa_gguf.speed.random_model import synthetic_profile
 
@@ -150,6 +151,166 @@ def test_sequences(make, unified):
         rows.append([s.logits(i) for i in range(3)])
         got.append(np.array(rows))
     assert np.abs(got[0] - got[1]).max() < 1e-4 * np.abs(got[0]).max()
+
+
+# ---- rows that the side stream fetches ----
+
+AHEAD = ON.replace(ahead="on")
+ROW_BYTES = {"f16": 256, "q8_0": 136, "q4_0": 72}  # K and V of a cell and KV head
+
+
+@pytest.mark.parametrize("types", list(ROW_BYTES))
+@pytest.mark.parametrize(("budget", "row_cache"), [(64, 0), (64, 1), (600, 0), (600, 1), (600, -1)])
+def test_a_layer_ahead_gives_what_it_gives_on_the_device(make, types, budget, row_cache):
+    """Of 1,500 tokens. In 1 MiB of row cache some rows of a list of 600 (f16) find all their slots taken."""
+    kv, on = {"type_k": types, "type_v": types, "n_ctx": 2048}, AHEAD.replace(budget=budget, row_cache=row_cache)
+    there, here = make("c", on, **kv), make("m", on, **kv)
+    (a, x), (b, y) = greedy(there, 1500, 60), greedy(here, 1500, 60)
+    assert a == b and (x == y).all()
+    c, d = here.fasa.counters(), there.fasa.counters()
+    assert c["layers_ahead"] == d["layers_ahead"] == 2 * 60 and c["tokens_attended"] == d["tokens_attended"]
+    assert c["rows_fetched"] + c["rows_reused"] == c["tokens_attended"] == 60 * 3 * 2 * budget
+    assert c["bytes_fetched"] == c["rows_fetched"] * ROW_BYTES[types]
+    assert (c["rows_reused"] > 0) == (row_cache != 0)
+
+
+def test_lists_of_every_head_and_a_mass(make):
+    for how in ({"per_head": 1}, {"mass": 0.9, "cap": 200}):
+        runs = [greedy(make(mode, AHEAD.replace(row_cache=1, **how)), steps=40) for mode in ("c", "m")]
+        assert runs[0][0] == runs[1][0] and (runs[0][1] == runs[1][1]).all()
+
+
+def rewrite(s):
+    """Logits of steps that write cells anew whose rows the row cache has."""
+    rows = list(greedy(s, steps=20)[1])
+    s.remove(0, 590)
+    rows += [s.decode([20 + i], 590 + i) for i in range(30)]
+    s.remove(0, 600)
+    with s.fasa.step_kind("prompt"):  # dense
+        rows += [s.decode([60 + i], 600 + i) for i in range(3)]
+    rows += [s.decode([80 + i], 603 + i) for i in range(5)]
+    s.remove(0, 300)
+    s.decode(prompt(s, 305, seed=4), 300, logits="none")
+    rows += [s.decode([90 + i], 605 + i) for i in range(5)]
+    s.remove(0, 100, 200)
+    s.llama.llama_memory_seq_add(s.memory, 0, 200, -1, -100)
+    rows += [s.decode([5 + i], 510 + i) for i in range(3)]
+    state = s.state()
+    s.clear()
+    s.decode(prompt(s, 600, seed=1), 0)
+    rows += [s.decode([7 + i], 600 + i) for i in range(3)]
+    s.set_state(state)
+    rows += [s.decode([8 + i], 513 + i) for i in range(5)]
+    return np.array(rows)
+
+
+@pytest.mark.parametrize("row_cache", [0, 1])
+def test_rows_of_a_layer_ahead_are_never_stale(make, row_cache):
+    on = AHEAD.replace(row_cache=row_cache)
+    there, here = rewrite(make("c", on)), rewrite(make("m", on))
+    assert (there == here).all()
+
+
+def test_steps_with_and_without_drafts_ahead(make):
+    """Rows are fetched by turns on the side stream and, for drafts, behind it."""
+    got = []
+    for mode in ("c", "m"):
+        s = make(mode, AHEAD.replace(row_cache=1, budget=300), n_ctx=2048)
+        s.decode(prompt(s, 1500), 0, logits="none")
+        rows, pos = [], 1500
+        for i in range(30):
+            draft = [3 + i, 9 + i, 5 + i][: 1 + 2 * (i % 3 == 2)]
+            rows += list(s.decode(draft, pos, logits="all"))
+            pos += len(draft)
+            if i % 6 == 5:  # rejected drafts
+                s.remove(0, pos - 2)
+                pos -= 2
+        c = s.fasa.counters()
+        assert mode == "c" or c["rows_fetched"] + c["rows_reused"] == c["tokens_attended"]
+        got.append(np.array(rows))
+    assert np.abs(got[0] - got[1]).max() < 1e-4 * np.abs(got[0]).max()  # FAC splits lists of one and three otherwise
+
+
+@pytest.mark.parametrize("how", [{"budget": 40}, {"mass": 0.9, "cap": 36, "floor": 1}])
+def test_a_list_of_all_drafts_has_no_room(make, how):
+    """Sinks, recent tokens and drafts are more than a list was to hold: the layers select with their own queries."""
+    got = []
+    for ahead in ("off", "on"):
+        s = make("m", AHEAD.replace(ahead=ahead, **how))
+        s.decode(prompt(s), 0, logits="none")
+        got.append(s.decode(list(range(3, 11)), 600, logits="all"))
+        codes = s.fasa.layer_ahead_codes()
+        assert codes[1:] == [Reason.AHEAD_ROOM if ahead == "on" else Reason.AHEAD_OFF] * 2
+        c = s.fasa.counters()
+        assert c["steps_sparse"] == 1 and c["layers_ahead"] == 0
+        assert c["rows_fetched"] + c["rows_reused"] == c["tokens_attended"]
+    assert (got[0] == got[1]).all()
+
+
+@pytest.mark.parametrize("unified", [False, True])
+def test_sequences_one_by_one_ahead(make, unified):
+    got = []
+    for mode in ("c", "m"):
+        s = make(mode, AHEAD.replace(row_cache=1), n_ctx=2048, n_seq_max=3, kv_unified=unified)
+        for seq in range(3):
+            s.decode(prompt(s, 300, seq), 0, seq, "none")
+        got.append(np.array([s.decode([i % 50], 300 + i // 3, i % 3) for i in range(60)]))
+        assert s.fasa.counters()["layers_ahead"] == 2 * 60
+    assert (got[0] == got[1]).all()
+
+
+@pytest.fixture
+def watch(monkeypatch, library):
+    """(names of the nodes as they are computed, names of nodes behind which a call of graph_compute ends)."""
+    from llama_cpp.llama_cpp import ggml_backend_sched_eval_callback as callback_type
+
+    name_of = ctypes.CDLL(str(runtime.library.find_library("ggml-base"))).ggml_get_name
+    name_of.argtypes, name_of.restype = [ctypes.c_void_p], ctypes.c_char_p
+    seen, last = [], set()
+
+    def see(tensor, ask, _user):
+        name = name_of(tensor).decode()
+        if ask:
+            seen.append(name)
+        return not ask or name in last
+
+    callback, plain = callback_type(see), Session._context_params
+
+    def params(session):
+        p = plain(session)
+        p.cb_eval = callback
+        return p
+
+    monkeypatch.setattr(Session, "_context_params", params)
+    return seen, last
+
+
+def test_fetch_is_the_end_of_the_side_stream(make, watch):
+    seen, _ = watch
+    layer = {
+        "c": ["fasa_fork", "fasa_select", "fasa_join"],
+        "m": ["fasa_fork", "fasa_select", "fasa_fetch", "fasa_join"],
+    }
+    for mode in ("c", "m"):
+        s = make(mode, AHEAD)
+        s.decode(prompt(s), 0, logits="none")
+        for tokens, chain in (([7], layer[mode]), ([8, 9], layer["c"])):  # the rows of two tokens have no room
+            seen.clear()
+            s.decode(tokens, 599 + len(tokens), logits="all")
+            ours = [n for n in seen if n in layer["m"] or n.startswith("fasa-")]
+            ours = [n for i, n in enumerate(ours) if n != "fasa_join" or ours[i - 1] != n]
+            assert ours == ["fasa_select", "fasa-0", *chain, "fasa-1", *chain, "fasa-2"]
+
+
+@pytest.mark.parametrize("end", ["fasa_select", "fasa_fetch", "fasa_join", "fasa-1"])
+def test_a_call_that_ends_within_the_side_stream(make, watch, end):
+    """The nodes then run in the main stream."""
+    seen, last = watch
+    on = AHEAD.replace(row_cache=1)
+    whole = greedy(make("m", on), steps=20)
+    last.add(end)
+    parts = greedy(make("m", on), steps=20)
+    assert end in seen and whole[0] == parts[0] and (whole[1] == parts[1]).all()
 
 
 def test_memory_that_cannot_be_pinned(make, model):

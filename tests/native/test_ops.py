@@ -34,8 +34,10 @@ def run(
     per_head=False,
     distinct=0,
     n_threads=2,
+    fresh=None,
     seed=0,
 ):
+    """fresh: cells of every stream that the ubatch writes, int [n_fresh] or [n_stream, n_fresh]; -1: none."""
     rng = np.random.default_rng(seed)
     q = rng.standard_normal((n_stream, n_tokens, n_head, d)).astype(np.float32) * 2
     k = rng.standard_normal((n_stream, n_kv, n_head_kv, d)).astype(np.float32)
@@ -52,6 +54,9 @@ def run(
     dims[0, -3:] = -1
     weight = rng.random((n_head_kv, n_dom)).astype(np.float32) + 0.5
     forced = rng.integers(-1, n_kv, (n_stream, n_tokens, 9)).astype(np.int32)
+    if fresh is not None:  # the caller of SELECT forces all of them
+        fresh = np.broadcast_to(np.asarray(fresh, np.int32), (n_stream, np.shape(fresh)[-1])).copy()
+        forced = np.concatenate([forced, fresh[:, None].repeat(n_tokens, 1)], -1)
     learned = rng.standard_normal(n_head).astype(np.float32) if sinks else None
     scale = d**-0.5
     got = library.ops.op_run(
@@ -74,6 +79,7 @@ def run(
         n_hadamard=n_hadamard,
         sinks=learned,
         n_threads=n_threads,
+        fresh=fresh,
     )
     g = n_head // n_head_kv
     for s in range(n_stream):
@@ -88,11 +94,14 @@ def run(
                     R.hadamard(qt, n_hadamard) if n_hadamard else qt, keys, dims[h], weight[h], scale, soft_cap, k_dom
                 )
                 mine = got["est"][s, t, heads]
-                assert (np.isfinite(mine) == visible).all()
+                stored = visible.copy()
+                if fresh is not None:
+                    stored[fresh[s][fresh[s] >= 0]] = False
+                assert (np.isfinite(mine) == stored).all()  # a fresh cell has the logit of the score 0
                 if type_k == "f16":
                     # a value on a rounding boundary of K_dom may fall to the other side, by one step: few of them, one
                     # cell in a short row
-                    bad = np.abs(mine - est)[:, visible] > 2e-5 * max(1, np.abs(est).max())
+                    bad = np.abs(mine - est)[:, stored] > 2e-5 * max(1, np.abs(est).max())
                     assert bad.sum() <= max(len(bad), 0.002 * bad.size)
                 f = np.zeros(n_kv, bool)
                 f[forced[s, t][forced[s, t] >= 0]] = True
@@ -100,7 +109,7 @@ def run(
                 for i in range(g // shared):
                     part = slice(i * shared, (i + 1) * shared)  # of the group
                     of = slice(h * g + i * shared, h * g + (i + 1) * shared)  # of all heads
-                    cells = R.select(R.group_score(mine[part], visible), visible, f, shared, budget, mass, floor, cap)
+                    cells = R.select(R.group_score(mine[part], stored), visible, f, shared, budget, mass, floor, cap)
                     count = got["count"][s, t, h * g // shared + i]
                     listed = got["list"][s, t, h * g // shared + i, :count]
                     assert abs(count - len(cells)) <= (1 if mass else 0)
@@ -152,6 +161,46 @@ def test_quantised_cache_under_rotation(library):
 
 def test_target_mass(library):
     run(library, mass=0.7)
+
+
+FRESH = {
+    "one": [200],
+    "several, some hidden, some of them none": [17, 255, 256, -1, 300, 301, 302, 310, -1, 332],
+    "hidden alone": [304, 332],
+    "none": [-1, -1],
+    "a span": np.arange(256),
+    "the last span": np.arange(256, 333),
+    "more than a warp": np.arange(100, 250, 3),
+    "all": np.arange(333),
+}
+
+
+@pytest.mark.parametrize("k_dom", ["f16", "q8", "q4"])
+@pytest.mark.parametrize("fresh", FRESH.values(), ids=FRESH)
+def test_fresh_cells_are_left_out_of_the_estimate(library, fresh, k_dom):
+    """They are attended, since they are forced, and what lies in their K is not looked at."""
+    for how in ({}, {"mass": 0.7, "cap": 400}, {"per_head": True}, {"n_tokens": 5, "soft_cap": 3.0}):
+        got = run(library, k_dom=k_dom, fresh=fresh, **how)
+        if len(fresh) == 333:
+            assert (got["count"] > 200).all()
+    run(library, k_dom=k_dom, fresh=[fresh, np.asarray(fresh)[::-1], np.full(len(fresh), -1)], n_stream=3, mass=0.6)
+
+
+def test_what_lies_in_fresh_cells_is_not_looked_at(library):
+    rng = np.random.default_rng(8)
+    x = rng.standard_normal((3, 1, 700, 2, 64)).astype(np.float32)
+    fresh = np.array([[3, 300, 301, 555, 699]], np.int32)
+    case = {"q": x[0, :, :1].repeat(3, 2), "v": x[2], "mask": np.zeros((1, 1, 700), np.float32), "scale": 0.125}
+    case |= {"dims": np.tile(np.arange(24), (2, 1)), "weight": np.ones((2, 24)), "forced": np.full((1, 1, 4), 7)}
+    for k_dom in ("f16", "q8", "q4"):
+        got = []
+        for there in (0.0, 1.0, np.inf, np.nan):
+            k = x[1].copy()
+            k[0, fresh[0]] = there
+            got.append(library.ops.op_run(**case, k=k, fresh=fresh, budget=60, k_dom=k_dom))
+        for other in got[1:]:
+            assert np.array_equal(other["list"], got[0]["list"]) and np.array_equal(other["est"], got[0]["est"])
+            assert not set(fresh[0]) & set(other["list"].ravel())  # they are not forced here
 
 
 def test_budget_beyond_the_cells_attends_all(library):
@@ -313,6 +362,28 @@ def test_native_ranking_is_the_reference(library):
         order, kept = R.rank_recall(q, k, pos, dims, 0.25, soft_cap, 6, 12, 2, 3)
         mine, mine_kept = library.ops.rank_recall(q, k, pos, dims, 6, 12, 2, 3, 0.25, soft_cap)
         assert mine.tolist() == order.tolist() and np.allclose(mine_kept, kept, atol=1e-5)
+
+
+def test_native_ranking_by_other_queries_is_the_reference(library):
+    from fasa_gguf import FasaError
+
+    rng = np.random.default_rng(15)
+    q, q_est = rng.standard_normal((2, 2, 5, 16)).astype(np.float32) * 2
+    k = rng.standard_normal((90, 16)).astype(np.float32) * 2
+    dims, pos = R.chunk_dims(16, 16, "norm"), np.arange(85, 90)
+    for soft_cap in (0.0, 5.0):
+        order, kept = R.rank_recall(q, k, pos, dims, 0.25, soft_cap, 6, 12, 2, 3, q_est)
+        mine, mine_kept = library.ops.rank_recall(q, k, pos, dims, 6, 12, 2, 3, 0.25, soft_cap, q_est=q_est)
+        assert mine.tolist() == order.tolist() and np.allclose(mine_kept, kept, atol=1e-5)
+        own = library.ops.rank_recall(q, k, pos, dims, 6, 12, 2, 3, 0.25, soft_cap)
+        assert own[0].tolist() != mine.tolist()
+        same = library.ops.rank_recall(q, k, pos, dims, 6, 12, 2, 3, 0.25, soft_cap, q_est=q)
+        assert all(np.array_equal(a, b) for a, b in zip(own, same, strict=True))
+    with pytest.raises(FasaError, match=r"expected q_est of shape \[2, 5, 16\], found \[2, 4, 16\]"):
+        library.ops.rank_recall(q, k, pos, dims, 6, 12, 2, 3, 0.25, q_est=q_est[:, 1:])
+    q_est[1, 2, 3] = np.nan
+    with pytest.raises(FasaError, match="q, q_est, k, scale or soft_cap is not finite"):
+        library.ops.rank_recall(q, k, pos, dims, 6, 12, 2, 3, 0.25, q_est=q_est)
 
 
 def test_bad_cases_are_refused(library):

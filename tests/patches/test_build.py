@@ -55,28 +55,29 @@ def test_flags_of_the_cpu_backend_and_what_is_installed(patched, tmp_path):
     assert done.returncode == 0, done.stderr
     commands = json.loads((tmp_path / "compile_commands.json").read_text())
     of_cpu = [c["command"] for c in commands if "ggml-cpu.dir" in c["output"]]
-    assert len(of_cpu) > 10 and any("native/cpu" in c for c in of_cpu) == (patched == "ON")
-    for flag in filter(supports, ("-mno-avx512fp16", "-mno-amx-int8")):
+    assert len(of_cpu) > 10 and any("native/cpu/tip.cpp" in c for c in of_cpu) == (patched == "ON")
+    assert all("native/cpu/f16-step.h" in command for command in of_cpu)
+    for flag in filter(supports, ("-mno-amx-int8",)):
         assert all(flag in command.split() for command in of_cpu)
     listing = (tmp_path / "cmake_install.cmake").read_text()
     installed = {f"lib{x}.so" for x in ("llama", "ggml", "ggml-base", "ggml-cpu", "ggml-rpc")}
     assert set(re.findall(r"bin/(lib[\w-]+\.so)\"", listing)) == installed
 
 
-@pytest.mark.skipif(not shutil.which("objdump"), reason="no objdump")
-def test_the_cpu_backend_has_no_avx512_fp16(library):
-    out = subprocess.run(
-        ["objdump", "-d", "--no-show-raw-insn", str(library.library.find_library("ggml-cpu"))],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    f16 = re.compile(r"\tv(?:add|sub|mul|div|max|min|sqrt|reduce|fn?m(?:add|sub)\w*|fc?m\w*c)[ps]h\s")
-    assert f16.search("\tvfmadd132ph (%rax)") and f16.search("\tvaddph %zmm") and not f16.search("\tvcvtps2ph $4")
-    args = ROOT / "build/native/fasa-cmake-args"
-    if args.exists() and "FASA_AVX512_FP16=ON" in args.read_text():
-        pytest.skip("built with FASA_AVX512_FP16")
-    assert not f16.search(out)
+@needs_cmake
+@pytest.mark.parametrize("cpu, step", [("sapphirerapids", 64), ("znver4", 64), ("haswell", 32)])
+def test_f16_steps_fit_heads_of_64(cpu, step, tmp_path):
+    """The steps of ggml's f16 sums, by the preprocessor, for CPUs that need not be this one."""
+    if not supports(f"-march={cpu}"):
+        pytest.skip(f"the compiler does not know {cpu}")
+    source = ROOT / "build/native/llama.cpp-src/ggml"
+    if not source.exists():
+        pytest.skip("nothing was built here")
+    command = ["c++", f"-march={cpu}", "-std=gnu++17", "-E", "-dM", "-include", str(ROOT / "native/cpu/f16-step.h")]
+    command += [f"-I{source / folder}" for folder in ("include", "src", "src/ggml-cpu")]
+    (tmp_path / "x.cpp").write_text('#include "simd-mappings.h"')
+    out = subprocess.run([*command, str(tmp_path / "x.cpp")], capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"#define GGML_F16_STEP (\d+)", out) == [str(step)]
 
 
 # ---- Makefile ----

@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 from profiles import full_profile
-from tiny_gguf import N_HEAD_KV, WIDTH, gguf_bytes, insert
+from tiny_gguf import N_HEAD_KV, WIDTH, gguf_bytes
 
 from fasa_gguf import FasaError
 from fasa_gguf.gguf.file import ARR, BOOL, F32, STR, U8, U16, U32, GGUFFile, pack_kv
@@ -55,24 +55,11 @@ def test_json_both_ways(tmp_path):
         k_dom="q8",
         per_head=1,
         row_cache=64,
+        ahead="on",
     )
+    assert q.ahead.dtype == np.uint8 and q.ahead.tolist() == [0, 1, 1] and q.ahead_weight[2][1, 1] == 2.25
+    assert all(np.array_equal(a[:, ::-1], b) for a, b in zip(q.ahead_ranking, q.ranking, strict=True))
     assert p.to_json().count("\n") == len(p.to_flat()) + 2  # one key a line
-
-
-def test_a_file_with_a_dropped_key_loads(tiny, tmp_path):
-    """fasa.layer_budget is no longer a key; files that have it still load, and it is not written again."""
-    old = full_profile().to_flat() | {"layer_budget": [0.5, 1.5, 1]}
-    (tmp_path / "p.json").write_text(json.dumps(old))
-    assert Profile.load(tmp_path / "p.json").to_flat() == full_profile().to_flat()
-    key = pack_kv("fasa.layer_budget", ARR, [0.5, 1.5, 1], F32)
-    model = insert(embed.embed(tiny, full_profile(), tmp_path / "m.gguf"), tmp_path / "old.gguf", key)
-    assert "fasa.layer_budget" in GGUFFile(model).kv
-    assert Profile.load(model).to_flat() == full_profile().to_flat()
-    embed.embed(model, Profile.load(model))
-    assert "fasa.layer_budget" not in GGUFFile(model).kv
-    insert(tiny, tmp_path / "bad.gguf", pack_kv("fasa.layer_budget", STR, "whatever"))
-    with pytest.raises(FasaError, match=r"key fasa.version: expected u32, found nothing"):
-        Profile.load(tmp_path / "bad.gguf")
 
 
 def test_a_header_is_read_once(tiny, tmp_path, monkeypatch):
@@ -103,8 +90,9 @@ def test_the_preset_paper_is_fasa_as_published():
         p.preset("x")
     p.ranking_method = "ca"
     params, plain = p.preset("paper")
-    assert params == FasaParams(chunks=max(WIDTH // 8, 1), sink=0, recent=0, k_dom="f16", per_head=1)
-    assert plain.weight is None and plain.weight_k == 0 and plain.ranking is p.ranking and p.weight_k == 2
+    assert params == FasaParams(chunks=max(WIDTH // 8, 1), sink=0, recent=0, k_dom="f16", per_head=1, ahead="off")
+    assert plain.weight is None and plain.weight_k == 0 and plain.ahead_ranking is plain.ahead_weight is None
+    assert plain.ranking is p.ranking and p.weight_k == 2
 
 
 def test_gguf_both_ways_with_an_independent_reader(tiny, tmp_path):
@@ -120,6 +108,7 @@ def test_gguf_both_ways_with_an_independent_reader(tiny, tmp_path):
         "str": [GGUFValueType.STRING],
         "[u32]": [GGUFValueType.ARRAY, GGUFValueType.UINT32],
         "[f32]": [GGUFValueType.ARRAY, GGUFValueType.FLOAT32],
+        "[u8]": [GGUFValueType.ARRAY, GGUFValueType.UINT8],
         "[u8] or [u16]": [GGUFValueType.ARRAY, GGUFValueType.UINT8],
     }
     for key, value in full_profile().to_flat().items():
@@ -204,6 +193,43 @@ BAD = [
     (put_at("weight", 5, 1e39), r"key fasa.weight: expected an array, .f32., found 1e\+39 at index 5"),
     (put_at("recall", 4, 1.5), "key fasa.recall: expected shares from 0 to 1, found 0.75 to 1.5 in layer 2"),
     (put_at("recall", 0, -0.25), "key fasa.recall: expected shares from 0 to 1, found -0.25 to 0.75 in layer 0"),
+    (put("ahead.layers", [1, 1]), "key fasa.ahead.layers: expected 3 numbers, 0 or 1, one a layer, found 2 numbers"),
+    (
+        put_at("ahead.layers", 1, 2),
+        "key fasa.ahead.layers: expected 3 numbers, 0 or 1, one a layer, found 2 in layer 1",
+    ),
+    (put_at("ahead.layers", 2, -1), "key fasa.ahead.layers: expected an array, .u8., found -1 at index 2"),
+    (put("ahead.layers", 1), "key fasa.ahead.layers: expected an array, .u8., found 1"),
+    (
+        lambda f: f["ahead.ranking"].pop(),
+        "key fasa.ahead.ranking: expected 48 numbers for this shape, found 47 numbers",
+    ),
+    (
+        put_at("ahead.ranking", 47, 200),
+        "key fasa.ahead.ranking: expected each chunk from 0 to 7 once in layer 2, KV head 1, found chunk 200",
+    ),
+    (
+        lambda f: f["ahead.weight"].append(1.0),
+        "key fasa.ahead.weight: expected 12 numbers for this shape, found 13 numbers",
+    ),
+    (
+        put_at("ahead.weight", 5, float("inf")),
+        "key fasa.ahead.weight: expected an array, .f32., found inf at index 5",
+    ),
+    (
+        lambda f: f.pop("ahead.weight"),
+        "key fasa.ahead.weight: expected it where both fasa.ahead.ranking and fasa.weight are, and only there, found "
+        "nothing",
+    ),
+    (lambda f: f.pop("ahead.ranking"), "key fasa.ahead.weight: expected it where both .*, and only there, found it"),
+    (
+        lambda f: [f.pop("weight"), f.pop("weight_k")],
+        "key fasa.ahead.weight: expected it where both .*, and only there, found it",
+    ),
+    (
+        put("default.ahead", "maybe"),
+        "keys fasa.default..: setting ahead: expected one of auto, off, on, found 'maybe'",
+    ),
     (put("layer_miss", [1, 1]), "key fasa.layer_miss: expected 3 factors above 0 and below 100, found a list of 2"),
     (
         put("layer_miss", [1.0, 0.0, 1]),
@@ -417,18 +443,6 @@ def test_inspect_shows_the_chunks_that_decoding_uses():
         assert lines[-4].split("best ")[1].split()[0] == str(chunks or 4)
         assert [len(line.split()) for line in lines[-3:]] == [2 + (chunks or 4)] * 3
         assert [line.split()[1] for line in lines[-3:]] == [kept] * 3
-
-
-def test_profiles_without_windows_and_with_bad_ones(tmp_path):
-    p = full_profile()
-    flat = p.to_flat()
-    del flat["window"], flat["rope.base_window"]
-    old = Profile.from_flat(flat, "old")
-    assert old.window is None and "base_window" not in old.rope
-    with pytest.raises(FasaError, match=r"key fasa.window: expected 3 numbers, one a layer, found 2 numbers"):
-        Profile.from_flat(flat | {"window": [1, 2]}, "bad")
-    with pytest.raises(FasaError, match=r"key fasa.rope.base_window: expected a number above 0, found 0"):
-        Profile.from_flat(flat | {"rope.base_window": 0.0}, "bad")
 
 
 def test_heat_map_shows_the_mean_place(tmp_path, monkeypatch):

@@ -35,7 +35,7 @@ WRONG = {
     "weight_k 2^64": ({"weight_k": 2**64}, "weight_k: expected whole numbers from 0 to 4294967295, found"),
     "weight_k -1": ({"weight_k": -1}, "weight_k: expected whole numbers from 0 to 4294967295, found"),
     "weights beyond the chunks": (
-        {"weight_k": 9, "weight": [np.ones((2, 9), np.float32)] * 3},
+        {f"{name}weight": [np.ones((2, 9), np.float32)] * 3 for name in ("", "ahead_")} | {"weight_k": 9},
         "layer 0: the profile has weights of 9 chunks, the layer 8 chunks",
     ),
     "weight NaN": (
@@ -72,6 +72,29 @@ WRONG = {
     "n_chunk short": ({"n_chunk": P.n_chunk[:2]}, r"one number each for every layer, found shapes \[3\] and \[2\]"),
     "n_chunk 2^32 + 8": ({"n_chunk": [2**32 + 8] * 3}, "n_chunk: expected whole numbers from 0 to 4294967295, found"),
     "n_chunk 10^30": ({"n_chunk": [10**30] * 3}, "n_chunk: expected whole numbers from 0 to 4294967295, found"),
+    "ahead short": ({"ahead": P.ahead[:2]}, "ahead: expected 3 numbers for this shape, found 2"),
+    "ahead 256": ({"ahead": [0, 1, 256]}, "ahead: expected whole numbers from 0 to 255, found 256"),
+    "ahead ranking of one head": (
+        {"ahead_ranking": [r[:1] for r in P.ranking]},
+        r"ahead_ranking of layer 0: expected shape \[2, 8\], found \[1, 8\]",
+    ),
+    "ahead chunk ids twice": ({"ahead_ranking": TWICE}, "layer 0, KV head 0, rank 1: chunk 0 is ranked twice"),
+    "ahead weights of one layer": (
+        {"ahead_weight": P.ahead_weight[:1]},
+        "ahead_weight: expected an array for each layer, found 1 arrays",
+    ),
+    "ahead weight NaN": (
+        {"ahead_weight": [w * np.nan for w in P.weight]},
+        "ahead_weight: expected finite numbers, found -?nan at index 0",
+    ),
+    "ahead ranking without weights": (
+        {"ahead_weight": None},
+        "ahead_weight: expected arrays where ahead_ranking and weight are, and only there; found none",
+    ),
+    "ahead weights without a ranking": (
+        {"ahead_ranking": None},
+        "ahead_weight: expected arrays where ahead_ranking and weight are, and only there; found some",
+    ),
     "layer_miss short": ({"layer_miss": P.layer_miss[:2]}, "layer_miss: expected 3 numbers for this shape, found 2"),
     "layer_miss long": ({"layer_miss": np.ones(4)}, "layer_miss: expected 3 numbers for this shape, found 4"),
     "layer_miss NaN": ({"layer_miss": np.ones(3) * np.nan}, "layer 0: layer_miss is -?nan, and must be above 0"),
@@ -116,7 +139,9 @@ def test_c_is_told_every_length(library, session):
         for wrong in (1, n - 1, n + 1, 2**32 + n, 2**64 - 1):
             refused(f"{name}: expected {n} numbers for this shape, found {wrong}", **{f"n_{name}": wrong})
         refused(f"{name}: expected {n} numbers, found NULL", **{name: ffi.NULL})
-    for name in ("n_head_kv", "n_chunk"):
+    for wrong in (1, 2, 4, 2**32 - 1):
+        refused(f"ahead: expected 3 numbers for this shape, found {wrong}", n_ahead=wrong)
+    for name in ("n_head_kv", "n_chunk", "ahead"):
         refused(f"{name}: expected 3 numbers, found NULL", **{name: ffi.NULL})
     for name in ("mean_budget", "mean_budget_mass"):
         refused(f"{name}: expected 2 numbers, found NULL", **{name: ffi.NULL})
@@ -133,6 +158,7 @@ ARE_NUMBERS = {"fasa_default_chunks", "fasa_set_mode", "fasa_pool_bytes", "fasa_
 TELL_A_REASON = {
     "fasa_layer_reason",
     "fasa_layer_reason_code",
+    "fasa_layer_ahead_code",
     "fasa_step_reason",
     "fasa_step_reason_code",
 }
@@ -240,12 +266,16 @@ def test_the_ranking_refuses_what_it_cannot_rank(library):
     dims, pos = np.array([[0, 1], [2, 3]]), [2]
     good = {"q": np.ones((1, 1, 4)), "k": np.ones((3, 4)), "n_threads": 1}
     for message, changes in (
-        ("q, k, scale or soft_cap is not finite", {"q": np.full((1, 1, 4), np.nan)}),
-        ("q, k, scale or soft_cap is not finite", {"k": np.full((3, 4), np.inf)}),
+        ("q, q_est, k, scale or soft_cap is not finite", {"q": np.full((1, 1, 4), np.nan)}),
+        ("q, q_est, k, scale or soft_cap is not finite", {"k": np.full((3, 4), np.inf)}),
+        ("q, q_est, k, scale or soft_cap is not finite", {"q_est": np.full((1, 1, 4), np.inf)}),
+        (r"expected q_est of shape \[1, 1, 4\], found \[4\]", {"q_est": np.ones(4)}),
     ):
         case = {**good, **changes}
         with pytest.raises(FasaError, match=message):
-            library.ops.rank_recall(case["q"], case["k"], pos, dims, 1, 1, 0, 0, 1.0, n_threads=case["n_threads"])
+            library.ops.rank_recall(
+                case.pop("q"), case.pop("k"), pos, dims, n_rank=1, budget=1, sink=0, recent=0, scale=1.0, **case
+            )
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,7 @@ def test_names_follow_from_the_row():
         "mass": "f32",
         "k_dom": "str",
         "row_cache": "i32",
+        "ahead": "str",
     }
     assert FasaParams.from_env(environ={row.variable: "77"}).min_context_gpu == 77
 

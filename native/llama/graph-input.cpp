@@ -1,0 +1,132 @@
+#include "llama/graph-input.h"
+
+#include "llama-batch.h"
+#include "llama-cparams.h"
+
+#include <algorithm>
+#include <cmath>
+
+// cells that at least one token sees, of all streams together; mask [n_kv, n_tps, 1, n_stream]
+template <typename T>
+static uint64_t fasa_cells_seen(const ggml_tensor * mask, T hidden) {
+    uint64_t n = 0;
+    std::vector<uint8_t> seen(mask->ne[1] > 1 ? mask->ne[0] : 0);
+    for (int64_t s = 0; s < mask->ne[3]; ++s) {
+        if (seen.empty()) { // one token of each stream: a count that the compiler vectorises, in every step of a long
+                            // context
+            const T * row  = (const T *) ((const char *) mask->data + s * mask->nb[3]);
+            uint32_t found = 0;
+            for (int64_t j = 0; j < mask->ne[0]; ++j) {
+                found += row[j] != hidden;
+            }
+            n += found;
+            continue;
+        }
+        std::fill(seen.begin(), seen.end(), 0);
+        for (int64_t t = 0; t < mask->ne[1]; ++t) {
+            const T * row = (const T *) ((const char *) mask->data + t * mask->nb[1] + s * mask->nb[3]);
+            for (int64_t j = 0; j < mask->ne[0]; ++j) {
+                seen[j] |= row[j] != hidden;
+            }
+        }
+        n += std::count(seen.begin(), seen.end(), 1);
+    }
+    return n;
+}
+
+llm_graph_input_fasa::llm_graph_input_fasa(
+    fasa_cache * cache, fasa_reason dense_reason, uint32_t n_stream, bool gpu_waits)
+    : cache(cache), epoch(cache->state->epoch), dense_reason(dense_reason), n_stream(n_stream), gpu_waits(gpu_waits) {}
+
+ggml_tensor * llm_graph_input_fasa::new_input(
+    ggml_context * ctx, int64_t ne0, int64_t ne1, const char * name, int64_t ne2) const {
+    ggml_tensor * t = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, ne0, ne1, ne2);
+    ggml_set_input(t);
+    ggml_set_name(t, name);
+    return t;
+}
+
+void llm_graph_input_fasa::add_ahead(ggml_context * ctx, int64_t n_tps) {
+    if (ranges_ahead == nullptr) {
+        ranges_ahead = new_input(ctx, 2 * FASA_MAX_RANGES, n_stream, "fasa_ranges_ahead");
+        fresh        = new_input(ctx, n_tps, n_stream, "fasa_fresh");
+        forced_ahead = new_input(ctx, forced->ne[0] + n_tps, n_tps, "fasa_forced_ahead", n_stream);
+    }
+}
+
+void llm_graph_input_fasa::set_input(const llama_ubatch * ubatch) {
+    auto & state     = *cache->state;
+    auto & inputs    = cache->inputs;
+    const auto write = [](ggml_tensor * t, auto fill) {
+        if (t && t->buffer) {
+            std::vector<int32_t> data(ggml_nelements(t));
+            fill(data.data());
+            ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
+        }
+    };
+    if ((ranges && ranges->buffer) || (ranges_ahead && ranges_ahead->buffer)) {
+        const auto stale = inputs.take_stale(n_stream, n_waiting > 0, ahead, state.now.counts);
+        write(ranges, [&](int32_t * to) { stale.own.write(to); });
+        write(ranges_ahead, [&](int32_t * to) { stale.ahead.write(to); });
+    }
+    write(staged, [&](int32_t * to) { inputs.written().write(to); });
+    write(forced, [&](int32_t * to) { inputs.set_forced(to, forced->ne[0], *ubatch, state.params); });
+    write(fresh, [&](int32_t * to) { inputs.set_fresh(to); });
+    write(forced_ahead, [&](int32_t * to) { inputs.set_forced_ahead(to, forced_ahead->ne[0], *ubatch, state.params); });
+    auto & now = state.now;
+    now.counts.layers_sparse += n_sparse;
+    now.counts.layers_ahead += ahead.size();
+    (now.decodes ? now.counts.layers_dense : now.counts.layers_prefill) += n_dense;
+    now.waits        = now.waits || n_waiting > 0;
+    now.dense_reason = dense_reason != FASA_REASON_NONE ? dense_reason : now.dense_reason;
+    count_bytes();
+}
+
+// what dense attention reads in a decode step: the mask, which is set before, says which cells
+void llm_graph_input_fasa::count_bytes() const {
+    auto & now = cache->state->now;
+    if (mask == nullptr || !now.decodes) {
+        return;
+    }
+    const bool is_set = (mask->flags & GGML_TENSOR_FLAG_INPUT) && mask->buffer &&
+        ggml_backend_buffer_is_host(mask->buffer); // a computed one is not known yet
+    const uint64_t n = !is_set      ? cache->inputs.n_kv() * n_stream :
+        mask->type == GGML_TYPE_F16 ? fasa_cells_seen<ggml_fp16_t>(mask, ggml_fp32_to_fp16(-INFINITY)) :
+                                      fasa_cells_seen<float>(mask, -INFINITY);
+    now.counts.bytes_dense += n * cell_sparse;
+    now.counts.bytes_layers_dense += n * cell_dense;
+}
+
+bool llm_graph_input_fasa::can_reuse(const llm_graph_params & params) {
+    const auto & ubatch = params.ubatch;
+    const uint32_t n    = params.cparams.kv_unified ? 1 : ubatch.n_seqs_unq;
+    const uint32_t n_kv = cache->inputs.n_kv();
+    if (first_seen >= 0 && first_seen != cache->inputs.first_seen(ubatch)) {
+        return false;
+    }
+    return epoch == cache->state->epoch && n == n_stream && gpu_waits == cache->gpu_waits(n_kv) &&
+        dense_reason == fasa_step_dense_reason(cache->state->params, cache->state->now.decodes, n_kv);
+}
+
+llm_graph_input_fasa * fasa_graph_input(const llm_graph_context & graph, fasa_cache * cache, const ggml_tensor * k) {
+    for (auto & input : graph.res->inputs) {
+        auto * ours = dynamic_cast<llm_graph_input_fasa *>(input.get());
+        if (ours && ours->cache == cache) {
+            return ours;
+        }
+    }
+    const auto & params = cache->state->params;
+    const auto & now    = cache->state->now;
+    const bool decodes =
+        now.active ? now.decodes : graph.n_outputs == graph.n_tokens && graph.n_tokens <= params.max_tokens * k->ne[3];
+
+    const auto reason = fasa_step_dense_reason(params, decodes, k->ne[2]);
+    auto input        = std::make_unique<llm_graph_input_fasa>(cache, reason, k->ne[3], cache->gpu_waits(k->ne[2]));
+    if (reason == FASA_REASON_NONE) {
+        const int64_t n_tps = graph.n_tokens / k->ne[3];
+        input->ranges       = input->new_input(graph.ctx0, 2 * FASA_MAX_RANGES, k->ne[3], "fasa_ranges");
+        input->forced =
+            input->new_input(graph.ctx0, std::max(1u, params.sink + params.recent), n_tps, "fasa_forced", k->ne[3]);
+    }
+    return (llm_graph_input_fasa *) graph.res->add_input(std::move(input));
+}
