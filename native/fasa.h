@@ -339,8 +339,8 @@ typedef struct fasa_observation {
     const float * q;  // f32 [n_tokens, n_head, n_embd_head]
     const void * k;   // f16 or f32 [n_kv, n_head_kv, n_embd_head]
     int32_t k_is_f16;
-    float scale;    // of the logits
-    float soft_cap; // 0: none
+    float scale;           // of the logits
+    float soft_cap;        // 0: none
     const float * q_ahead; // as q, foreseen from the residual before the feed-forward; NULL: they cannot be foreseen
     int32_t ahead_reason;  // enum fasa_reason, why not
 } fasa_observation;
