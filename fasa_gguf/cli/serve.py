@@ -87,19 +87,23 @@ def _open(a: argparse.Namespace, params: FasaParams | None, profile: Profile | N
     return session
 
 
-def _print_plan(model: str, profile: Profile | None, settings: ContextSettings, params: FasaParams | None) -> None:
-    """What the context takes; a model that the plan does not know is served without one."""
-    from ..memory.host import Available
+def _plan(model: str, profile: Profile | None, settings: ContextSettings, params: FasaParams | None) -> str:
+    """What the model and the context take, in MiB; "" and a note for a model that the plan does not know."""
     from ..memory.model import read_model
-    from ..memory.plan import ways
-    from ..memory.report import format_plan
+    from ..memory.plan import estimate
+    from ..memory.report import mib
 
     try:
-        plan = read_model(model, profile)
-        available = Available.here(None, None)
-        print(format_plan(plan, settings, ways(plan, settings, params or FasaParams(), available), available))
+        x = estimate(read_model(model, profile), settings, params)
     except FasaError as e:
         note(f"without a plan: {e}")
+        return ""
+    gpu = f"; GPU: {mib(x.device)}" if settings.n_gpu_layers else ""
+    pinned = f", pinned {mib(x.kv_pinned)}" if x.kv_pinned else ""
+    return (
+        f"MiB: weights {mib(os.path.getsize(model))}, K and V {mib(x.kv + x.kv_ram + x.kv_pinned)}, "
+        f"dominant keys {mib(x.k_dom + x.k_dom_ram)}{gpu}{pinned}"
+    )
 
 
 def _describe(session: Session, params: FasaParams | None, why_off: str, a: argparse.Namespace) -> str:
@@ -133,8 +137,9 @@ def cmd_serve(a: argparse.Namespace) -> None:
     from .. import serve  # noqa: F401  # loads the library
 
     with _listen(a.host, a.port) as sock, _open(a, params, profile) as session:
-        _print_plan(a.model, profile, session.settings, params)
         print(_describe(session, params, why_off, a))
+        if line := _plan(a.model, profile, session.settings.replace(mode=session.mode), params):
+            print(line)
         _run(a, session, params, why_off, sock)
 
 
