@@ -153,9 +153,12 @@ class Engine:
             self.stats.reused_tokens += slot.n_reused
 
     def _reusable(self, tokens: list[int], prompt: list[int]) -> int:
-        """How many of a sequence's tokens can stay for a prompt, whose last token is always evaluated."""
+        """How many of a sequence's tokens can stay for a prompt, whose last token is always evaluated.
+
+        A few in common are evaluated again: where a piece begins changes the rounding, and they are quickly read.
+        """
         n = common(tokens, prompt[:-1])
-        return 0 if self._recurrent and n < len(tokens) else n
+        return 0 if n < min(WORTH, len(prompt) - 1) or (self._recurrent and n < len(tokens)) else n
 
     def _place(self, request: Request, idle: list[Slot]) -> Slot:
         """An idle slot, with as much of the prompt in its cache as there is anywhere."""
