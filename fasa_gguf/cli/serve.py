@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import os
 import signal
 import socket
@@ -157,6 +158,7 @@ def _run(a: argparse.Namespace, session: Session, params: FasaParams | None, why
     engine = Engine(session, params, a.queue, a.cache_ram * 2**20)
     key = a.api_key or os.environ.get("FASA_API_KEY") or None
     app = create_app(Server(engine, chats, Metrics(engine), a.alias or Path(a.model).name, key, why_off))
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that went away
     config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
     host, port = sock.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
