@@ -79,6 +79,8 @@ def _open(a: argparse.Namespace, params: FasaParams | None, profile: Profile | N
     try:
         if not session.memory:
             raise FasaError(f"{a.model}: this model has no KV cache (an encoder), so it writes no text")
+        if session.llama.llama_vocab_type(session.vocab) == session.llama.LLAMA_VOCAB_TYPE_NONE:
+            raise FasaError(f"{a.model}: this model has no vocabulary, so it writes no text")
         if params and profile:
             session.fasa.set_profile(profile)
             session.fasa.set_params(params)

@@ -122,7 +122,11 @@ class Engine:
             if slot.request:
                 self._end(slot, server_error(str(e) if isinstance(e, FasaError) else "internal error"), "failed")
             slot.tokens = []
-        self.session.clear()
+        try:
+            self.session.clear()
+        except FasaError as again:
+            print(f"fasa-gguf: error: {again}; the server stops", file=sys.stderr)
+            self._stopping = True
 
     def _drop_cancelled(self) -> None:
         for slot in self.slots:
@@ -265,11 +269,11 @@ class Engine:
         logprobs = log_softmax(row) if request.logprobs is not None else None
         if slot.n_written < request.min_tokens:
             row[self._ends()] = -float("inf")
-        token = int(llama.llama_sampler_sample(request.chain.sampler, self.session.ctx, i))
+        token = request.sampler.sample(i)
         if slot.n_written == 0:
             slot.first = time.perf_counter()
             self.stats.first(slot.first - request.created)
-        if llama.llama_vocab_is_eog(self.session.vocab, token):
+        if token is None or llama.llama_vocab_is_eog(self.session.vocab, token):
             self._finish(slot, "stop")
             return
         slot.n_written += 1

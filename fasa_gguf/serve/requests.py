@@ -14,7 +14,7 @@ from ..errors import FasaError
 from ..params import SETTINGS, FasaParams
 from .engine import Engine
 from .errors import ApiError
-from .sampling import SamplingParams, make_sampler
+from .sampling import Sampler, SamplingParams
 from .slots import Event, Request
 
 MOST_LOGPROBS = 100
@@ -141,8 +141,7 @@ def make_request(
         prompt=prompt,
         max_tokens=max_tokens or engine.n_ctx,
         send=send,
-        sampling=sampling,
-        chain=make_sampler(engine.session, sampling),
+        sampler=Sampler(engine.session, sampling),
         stops=tuple(stops),
         min_tokens=body.min_tokens,
         logprobs=logprobs,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,8 +38,45 @@ class SamplingParams:
     grammar: str = ""
 
 
-def make_sampler(session: Session, p: SamplingParams) -> Any:
-    """A sampler chain as llama_cpp.Llama makes it. Raises ApiError for what llama.cpp cannot take."""
+class Sampler:
+    """One request's samplers, with the state that its tokens make; made as llama_cpp.Llama makes them.
+
+    Raises ApiError for what llama.cpp cannot take.
+    """
+
+    def __init__(self, session: Session, p: SamplingParams) -> None:
+        self._session, self._llama = session, library.load()
+        self._chain = _chain(session, p)
+        self._grammar = _grammar(session, p.grammar) if p.grammar else None
+
+    def sample(self, i: int) -> int | None:
+        """The next token, from the i-th row of the last batch; None when the grammar allows none."""
+        if self._grammar is None:
+            return int(self._llama.llama_sampler_sample(self._chain.sampler, self._session.ctx, i))
+        logits = np.ctypeslib.as_array(self._llama.llama_get_logits_ith(self._session.ctx, i), (self._session.n_vocab,))
+        return self._by_grammar(self._grammar, logits)
+
+    def _by_grammar(self, grammar: Any, logits: np.ndarray) -> int | None:
+        """llama.cpp ends the process when it accepts a token that the grammar hides."""
+        llama = self._llama
+        data = np.zeros(len(logits), [("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+        data["id"], data["logit"] = np.arange(len(logits)), logits
+        found = llama.llama_token_data_array()
+        found.data = data.ctypes.data_as(ctypes.POINTER(llama.llama_token_data))
+        found.size, found.selected, found.sorted = len(data), -1, False
+        llama.llama_sampler_apply(grammar.sampler, ctypes.byref(found))
+        if not np.isfinite(data["logit"]).any():
+            return None
+        llama.llama_sampler_apply(self._chain.sampler, ctypes.byref(found))
+        if not (0 <= found.selected < found.size and math.isfinite(data["logit"][found.selected])):
+            return None
+        token = int(data["id"][found.selected])
+        for sampler in (grammar, self._chain):
+            llama.llama_sampler_accept(sampler.sampler, token)
+        return token
+
+
+def _chain(session: Session, p: SamplingParams) -> Any:
     chain = LlamaSampler()
     if p.logit_bias:
         for token, bias in p.logit_bias.items():
@@ -50,8 +88,6 @@ def make_sampler(session: Session, p: SamplingParams) -> Any:
                 raise ApiError(f"logit_bias: expected -{BIAS:g} to {BIAS:g}, found {bias}", "logit_bias")
         chain.add_logit_bias(session.n_vocab, p.logit_bias)
     chain.add_penalties(session.n_vocab, PENALTY_LAST_N, p.repeat_penalty, p.frequency_penalty, p.presence_penalty)
-    if p.grammar:
-        _add_grammar(chain, session, LlamaGrammar.from_string(p.grammar, verbose=False))
     if p.temperature == 0:
         chain.add_greedy()
     elif p.temperature < 0:
@@ -69,12 +105,13 @@ def make_sampler(session: Session, p: SamplingParams) -> Any:
     return chain
 
 
-def _add_grammar(chain: Any, session: Session, grammar: Any) -> None:
-    llama = library.load()
+def _grammar(session: Session, text: str) -> Any:
+    llama, chain, grammar = library.load(), LlamaSampler(), LlamaGrammar.from_string(text, verbose=False)
     made = llama.llama_sampler_init_grammar(session.vocab, grammar._grammar.encode(), grammar._root.encode())
     if not made:  # a null pointer would end the process when it is used
         raise ApiError("grammar: llama.cpp cannot parse it; expected GBNF with a rule named root", "grammar")
     llama.llama_sampler_chain_add(chain.sampler, made)
+    return chain
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from .sampling import SamplingParams
+from .sampling import Sampler
 from .text import TextStream
 
 SHARED = ("tokens_attended", "tokens_visible", "lists")  # counters of the steps that a request took part in
@@ -39,14 +39,13 @@ Event = Piece | Done | Exception
 class Request:
     """What is to be written. `send` is called from the engine's thread, with Piece after Piece, then Done or an error.
 
-    logprobs: how many alternatives are wanted, None: no logprobs. dense: without FASA. chain: the sampler.
+    logprobs: how many alternatives are wanted, None: no logprobs. dense: without FASA.
     """
 
     prompt: list[int]
     max_tokens: int
     send: Callable[[Event], None]
-    sampling: SamplingParams
-    chain: Any
+    sampler: Sampler
     stops: tuple[str, ...] = ()
     min_tokens: int = 0
     logprobs: int | None = None

@@ -6,6 +6,7 @@ import time
 
 import numpy as np
 import pytest
+from tiny_apps import write_hybrid_heads
 
 from fasa_gguf import FasaError, FasaParams
 from fasa_gguf.profile.profile import Profile
@@ -21,14 +22,14 @@ class Client:
         self.engine = engine
 
     def ask(self, prompt, max_tokens=12, **changes):
-        from fasa_gguf.serve.sampling import SamplingParams, make_sampler
+        from fasa_gguf.serve.sampling import Sampler, SamplingParams
         from fasa_gguf.serve.slots import Request
 
         events = queue.Queue()
         sampling = SamplingParams(**{"temperature": 0, **changes.pop("sampling", {})})
-        chain = make_sampler(self.engine.session, sampling)
+        sampler = Sampler(self.engine.session, sampling)
         send = changes.pop("send", events.put)
-        request = Request(prompt, max_tokens, send, sampling, chain, **changes)
+        request = Request(prompt, max_tokens, send, sampler, **changes)
         request.events = events
         self.engine.submit(request)
         return request
@@ -55,10 +56,10 @@ def make(chatty):
     """A client of a new engine; everything is ended afterwards."""
     opened = []
 
-    def make(n=3, params=SPARSE, n_ctx=1024, **changes):
+    def make(n=3, params=SPARSE, n_ctx=1024, model=chatty, **changes):
         from fasa_gguf.serve.engine import Engine
 
-        session = Session(chatty, n_ctx=n_ctx * n, n_seq_max=n, n_batch=64, n_ubatch=64, n_threads=1)
+        session = Session(model, n_ctx=n_ctx * n, n_seq_max=n, n_batch=64, n_ubatch=64, n_threads=1)
         if params:
             session.fasa.set_profile(Profile.load(chatty.with_suffix(".fasa.json")))
             session.fasa.set_params(params)
@@ -268,3 +269,27 @@ def test_the_same_seed_gives_the_same_text_beside_others(make):
 def test_a_grammar_holds(make):
     text, done = make(n=1)(prompts(1)[0], sampling={"grammar": 'root ::= "ab" [0-9] "."', "temperature": 1.0})
     assert text[:2] == "ab" and text[2].isdigit() and text[3:] == "." and done.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("grammar", ['root ::= "a" [^\\x00-\\U0010FFFF]', 'root ::= "a" x\nx ::= [b-a]'])
+def test_a_grammar_that_leads_nowhere_ends_the_text(make, grammar, temperature):
+    """llama.cpp would end the process."""
+    client = make(n=1)
+    text, done = client(prompts(1)[0], sampling={"grammar": grammar, "temperature": temperature})
+    assert text.startswith("a") and done.finish_reason == "stop" and done.usage["completion_tokens"] < 8
+    assert client(prompts(1)[0])[0]
+
+
+def test_a_recurrent_state_is_reused_where_it_ends(make, tmp_path):
+    """It goes back nowhere."""
+    model = tmp_path / "hybrid.gguf"
+    write_hybrid_heads(model)
+    client = make(model=model, params=None, n=2, cache_bytes=2**24, n_ctx=512)
+    asked = prompts(5, 150)
+    alone = [client(p)[0] for p in asked]
+    found = [client.wait(r) for r in [client.ask(p) for p in asked]]
+    assert [text for text, _ in found] == alone
+    longer = [*client.engine.slots[0].tokens, 5, 6, 7]
+    assert client(longer)[1].usage["prompt_tokens_details"]["cached_tokens"] == len(longer) - 3
+    assert client(longer[:-50])[1].usage["prompt_tokens_details"]["cached_tokens"] == 0
