@@ -136,6 +136,7 @@ class Engine:
     def _end(self, slot: Slot, last: Done | Exception | None, outcome: str) -> None:
         """The request of a slot has ended; what it evaluated stays."""
         request, slot.request = slot.take(), None
+        request.sampler.close()
         self.stats.requests[outcome] += 1
         if last is not None:
             request.send(last)
@@ -150,6 +151,7 @@ class Engine:
                 return
             if request.cancelled.is_set():
                 self.stats.requests["cancelled"] += 1
+                request.sampler.close()
                 continue
             slot = self._place(request, idle)
             slot.begin(request)

@@ -49,6 +49,12 @@ class Sampler:
         self._chain = _chain(session, p)
         self._grammar = _grammar(session, p.grammar) if p.grammar else None
 
+    def close(self) -> None:
+        """Free llama.cpp's side now: the wrappers are circles, which wait for the collector."""
+        for chain in (self._chain, self._grammar):
+            if chain is not None:
+                chain.close()
+
     def sample(self, i: int) -> int | None:
         """The next token, from the i-th row of the last batch; None when the grammar allows none."""
         if self._grammar is None:

@@ -317,7 +317,7 @@ def test_a_key_is_asked_for_and_a_dense_server_says_why(chatty, tmp_path):
     assert "2 slots of 512 tokens; dense: it was started with --no-fasa" in server.log.read_text()
 
 
-def test_a_stream_ends_with_an_error_when_the_server_stops(chatty, tmp_path):
+def test_a_full_queue_says_so_and_a_server_stops_while_a_stream_runs(chatty, tmp_path):
     server = Server(chatty, tmp_path / "log.txt", "-c", "4096", "-np", "1", "--queue", "0")
     stream = server.client.completions.create(
         model="m", prompt="x", max_tokens=4000, stream=True, extra_body={"min_tokens": 4000}
