@@ -72,6 +72,9 @@ class Engine:
         with self._changed:
             if self._stopping:
                 raise server_error("the server is shutting down", "shutting_down", 503)
+            for gone in [r for r in self._queue if r.cancelled.is_set()]:
+                self._queue.remove(gone)
+                self._forget(gone)
             if len(self._queue) >= self.n_queue + sum(slot.request is None for slot in self.slots):
                 raise server_error(
                     f"all {len(self.slots)} slots are busy and {self.n_queue} requests wait; try again later",
@@ -126,7 +129,8 @@ class Engine:
             self.session.clear()
         except FasaError as again:
             print(f"fasa-gguf: error: {again}; the server stops", file=sys.stderr)
-            self._stopping = True
+            with self._changed:
+                self._stopping = True
 
     def _drop_cancelled(self) -> None:
         for slot in self.slots:
@@ -141,6 +145,11 @@ class Engine:
         if last is not None:
             request.send(last)
 
+    def _forget(self, request: Request) -> None:
+        """A request that was cancelled before it had a slot."""
+        self.stats.requests["cancelled"] += 1
+        request.sampler.close()
+
     # ---- slots and prefixes ----
 
     def _fill_slots(self) -> None:
@@ -150,10 +159,14 @@ class Engine:
             if request is None:
                 return
             if request.cancelled.is_set():
-                self.stats.requests["cancelled"] += 1
-                request.sampler.close()
+                self._forget(request)
                 continue
-            slot = self._place(request, idle)
+            try:
+                slot = self._place(request, idle)
+            except BaseException as e:
+                self.stats.requests["failed"] += 1
+                request.send(server_error(str(e) if isinstance(e, FasaError) else "internal error"))
+                raise
             slot.begin(request)
             slot.n_reused = len(slot.tokens)
             self.stats.reused_tokens += slot.n_reused

@@ -183,6 +183,8 @@ def test_requests_queue_and_a_full_queue_says_so(make):
     with pytest.raises(FasaError, match="all 1 slots are busy and 2 requests wait") as e:
         client.ask(prompts(1)[0])
     assert e.value.status == 503 and e.value.code == "queue_full"
+    waiting[0].cancel()  # its place is free
+    waiting[0] = client.ask(prompts(1)[0])
     held.set()
     assert all(client.wait(r)[0] for r in waiting)
 
@@ -224,6 +226,22 @@ def test_a_decode_that_fails_ends_its_requests_and_the_server_goes_on(make, monk
         client(prompts(1)[0])
     assert e.value.status == 500 and "FasaError: no memory" in capsys.readouterr().err
     assert client(prompts(1)[0])[0] == text
+
+
+def test_a_state_that_cannot_be_put_back_ends_its_request(make, monkeypatch):
+    client = make(n=1, cache_bytes=2**24)
+    a, b = prompts(2, 200)
+    text = client(a)[0]
+    client(b)
+
+    def fail(state, seq):
+        raise FasaError("llama.cpp does not take this state")
+
+    monkeypatch.setattr(client.engine.session, "set_state", fail)
+    with pytest.raises(FasaError, match="does not take this state"):
+        client(a)
+    monkeypatch.undo()
+    assert client(a)[0] == text and client.engine.is_alive
 
 
 def test_stops_logprobs_and_least_tokens(make):
