@@ -16,7 +16,7 @@ help:
 	@echo 'make stock  the unpatched library with the same flags, into build/stock-lib'
 	@echo 'make upstream-tests  the own tests of the pinned llama.cpp, against the patched library'
 	@echo 'make binding-tests  the own tests of the pinned llama-cpp-python, with FASA off and on'
-	@echo 'make app-tests  langchain, llama-index and the server of llama-cpp-python, with FASA'
+	@echo 'make app-tests  langchain, llama-index, the server of llama-cpp-python and `serve`, with FASA'
 	@echo 'make thread-tests  settings and statistics during a decode, under the thread sanitizer'
 	@echo 'make check  does the patch queue apply'
 	@echo 'make lint   ruff, mypy and clang-format; `make format` writes what they want'
@@ -96,7 +96,8 @@ $(APPS)/.ready: $(VENV)/.ready
 	$(APPS)/bin/python -m pip install -q --disable-pip-version-check \
 	    --only-binary llama-cpp-python llama-cpp-python==$(PIN) 'scipy>=1.10' 'langchain-community>=0.4' \
 	    'llama-index-llms-llama-cpp>=0.7' 'openai>=2' 'httpx>=0.24' 'uvicorn>=0.22' 'fastapi>=0.100' \
-	    'pydantic-settings>=2.0.1' 'sse-starlette>=1.6.1' 'starlette-context>=0.3.6,<0.4' 'PyYAML>=5.1'
+	    'pydantic-settings>=2.0.1' 'sse-starlette>=1.6.1' 'starlette-context>=0.3.6,<0.4' 'PyYAML>=5.1' \
+	    'prometheus-client>=0.17'
 	@touch $@
 
 APP_TESTS = OMP_WAIT_POLICY=passive $(APPS)/bin/python -m pytest -q -rsP
@@ -104,7 +105,7 @@ binding-tests: build $(APPS)/.ready $(MODEL)
 	$(APP_TESTS) tests/apps/test_upstream.py
 
 app-tests: build $(APPS)/.ready $(MODEL)
-	$(APP_TESTS) tests/apps --deselect tests/apps/test_upstream.py
+	$(APP_TESTS) tests/apps tests/serve --deselect tests/apps/test_upstream.py
 
 $(MODEL): $(VENV)/.ready
 	$(PY) models/fetch.py $@

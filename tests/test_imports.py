@@ -20,6 +20,7 @@ LAYERS = (
     ("memory",),
     ("mended",),
     ("session", "llama"),
+    ("serve",),
     ("quality",),
     ("calibrate",),
     ("speed",),

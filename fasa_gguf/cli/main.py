@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 from .. import __version__
 from ..errors import FasaError
-from . import bench, eval, plan, profile, quality, run
+from . import bench, eval, plan, profile, quality, run, serve
 from .progress import stop_progress
 
 
@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
         p.set_defaults(run=run)
         return p
 
-    for module in (profile, run, eval, plan, quality, bench):
+    for module in (profile, run, serve, eval, plan, quality, bench):
         module.add_commands(command)
     return ap
 
