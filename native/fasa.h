@@ -236,7 +236,9 @@ enum fasa_reason {
 
 FASA_API const char * fasa_version(void);          // "0.1.0"
 FASA_API const char * fasa_upstream_version(void); // the version of llama-cpp-python whose llama.cpp this is
-FASA_API const char * fasa_error(void);            // the last error of this thread, one sentence; "" if none
+// "NAME:HASH NAME:HASH ...": the patches of this build, with 12 digits of each one's SHA-256
+FASA_API const char * fasa_patches(void);
+FASA_API const char * fasa_error(void); // the last error of this thread, one sentence; "" if none
 FASA_API fasa_params fasa_params_default(void);
 // The chunks that the setting 0 stands for in a head that has n_chunk: 3/8 of them, in whole groups of 4.
 FASA_API uint32_t fasa_default_chunks(uint32_t n_chunk);

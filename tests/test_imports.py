@@ -24,6 +24,7 @@ LAYERS = (
     ("calibrate",),
     ("speed",),
     ("harness",),
+    ("doctor",),
     ("cli",),
     ("__main__",),
 )
