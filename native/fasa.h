@@ -248,6 +248,11 @@ FASA_API uint32_t fasa_default_chunks(uint32_t n_chunk);
 // context; fasa_error() says why. Clears fasa_error().
 FASA_API int fasa_set_mode(int32_t mode);
 
+// For programs that know nothing of FASA, before they load a model: contexts that are made later take the profile in
+// their model's file, its defaults, and the variables FASA_* (docs/guide/native-tools.md). A line on stderr says
+// whether FASA is on, and with which settings or why not. The tools of `make tools` call it.
+FASA_API void fasa_use_environment(void);
+
 // Attach a profile to a context. Fails when a shape does not fit the model (both shapes are named).
 FASA_API int fasa_set_profile(struct llama_context * ctx, const fasa_profile * profile);
 
