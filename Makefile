@@ -45,7 +45,7 @@ $(VENV)/.ready: pyproject.toml patches/UPSTREAM
 	    --no-deps -w build/wheels "$$sdist" --config-settings=cmake.args=-DLLAMA_BUILD=OFF
 	$(PIP) --force-reinstall --no-deps build/wheels/llama_cpp_python-*.whl
 	$(PIP) llama-cpp-python==$(PIN) 'cffi>=1.16' 'matplotlib>=3.7' 'numpy>=1.24' 'tqdm>=4.60' 'gguf>=0.19' \
-	    'pytest>=7.4' 'pytest-xdist>=3.5'
+	    'pytest>=7.4' 'pytest-xdist>=3.5' 'shtab>=1.13'
 	printf '%s\n' "$$FASA_COMMAND" > $(VENV)/bin/fasa-gguf && chmod +x $(VENV)/bin/fasa-gguf
 	echo '$(CURDIR)' > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fasa_gguf.pth"
 	@touch $@

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import FasaError
-from . import bench, doctor, eval, plan, profile, quality, run
+from . import bench, completion, doctor, eval, plan, profile, quality, run
 from .arguments import Run
 from .progress import stop_progress
 
@@ -26,7 +26,7 @@ def parser() -> argparse.ArgumentParser:
         p.set_defaults(run=run)
         return p
 
-    for module in (profile, run, eval, plan, quality, bench, doctor):
+    for module in (profile, run, eval, plan, quality, bench, doctor, completion):
         module.add_commands(command)
     return ap
 
