@@ -28,13 +28,10 @@ def cmd_completion(a: argparse.Namespace) -> None:
         import shtab
     except ImportError:
         raise FasaError("completion needs the package shtab; run `pip install 'shtab>=1.13'`") from None
-    from .main import parser
-
-    whole = parser()
-    for action in _actions(whole):
+    for action in _actions(a.parser):
         if action.dest in PATHS:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
-    print(shtab.complete(whole, shell=a.shell))
+    print(shtab.complete(a.parser, shell=a.shell))
 
 
 def add_commands(command: AddCommand) -> None:

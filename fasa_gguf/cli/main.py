@@ -34,10 +34,11 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns the exit status: 0, 1 for an error or a check that failed, 130 when interrupted; usage
     errors exit with 2."""
-    a = parser().parse_args(argv)
+    ap = parser()
+    a = ap.parse_args(argv, argparse.Namespace(parser=ap))
     a.model = getattr(a, "model_flag", None) or getattr(a, "model", None)
     if a.model is None and not getattr(a, "shape", None) and getattr(a, "needs_model", True):
-        parser().error(f"{a.command}: MODEL is missing")
+        ap.error(f"{a.command}: MODEL is missing")
     try:
         status = a.run(a) or 0
         sys.stdout.flush()
