@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -199,7 +200,7 @@ def speed_check(model: str, profile: Profile | None, depth: int, n_threads: int)
     copy = runtime.devices.copy_rate("CPU", COPY_BYTES, n_threads)
     if base > 0.75 * dense:  # what the cache adds to a step is noise, as Result.kv_rate has it
         text = f"not measured: a step takes {1000 * base:.2f} ms without a cache, {1000 * dense:.2f} with {depth} cells"
-        return Check("dense speed", NOTE, f"{text}; is the machine busy?")
+        return Check("dense speed", NOTE, text + _busy())
     rate = n_bytes / (dense - base)
     text = (
         f"dense reads {n_bytes / 1e6:.0f} MB of K and V at {rate / 1e9:.1f} GB/s, a plain read {plain / 1e9:.1f}, "
@@ -207,8 +208,16 @@ def speed_check(model: str, profile: Profile | None, depth: int, n_threads: int)
     )
     if plain and rate < SLOW_READ * plain:
         more = ": dense attention is far below what the memory allows; FASA's gain over it is not memory alone"
-        return Check("dense speed", NOTE, text + more)
+        return Check("dense speed", NOTE, text + more + _busy())
     return Check("dense speed", OK, text)
+
+
+def _busy() -> str:
+    """That others use the CPUs too, which a timing cannot tell from slow memory; "" when they do not."""
+    load, cores = os.getloadavg()[0], runtime.cpus.usable_cores()
+    return f"; the machine is busy (load {load:.1f} on {cores} cores): measure again when it is not" * (
+        load > cores + 1
+    )
 
 
 def model_checks(model: str, profile: str | None, n_threads: int) -> list[Check]:
