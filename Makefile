@@ -14,6 +14,7 @@ help:
 	@echo 'make test   the test-suite'
 	@echo 'make build  the native library, into fasa_gguf/lib; CMAKE_ARGS=... takes options of llama.cpp'
 	@echo 'make stock  the unpatched library with the same flags, into build/stock-lib'
+	@echo 'make tools  llama-server, llama-cli, llama-bench and llama-perplexity with FASA, into build/tools/bin'
 	@echo 'make upstream-tests  the own tests of the pinned llama.cpp, against the patched library'
 	@echo 'make binding-tests  the own tests of the pinned llama-cpp-python, with FASA off and on'
 	@echo 'make app-tests  langchain, llama-index, the server of llama-cpp-python and `serve`, with FASA'
@@ -44,7 +45,7 @@ $(VENV)/.ready: pyproject.toml patches/UPSTREAM
 	    --no-deps -w build/wheels "$$sdist" --config-settings=cmake.args=-DLLAMA_BUILD=OFF
 	$(PIP) --force-reinstall --no-deps build/wheels/llama_cpp_python-*.whl
 	$(PIP) llama-cpp-python==$(PIN) 'cffi>=1.16' 'matplotlib>=3.7' 'numpy>=1.24' 'tqdm>=4.60' 'gguf>=0.19' \
-	    'pytest>=7.4' 'pytest-xdist>=3.5'
+	    'pytest>=7.4' 'pytest-xdist>=3.5' 'shtab>=1.13'
 	printf '%s\n' "$$FASA_COMMAND" > $(VENV)/bin/fasa-gguf && chmod +x $(VENV)/bin/fasa-gguf
 	echo '$(CURDIR)' > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/fasa_gguf.pth"
 	@touch $@
@@ -69,6 +70,12 @@ stock: $(VENV)/.ready
 	$(VENV)/bin/cmake --build build/stock -j $(JOBS)
 	@rm -rf build/stock-lib
 	$(VENV)/bin/cmake --install build/stock --prefix build/stock-lib --component fasa
+
+# llama.cpp's own programs on the patched library; they read FASA_* (docs/guide/native-tools.md)
+TOOLS := llama-server llama-cli llama-bench llama-perplexity
+tools: $(VENV)/.ready
+	@$(call configure,build/tools,-DFASA_TOOLS=ON)
+	$(VENV)/bin/cmake --build build/tools -j $(JOBS) --target $(TOOLS)
 
 upstream-tests: build $(MODEL)
 	@$(call configure,build/upstream-tests,-DFASA_UPSTREAM_TESTS=ON)
@@ -148,4 +155,4 @@ tables: $(VENV)/.ready
 compare: $(VENV)/.ready
 	$(PY) tests/helpers/compare_checkouts.py $(OTHER)
 
-.PHONY: help build stock upstream-tests binding-tests app-tests thread-tests demo test check lint format tables compare
+.PHONY: help build stock tools upstream-tests binding-tests app-tests thread-tests demo test check lint format tables compare

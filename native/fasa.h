@@ -273,7 +273,9 @@ enum fasa_reason {
 
 FASA_API const char * fasa_version(void);          // "0.1.0"
 FASA_API const char * fasa_upstream_version(void); // the version of llama-cpp-python whose llama.cpp this is
-FASA_API const char * fasa_error(void);            // the last error of this thread, one sentence; "" if none
+// "NAME:HASH NAME:HASH ...": the patches of this build, with 12 digits of each one's SHA-256
+FASA_API const char * fasa_patches(void);
+FASA_API const char * fasa_error(void); // the last error of this thread, one sentence; "" if none
 FASA_API fasa_params fasa_params_default(void);
 // The chunks that the setting 0 stands for in a head that has n_chunk: 3/8 of them, in whole groups of 4.
 FASA_API uint32_t fasa_default_chunks(uint32_t n_chunk);
@@ -282,6 +284,11 @@ FASA_API uint32_t fasa_default_chunks(uint32_t n_chunk);
 // devices that FASA has no kernels for, are not affected. A cache that cannot be pinned fails the making of the
 // context; fasa_error() says why. Clears fasa_error().
 FASA_API int fasa_set_mode(int32_t mode);
+
+// For programs that know nothing of FASA, before they load a model: contexts that are made later take the profile in
+// their model's file, its defaults, and the variables FASA_* (docs/guide/native-tools.md). A line on stderr says
+// whether FASA is on, and with which settings or why not. The tools of `make tools` call it.
+FASA_API void fasa_use_environment(void);
 
 // Attach a profile to a context. Fails when a shape does not fit the model (both shapes are named).
 FASA_API int fasa_set_profile(struct llama_context * ctx, const fasa_profile * profile);

@@ -26,8 +26,10 @@ PINNED = (
     ("patches/UPSTREAM", "version = {}"),
     ("pyproject.toml", "llama-cpp-python=={}"),
 )
-# what a build of the libraries does not need
-SKIP = re.compile(r"^(docs|models|media|app|tools/ui|benches|\.git|\.github|\.devops|ci)(/|$)")
+# what a build of the libraries and tools does not need; of the server's web page only what stands in for it
+SKIP = re.compile(
+    r"^(docs|models|media|app|benches|\.git|\.github|\.devops|ci)(/|$)|^tools/ui/(?!(CMakeLists\.txt|ui\.(h|cpp)\.in)$)"
+)
 
 
 class QueueError(Exception):
@@ -99,7 +101,7 @@ def unpack(target: Path) -> None:
 
 def prepare(target: Path, source: Path | None, patched: bool) -> None:
     """Make a source tree ready to build. A tree of the same pin and patches stays, unless it came from `source`."""
-    stamp = hashlib.sha256(repr((upstream(), str(source), patched)).encode())
+    stamp = hashlib.sha256(repr((upstream(), SKIP.pattern, str(source), patched)).encode())
     for p in patches() if patched else []:
         stamp.update(p.read_bytes())
     mark = target / ".fasa-prepared"

@@ -25,6 +25,7 @@ LAYERS = (
     ("calibrate",),
     ("speed",),
     ("harness",),
+    ("doctor",),
     ("cli",),
     ("__main__",),
 )

@@ -15,7 +15,8 @@ from ..params import FasaParams, parse_mode
 from ..profile.profile import PRESETS, Profile
 from ..runtime.settings import ContextSettings
 
-AddCommand = Callable[[str, Callable[[argparse.Namespace], None], str, str], argparse.ArgumentParser]
+Run = Callable[[argparse.Namespace], int | None]  # an exit status, or None for 0
+AddCommand = Callable[[str, Run, str, str], argparse.ArgumentParser]
 
 
 # ---- argparse types ----

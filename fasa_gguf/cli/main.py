@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import FasaError
-from . import bench, eval, plan, profile, quality, run, serve
+from . import bench, completion, doctor, eval, plan, profile, quality, run, serve
+from .arguments import Run
 from .progress import stop_progress
 
 
@@ -20,28 +21,28 @@ def parser() -> argparse.ArgumentParser:
     ap.add_argument("--version", action="version", version=f"fasa-gguf {__version__}")
     sub = ap.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def command(
-        name: str, run: Callable[[argparse.Namespace], None], help: str, example: str
-    ) -> argparse.ArgumentParser:
+    def command(name: str, run: Run, help: str, example: str) -> argparse.ArgumentParser:
         p = sub.add_parser(name, help=help, description=help, epilog=f"example: fasa-gguf {name} {example}")
         p.set_defaults(run=run)
         return p
 
-    for module in (profile, run, serve, eval, plan, quality, bench):
+    for module in (profile, run, serve, eval, plan, quality, bench, doctor, completion):
         module.add_commands(command)
     return ap
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns the exit status: 0, 1 for an error, 130 when interrupted; usage errors exit with 2."""
-    a = parser().parse_args(argv)
-    a.model = getattr(a, "model_flag", None) or a.model
-    if a.model is None and not getattr(a, "shape", None):
-        parser().error(f"{a.command}: MODEL is missing")
+    """Run one command. Returns the exit status: 0, 1 for an error or a check that failed, 130 when interrupted; usage
+    errors exit with 2."""
+    ap = parser()
+    a = ap.parse_args(argv, argparse.Namespace(parser=ap))
+    a.model = getattr(a, "model_flag", None) or getattr(a, "model", None)
+    if a.model is None and not getattr(a, "shape", None) and getattr(a, "needs_model", True):
+        ap.error(f"{a.command}: MODEL is missing")
     try:
-        a.run(a)
+        status = a.run(a) or 0
         sys.stdout.flush()
-        return 0
+        return int(status)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path("/")  # of /proc and /sys
@@ -72,6 +73,31 @@ def _quota() -> float:
         if len(words) == 2 and all(word.isdigit() and int(word) for word in words):
             granted = min(granted, int(words[0]) / int(words[1]))
     return granted
+
+
+@dataclass(frozen=True)
+class Granted:
+    """What this process may use of the machine's CPUs."""
+
+    cpus: int  # that the machine has
+    allowed: int  # of these, by affinity
+    cores: int  # physical ones among the allowed
+    quota: float | None  # CPUs whose time the control groups grant; None: no limit
+
+
+def granted() -> Granted:
+    """CPUs, affinity and quota of this process."""
+    allowed, quota = _allowed(), _quota()
+    return Granted(os.cpu_count() or 1, len(allowed), _cores(allowed), None if quota == float("inf") else quota)
+
+
+def flags() -> frozenset[str]:
+    """The CPU's instruction sets by the kernel's names; empty where it does not say."""
+    for line in _read(ROOT / "proc" / "cpuinfo").splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return frozenset(value.split())
+    return frozenset()
 
 
 def usable_cores() -> int:

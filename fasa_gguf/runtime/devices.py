@@ -40,6 +40,22 @@ def devices() -> list[Device]:
     ]
 
 
+def features() -> dict[str, dict[str, str]]:
+    """What each of ggml's backends was built with, by its own names: {"CPU": {"AVX2": "1", ...}}."""
+    api()
+    ffi, lib = _ggml()
+    found: dict[str, dict[str, str]] = {}
+    for i in range(lib.ggml_backend_reg_count()):
+        reg = lib.ggml_backend_reg_get(i)
+        mine = found.setdefault(ffi.string(lib.ggml_backend_reg_name(reg)).decode(), {})
+        get = lib.ggml_backend_reg_get_proc_address(reg, b"ggml_backend_get_features")
+        at = ffi.cast("struct feature * (*)(void *)", get)(reg) if get else ffi.NULL
+        while at and at.name:  # ends with a name that is NULL
+            mine[ffi.string(at.name).decode()] = ffi.string(at.value).decode()
+            at += 1
+    return found
+
+
 @functools.cache
 def _ggml() -> tuple[Any, Any]:
     """(ffi, lib): some of ggml-backend.h, which llama_cpp's ctypes API lacks."""
@@ -52,6 +68,11 @@ def _ggml() -> tuple[Any, Any]:
         "const char * ggml_backend_dev_name(void *);"
         "const char * ggml_backend_dev_description(void *);"
         "int ggml_backend_dev_type(void *);"
+        "size_t ggml_backend_reg_count(void);"
+        "void * ggml_backend_reg_get(size_t);"
+        "const char * ggml_backend_reg_name(void *);"
+        "void * ggml_backend_reg_get_proc_address(void *, const char *);"
+        "struct feature { const char * name; const char * value; };"  # struct ggml_backend_feature
     )
     return ffi, ffi.dlopen(str(find_library("ggml")))
 

@@ -148,6 +148,12 @@ def version() -> str:
     return ffi.string(lib.fasa_version()).decode()
 
 
+def patches() -> dict[str, str]:
+    """The patches that the native library was built with: 12 digits of each one's SHA-256 by name."""
+    ffi, lib = api()
+    return dict(part.split(":") for part in ffi.string(lib.fasa_patches()).decode().split())
+
+
 def last_error() -> str:
     """The last complaint of the native library on this thread; "" when there was none."""
     ffi, lib = api()

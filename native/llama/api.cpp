@@ -18,6 +18,10 @@ const char * fasa_upstream_version(void) {
     return FASA_UPSTREAM_VERSION;
 }
 
+const char * fasa_patches(void) {
+    return FASA_PATCHES;
+}
+
 static bool fasa_has_layer(const llama_context * ctx, int32_t il) {
     return ctx && il >= 0 && il < (int32_t) ctx->get_model().hparams.n_layer();
 }

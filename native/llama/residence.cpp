@@ -1,5 +1,6 @@
 #include "llama/residence.h"
 #include "core/error.h"
+#include "llama/environment.h"
 #include "llama/fasa-hooks.h"
 #include "ops/ops.h"
 
@@ -35,7 +36,8 @@ int fasa_set_mode(int32_t mode) {
 }
 
 ggml_backend_buffer_type_t fasa_kv_buft(ggml_backend_dev_t dev, ggml_backend_buffer_type_t buft) {
-    const auto pinned = fasa_next_mode == FASA_MODE_HOST ? fasa_pinned_buft(dev) : nullptr;
+    const bool is_host = fasa_next_mode == FASA_MODE_HOST || fasa_environment_host();
+    const auto pinned  = is_host ? fasa_pinned_buft(dev) : nullptr;
     return pinned ? pinned : buft;
 }
 
