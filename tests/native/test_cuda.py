@@ -45,6 +45,7 @@ def case(
     mask[:, :, n_kv - hidden :] = -np.inf
     dims = np.stack([rng.permutation(d)[:n_dom] for _ in range(n_head_kv)]).astype(np.int32)
     dims[0, -3:] = -1
+    weight = rng.random((n_head_kv, n_dom)).astype(np.float32) + 0.5
     forced = rng.integers(-1, n_kv, (n_stream, n_tokens, 36)).astype(np.int32)
     if fresh is not None:
         fresh = np.broadcast_to(np.asarray(fresh, np.int32), (n_stream, np.shape(fresh)[-1])).copy()
@@ -55,7 +56,7 @@ def case(
         v=v,
         mask=mask,
         dims=dims,
-        weight=rng.random((n_head_kv, n_dom)).astype(np.float32) + 0.5,
+        weight=weight,
         forced=forced,
         fresh=fresh,
         scale=d**-0.5,
