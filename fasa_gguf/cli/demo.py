@@ -97,7 +97,7 @@ def main(path: str) -> int:
     folder = Path(path).parent
     model, picture = folder / (Path(path).stem + ".fasa.gguf"), folder / "heatmap.png"
     if not model.exists():
-        print(f"Calibrating {Path(path).name} (about a minute) and embedding its profile ...", file=sys.stderr)
+        print(f"Calibrating {Path(path).name} (one to two minutes) and embedding its profile ...", file=sys.stderr)
         rewrite(path, calibrate(path, progress=progress_bar()), model, force=True)
     save_heatmap(Profile.load(model), picture)
     llm = Llama(str(model), n_ctx=8192, verbose=False)
