@@ -17,6 +17,7 @@ from ..runtime.settings import ContextSettings
 
 Run = Callable[[argparse.Namespace], int | None]  # an exit status, or None for 0
 AddCommand = Callable[[str, Run, str, str], argparse.ArgumentParser]
+CONTEXT = 8192  # tokens, where -c is not given
 
 
 # ---- argparse types ----
@@ -99,6 +100,16 @@ def add_context_flags(p: argparse.ArgumentParser) -> None:
     add_machine_flags(p)
     p.add_argument("-ctk", "--cache-type-k", default="f16", help="type of the K cache: f16, q8_0, ...")
     p.add_argument("-ctv", "--cache-type-v", default="f16", help="type of the V cache")
+
+
+def add_context_size(p: argparse.ArgumentParser, what: str) -> None:
+    """-c, with None where it is not given. what: whose context it is."""
+    p.add_argument(
+        "-c",
+        "--ctx-size",
+        type=whole(0),
+        help=f"{what} in tokens; 0: the model's own [{CONTEXT}, or less if the model has less]",
+    )
 
 
 def add_fasa_flags(p: argparse.ArgumentParser, more: str = "", mode_flag: bool = True) -> None:

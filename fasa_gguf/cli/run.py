@@ -20,8 +20,10 @@ from ..runtime.interrupt import deferred_decode
 from ..runtime.pieces import one_bos
 from ..runtime.settings import thread_count
 from .arguments import (
+    CONTEXT,
     AddCommand,
     add_context_flags,
+    add_context_size,
     add_fasa_flags,
     add_model,
     given_fasa,
@@ -31,8 +33,6 @@ from .arguments import (
     whole,
 )
 from .progress import progress_bar, stop_progress
-
-CONTEXT = 8192  # tokens, by default
 
 
 def _load(a: argparse.Namespace) -> tuple[Any, bool]:
@@ -239,12 +239,7 @@ def add_commands(command: AddCommand) -> None:
     p.add_argument(
         "-n", "--n-predict", type=whole(-1), default=128, help="tokens to write; -1: until the context is full"
     )
-    p.add_argument(
-        "-c",
-        "--ctx-size",
-        type=whole(0),
-        help=f"context in tokens; 0: the model's own [{CONTEXT}, or less if the model has less]",
-    )
+    add_context_size(p, "context")
     p.add_argument("-b", "--batch-size", type=whole(1), default=512, help="tokens per prefill batch")
     p.add_argument("-ub", "--ubatch-size", type=whole(1), default=512, help="tokens computed at once in prefill")
     p.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template, as the user's")

@@ -18,8 +18,10 @@ from ..params import FasaParams
 from ..profile.find import find_profile, require_profile
 from ..profile.profile import Profile
 from .arguments import (
+    CONTEXT,
     AddCommand,
     add_context_flags,
+    add_context_size,
     add_fasa_flags,
     add_model,
     given_fasa,
@@ -33,7 +35,6 @@ if TYPE_CHECKING:
     from ..runtime.settings import ContextSettings
     from ..session import Session
 
-CONTEXT = 8192  # tokens of a slot, by default
 NEEDED = ("fastapi", "uvicorn", "sse_starlette", "prometheus_client")
 NO_PROFILE = "the model has no profile; run `fasa-gguf embed-profile MODEL`"
 
@@ -187,12 +188,7 @@ def add_commands(command: AddCommand) -> None:
     add_fasa_flags(p)
     p.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1, this machine alone]")
     p.add_argument("--port", type=whole(0), default=8000, help="port; 0: a free one [8000]")
-    p.add_argument(
-        "-c",
-        "--ctx-size",
-        type=whole(0),
-        help=f"context of each slot in tokens; 0: the model's own [{CONTEXT}, or less if the model has less]",
-    )
+    add_context_size(p, "context of each slot")
     p.add_argument("-np", "--n-parallel", type=whole(1), default=4, help="slots: requests decoded together [4]")
     p.add_argument(
         "-ub",

@@ -154,6 +154,8 @@ WITHOUT_ASLR = ["setarch", platform.machine(), "-R"]  # the sanitizer of older c
 def driver(tmp_path_factory):
     if not (LIBS / "libllama.so").exists():
         pytest.skip("no library with the thread sanitizer; run `make thread-tests`")
+    if (ROOT / "native" / "fasa.h").stat().st_mtime > (LIBS / "libllama.so").stat().st_mtime:
+        pytest.skip("the library with the thread sanitizer is older than native/fasa.h; run `make thread-tests`")
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
