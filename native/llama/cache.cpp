@@ -104,7 +104,8 @@ int fasa_cache::configure() {
         return -1;
     }
     for (size_t ikv = 0; ikv < layers.size(); ++ikv) {
-        if (layers[ikv].k_dom) {
+        if (layers[ikv].k_dom) { // for foreseen queries, where it is to select ahead; a graph says whether it can
+            layers[ikv].for_foreseen = ahead_reason(kv.layers[ikv].il, 1) == FASA_REASON_NONE;
             upload_tables(ikv);
         }
     }
@@ -219,8 +220,7 @@ void fasa_cache::upload_tables(size_t ikv) {
     const auto rope  = kv.hparams.rope_type;
     const int layout = rope == LLAMA_ROPE_TYPE_NORM || rope == LLAMA_ROPE_TYPE_NONE ? 0 : 1;
 
-    // for foreseen queries, where it is to select ahead
-    const bool ahead     = ahead_reason(il, 1) == FASA_REASON_NONE;
+    const bool ahead     = layers[ikv].for_foreseen;
     const auto & ranking = ahead && !known.ahead_ranking.empty() ? known.ahead_ranking : known.ranking;
     const auto & weights = ahead && !known.ahead_weight.empty() ? known.ahead_weight : known.weight;
 
@@ -242,6 +242,17 @@ void fasa_cache::upload_tables(size_t ikv) {
     }
     ggml_backend_tensor_set(layers[ikv].dims, dims.data(), 0, ggml_nbytes(layers[ikv].dims));
     ggml_backend_tensor_set(layers[ikv].weight, weight.data(), 0, ggml_nbytes(layers[ikv].weight));
+}
+
+bool fasa_cache::has_ranking(int32_t il, bool for_foreseen) {
+    const bool differ = !state->known.ahead_ranking.empty() || !state->known.ahead_weight.empty();
+    return !differ || layer(il).for_foreseen == for_foreseen;
+}
+
+void fasa_cache::set_ranking(int32_t il, bool for_foreseen) {
+    layer(il).for_foreseen = for_foreseen;
+    upload_tables(kv.map_layer_ids.at(il));
+    on_changed();
 }
 
 void fasa_cache::clear() {

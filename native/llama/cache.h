@@ -35,6 +35,7 @@ struct fasa_layer {
     ggml_tensor * dims       = nullptr;    // i32 [n_dom, n_head_kv]
     ggml_tensor * weight     = nullptr;    // f32 [n_dom, n_head_kv]
     fasa_dominant_rows dominant;           // of W_q, where it selects ahead
+    bool for_foreseen = false;             // dims and weight, and so k_dom, are those for foreseen queries
     fasa_layer_const fixed;                // what its nodes need beside their src tensors
     fasa_reason reason = FASA_REASON_NONE; // why it is dense in every step
     fasa_reason now    = FASA_REASON_NOT_BUILT; // why it was dense in the last graph, had that been a sparse step
@@ -75,6 +76,11 @@ struct fasa_cache {
     bool gpu_waits(uint32_t n_kv) const;  // whether its layers on GPUs stay dense in a step that sees n_kv cells
     // by settings and profile: why it does not select ahead in a ubatch of n_tokens
     fasa_reason ahead_reason(int32_t il, uint32_t n_tokens);
+    // A layer has one ranking, by which k_dom is derived: the one for foreseen queries where it is to select ahead,
+    // until a graph shows that its queries cannot be foreseen. A change makes all cells stale; the devices must be
+    // idle.
+    bool has_ranking(int32_t il, bool for_foreseen); // or both are the same
+    void set_ranking(int32_t il, bool for_foreseen);
     // The dominant rows of W_q, made when they are asked for first. nullptr: they cannot be had, and the whole W_q
     // serves.
     const fasa_dominant_rows * dominant_rows(int32_t il, const fasa_query_rows & rows);

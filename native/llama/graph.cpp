@@ -51,6 +51,7 @@ struct fasa_attn {
     ggml_tensor * build_staged() const;
     ggml_tensor * build_window() const;
     ggml_tensor * build_select() const;
+    void set_ahead(const fasa_foreseen & foreseen) const;
     void build_ahead(const fasa_foreseen & foreseen) const;
     bool has_room_ahead() const;
     bool can_fetch(const ggml_tensor * residual) const;
@@ -294,6 +295,23 @@ ggml_tensor * fasa_attn::build_fetch(ggml_tensor * list) const {
     return on_backend(fasa_build_fetch(graph.ctx0, op));
 }
 
+// Of a layer that settings and profile have select ahead: its ranking, and the nodes if it does so in this step
+void fasa_attn::set_ahead(const fasa_foreseen & foreseen) const {
+    auto & layer     = cache->layer(il);
+    const bool known = foreseen.reason == FASA_REASON_NONE;
+    if (!cache->has_ranking(il, known)) {
+        ggml_backend_sched_synchronize(graph.sched); // a device may still read the tables
+        cache->set_ranking(il, known);
+    }
+    if (!known) {
+        layer.ahead = foreseen.reason;
+    } else if (layer.ahead == FASA_REASON_NONE && !has_room_ahead()) {
+        layer.ahead = FASA_REASON_AHEAD_ROOM;
+    } else if (layer.ahead == FASA_REASON_NONE) {
+        build_ahead(foreseen);
+    }
+}
+
 // TIP and SELECT with foreseen queries, right behind the residual that they are foreseen from: in the graph the
 // feed-forward may stand before them already.
 void fasa_attn::build_ahead(const fasa_foreseen & foreseen) const {
@@ -397,19 +415,16 @@ void fasa_begin_attn(const llm_graph_context & graph, const llama_kv_cache_conte
     if (sparse) {
         layer.ahead = cache->ahead_reason(il, graph.n_tokens);
     }
-    if (!observes && (!sparse || layer.ahead != FASA_REASON_NONE)) {
+    const bool may = sparse && cache->ahead_reason(il, 1) == FASA_REASON_NONE; // in some steps, if not in this one
+    if (!observes && !may) {
         return;
     }
     const fasa_foreseen foreseen = fasa_foresee(q, cache->residence.device_of(il));
     if (observes) {
         layer.foreseen = foreseen;
     }
-    if (sparse && layer.ahead == FASA_REASON_NONE) {
-        layer.ahead =
-            foreseen.reason != FASA_REASON_NONE || attn.has_room_ahead() ? foreseen.reason : FASA_REASON_AHEAD_ROOM;
-        if (layer.ahead == FASA_REASON_NONE) {
-            attn.build_ahead(foreseen);
-        }
+    if (may) {
+        attn.set_ahead(foreseen);
     }
 }
 
