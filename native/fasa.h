@@ -440,6 +440,7 @@ typedef struct fasa_op_case {
     const float * v;      // [n_stream, n_kv, n_head_kv, n_embd_head_v]
     const float * mask;   // [n_stream, n_tokens, n_kv] 0 or -inf
     const float * sinks;  // [n_head] attention sinks or NULL
+    uint64_t beside;      // fasa_op_time: bytes of the weights of a feed-forward that TIP and SELECT also run beside
     float * out_est;      // [n_stream, n_tokens, n_head, n_kv] must be NULL with a given list
     int32_t * out_count;  // [n_stream, n_tokens, n_list]
     int32_t * out_list;   // [n_stream, n_tokens, n_list, length] -1 behind the count; length: fasa_list_length of
@@ -451,12 +452,15 @@ FASA_API int fasa_op_run(const fasa_op_case * test);
 // Seconds of one layer's attention on the case's backend: dense flash attention (over k and v where they lie), TIP and
 // SELECT, and all three ops, each timed as a graph of n_layer layers with caches of their own, n_rep times, the
 // fastest. k and v of 16,384 cells are given, [16384, n_head_kv, n_embd_head]; the caches repeat them, each time from
-// another row on.
+// another row on. With `beside`: a feed-forward alone, and one beside which the layer selects ahead, with FAC behind
+// both; on a CPU all runs in turn.
 typedef struct fasa_op_times {
     uint64_t size;
     double dense;
     double select;
     double fasa;
+    double beside; // 0 without `beside`
+    double ahead;  // likewise; what attention adds to the feed-forward: ahead - beside
 } fasa_op_times;
 FASA_API int fasa_op_time(const fasa_op_case * test, int32_t n_layer, int32_t n_rep, fasa_op_times * times);
 

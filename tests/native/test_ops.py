@@ -427,11 +427,16 @@ def test_times_of_a_layer(library):
         "n_kv": 2000,
         "n_threads": 1,
     }
-    assert min(library.ops.op_time(n_layer=2, n_rep=1, **case).values()) > 0
+    names = {"dense", "select", "fasa", "beside", "ahead"}
+    times = library.ops.op_time(n_layer=2, n_rep=1, **case)
+    assert {name for name, t in times.items() if t > 0} == names - {"beside", "ahead"} and set(times) == names
+    times = library.ops.op_time(n_layer=3, n_rep=3, beside=4 << 20, **case)
+    assert min(times.values()) > 0 and times["ahead"] > times["beside"]
     for message, wrong in [
         (r"op_time: expected k of shape \[1, 16384, n_head_kv, head_dim\], found \[1, 100, 1, 16\]", {"k": rows(100)}),
         ("n_layer .1 to 100. or n_rep .from 1. is out of range", {"n_rep": 0}),
         ("there is no backend NONE", {"backend": "NONE"}),
+        ("is timed with one token, in mode device", {"beside": 1, "q": np.zeros((1, 2, 1, 16))}),
     ]:
         with pytest.raises(FasaError, match=message):
             library.ops.op_time(**{**case, **wrong})
