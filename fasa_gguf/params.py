@@ -130,7 +130,12 @@ class FasaParams:
     sink: int = _row(4, "tokens", "first tokens of a sequence, always attended", high=65536)
     recent: int = _row(32, "tokens", "last tokens of a sequence, always attended", high=65536)
     min_context: int = _row(1024, "cells", "a step that sees fewer cached cells than this is dense")
-    min_context_gpu: int = _row(16384, "cells", "the same for a layer on a GPU; without effect when min_context is 0")
+    min_context_gpu: int = _row(
+        -1,
+        "cells",
+        "the same for a layer on a GPU; -1: found by a short probe of the GPU; without effect when min_context is 0",
+        low=-1,
+    )
     max_tokens: int = _row(
         64, "tokens per sequence", "a ubatch with more tokens of one sequence than this is a prompt, and dense", low=1
     )
@@ -183,7 +188,7 @@ class FasaParams:
         min_context_gpu; 0 when neither does."""
         if n_cells < self.min_context:
             return self.min_context
-        return self.min_context_gpu if reason == Reason.MIN_CONTEXT_GPU else 0
+        return max(self.min_context_gpu, 0) if reason == Reason.MIN_CONTEXT_GPU else 0
 
     def check(self) -> FasaParams:
         """Returns self, or raises FasaError naming the first setting that is out of range."""

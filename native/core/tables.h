@@ -14,7 +14,7 @@
     X(sink, uint32_t, 4, 0, 65536) \
     X(recent, uint32_t, 32, 0, 65536) \
     X(min_context, uint32_t, 1024, 0, 2147483647) \
-    X(min_context_gpu, uint32_t, 16384, 0, 2147483647) \
+    X(min_context_gpu, int32_t, -1, -1, 2147483647) \
     X(max_tokens, uint32_t, 64, 1, 2147483647) \
     X(k_dom, int32_t, FASA_K_DOM_Q4, FASA_K_DOM_F16, FASA_K_DOM_Q4) \
     X(per_head, uint32_t, 0, 0, 1) \

@@ -16,7 +16,7 @@ fasa_cache::fasa_cache(llama_kv_cache & kv)
 
 // dense attention is never the faster one where it has to copy a layer over PCIe first
 bool fasa_cache::gpu_waits(uint32_t n_kv) const {
-    return !residence.any_pinned() && fasa_gpu_waits(state->params, n_kv);
+    return !residence.any_pinned() && fasa_gpu_waits(state->params, state->gpu_limit, n_kv);
 }
 
 // by what its cache is

@@ -19,6 +19,7 @@
 class llama_kv_cache;
 class llama_kv_cache_context;
 struct llama_memory_i;
+struct llama_model;
 struct llama_ubatch;
 
 // where the cells come from that a layer attends to in a sparse step
@@ -52,6 +53,11 @@ struct fasa_cache {
     fasa_inputs inputs;
 
     size_t n_row_layers() const; // layers that keep attended rows with the settings in `state`
+
+    // what min_context_gpu is found by: gpu-limit.cpp
+    std::map<ggml_backend_dev_t, int32_t> gpu_layers() const;
+    fasa_gpu_case gpu_case(ggml_backend_dev_t dev, int32_t il, const llama_model & model) const;
+    uint32_t n_cells() const; // of a stream
 
     // build the dominant keys for the settings in `state`, or free them; -1: fasa_error() says why
     int configure();
@@ -137,6 +143,8 @@ std::vector<fasa_cache *> fasa_caches(llama_memory_i * memory);
 std::vector<fasa_cache *> fasa_caches_of(const llama_context * ctx);
 // configure all of them, in a turn; -1: FASA is off, and fasa_error() says why
 int fasa_configure(llama_context * ctx, const std::vector<fasa_cache *> & caches);
+// find state->gpu_limit for the settings in `state`
+void fasa_find_gpu_limit(const llama_context * ctx, const std::vector<fasa_cache *> & caches);
 // Wait until the devices have done what was computed. It writes nothing, unlike llama_context::synchronize, so that it
 // may run while another thread reads logits.
 void fasa_wait(const llama_context * ctx);

@@ -402,7 +402,7 @@ static float fasa_soft_cap_of(const llm_graph_context & graph) {
 void fasa_begin_attn(const llm_graph_context & graph, const llama_kv_cache_context * mctx, ggml_tensor * q,
     ggml_tensor * kq_b, ggml_tensor * kq_mask, ggml_tensor * v_mla, float kq_scale, int il) {
     fasa_cache * cache = fasa_cache::of(mctx);
-    if (cache == nullptr || !cache->has_layer(il) || graph.cparams.training) {
+    if (cache == nullptr || !cache->has_layer(il) || graph.cparams.training || !cache->state->attends) {
         return;
     }
     const auto & state    = *cache->state;
@@ -442,6 +442,10 @@ ggml_tensor * fasa_build_attn(const llm_graph_context & graph, const llama_kv_ca
         attn.observe(layer.foreseen);
     }
     auto & input = attn.input;
+    if (!cache->state->attends) { // K and V are stored as usual
+        attn.begin();
+        return ggml_reshape_2d(graph.ctx0, ggml_cont(graph.ctx0, q), q->ne[0] * q->ne[1], q->ne[2]);
+    }
     if (!attn.begin()) {
         input->n_dense++;
         input->cell_dense += cache->cell_bytes(il);
