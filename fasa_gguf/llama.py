@@ -253,6 +253,8 @@ class Llama(Mended):
                 profile = _find_profile(self.model_path, self._fasa_source)
                 self._attach(context, profile)
             context.set_params(fasa if isinstance(fasa, FasaParams) else FasaParams.from_env(profile.params()))
+            if (limit := context.gpu_limit()).source in ("probe", "default"):
+                _say(limit.text)
         self._fasa_choice = fasa
 
     @property
@@ -275,8 +277,11 @@ class Llama(Mended):
         Raises FasaError when the model is closed.
         """
         context = self._live()
+        limit = context.gpu_limit()
         return {
             **context.counters(),
+            "min_context_gpu": limit.cells if limit.source != "none" else None,
+            "min_context_gpu_from": limit.source,
             "step_reason": context.step_reason(),
             "step_reason_code": context.step_reason_code(),
             "layer_reasons": context.layer_reasons(),

@@ -183,12 +183,13 @@ class FasaParams:
         )
         return max(most, self.sink + self.recent, 1)
 
-    def least_above(self, n_cells: int, reason: Reason) -> int:
+    def least_above(self, n_cells: int, reason: Reason, gpu_cells: int | None = None) -> int:
         """The setting that keeps a step of n_cells cells dense: min_context or, when that is the step's reason,
-        min_context_gpu; 0 when neither does."""
+        min_context_gpu, which is gpu_cells in the context; 0 when neither does."""
         if n_cells < self.min_context:
             return self.min_context
-        return max(self.min_context_gpu, 0) if reason == Reason.MIN_CONTEXT_GPU else 0
+        gpu = max(self.min_context_gpu, 0) if gpu_cells is None else gpu_cells
+        return gpu if reason == Reason.MIN_CONTEXT_GPU else 0
 
     def check(self) -> FasaParams:
         """Returns self, or raises FasaError naming the first setting that is out of range."""

@@ -12,6 +12,7 @@ from .. import runtime
 from ..errors import FasaError
 from ..params import FasaParams, parse_mode
 from ..runtime.settings import ContextSettings
+from .gpu_limit import planned
 from .host import CUDA_KERNELS, GIB, host_memory
 from .model import Model
 from .plan import Memory, estimate
@@ -101,6 +102,10 @@ def sentence(
     return line + (f"; this may not fit {short}: `fasa-gguf plan` says which context does" if short else "")
 
 
+def _estimate(model: Model, settings: ContextSettings, params: FasaParams) -> Memory:
+    return estimate(model, settings, planned(model, settings, params)[0])
+
+
 def choose_mode(
     settings: ContextSettings,
     model: Callable[[], Model],
@@ -129,7 +134,7 @@ def choose_mode(
     try:
         m = model()
         device, host = (
-            max((estimate(m, settings.replace(mode=mode), p) for p in arms), key=lambda x: x.device)
+            max((_estimate(m, settings.replace(mode=mode), p) for p in arms), key=lambda x: x.device)
             for mode in ("device", "host")
         )
         cuda = cuda if only is None else cuda[only : only + 1] or cuda

@@ -223,6 +223,7 @@ def _measure_context(
         return
     if is_offloaded:
         s.fasa.set_profile(profile)
+        here = {arm: p and s.fasa.measured(p) for arm, p in here.items()}
     timer = Timer(s, n, settings.fill, progress or (lambda what, done, total: None))
     has_read_rate = not is_host and max(depths) >= PLAIN_READ_FROM and read_rate(s.fasa, 1) is not None
     base_s = timer.empty_step(settings.n_gen) if has_read_rate else None
@@ -247,7 +248,7 @@ def _check_used(results: Sequence[Result]) -> None:
     if any(r.sparse_share for r in results):
         return
     note, params = next((r.note, r.params) for r in reversed(results) if r.params is not None)
-    least, more = params.min_context_gpu, ""
+    least, more = max(params.min_context_gpu, 0), ""
     if note == f"dense (n < {least})":
         more = f"; with all layers on a GPU use -d with {least} or more, or a smaller --fasa-min-context-gpu"
     raise FasaError(f"FASA was asked for and no step used it: {note}{more}")

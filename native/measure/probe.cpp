@@ -202,6 +202,13 @@ static int fasa_find_gpu_limit_case(const fasa_gpu_case * g, fasa_gpu_limit * ou
         fasa_check_given(g->type_v, "type_v") != 0) {
         return -1;
     }
+    if (fasa_check_range("n_head", g->n_head, 1, 1 << 16) != 0 ||
+        fasa_check_range("n_head_kv", g->n_head_kv, 1, g->n_head) != 0 ||
+        fasa_check_range("n_embd_head", g->n_embd_head, 1, 1 << 16) != 0 ||
+        fasa_check_range("n_dom", g->n_dom, 1, 1 << 16) != 0 ||
+        fasa_check_range("n_forced", g->n_forced, 1, 1 << 18) != 0) {
+        return -1;
+    }
     static std::mutex lock; // a probe at a time, and none twice in a process
     std::lock_guard<std::mutex> held(lock);
     const fasa_notebook book("min_context_gpu", fasa_probe_key(*g));

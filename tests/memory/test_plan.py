@@ -265,7 +265,7 @@ def test_host_memory_bounds_fasa_m(shape_8b):
 
 
 def test_layers_on_a_gpu_that_wait_have_no_dominant_keys(shape_8b):
-    m, s, p = read_model(shape_8b), gpu_settings(n_ctx=8192), FasaParams()
+    m, s, p = read_model(shape_8b), gpu_settings(n_ctx=8192), FasaParams(min_context_gpu=16384)
     host = s.replace(mode="host")
     assert (
         estimate(m, s, p).k_dom == 0 < estimate(m, s.replace(n_ctx=65536), p).k_dom
@@ -345,7 +345,7 @@ def test_the_command(library, shape_8b, tiny, capsys):
     assert cli.main(["plan", str(tiny), "--json", "-ub", "64"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
-    assert "FASA-C: below min_context_gpu, 16,384 cells" in err
+    assert "min_context_gpu: layers on a GPU use FASA from " in err and "FASA-C: below min_context_gpu, " in err
     assert "planned as if it ranked every attention layer" in err and "give --vram, such as 12G" in err
     assert (found["n_ctx"], found["n_ubatch"], found["device_bytes"]) == (4096, 64, None)
     assert [w["name"] for w in found["ways"]] == ["dense f16", "dense q8_0", "FASA-C", "FASA-M"] and found["ways"][3][
@@ -414,3 +414,38 @@ def test_check_runs_both_modes(library, tiny, profile, monkeypatch):
     )
     with pytest.raises(FasaError, match="give -ngl, -1 for all layers"):
         plan_check.check(tiny, read_model(tiny, profile), settings.replace(n_gpu_layers=0), ON, profile, ("device",))
+
+
+def test_a_plan_has_the_limit_of_the_gpu(shape_8b, monkeypatch):
+    """What a context would find: asked with the shape of a layer that selects ahead; without a GPU a constant."""
+    from fasa_gguf.memory import gpu_limit
+    from fasa_gguf.runtime.gpu_limit import GpuLimit
+
+    m, s, asked = read_model(shape_8b), gpu_settings(n_ctx=8192), []
+
+    def find(backend, **case):
+        asked.append((backend, case))
+        return GpuLimit(10240, "probe")
+
+    monkeypatch.setattr(gpu_limit, "find_gpu_limit", find)
+    monkeypatch.setattr(gpu_limit.runtime.devices, "cuda_devices", list)
+    p, found = gpu_limit.planned(m, s, FasaParams())
+    assert (p.min_context_gpu, found.source, asked) == (16384, "default", [])
+    monkeypatch.setattr(gpu_limit.runtime.devices, "cuda_devices", lambda: ["CUDA0"])
+    p, found = gpu_limit.planned(m, s, FasaParams())
+    assert (p.min_context_gpu, found.source) == (10240, "probe") and estimate(m, s, p).k_dom == 0
+    [(backend, case)] = asked
+    assert backend == "CUDA0" and case["attended"] == 512 and case["n_forced"] == 36 and case["n_dom"] == 48
+    assert case["beside"] == m.layers[1].feed_forward_bytes > 90e6
+    gpu_limit.planned(m, s, FasaParams(ahead="off"))
+    assert asked[1][1]["beside"] == 0
+    assert gpu_limit.planned(m, s.replace(n_ctx=2048), FasaParams())[1] == GpuLimit(2048, "short")
+    for other, params in (
+        (s.replace(mode="host"), FasaParams()),
+        (s.replace(n_gpu_layers=0), FasaParams()),
+        (s.replace(no_kv_offload=True), FasaParams()),
+        (s, FasaParams(min_context=0)),
+        (s, FasaParams(min_context_gpu=5000)),
+    ):
+        assert gpu_limit.planned(m, other, params) == (params, None)
+    assert len(asked) == 2

@@ -166,7 +166,8 @@ MAY_BE_NULL = {("fasa_set_observer", 1), ("fasa_set_observer", 2)}
 
 
 def functions():
-    return re.findall(r"^FASA_API .*?\b(fasa_\w+)\(", (ROOT / "native" / "fasa.h").read_text(), re.M)
+    text = "".join(path.read_text() for path in sorted((ROOT / "native").glob("fasa*.h")))
+    return re.findall(r"^FASA_API .*?\b(fasa_\w+)\(", text, re.M)
 
 
 def test_the_lists_above_know_every_function():

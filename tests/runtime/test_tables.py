@@ -136,10 +136,11 @@ def test_names_follow_from_the_row():
         "--fasa-min-context-gpu",
         "FASA_MIN_CONTEXT_GPU",
         "fasa.default.min_context_gpu",
-        "u32",
+        "i32",
     )
     assert {row.name: row.gguf_type for row in SETTINGS if row.gguf_type != "u32"} == {
         "mass": "f32",
+        "min_context_gpu": "i32",
         "k_dom": "str",
         "row_cache": "i32",
         "ahead": "str",
