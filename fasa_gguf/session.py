@@ -105,6 +105,8 @@ class Session:
             llama.llama_backend_init()
         params = llama.llama_model_default_params()
         params.n_gpu_layers = self.settings.n_gpu_layers
+        overrides = runtime.overrides.experts_on_cpu(self.settings.n_cpu_moe) if self.settings.n_cpu_moe else None
+        params.tensor_buft_overrides = overrides and ctypes.addressof(overrides)
         try:
             with runtime.interrupt.deferred() as stopped:
                 params.progress_callback = llama.llama_progress_callback(lambda _progress, _user: not stopped())

@@ -89,6 +89,8 @@ def _settings(a: argparse.Namespace) -> Any:
         n_batch=a.batch_size,
         n_ubatch=a.ubatch_size,
         fill=a.fill,
+        attention=a.attention,
+        n_cpu_moe=a.n_cpu_moe,
     )
 
 
@@ -166,6 +168,10 @@ def _add_measurement_flags(p: argparse.ArgumentParser) -> None:
         default="auto",
         help="how the cache gets its depth; auto: random from 2048 on",
     )
+    p.add_argument(
+        "-ncmoe", "--n-cpu-moe", type=whole(0), default=0, help="the experts of the first N layers stay on the CPU [0]"
+    )
+    p.add_argument("--attention", action="store_true", help="time steps without attention too: what attention adds")
 
 
 def _add_output_flags(p: argparse.ArgumentParser) -> None:

@@ -124,8 +124,8 @@ def _header() -> str:
     here = PACKAGE
     for path in (here / "fasa.h", here.parent / "native" / "fasa.h"):
         if path.exists():
-            included = r'^#include "(fasa-\w+\.h)"$'
-            return re.sub(included, lambda m: path.with_name(m[1]).read_text(), path.read_text(), flags=re.M)
+            parts = re.split(r'^#include "(fasa-\w+\.h)"$', path.read_text(), flags=re.M)
+            return "".join(path.with_name(x).read_text() if i % 2 else x for i, x in enumerate(parts))
     raise FasaError(f"{here / 'fasa.h'}: the C header is missing; run `pip install --force-reinstall fasa_gguf`")
 
 

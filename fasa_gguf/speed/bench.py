@@ -42,6 +42,7 @@ class BenchSettings:
     n_prompt: Sequence[int] = (512,)  # tokens of the timed prefills; empty or 0: none
     n_parallel: Sequence[int] = (1,)  # sequences that decode together
     n_gpu_layers: Sequence[int] = (0,)
+    n_cpu_moe: int = 0  # layers, the first ones, whose experts stay on the CPU
     types: Sequence[tuple[str, str]] = (("f16", "f16"),)  # of the K and the V cache
     no_kv_offload: Sequence[int] = (0,)  # 1: the cache in host memory; dense only
     modes: Sequence[str] = ("device",)  # where K and V lie: on the device, or in pinned host memory (FASA only)
@@ -49,6 +50,7 @@ class BenchSettings:
     n_threads: int = 0  # 0: the physical cores that this process may use
     n_batch: int = 2048
     n_ubatch: int = 512
+    attention: bool = False  # time steps without attention too, which say what it adds
     fill: str = "auto"  # prefill, random, or auto: random from RANDOM_FILL_FROM on
 
     def check(self, arms: Mapping[str, FasaParams]) -> BenchSettings:
@@ -140,6 +142,7 @@ def _contexts(model: str | os.PathLike, settings: BenchSettings) -> Iterator[_Op
             n_ubatch=settings.n_ubatch,
             n_threads=settings.n_threads,
             n_gpu_layers=ngl,
+            n_cpu_moe=settings.n_cpu_moe,
         ) as s:
             for (k, v), (nkvo, mode), n in itertools.product(settings.types, settings.places(), settings.n_parallel):
                 found: Session | FasaError = s
@@ -153,6 +156,7 @@ def _contexts(model: str | os.PathLike, settings: BenchSettings) -> Iterator[_Op
                     found = e
                 config = {
                     "n_gpu_layers": ngl,
+                    "n_cpu_moe": settings.n_cpu_moe,
                     "type_k": k,
                     "type_v": v,
                     "no_kv_offload": bool(nkvo),
@@ -271,7 +275,9 @@ def _measure(timer: Timer, settings: BenchSettings, arms: Mapping[str, FasaParam
             raise FasaError(f"FASA was asked for and no step at depth {depth} used it: {why}")
         return sample
 
+    bare_s = timer.bare_step(depth, settings.n_gen, settings.repetitions) if settings.attention else None
     for arm, samples in take_turns(arms, settings.repetitions, generate).items():
+        group[arm].bare_s = bare_s
         _set_times(group[arm], samples, before)
         _set_bytes(group[arm], samples)
     return results + set_ratios(group)

@@ -28,6 +28,7 @@ class Result:
     kv_bytes: float | None = None  # of K, V and K_dom read per token; None: prefill
     weight_bytes: int | None = None  # of weights read per step; None: not known
     base_s: float | None = None  # dense: seconds of a decode step with an empty cache; None: not measured
+    bare_s: float | None = None  # seconds of a decode step without attention; None: not measured
     read_rate: float | None = None  # dense: bytes/s at which the threads read K and V; None: not measured
     copy_rate: float | None = None  # bytes/s of the one device that holds weights and cache; None: there are several
     sparse_share: float = 0.0  # of the steps
@@ -73,6 +74,13 @@ class Result:
         if self.bytes_per_second is None or self.copy_rate is None:
             return None
         return self.bytes_per_second / self.copy_rate
+
+    @property
+    def attention_ms(self) -> float | None:
+        """What attention adds to a decode step: TIP, SELECT and FAC, or dense attention."""
+        if self.bare_s is None or self.avg_ts is None:
+            return None
+        return 1000 * (self.n_parallel / self.avg_ts - self.bare_s)
 
     @property
     def kv_rate(self) -> float | None:

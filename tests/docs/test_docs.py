@@ -211,7 +211,7 @@ def test_the_key_table_is_the_profiles_keys():
     expected = [*own[:at], ("fasa.default.NAME", "u32"), *own[at:]]
     rows = table("reference/profile.md", "## Keys")
     assert [tuple(row[:2]) for row in rows] == expected
-    assert rows[at][2] == f"of the setting NAME; {other}"
+    assert rows[at][2] == f"default; {other}"
 
 
 # ---- names of files ----
