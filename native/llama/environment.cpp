@@ -116,6 +116,15 @@ static std::string fasa_describe(llama_context * ctx, const fasa_file_profile & 
     if (llama_n_ctx_seq(ctx) < p.min_context) {
         out += "; every step is dense: the context is shorter than min_context";
     }
+    fasa_gpu_limit limit = {};
+    limit.size           = sizeof(limit);
+    if (fasa_get_gpu_limit(ctx, &limit) == 0 && limit.source != FASA_LIMIT_NONE) {
+        static const char * const how[] = { "", "set", "by a probe of the GPU", "by an earlier probe of the GPU",
+            "not measured", "the context is shorter than any that a probe measures" };
+        out += limit.cells == INT32_MAX ? "; layers on a GPU never use FASA" :
+                                          "; layers on a GPU use FASA from " + std::to_string(limit.cells) + " cells";
+        out += std::string(" (") + how[limit.source] + (limit.note[0] ? std::string("; ") + limit.note : "") + ")";
+    }
     fasa_model_info info = {};
     info.size            = sizeof(info);
     if (fasa_get_model_info(ctx, &info) == 0 && file.rope_base > 0 &&

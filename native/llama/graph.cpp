@@ -368,6 +368,8 @@ ggml_tensor * fasa_attn::build_fac() const {
     op.sinks           = sinks;
     op.ranges          = input->ranges;
     op.fresh           = fetched ? input->fresh : nullptr;
+    // no SELECT of its own in the same stream, which would have waited for what made q
+    op.joined          = pending != input->pending.end() || lender() != il;
     op.stream0         = stream0();
     op.scale           = kq_scale;
     op.soft_cap        = soft_cap;

@@ -54,12 +54,14 @@ static void fasa_op_time_layer(ggml_context * ctx, ggml_cgraph * graph, fasa_op_
     const auto & op        = layer.select;
     ggml_tensor * residual = x;
     ggml_tensor * fork     = add(fasa_build_fork(ctx, residual, &layer.fixed));
+    ggml_tensor * foreseen = add(ggml_mul_mat(ctx, w.query, residual)); // as long as it takes; the case has its q
     ggml_tensor * list     = add(layer.build_select(ctx));
     x                      = add(fasa_op_time_beside(ctx, w, residual));
-    const auto held        = { fork, residual, list->src[0], op.mask, op.ranges, op.forced };
-    ggml_tensor * joined   = add(fasa_build_join(ctx, list, held, &layer.fixed));
+    const auto held        = { fork, residual, foreseen, list->src[0], op.mask, op.ranges, op.forced };
     layer.select.flags     = 0;
-    add(layer.build_fac(ctx, joined));
+    layer.fac.joined       = true;
+    add(layer.build_fac(ctx, add(fasa_build_join(ctx, list, held, &layer.fixed))));
+    layer.fac.joined = false;
 }
 
 // Seconds per layer of a graph of these ops, the fastest of n_rep runs. Its nodes share memory as in a model's graph.
@@ -89,13 +91,15 @@ double fasa_op_time_run::time(fasa_op_time_kind kind, int n_rep) {
 
 // ---- a case ----
 
-// the weights of `n` feed-forwards of a residual of n_embd numbers, each of that many bytes
-void fasa_op_time_run::make_beside(uint64_t bytes, int n, int64_t n_embd) {
-    const int64_t n_ff = std::max<int64_t>(1, bytes / (2 * n_embd * ggml_type_size(GGML_TYPE_F16)));
+// the weights beside n_layer layers, those of a feed-forward of that many bytes, for a residual of n_embd numbers
+void fasa_op_time_run::make_beside(uint64_t bytes, int n_layer, int64_t n_embd, int64_t n_query) {
+    const int64_t n_ff = std::max<int64_t>(256, bytes / (2 * n_embd * ggml_type_size(GGML_TYPE_F16)) / 256 * 256);
+    const int n        = (int) std::clamp<int64_t>(FASA_BESIDE_BYTES / (int64_t) bytes, 1, n_layer);
     residual           = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_embd, 1);
     for (int i = 0; i < n; ++i) {
         beside.push_back({ ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, n_embd, n_ff),
-            ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, n_ff, n_embd) });
+            ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, n_ff, n_embd),
+            ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F16, n_embd, n_query) });
     }
 }
 
@@ -109,7 +113,7 @@ int fasa_op_time_run::init(const fasa_op_case & c, int n_layer, ggml_type type_k
     if (on_cpu) {
         ggml_backend_cpu_set_n_threads(backend.get(), c.n_threads);
     }
-    ctx.reset(ggml_init({ (18 * (size_t) n_layer + 2) * ggml_tensor_overhead(), nullptr, true }));
+    ctx.reset(ggml_init({ (20 * (size_t) n_layer + 2) * ggml_tensor_overhead(), nullptr, true }));
     ggml_tensor * work = on_cpu ? nullptr : ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, sizeof(fasa_work));
     kv_ctx.reset(ggml_init({ 2 * (size_t) n_layer * ggml_tensor_overhead(), nullptr, true }));
     layers.resize(n_layer);
@@ -118,8 +122,7 @@ int fasa_op_time_run::init(const fasa_op_case & c, int n_layer, ggml_type type_k
         layer.fixed.work = work;
     }
     if (c.beside > 0) {
-        const int64_t apart = FASA_TIME_BYTES / (int64_t) c.beside; // so many that no cache holds them
-        make_beside(c.beside, std::clamp<int64_t>(apart, 1, n_layer), (int64_t) c.n_head * c.n_embd_head_k);
+        make_beside(c.beside, n_layer, (int64_t) c.n_head * c.n_embd_head_k, (int64_t) c.n_dom * c.n_head);
     }
     buf.reset(ggml_backend_alloc_ctx_tensors(ctx.get(), backend.get()));
     kv_buf.reset(fasa_op_alloc_kv(c, kv_ctx.get(), backend.get()));

@@ -6,8 +6,10 @@
 
 #include <vector>
 
-static constexpr int64_t FASA_TIME_CELLS = 16384;     // cells of k and v that are given
-static constexpr int64_t FASA_TIME_BYTES = 256 << 20; // of what is read in turn, so that no cache of a device holds it
+static constexpr int64_t FASA_TIME_CELLS   = 16384; // cells of k and v that are given
+// bytes of K and V, and of feed-forwards, that are read in turn, so that no cache of a device holds them
+static constexpr int64_t FASA_TIME_BYTES   = 256 << 20;
+static constexpr int64_t FASA_BESIDE_BYTES = 128 << 20;
 
 enum fasa_op_time_kind {
     FASA_TIME_DENSE,  // flash attention
@@ -17,8 +19,10 @@ enum fasa_op_time_kind {
     FASA_TIME_AHEAD,  // TIP and SELECT beside it, then FAC
 };
 
+// the weights of a feed-forward, and of what foresees queries
 struct fasa_op_beside {
     ggml_tensor *up = nullptr, *down = nullptr; // f16 [n_embd, n_ff], [n_ff, n_embd]
+    ggml_tensor * query = nullptr;              // f16 [n_embd, n_dom*n_head], the dominant rows of W_q
 };
 
 struct fasa_op_time_run {
@@ -35,6 +39,6 @@ private:
     std::vector<fasa_op_beside> beside;
     ggml_tensor * residual = nullptr; // f32 [n_embd]
 
-    void make_beside(uint64_t bytes, int n, int64_t n_embd);
+    void make_beside(uint64_t bytes, int n_layer, int64_t n_embd, int64_t n_query);
     void set_inputs(const fasa_op_case & c, const std::vector<uint8_t> & k, const std::vector<uint8_t> & v);
 };

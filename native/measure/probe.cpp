@@ -125,7 +125,7 @@ bool fasa_probe::time(fasa_depth_times & t) {
     }
     c.n_kv            = t.n_cells;
     const size_t cell = (data.k.size() + data.v.size()) / FASA_TIME_CELLS, layer = cell * t.n_cells * 5 / 4;
-    const size_t weights = std::max<size_t>(c.beside, c.beside ? FASA_TIME_BYTES : 0);
+    const size_t weights = (c.beside ? std::max<size_t>(c.beside, FASA_BESIDE_BYTES) : 0) * 5 / 4;
     if (weights + 2 * layer > room) {
         error = "the device has no room for more";
         return false;

@@ -277,7 +277,7 @@ struct fasa_fac_op {
     ggml_tensor * ranges; // i32 [2*FASA_MAX_RANGES, n_stream]
     ggml_tensor * fresh;  // i32 [1], where the list comes from FETCH; else nullptr
     int32_t stream0;      // the first of the cache's streams that k and v show
-    bool joined;          // the list comes from a side stream
+    bool joined;          // the list is not from a SELECT right before it in the same stream
     float scale;
     float soft_cap;
     const fasa_layer_const * layer;

@@ -82,6 +82,33 @@ def test_branches_of_ggml_cuda(cuda, tmp_path, opt, kind):
     assert off == on and (n_off, n_on) == ("0", "2" if kind == "dense" else "3")
 
 
+def test_steps_of_two_sequences_that_are_ahead_and_not(cuda, tmp_path):
+    """Under auto steps of one token select ahead and others do not; sequences in buffers of their own take turns."""
+    from fasa_gguf.session import Session
+
+    write_tiny(tmp_path / "m.gguf")
+    order = [(0, 1), (0, 1), (1, 2), (0, 2), (1, 1), (0, 1), (1, 2), (0, 3), (1, 1), (1, 2), (0, 2), (1, 1)]
+    got = []
+    for invalidate in (False, True):
+        with Session(tmp_path / "m.gguf", n_ctx=2048, n_seq_max=2, n_threads=2, n_gpu_layers=99) as s:
+            s.fasa.set_profile(synthetic_profile([2] * 3, [8] * 3, seed=3))
+            s.fasa.set_params(SOME.replace(budget=100, sink=1, recent=1, ahead="auto"))
+            at, rows = [200, 200], []
+            for seq in (0, 1):
+                s.decode([i * (7 + seq) % 250 + 3 for i in range(200)], 0, seq, logits="none")
+            for seq, n in order:
+                if invalidate:
+                    s.fasa.invalidate()
+                before = s.fasa.counters()["layers_ahead"]
+                with s.fasa.step_kind("decode"):
+                    s.decode_batch([(9 + (at[seq] + i) % 200, at[seq] + i, seq, True) for i in range(n)])
+                assert s.fasa.counters()["layers_ahead"] - before == (2 if n == 1 else 0)
+                rows += [s.logits(i) for i in range(n)]
+                at[seq] += n
+            got.append(np.stack(rows))
+    assert np.array_equal(*got)
+
+
 def test_experts_on_the_cpu_in_bench(library, tmp_path):
     from fasa_gguf.speed.bench import BenchSettings, bench
 

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 
 from fasa_gguf import FasaError, FasaParams
+from fasa_gguf.memory.gpu_limit import planned
+from fasa_gguf.memory.model import read_model
+from fasa_gguf.runtime.settings import ContextSettings
 
 NEVER = 2**31 - 1
 SHAPE = {"n_head": 4, "n_head_kv": 2, "head_dim": 16, "n_dom": 8, "attended": 512}
@@ -182,6 +185,9 @@ def test_on_a_gpu(tiny, profile, cache, cuda, given):
             found = s.fasa.gpu_limit()
             assert found.source == source and (found.cells == given if given > 0 else found.cells >= 2048)
     assert cache.exists() == (given < 0)
+    settings = ContextSettings(n_ctx=4096, n_gpu_layers=-1)
+    _, plan = planned(read_model(tiny, profile), settings, FasaParams(min_context=1, min_context_gpu=given))
+    assert plan is None if given > 0 else plan.source == "kept"  # a plan and its context ask for the same
     with Session(tiny, n_ctx=1024, n_threads=2, n_gpu_layers=99) as s:
         s.fasa.set_profile(profile)
         s.fasa.set_params(FasaParams(min_context=1, budget=77))
