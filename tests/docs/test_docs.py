@@ -62,7 +62,7 @@ def commands(page):
             if line.startswith("    ") and found and language == "indented":
                 found[-1] += " " + line.split("  #")[0].strip()
             elif line.strip().startswith("fasa-gguf"):
-                found.append(re.split(r"\s+#", line.strip())[0])
+                found.append(re.split(r"\s+[#>|]", line.strip())[0])
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
     found += [" ".join(x.split()) for x in re.findall(r"`(fasa-gguf [^`]*)`", prose)]
     return [c for c in found if "..." not in c.replace('"..."', "") and "COMMAND" not in c]
