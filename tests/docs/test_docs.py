@@ -7,6 +7,7 @@ import re
 import shlex
 
 import pytest
+from pages import blocks, ids, subparsers
 from paths import ROOT
 
 from fasa_gguf.cli.main import parser
@@ -27,31 +28,6 @@ WORDS = (
 )
 
 
-def ids(page):
-    return str(page.relative_to(ROOT))
-
-
-def blocks(page):
-    """[(python or "", lines)] of the fenced and the indented code of a page."""
-    out, fence, language = [], None, ""
-    for line in page.read_text().split("\n"):
-        if line.startswith("```"):
-            if fence is None:
-                fence, language = [], line[3:].strip()
-            else:
-                out.append((language, fence))
-                fence = None
-        elif fence is not None:
-            fence.append(line)
-        elif line.startswith("    "):
-            if not out or out[-1][0] != "indented":
-                out.append(("indented", []))
-            out[-1][1].append(line[4:])
-        elif out and out[-1][0] == "indented":
-            out.append(("", []))
-    return out
-
-
 def commands(page):
     """Every `fasa-gguf ...` of a page: in code blocks, continued where a line is indented, and between backticks."""
     found = []
@@ -66,12 +42,6 @@ def commands(page):
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
     found += [" ".join(x.split()) for x in re.findall(r"`(fasa-gguf [^`]*)`", prose)]
     return [c for c in found if "..." not in c.replace('"..."', "") and "COMMAND" not in c]
-
-
-def subparsers():
-    """The parser of every command by name."""
-    action = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return action.choices
 
 
 @pytest.mark.parametrize("page", SHOWN, ids=ids)
