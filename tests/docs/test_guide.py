@@ -21,12 +21,13 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guide").rglob("*.md"))]
 # command, as a regular expression: why it is not run here, and what runs it
 NOT_RUN = {
     r"make demo": "fetches a model and builds for minutes; tests/cli/test_demo.py runs its code",
-    r"make (test|build( CMAKE_ARGS=)?|stock|tools|check)": "builds or fetches for minutes; .ci/run makes and uses them",
-    r"(CMAKE_ARGS=\S+( \S+\")? )?pip install\b.*": "downloads and builds for minutes",
+    r"make (test|build( CMAKE_ARGS=)?|stock|tools|check|wheel.*|sdist|cuda-check|fuzz.*|sanitize)": "builds for "
+    "minutes; .ci/run builds and tests",
+    r"((CMAKE_ARGS=(\"[^\"]*\"|\S+) )?pip install|cibuildwheel)\b.*": "downloads and builds for minutes",
     r"fasa-gguf doctor": "takes ten seconds; tests/doctor/test_doctor.py runs it",
-    r"fasa-gguf serve model\.gguf": "runs until it is stopped; tests/serve/test_api.py runs it",
+    r"fasa-gguf serve .*": "runs until it is stopped; tests/serve/test_api.py runs it",
     r"curl .*": "needs a server that runs; tests/serve/test_api.py sends such requests",
-    r"(FASA_\w+=\w+ )+build/tools/bin/.*": "needs `make tools`; tests/native/test_tools.py runs them",
+    r"(FASA_\w+=\S+ )*build/tools/bin/.*": "needs `make tools`; tests/native/test_tools.py runs them",
     r"fasa-gguf run .*--fasa-mode host.*": "needs a GPU; tests/native/test_cuda_mode.py",
     r"fasa-gguf plan .*--check": "needs a GPU; tests/native/test_cuda_mode.py",
     r"fasa-gguf (calibrate HF_DIR|embed-profile \S+ --hf HF_DIR).*": "needs torch and transformers; "
@@ -59,7 +60,8 @@ SNIPPETS_NOT_RUN = {
     "stats = llm.": "a part of one; tests/test_llama.py has the counters",
     "fasa_gguf.enable()": "changes llama_cpp for the whole process; tests/apps/test_frameworks.py calls it",
 }
-STARTS = r"(?:\$ )?((?:\w+=(?:\"[^\"]*\"|\S+) )*(?:fasa-gguf|make|pip|python3?|git|curl|cmake|docker|\S+/bin/\S+) .*)"
+PROGRAMS = r"fasa-gguf|make|pip|python3?|git|curl|cmake|cibuildwheel|docker|\S+/bin/\S+"
+STARTS = rf"(?:\$ )?((?:\w+=(?:\"[^\"]*\"|\S+) )*(?:{PROGRAMS}) .*)"
 
 
 def shown(page):
@@ -112,7 +114,7 @@ def model(library, tmp_path_factory):
 @pytest.fixture
 def sandbox(model, text, tmp_path, monkeypatch):
     """A folder with the files that pages name."""
-    for name in ("model.gguf", "b.gguf"):
+    for name in ("model.gguf", "b.gguf", "small.gguf", "large.gguf"):
         (tmp_path / name).write_bytes((model / "profiled.gguf").read_bytes())
     (tmp_path / "a.json").write_bytes((model / "profile.json").read_bytes())
     for name in ("text.txt", "test.txt", "valid.txt"):
