@@ -267,6 +267,16 @@ def test_every_flag_is_in_the_reference(name):
                 assert re.search(rf"`{re.escape(flag)}[` ]", text), f"{name}: {flag}"
 
 
+def test_the_page_of_flags_is_the_parsers():
+    page = (ROOT / "docs" / "reference" / "cli.md").read_text()
+    assert page == load(ROOT / "tests" / "helpers" / "write_cli.py").page(), "run `make tables`"
+    for name, p in subparsers().items():
+        part = page.split(f"\n## {name}\n")[1].split("\n## ")[0]
+        for action in p._actions:
+            for flag in () if action.help == argparse.SUPPRESS else action.option_strings:
+                assert f"`{flag}" in part or flag in ("-h", "--help") or flag.startswith("--fasa-"), f"{name}: {flag}"
+
+
 @pytest.mark.parametrize("name", list(subparsers()))
 def test_every_command_has_help_and_an_example(name, capsys):
     with pytest.raises(SystemExit) as e:
