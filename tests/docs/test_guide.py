@@ -21,7 +21,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs" / "guide").rglob("*.md"))]
 # command, as a regular expression: why it is not run here, and what runs it
 NOT_RUN = {
     r"make demo": "fetches a model and builds for minutes; tests/cli/test_demo.py runs its code",
-    r"make (test|build( CMAKE_ARGS=)?|stock|tools|check|wheel.*|sdist|cuda-check|fuzz.*|sanitize)": "builds for "
+    r"make (test|build( CMAKE_ARGS=\S*)?|stock|tools|check|wheel.*|sdist|cuda-check|fuzz.*|sanitize)": "builds for "
     "minutes; .ci/run builds and tests",
     r"((CMAKE_ARGS=(\"[^\"]*\"|\S+) )?pip install|cibuildwheel)\b.*": "downloads and builds for minutes",
     r"fasa-gguf doctor": "takes ten seconds; tests/doctor/test_doctor.py runs it",
