@@ -152,6 +152,7 @@ format: $(VENV)/.lint
 tables: $(VENV)/.ready
 	$(PY) native/generate.py
 	$(PY) tests/helpers/write_cli.py
+	$(PY) tests/helpers/write_c_api.py
 
 compare: $(VENV)/.ready
 	$(PY) tests/helpers/compare_checkouts.py $(OTHER)

@@ -277,6 +277,17 @@ def test_the_page_of_flags_is_the_parsers():
                 assert f"`{flag}" in part or flag in ("-h", "--help") or flag.startswith("--fasa-"), f"{name}: {flag}"
 
 
+def test_the_page_of_c_functions_is_the_headers():
+    write = load(ROOT / "tests" / "helpers" / "write_c_api.py")
+    assert (ROOT / "docs" / "reference" / "c-api.md").read_text() == write.page(), "run `make tables`"
+    names = {re.search(r"(fasa_\w+)\(", declaration).group(1) for declaration, _ in write.functions()}
+    header = (ROOT / "native" / "fasa.h").read_text()
+    assert names == set(re.findall(r"^FASA_API[^(]*?(\w+)\(", header, re.M)) and len(names) > 20
+    shown = (ROOT / "docs" / "reference" / "api.md").read_text().split("## C\n")[1]
+    for name in re.findall(r"`(fasa_\w+)(?:\(\))?`", shown):
+        assert name in header, f"api.md: {name}"
+
+
 @pytest.mark.parametrize("name", list(subparsers()))
 def test_every_command_has_help_and_an_example(name, capsys):
     with pytest.raises(SystemExit) as e:
