@@ -21,7 +21,7 @@ help:
 	@echo 'make thread-tests  settings and statistics during a decode, under the thread sanitizer'
 	@echo 'make check  does the patch queue apply'
 	@echo 'make lint   ruff, mypy and clang-format; `make format` writes what they want'
-	@echo 'make tables writes the C side of settings, counters and reasons anew, from the Python tables'
+	@echo 'make tables writes the C side of settings, counters and reasons anew, and the lists in docs/reference'
 	@echo 'make compare OTHER=DIR  does this checkout compute what another one does, bit for bit'
 
 # .venv/bin/fasa-gguf, with the package of this checkout; nothing is built for it
@@ -151,6 +151,8 @@ format: $(VENV)/.lint
 
 tables: $(VENV)/.ready
 	$(PY) native/generate.py
+	$(PY) tests/helpers/write_cli.py
+	$(PY) tests/helpers/write_c_api.py
 
 compare: $(VENV)/.ready
 	$(PY) tests/helpers/compare_checkouts.py $(OTHER)
