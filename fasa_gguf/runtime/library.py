@@ -92,6 +92,14 @@ def installed_binding() -> str:
         return ""
 
 
+def binding_note() -> str:
+    """That another llama-cpp-python is installed than the one in use, for code that imports llama_cpp; "" if not."""
+    version, wanted = installed_binding(), upstream_version()
+    if not version or version.split("+")[0] == wanted:
+        return ""
+    return f"llama-cpp-python {version} is installed; this process uses the {wanted} that fasa_gguf brings"
+
+
 def _import_packaged() -> Any:
     """llama_cpp from the files in BINDING, whether another one is installed or not."""
     folder = BINDING / "llama_cpp"
