@@ -46,6 +46,16 @@ def load_backends(folder: Path) -> None:
         raise FasaError(f"{folder}: no libggml-cpu-*.so runs on this CPU; build on it (docs/guide/install.md)")
 
 
+def cpu_variant(folder: Path) -> str:
+    """The file of the CPU variant that was loaded from this folder; "": a linked backend, or none was loaded."""
+    names = {p.name for p in folder.glob("libggml-cpu-*.so")}
+    try:
+        mapped = {line.rsplit("/", 1)[-1] for line in Path("/proc/self/maps").read_text().splitlines()}
+    except OSError:
+        return ""
+    return ", ".join(sorted(names & mapped))
+
+
 def _cuda_package() -> Path | None:
     """The folder of fasa_gguf_cuda; None: it is not installed."""
     spec = importlib.util.find_spec("fasa_gguf_cuda")
