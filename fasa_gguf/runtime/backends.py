@@ -7,11 +7,13 @@ what the loader finds. A build for one machine (`make build`) has its backends l
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +41,26 @@ def load_backends(folder: Path) -> None:
     ggml.ggml_backend_load.argtypes, ggml.ggml_backend_load.restype = [ctypes.c_char_p], ctypes.c_void_p
     ggml.ggml_backend_load_all_from_path.argtypes = [ctypes.c_char_p]
     ggml.ggml_backend_reg_by_name.argtypes, ggml.ggml_backend_reg_by_name.restype = [ctypes.c_char_p], ctypes.c_void_p
-    if why := _load_cuda(ggml, folder):
+    with _quiet(ggml):
+        why = _load_cuda(ggml, folder)
+        ggml.ggml_backend_load_all_from_path(str(folder).encode())
+    if why:
         print(f"fasa_gguf: CUDA is off: {why}", file=sys.stderr)
-    ggml.ggml_backend_load_all_from_path(str(folder).encode())
     if not ggml.ggml_backend_reg_by_name(b"CPU"):
         raise FasaError(f"{folder}: no libggml-cpu-*.so runs on this CPU; build on it (docs/guide/install.md)")
+
+
+@contextlib.contextmanager
+def _quiet(ggml: Any) -> Iterator[None]:
+    """ggml logs every backend that it loads; not within this."""
+    before, data = ctypes.c_void_p(), ctypes.c_void_p()
+    nothing = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(lambda *_: None)
+    ggml.ggml_log_get(ctypes.byref(before), ctypes.byref(data))
+    ggml.ggml_log_set(nothing, None)
+    try:
+        yield
+    finally:
+        ggml.ggml_log_set(before, data)
 
 
 def cpu_variant(folder: Path) -> str:

@@ -34,7 +34,7 @@ def check(right, what):
 
 def shell(*words):
     """What Python prints, run on a script and its arguments."""
-    done = subprocess.run([*PYTHON, *words], capture_output=True, text=True)
+    done = subprocess.run([*PYTHON, *words], capture_output=True, text=True, cwd="/")  # not where the checkout is
     check(done.returncode == 0, f"{' '.join(words)}: exit {done.returncode}: {done.stdout}{done.stderr}")
     return done.stdout
 

@@ -193,7 +193,7 @@ def test_no_variant_for_this_cpu_is_an_error(tmp_path, monkeypatch):
             def __call__(self, *args):
                 return None
 
-        ggml_backend_load = Function()
+        ggml_log_get = ggml_log_set = ggml_backend_load = Function()
         ggml_backend_load_all_from_path = Function()
         ggml_backend_reg_by_name = Function()
 
