@@ -383,11 +383,13 @@ def enable(
     params, mode, profile: as fasa=, fasa_mode= and fasa_profile= of Llama. A model that the profile does not fit is
     decoded dense, with a line on stderr, unless params are FasaParams. flash_attn=False counts as not given, since such
     code passes on llama_cpp's default. Call it before llama_cpp is imported; after that it raises FasaError, and for a
-    profile that is not usable.
+    profile that is not usable. Says on stderr when another llama-cpp-python is installed than the one in use.
     """
     import llama_cpp.llama
 
     _check_choice(params)
+    if line := runtime.library.binding_note():
+        _say(line)
     mode = None if mode is None else chosen_mode(mode)
     Llama._profile_default = profile if profile is None or isinstance(profile, Profile) else Profile.load(profile)
     Llama._fasa_default, Llama._mode_default, Llama._foreign_callers = params, mode, True

@@ -3,8 +3,11 @@
 #include "measure/op-time.h"
 #include "core/error.h"
 #include "core/select.h"
+#include "measure/op-case.h"
+#include "measure/threads.h"
+#include "ops/ops.h"
 
-#include "ggml-cpu.h"
+#include "ggml-cpp.h"
 
 #include <algorithm>
 #include <chrono>
@@ -109,10 +112,7 @@ int fasa_op_time_run::init(const fasa_op_case & c, int n_layer, ggml_type type_k
     if (!backend) {
         return fasa_set_error("fasa_op_time: there is no backend %s", c.backend);
     }
-    const bool on_cpu = ggml_backend_is_cpu(backend.get());
-    if (on_cpu) {
-        ggml_backend_cpu_set_n_threads(backend.get(), c.n_threads);
-    }
+    const bool on_cpu = fasa_cpu_set_threads(backend.get(), c.n_threads);
     ctx.reset(ggml_init({ (20 * (size_t) n_layer + 2) * ggml_tensor_overhead(), nullptr, true }));
     ggml_tensor * work = on_cpu ? nullptr : ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, sizeof(fasa_work));
     kv_ctx.reset(ggml_init({ 2 * (size_t) n_layer * ggml_tensor_overhead(), nullptr, true }));

@@ -3,8 +3,6 @@
 #include "core/select.h"
 #include "ops/ops.h"
 
-#include "ggml-cpu.h"
-
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>

@@ -263,6 +263,6 @@ def test_the_version_has_one_place(library):
 
 def test_the_pin_has_one_place(library):
     assert library.library.upstream_version() == upstream()
-    assert f'"llama-cpp-python=={upstream()}",' in (ROOT / "pyproject.toml").read_text()  # which must be literal
+    assert upstream() not in (ROOT / "pyproject.toml").read_text()
     for path in (ROOT / "Makefile", *(ROOT / "fasa_gguf").rglob("*.py")):
         assert upstream() not in path.read_text(), f"{path.relative_to(ROOT)} repeats the version of patches/UPSTREAM"
