@@ -49,12 +49,14 @@ def write_tiny(
     writer=None,
     bos=1,
     feed_forward=0.2,
+    change=None,
 ):
     """A GGUF with random weights of `dtype` (f32 or f16) and a vocabulary of bytes; `arch` has the tensors of llama.
 
     words: tokens after those of bytes, from number 259 on. biases: of every layer, by name (attn_k).
     writer: arguments of GGUFWriter (splits, byte order). bos: None for a tokenizer that puts none before a text.
     feed_forward: standard deviation of ffn_down; 0: feed-forwards add nothing.
+    change: a function of a matrix's name and f32 values that returns other values.
     """
     rng = np.random.default_rng(seed)
     w = GGUFWriter(path, arch, **(writer or {}))
@@ -78,7 +80,8 @@ def write_tiny(
         w.add_chat_template(chat_template)
 
     def matrix(name, rows, cols, scale=0.2):
-        w.add_tensor(name + ".weight", (rng.standard_normal((rows, cols)) * scale).astype(dtype))
+        x = rng.standard_normal((rows, cols)) * scale
+        w.add_tensor(name + ".weight", (change(name + ".weight", x) if change else x).astype(dtype))
 
     def norm(name):
         w.add_tensor(name + ".weight", np.ones(n_embd, np.float32))
