@@ -58,6 +58,19 @@ def control_vector(seed=5, scale=0.5):
     return (np.random.default_rng(seed).standard_normal((N_LAYER - 1, N_EMBD)) * scale).astype(np.float32)
 
 
+def write_control_vector(path, vector):
+    """A GGUF for --control-vector."""
+    w = GGUFWriter(path, "controlvector")
+    w.add_string("controlvector.model_hint", "llama")
+    w.add_uint32("controlvector.layer_count", len(vector))
+    for i, row in enumerate(vector):
+        w.add_tensor(f"direction.{i + 1}", row)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+
+
 def set_control_vector(session, vector):
     """Apply a control vector [n_layer - 1, n_embd] to all layers, or none (None)."""
     llama = session.llama
