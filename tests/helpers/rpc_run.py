@@ -1,15 +1,18 @@
 """Runs a model on RPC servers, in a process of its own: servers that were added stay until it ends.
 
-argv: a JSON object with model, out (.npz), servers ["host:port"], n_gpu_layers, settings {name: FasaParams or null}.
+argv: a JSON object with model, out (.npz), servers ["host:port"], n_gpu_layers, settings {name: FasaParams or null}; or
+model, servers and splits [(tensor_split, n_gpu_layers)].
 Writes logits [steps, n_vocab] of every setting, and prints counters and reasons as JSON.
 """
 
+import ctypes
 import json
+import re
 import sys
 
 import numpy as np
 
-from fasa_gguf import FasaParams
+from fasa_gguf import FasaParams, runtime
 from fasa_gguf.runtime.devices import add_rpc_servers
 from fasa_gguf.session import Session
 from fasa_gguf.speed.random_model import synthetic_profile
@@ -27,8 +30,26 @@ def generate(s, params):
     return np.stack(logits)
 
 
+def assigned(model, split, n_gpu_layers):
+    """The layers of each RPC device that llama.cpp chooses with this tensor_split."""
+    llama, lines = runtime.library.load(), []
+    log = llama.llama_log_callback(lambda _level, text, _user: lines.append(text.decode("utf-8", "replace")))
+    llama.llama_log_set(log, None)
+    llama.llama_backend_init()
+    params = llama.llama_model_default_params()
+    shares = (ctypes.c_float * llama.llama_max_devices())(*split)
+    params.n_gpu_layers, params.tensor_split = n_gpu_layers, ctypes.cast(shares, ctypes.POINTER(ctypes.c_float))
+    loaded = llama.llama_model_load_from_file(model.encode(), params)
+    llama.llama_model_free(loaded)
+    found = re.findall(r"layer +(\d+) assigned to device (\w+)", "".join(lines))
+    return [[int(il) for il, name in found if name == f"RPC{i}"] for i in range(len(split))]
+
+
 def main(job):
     add_rpc_servers(job["servers"])
+    if "splits" in job:
+        print(json.dumps([assigned(job["model"], *split) for split in job["splits"]]))
+        return
     logits, said = {}, {}
     with Session(job["model"], n_ctx=1024, n_threads=1, n_gpu_layers=job["n_gpu_layers"]) as s:
         n_layer = s.fasa.model_info()["n_layer"]

@@ -52,8 +52,8 @@ class Tensor:
     def packed(self, ids, buffer, base):
         src = [ids.get(name, 0) for name in self.src] + [0] * (10 - len(self.src))
         where = (buffer, base + self.at) if self.has_buffer else (0, 0)
-        head = (ids[self.key], self.type, where[0], *self.ne, *self.nb, self.op, self.op_params.ljust(64, b"\0"), COMPUTED)
-        return TENSOR.pack(*head, *src, 0, 0, where[1], self.key.encode(), 1)
+        head = (ids[self.key], self.type, where[0], *self.ne, *self.nb, self.op, self.op_params.ljust(64, b"\0"))
+        return TENSOR.pack(*head, COMPUTED, *src, 0, 0, where[1], self.key.encode(), 1)
 
 
 class Refused(Exception):

@@ -17,6 +17,7 @@ from tiny_gguf import write_tiny
 
 from fasa_gguf import FasaError
 from fasa_gguf import reference as R
+from fasa_gguf.memory.plan import device_layers
 from fasa_gguf.reasons import Reason
 from fasa_gguf.runtime import devices, library
 
@@ -107,6 +108,17 @@ def test_selecting_ahead_on_another_machine(model, tmp_path):
     here, local = run(model, tmp_path / "local.npz", [], settings)
     assert np.array_equal(logits["ahead"], here["ahead"]) and said == local
     assert said["ahead"]["ahead"] == [Reason.AHEAD_FIRST, Reason.NONE, Reason.NONE, Reason.NONE]
+
+
+def test_plan_splits_layers_as_llama_cpp_does(model, tmp_path):
+    """Two devices, as `plan` and auto assume of two GPUs."""
+    splits = [(s, n) for s in ([1, 1], [3, 1], [1, 0], [0, 1], [1, 2.5]) for n in (99, 5, 3, 2, 1)]
+    with server(tmp_path / "1") as (one, _), server(tmp_path / "2") as (two, _):
+        job = {"model": str(model), "servers": [f"127.0.0.1:{p}" for p in (one, two)], "splits": splits}
+        command = [sys.executable, ROOT / "tests" / "helpers" / "rpc_run.py", json.dumps(job)]
+        found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
+    wanted = [[list(part) for part in device_layers(4, n, split)] for split, n in splits]
+    assert json.loads(found.stdout) == wanted
 
 
 # ---- servers of another build ----

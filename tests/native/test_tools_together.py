@@ -94,7 +94,8 @@ OPTIONS = {
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_of_llama_server(files, tmp_path, option):
-    """All tokens attended: the text is that of dense attention. Few: what FASA writes without a draft and with experts anywhere."""
+    """All tokens attended: the text is that of dense attention. Few: what
+    FASA writes without a draft, and with experts anywhere."""
     name, *argv = OPTIONS[option]
     argv = [files.get(word, word) for word in argv]
     dense, _ = serve(tmp_path, files[name], *argv, ENABLE=0)
