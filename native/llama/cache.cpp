@@ -134,10 +134,10 @@ void fasa_cache::add_layer(size_t ikv, contexts & ctxs) {
     const int64_t n_tile    = (kv.get_size() + FASA_TILE - 1) / FASA_TILE;
     l.k_dom                 = ggml_new_tensor_4d(
         ctx.get(), GGML_TYPE_I8, fasa_block_bytes(state->params.k_dom, n_dom), n_tile, n_head_kv, kv.n_stream);
-    l.dims        = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_dom, n_head_kv);
-    l.weight      = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_dom, n_head_kv);
-    l.source      = l.lender >= 0 ? FASA_LAYER_BORROWS : FASA_LAYER_SELECTS;
-    l.fixed.stats = &state->stats;
+    l.dims         = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_dom, n_head_kv);
+    l.weight       = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_dom, n_head_kv);
+    l.source       = l.lender >= 0 ? FASA_LAYER_BORROWS : FASA_LAYER_SELECTS;
+    l.fixed.stats  = &state->stats;
     l.fixed.work   = works.count(buft) ? works[buft] : nullptr;
     l.fixed.counts = counts.count(buft) ? counts[buft] : nullptr;
     ggml_format_name(l.k_dom, "cache_k_dom_l%d", il);

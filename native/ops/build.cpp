@@ -51,12 +51,12 @@ static ggml_tensor * fasa_layer_node(ggml_context * ctx, ggml_type type, const i
 static fasa_op_params fasa_layer_params(
     fasa_op_kind kind, const fasa_layer_const * layer, int32_t flags, float scale, float soft_cap) {
     fasa_op_params p = fasa_op_make(kind, const_cast<fasa_layer_const *>(layer),
-        layer->work           ? FASA_ON_DEVICE | flags :
+        layer->work       ? FASA_ON_DEVICE | flags :
             layer->counts ? FASA_REMOTE :
                             0);
-    p.serial   = layer->serial;
-    p.scale    = scale;
-    p.soft_cap = soft_cap;
+    p.serial         = layer->serial;
+    p.scale          = scale;
+    p.soft_cap       = soft_cap;
     return p;
 }
 
