@@ -110,3 +110,24 @@ def test_an_option_of_llama_server(files, tmp_path, option):
     assert text == alone and sum(c["tokens_attended"] for c in counted) > 0
     if option in ("lora", "control vector"):
         assert dense != serve(tmp_path, files[name], ENABLE=0)[0]
+
+
+@pytest.mark.skipif(not (BIN / "ggml-rpc-server").exists(), reason="built without RPC; see docs/guide/rpc.md")
+def test_layers_on_another_machine(files, tmp_path):
+    """llama-server --rpc: the same text and counters as here, in sparse steps."""
+    port, few = free_port(), {**ALL, "CHUNKS": 4, "BUDGET": 48}
+    with open(tmp_path / "rpc", "w") as log:
+        other = subprocess.Popen(
+            [BIN / "ggml-rpc-server", "-d", "CPU", "-t", "1", "-p", str(port)], stdout=log, stderr=log
+        )
+        try:
+            for _ in range(100):
+                if other.poll() is None and "transport" in (tmp_path / "rpc").read_text():
+                    break
+                time.sleep(0.1)
+            remote = serve(tmp_path, files["model"], "--rpc", f"127.0.0.1:{port}", "-ngl", 99, **few)
+        finally:
+            other.kill()
+            other.wait()
+    text, counted = serve(tmp_path, files["model"], **few)
+    assert remote == (text, counted) and counted[0]["layers_sparse"] >= 60
