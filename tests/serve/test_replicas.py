@@ -15,6 +15,9 @@ import pytest
 from apps import environment
 from paths import ROOT
 
+for _name in ("fastapi", "uvicorn", "prometheus_client", "sse_starlette"):
+    pytest.importorskip(_name)
+
 NGINX = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
 pytestmark = pytest.mark.skipif(not NGINX, reason="nginx is not installed")
 MAIN = """daemon off; master_process off; worker_processes 1; pid {0}/pid; error_log {0}/error.log;
