@@ -2,7 +2,7 @@
 
 python tests/helpers/time_calibration.py 8b [-ngl 99] [-c 4096] [-t 0] [--folder DIR]
 
-Prints one line of JSON: seconds and peak memory of the whole command, model included; with layers on a GPU also the
+Prints one line of JSON: seconds, CPU seconds and peak memory of the whole command, model included; with layers on a GPU also the
 most memory that the GPU had in use (by nvidia-smi, all processes). The random model gets a vocabulary of bytes, so that
 a text can be read.
 """
@@ -100,6 +100,7 @@ def main():
     subprocess.run(list(map(str, command)), cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
     seconds = time.monotonic() - start
     gpu.stop.set()
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(
         json.dumps(
             {
@@ -108,7 +109,8 @@ def main():
                 "n_ctx": a.c,
                 "model_bytes": model.stat().st_size,
                 "seconds": round(seconds, 1),
-                "peak_rss_mib": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024,
+                "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
+                "peak_rss_mib": used.ru_maxrss // 1024,
                 "gpu_mib": gpu.most,
             }
         )
