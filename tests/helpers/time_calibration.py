@@ -2,9 +2,9 @@
 
 python tests/helpers/time_calibration.py 8b [-ngl 99] [-c 4096] [-t 0] [--folder DIR]
 
-Prints one line of JSON: seconds, CPU seconds and peak memory of the whole command, model included; with layers on a GPU also the
-most memory that the GPU had in use (by nvidia-smi, all processes). The random model gets a vocabulary of bytes, so that
-a text can be read.
+Prints one line of JSON: seconds, CPU seconds and peak memory of the whole command, model included; with layers on a
+GPU also the most memory that the GPU had in use (by nvidia-smi, all processes). The random model gets a vocabulary of
+bytes, so that a text can be read.
 """
 
 import argparse
