@@ -74,7 +74,8 @@ stock: $(VENV)/.ready
 	$(VENV)/bin/cmake --install build/stock --prefix build/stock-lib --component fasa
 
 # llama.cpp's own programs on the patched library; they read FASA_* (docs/guide/native-tools.md)
-TOOLS := llama-server llama-cli llama-bench llama-perplexity
+TOOLS := llama-server llama-cli llama-bench llama-perplexity \
+         $(if $(findstring GGML_RPC=ON,$(CMAKE_ARGS)),ggml-rpc-server)
 tools: $(VENV)/.ready
 	@$(call configure,build/tools,-DFASA_TOOLS=ON)
 	$(VENV)/bin/cmake --build build/tools -j $(JOBS) --target $(TOOLS)

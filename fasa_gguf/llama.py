@@ -86,6 +86,7 @@ def _choose_mode(
         lambda: read_model(model, profile),
         [params],
         only=kwargs.get("main_gpu", 0) if one else None,
+        split=kwargs.get("tensor_split"),
     )
     if line:
         _say(line)

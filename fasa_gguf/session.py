@@ -232,6 +232,8 @@ class Session:
         bos: with the model's first token, unless the text begins with it. special: names of special tokens become
         tokens. Raises FasaError for a model without a vocabulary.
         """
+        if self.llama.llama_vocab_type(self.vocab) == self.llama.LLAMA_VOCAB_TYPE_NONE:  # llama.cpp ends the process
+            raise FasaError(f"{self.path}: this model has no vocabulary, so it reads no text; use one with a tokenizer")
         data = text.encode()
         room = len(data) + 8
         for _ in range(2):  # a negative count says how much room is needed

@@ -219,56 +219,60 @@ enum fasa_reason {
     FASA_REASON_CACHE_TYPE            = 17,
     // its cache is on a device that FASA has no kernels for
     FASA_REASON_NO_KERNELS            = 18,
+    // it is on another machine, whose RPC server is not of this build of fasa_gguf
+    FASA_REASON_REMOTE_BUILD          = 19,
+    // it is on a device of another machine that is no CPU
+    FASA_REASON_REMOTE_DEVICE         = 20,
     // the CPU backend has no FASA ops
-    FASA_REASON_NO_CPU_OPS            = 19,
+    FASA_REASON_NO_CPU_OPS            = 21,
     // flash attention is off
-    FASA_REASON_NO_FLASH_ATTENTION    = 20,
+    FASA_REASON_NO_FLASH_ATTENTION    = 22,
     // training
-    FASA_REASON_TRAINING              = 21,
+    FASA_REASON_TRAINING              = 23,
     // its attention is not causal
-    FASA_REASON_NOT_CAUSAL            = 22,
+    FASA_REASON_NOT_CAUSAL            = 24,
     // its attention has a bias
-    FASA_REASON_BIAS                  = 23,
+    FASA_REASON_BIAS                  = 25,
     // ALiBi moves the scores
-    FASA_REASON_ALIBI                 = 24,
+    FASA_REASON_ALIBI                 = 26,
     // its queries are not f32
-    FASA_REASON_QUERY_TYPE            = 25,
+    FASA_REASON_QUERY_TYPE            = 27,
     // its query heads are no multiple of its KV heads
-    FASA_REASON_QUERY_HEADS           = 26,
+    FASA_REASON_QUERY_HEADS           = 28,
     // its mask is not f16
-    FASA_REASON_MASK_TYPE             = 27,
+    FASA_REASON_MASK_TYPE             = 29,
     // its mask is computed
-    FASA_REASON_MASK_COMPUTED         = 28,
+    FASA_REASON_MASK_COMPUTED         = 30,
     // its device is not one of CUDA's
-    FASA_REASON_CUDA_DEVICE           = 29,
+    FASA_REASON_CUDA_DEVICE           = 31,
     // its GPU has no FASA kernels: they need an NVIDIA GPU of compute capability 7.5 or later
-    FASA_REASON_CUDA_CAPABILITY       = 30,
+    FASA_REASON_CUDA_CAPABILITY       = 32,
     // the CUDA kernels read caches in f32, f16, bf16, q8_0 and q4_0, and this one has another type
-    FASA_REASON_CUDA_CACHE_TYPE       = 31,
+    FASA_REASON_CUDA_CACHE_TYPE       = 33,
     // the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256
-    FASA_REASON_CUDA_HEAD_DIM         = 32,
+    FASA_REASON_CUDA_HEAD_DIM         = 34,
     // more than 128 query heads share a KV head
-    FASA_REASON_CUDA_GROUP            = 33,
+    FASA_REASON_CUDA_GROUP            = 35,
     // selecting ahead is off
-    FASA_REASON_AHEAD_OFF             = 34,
+    FASA_REASON_AHEAD_OFF             = 36,
     // it is on the CPU, where selecting ahead saves no time
-    FASA_REASON_AHEAD_AUTO            = 35,
+    FASA_REASON_AHEAD_AUTO            = 37,
     // the step has several tokens, with which selecting ahead is slower
-    FASA_REASON_AHEAD_TOKENS          = 36,
+    FASA_REASON_AHEAD_TOKENS          = 38,
     // it borrows its list
-    FASA_REASON_AHEAD_BORROWS         = 37,
+    FASA_REASON_AHEAD_BORROWS         = 39,
     // the profile says that foreseen queries lose too much there
-    FASA_REASON_AHEAD_PROFILE         = 38,
+    FASA_REASON_AHEAD_PROFILE         = 40,
     // no block lies before it
-    FASA_REASON_AHEAD_FIRST           = 39,
+    FASA_REASON_AHEAD_FIRST           = 41,
     // no feed-forward lies between the attention or other block before it and its queries
-    FASA_REASON_AHEAD_NO_FEED_FORWARD = 40,
+    FASA_REASON_AHEAD_NO_FEED_FORWARD = 42,
     // how its queries follow from the layer before is not recognised
-    FASA_REASON_AHEAD_UNKNOWN         = 41,
+    FASA_REASON_AHEAD_UNKNOWN         = 43,
     // the feed-forward before it runs on another device
-    FASA_REASON_AHEAD_DEVICE          = 42,
+    FASA_REASON_AHEAD_DEVICE          = 44,
     // its rows on the device have no room for a list with all tokens of the batch
-    FASA_REASON_AHEAD_ROOM            = 43,
+    FASA_REASON_AHEAD_ROOM            = 45,
 };
 // end reasons
 

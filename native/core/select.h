@@ -187,7 +187,7 @@ struct fasa_candidates {
         const uint32_t t = fasa_find_key(key.data(), n, n_best, 0);
         uint32_t equal =
             n_best - (t == FASA_KEY_FORCED ? 0 : fasa_count(key.data(), n, t + 1)); // how many of the key t
-        for (uint32_t i = 0, m = 0; m < n_best; ++i) {
+        for (uint32_t i = 0, m = 0; m < n_best && i < n; ++i) { // fewer: of scores that are no numbers
             const uint32_t at = key[i] == t && equal > 0;
             list[m]           = cell[i];
             m += key[i] > t || at;

@@ -84,6 +84,8 @@
     X(ODD_HEAD, "its head dimension is odd") \
     X(CACHE_TYPE, "its cache type cannot be read back") \
     X(NO_KERNELS, "its cache is on a device that FASA has no kernels for") \
+    X(REMOTE_BUILD, "it is on another machine, whose RPC server is not of this build of fasa_gguf") \
+    X(REMOTE_DEVICE, "it is on a device of another machine that is no CPU") \
     X(NO_CPU_OPS, "the CPU backend has no FASA ops") \
     X(NO_FLASH_ATTENTION, "flash attention is off") \
     X(TRAINING, "training") \

@@ -1,5 +1,6 @@
 #include "llama/cache.h"
 #include "core/error.h"
+#include "llama/remote.h"
 
 #include "llama-kv-cache.h"
 #include "llama-model.h"
@@ -30,6 +31,9 @@ fasa_reason fasa_cache::cache_reason(size_t ikv) const {
     const auto dev = residence.device_of(l.il);
     if (dev == nullptr) {
         return fasa_cpu_op_get() ? FASA_REASON_NONE : FASA_REASON_NO_CPU_OPS;
+    }
+    if (fasa_is_remote(dev)) {
+        return fasa_remote_reason(dev);
     }
     if (gpu_waits(kv.get_size())) {
         return FASA_REASON_MIN_CONTEXT_GPU; // and needs no dominant keys
@@ -121,7 +125,9 @@ void fasa_cache::add_layer(size_t ikv, contexts & ctxs) {
     if (!ctx) {
         ctx.reset(ggml_init({ (4 * layers.size() + 2) * ggml_tensor_overhead(), nullptr, true }));
         if (!ggml_backend_buft_is_host(buft)) {
-            works[buft] = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, sizeof(fasa_work));
+            const bool remote = fasa_is_remote(residence.device_of(il));
+            (remote ? counts : works)[buft] =
+                ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, remote ? sizeof(fasa_stats) : sizeof(fasa_work));
         }
     }
     const int n_dom         = fasa_n_dom(std::min(state->params.chunks, state->known.n_chunk[il]));
@@ -129,11 +135,12 @@ void fasa_cache::add_layer(size_t ikv, contexts & ctxs) {
     const int64_t n_tile    = (kv.get_size() + FASA_TILE - 1) / FASA_TILE;
     l.k_dom                 = ggml_new_tensor_4d(
         ctx.get(), GGML_TYPE_I8, fasa_block_bytes(state->params.k_dom, n_dom), n_tile, n_head_kv, kv.n_stream);
-    l.dims        = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_dom, n_head_kv);
-    l.weight      = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_dom, n_head_kv);
-    l.source      = l.lender >= 0 ? FASA_LAYER_BORROWS : FASA_LAYER_SELECTS;
-    l.fixed.stats = &state->stats;
-    l.fixed.work  = works.count(buft) ? works[buft] : nullptr;
+    l.dims         = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_dom, n_head_kv);
+    l.weight       = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_dom, n_head_kv);
+    l.source       = l.lender >= 0 ? FASA_LAYER_BORROWS : FASA_LAYER_SELECTS;
+    l.fixed.stats  = &state->stats;
+    l.fixed.work   = works.count(buft) ? works[buft] : nullptr;
+    l.fixed.counts = counts.count(buft) ? counts[buft] : nullptr;
     ggml_format_name(l.k_dom, "cache_k_dom_l%d", il);
 }
 
@@ -258,6 +265,7 @@ void fasa_cache::set_ranking(int32_t il, bool for_foreseen) {
 void fasa_cache::clear() {
     layers.assign(kv.layers.size(), {});
     works.clear();
+    counts.clear();
     ctxs_bufs.clear();
 }
 
@@ -326,6 +334,14 @@ void fasa_cache::collect_counters() {
         ggml_backend_tensor_memset(work, 0, 0, sizeof(seen));
 #define X(name, NAME) s.name += seen[fasa_work::NAME];
         FASA_COUNTERS_OP(X) FASA_COUNTERS_DEVICE(X)
+#undef X
+    }
+    for (auto & [buft, count] : counts) { // a fasa_stats of the other machine's, which is of this build
+        fasa_stats seen;
+        ggml_backend_tensor_get(count, (void *) &seen, 0, sizeof(seen));
+        ggml_backend_tensor_memset(count, 0, 0, sizeof(seen));
+#define X(name, NAME) s.name += seen.name;
+        FASA_COUNTERS_OP(X)
 #undef X
     }
 }

@@ -120,7 +120,8 @@ private:
     std::vector<fasa_reason> reasons, aheads; // [layers] published
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
-    std::map<ggml_backend_buffer_type_t, ggml_tensor *> works; // of the devices
+    std::map<ggml_backend_buffer_type_t, ggml_tensor *> works;  // of the devices
+    std::map<ggml_backend_buffer_type_t, ggml_tensor *> counts; // of devices of other machines
 
     fasa_reason cache_reason(size_t ikv) const;
     bool is_short(uint32_t il) const;

@@ -17,7 +17,16 @@ from fasa_gguf.gguf.shape import model_shape
 from fasa_gguf.memory import plan
 from fasa_gguf.memory.host import GIB, MIB, Available, parse_size
 from fasa_gguf.memory.model import device_bytes, read_model
-from fasa_gguf.memory.plan import ContextShape, compute_bytes, estimate, largest_context, pool_bytes, ways
+from fasa_gguf.memory.plan import (
+    ContextShape,
+    compute_bytes,
+    device_layers,
+    estimate,
+    largest_context,
+    pool_bytes,
+    too_small,
+    ways,
+)
 from fasa_gguf.runtime.settings import ContextSettings
 from fasa_gguf.session import Session
 from fasa_gguf.speed import plan_check
@@ -252,6 +261,57 @@ def test_the_largest_context_fits_and_the_next_does_not(shape_8b, mode):
 
     assert n % 512 == 0 and need(n) <= 12 * GIB < need(n + 512)
     assert largest_context(m, s, ON, Available(GIB)) == 0
+
+
+@pytest.mark.parametrize(
+    "n_layer, ngl, shares, wanted",
+    [
+        (3, -1, [1, 1], [[0, 1], [2, 3]]),  # 3 is the output
+        (3, -1, [3, 1], [[0, 1, 2], [3]]),
+        (3, -1, [1, 0], [[0, 1, 2, 3], []]),
+        (3, -1, [0, 1], [[], [0, 1, 2, 3]]),
+        (3, 2, [1, 1], [[2], [3]]),
+        (3, 1, [1, 1], [[3], []]),
+        (3, 0, [1, 1], [[], []]),
+        (32, -1, [1, 1], [list(range(17)), list(range(17, 33))]),
+        (32, -1, [1, 1, 2], [list(range(9)), list(range(9, 17)), list(range(17, 33))]),
+        (32, 99, [0, 0], [list(range(17)), list(range(17, 33))]),
+    ],
+)
+def test_layers_of_several_devices(n_layer, ngl, shares, wanted):
+    """As llama.cpp assigns them: the first device whose share ends behind the layer's place."""
+    assert [list(part) for part in device_layers(n_layer, ngl, shares)] == wanted
+
+
+@pytest.mark.parametrize("mode", ["device", "host"])
+@pytest.mark.parametrize("ngl", [-1, 20])
+def test_the_parts_of_a_plan_are_the_whole(shape_8b, mode, ngl):
+    """All but the scratch, which each device has for itself."""
+    model = read_model(shape_8b)
+    settings = gpu_settings(n_ctx=32768, mode=mode, n_gpu_layers=ngl)
+    params = FasaParams(min_context=0, budget=1024)
+    whole = estimate(model, settings, params)
+    parts = [estimate(model, settings, params, x) for x in device_layers(len(model.layers), ngl, [2, 1, 1])]
+    for name in ("weights", "kv", "k_dom", "kv_pinned", "row_cache"):
+        assert sum(getattr(x, name) for x in parts) == getattr(whole, name), name
+    assert all(0 < x.scratch <= whole.scratch for x in parts)
+    assert parts[0].scratch < parts[2].scratch  # the logits are computed where the output is
+
+
+def test_the_largest_context_fits_every_device(shape_8b):
+    """Of two GPUs with as much memory together, the uneven pair is split by its memory, as llama.cpp does."""
+    model, settings, params = read_model(shape_8b), gpu_settings(), FasaParams(min_context=0)
+    one = largest_context(model, settings, params, Available(24 * GIB))
+    even = Available(24 * GIB, devices=(12 * GIB, 12 * GIB))
+    two = largest_context(model, settings, params, even)
+    assert 0 < two < one  # a scratch on each, and layers are whole
+    parts = device_layers(len(model.layers), -1, even.devices)
+
+    def needs(n_ctx):
+        return [estimate(model, settings.replace(n_ctx=n_ctx), params, part).device for part in parts]
+
+    assert max(needs(two)) <= 12 * GIB < max(needs(two + 256))
+    assert too_small(model, settings.replace(n_ctx=two), params, even.devices, [1, 0])[0] == 0
 
 
 def test_host_memory_bounds_fasa_m(shape_8b):
