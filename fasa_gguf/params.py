@@ -21,6 +21,14 @@ MODES = ("auto", "device", "host")  # where K and V lie. No setting: a live cont
 MODE_ALIASES = {"c": "device", "m": "host"}  # the paper's letters
 INT_MAX = 2**31 - 1
 
+# what `quality` stands for. Chosen by measurement: docs/lab/quality.md
+QUALITIES: dict[str, dict[str, Any]] = {
+    "fast": {"mass": 0.9, "floor": 64, "cap": 1024},
+    "balanced": {"mass": 0.95, "floor": 64, "cap": 2048},
+    "careful": {"mass": 0.985, "floor": 128, "cap": 8192},
+}
+QUALITY_VARIABLE = "FASA_QUALITY"
+
 
 def parse_mode(text: Any, where: str = "fasa_mode") -> str:
     """auto, device or host; c and m are short for device and host. Raises FasaError, which names `where`."""
@@ -37,6 +45,13 @@ def default_chunks(n_chunk: int) -> int:
     The library's fasa_default_chunks. A head with fewer than 4 chunks uses all of them.
     """
     return max(4, 3 * n_chunk // 8 // 4 * 4)
+
+
+def quality_settings(name: Any, where: str) -> dict[str, Any]:
+    """The settings that a quality stands for. Raises FasaError, which names `where`."""
+    if not isinstance(name, str) or name not in QUALITIES:
+        raise FasaError(f"{where}: quality: expected one of {', '.join(QUALITIES)}, found {name!r}")
+    return QUALITIES[name]
 
 
 @dataclass(frozen=True)
@@ -206,14 +221,19 @@ class FasaParams:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str, base: FasaParams | None = None) -> FasaParams:
         """Settings by name; numbers may be text. Of budget, mass and mean_budget, the one given replaces the base's.
+        `quality` is a name too: it stands for several settings, of which those that `values` gives itself win.
 
         Raises FasaError naming `where` for unknown names and values that cannot be read.
         """
+        values = dict(values)
+        if (quality := values.pop("quality", None)) is not None:
+            chosen = quality_settings(quality, where)
+            base = (base or cls()).replace(**chosen, mean_budget=0)
         known = {row.name: row for row in SETTINGS}
         changes: dict[str, Any] = {}
         for name, value in values.items():
             if name not in known:
-                raise FasaError(f"{where}: unknown setting {name!r}; known are {', '.join(known)}")
+                raise FasaError(f"{where}: unknown setting {name!r}; known are {', '.join(known)}, quality")
             try:
                 changes[name] = known[name].kind(value)
                 if isinstance(value, float) and changes[name] != value:
@@ -228,9 +248,11 @@ class FasaParams:
 
     @classmethod
     def from_env(cls, base: FasaParams | None = None, environ: Mapping[str, str] | None = None) -> FasaParams:
-        """`base` (or the defaults) with every FASA_<SETTING> environment variable applied."""
+        """`base` (or the defaults) with FASA_QUALITY and every FASA_<SETTING> environment variable applied."""
         environ = os.environ if environ is None else environ
         found = {row.name: environ[row.variable] for row in SETTINGS if environ.get(row.variable)}
+        if environ.get(QUALITY_VARIABLE):
+            found["quality"] = environ[QUALITY_VARIABLE]
         return cls.from_mapping(found, "environment", base)
 
 

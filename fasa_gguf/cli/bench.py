@@ -108,8 +108,8 @@ def cmd_bench(a: argparse.Namespace) -> None:
     arms, profile = _arms(a, require_profile(model, a.profile, note))
     if a.shape and any(p.mass > 0 for p in arms.values()):
         raise FasaError(
-            "--fasa-mass with --shape: the attention of random weights is spread evenly, so a target mass means "
-            "nothing; give --fasa-budget"
+            "--fasa-mass and --fasa-quality with --shape: the attention of random weights is spread evenly, so a "
+            "target mass means nothing; give --fasa-budget"
         )
     settings = _settings(a)
     output = "json" if a.json else a.output

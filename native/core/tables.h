@@ -22,6 +22,19 @@
     X(row_cache, int32_t, -1, -1, 2147483647) \
     X(ahead, int32_t, FASA_AHEAD_AUTO, FASA_AHEAD_AUTO, FASA_AHEAD_ON)
 
+#define FASA_QUALITY_NAMES "fast, balanced, careful"
+// X(quality, setting, value)
+#define FASA_QUALITIES(X) \
+    X(fast, mass, 0.9) \
+    X(fast, floor, 64) \
+    X(fast, cap, 1024) \
+    X(balanced, mass, 0.95) \
+    X(balanced, floor, 64) \
+    X(balanced, cap, 2048) \
+    X(careful, mass, 0.985) \
+    X(careful, floor, 128) \
+    X(careful, cap, 8192)
+
 // counted by: the ops, on the CPU and on a device
 // X(name, NAME)
 #define FASA_COUNTERS_OP(X) \

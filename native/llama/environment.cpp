@@ -56,7 +56,7 @@ static int fasa_asked() {
             return 1;
         }
     }
-    return fasa_variable("MODE") || fasa_variable("PROFILE") ? 1 : 0;
+    return fasa_variable("MODE") || fasa_variable("PROFILE") || fasa_variable("QUALITY") ? 1 : 0;
 }
 
 bool fasa_environment_host() {
@@ -72,6 +72,20 @@ static int fasa_check_mode() {
         }
     }
     return fasa_set_error("FASA_MODE: expected auto, device or host, found '%.60s'", mode);
+}
+
+// what FASA_QUALITY stands for
+static int fasa_read_quality(fasa_changes & changes) {
+    const char * wanted = fasa_variable("QUALITY");
+#define X(name, setting, value)                                                                                        \
+    if (wanted && strcmp(wanted, #name) == 0) {                                                                        \
+        changes[#setting] = value;                                                                                     \
+    }
+    FASA_QUALITIES(X)
+#undef X
+    return wanted && changes.empty() ?
+        fasa_set_error("FASA_QUALITY: expected one of " FASA_QUALITY_NAMES ", found '%.60s'", wanted) :
+        0;
 }
 
 static int fasa_read_variables(fasa_changes & changes) {
@@ -155,11 +169,12 @@ static int fasa_enable(llama_context * ctx, const fasa_file_profile * file) {
         return fasa_set_error("%s", file->error.c_str());
     }
     fasa_params p = fasa_params_default();
-    fasa_changes given;
-    if (fasa_read_variables(given) != 0) {
+    fasa_changes quality, given;
+    if (fasa_read_quality(quality) != 0 || fasa_read_variables(given) != 0) {
         return -1;
     }
     fasa_apply(p, file->defaults);
+    fasa_apply(p, quality);
     fasa_apply(p, given);
     p.enabled               = 1;
     const auto profile      = file->as_struct();

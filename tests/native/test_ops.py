@@ -163,6 +163,14 @@ def test_target_mass(library):
     run(library, mass=0.7)
 
 
+@pytest.mark.parametrize("mass", [0.05, 0.5, 0.9, 0.995, 1.0])
+def test_target_mass_of_many_cells(library, mass):
+    """Few cells are looked at first, then four times as many."""
+    for cap in (300, 1500, 5000):
+        run(library, n_kv=3000, mass=mass, cap=cap)
+    run(library, n_kv=3000, distinct=5, hidden=0, mass=mass, cap=2900)
+
+
 FRESH = {
     "one": [200],
     "several, some hidden, some of them none": [17, 255, 256, -1, 300, 301, 302, 310, -1, 332],

@@ -158,6 +158,12 @@ def test_defaults_of_the_profile_and_what_replaces_them(tiny, tmp_path):
             assert f"{key} {getattr(wanted, key):g}," in on
 
 
+def test_a_quality_is_a_variable(known):
+    on = said(bench(known, QUALITY="careful", CAP=300))[0]
+    assert "mass 0.985, floor 128, cap 300" in on
+    assert "mass 0, " in said(bench(known, QUALITY="careful", BUDGET=100))[0]
+
+
 @pytest.mark.parametrize(
     "variables, why",
     [
@@ -168,6 +174,7 @@ def test_defaults_of_the_profile_and_what_replaces_them(tiny, tmp_path):
         ({"BUDGET": "1.5"}, "FASA_BUDGET: expected a whole number from 1 to 2147483647, found 1.5"),
         ({"MASS": "nan"}, "FASA_MASS: expected a number, found 'nan'"),
         ({"K_DOM": "q5"}, "FASA_K_DOM: expected f16, q8 or q4, found 'q5'"),
+        ({"QUALITY": "best"}, "FASA_QUALITY: expected one of fast, balanced, careful, found 'best'"),
         ({"MODE": "disk"}, "FASA_MODE: expected auto, device or host, found 'disk'"),
         ({"MODE": "host"}, "FASA_MODE host: this context has no K and V in pinned host memory"),
         ({"PROFILE": "x.json"}, "FASA_PROFILE: this program reads the profile in the model's file only"),

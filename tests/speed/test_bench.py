@@ -493,6 +493,7 @@ def test_random_weights_have_no_mass(monkeypatch, capsys, profiled):
     err = capsys.readouterr().err
     assert (
         err.count("\n") == 1
-        and "--fasa-mass with --shape: the attention of random weights is spread evenly, so a target mass means nothing"
+        and "--fasa-mass and --fasa-quality with --shape: the attention of random weights is spread evenly, so a "
+        "target mass means nothing"
         in err
     )
