@@ -457,7 +457,8 @@ FASA_API int fasa_op_run(const fasa_op_case * test);
 // Seconds of one layer's attention on the case's backend: dense flash attention (over k and v where they lie), TIP and
 // SELECT, and all three ops, each timed as a graph of n_layer layers with caches of their own, n_rep times, the
 // fastest. k and v of 16,384 cells are given, [16384, n_head_kv, n_embd_head]; the caches repeat them, each time from
-// another row on. With `beside`: a feed-forward alone, and one with TIP and SELECT beside it and FAC behind.
+// another row on. With `beside`: a feed-forward alone, and one with TIP and SELECT beside it and FAC behind. dense is
+// infinite where the device has no flash attention for the shape.
 typedef struct fasa_op_times {
     uint64_t size;
     double dense, select, fasa;

@@ -96,7 +96,8 @@ def tables() -> str:
     for s in SETTINGS:
         default = s.choices.index(s.default) if s.choices else s.default
         rows.append(", ".join([s.name, s.c_type, limit(s, default), limit(s, s.low), limit(s, s.high)]))
-    out += macro("FASA_SETTINGS", "name, C type, default, lowest, highest", rows)
+        rows[-1] += f', "{" ".join(s.choices)}"'
+    out += macro("FASA_SETTINGS", "name, C type, default, lowest, highest, names of the values", rows)
     rows = [f"{q}, {name}, {value!r}" for q, chosen in QUALITIES.items() for name, value in chosen.items()]
     out += f'#define FASA_QUALITY_NAMES "{", ".join(QUALITIES)}"\n'
     out += macro("FASA_QUALITIES", "quality, setting, value", rows)

@@ -4,23 +4,23 @@
 
 // clang-format off
 
-// X(name, C type, default, lowest, highest)
+// X(name, C type, default, lowest, highest, names of the values)
 #define FASA_SETTINGS(X) \
-    X(chunks, uint32_t, 0, 0, 2147483647) \
-    X(budget, uint32_t, 512, 1, 2147483647) \
-    X(mass, float, 0.0, 0, 1) \
-    X(floor, uint32_t, 64, 0, 2147483647) \
-    X(cap, uint32_t, 1024, 0, 2147483647) \
-    X(sink, uint32_t, 4, 0, 65536) \
-    X(recent, uint32_t, 32, 0, 65536) \
-    X(min_context, uint32_t, 1024, 0, 2147483647) \
-    X(min_context_gpu, int32_t, -1, -1, 2147483647) \
-    X(max_tokens, uint32_t, 64, 1, 2147483647) \
-    X(k_dom, int32_t, FASA_K_DOM_Q4, FASA_K_DOM_F16, FASA_K_DOM_Q4) \
-    X(per_head, uint32_t, 0, 0, 1) \
-    X(mean_budget, uint32_t, 0, 0, 2147483647) \
-    X(row_cache, int32_t, -1, -1, 2147483647) \
-    X(ahead, int32_t, FASA_AHEAD_AUTO, FASA_AHEAD_AUTO, FASA_AHEAD_ON)
+    X(chunks, uint32_t, 0, 0, 2147483647, "") \
+    X(budget, uint32_t, 512, 1, 2147483647, "") \
+    X(mass, float, 0.0, 0, 1, "") \
+    X(floor, uint32_t, 64, 0, 2147483647, "") \
+    X(cap, uint32_t, 1024, 0, 2147483647, "") \
+    X(sink, uint32_t, 4, 0, 65536, "") \
+    X(recent, uint32_t, 32, 0, 65536, "") \
+    X(min_context, uint32_t, 1024, 0, 2147483647, "") \
+    X(min_context_gpu, int32_t, -1, -1, 2147483647, "") \
+    X(max_tokens, uint32_t, 64, 1, 2147483647, "") \
+    X(k_dom, int32_t, FASA_K_DOM_Q4, FASA_K_DOM_F16, FASA_K_DOM_Q4, "f16 q8 q4") \
+    X(per_head, uint32_t, 0, 0, 1, "") \
+    X(mean_budget, uint32_t, 0, 0, 2147483647, "") \
+    X(row_cache, int32_t, -1, -1, 2147483647, "") \
+    X(ahead, int32_t, FASA_AHEAD_AUTO, FASA_AHEAD_AUTO, FASA_AHEAD_ON, "auto off on")
 
 #define FASA_QUALITY_NAMES "fast, balanced, careful"
 // X(quality, setting, value)

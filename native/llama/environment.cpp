@@ -118,9 +118,7 @@ static std::string fasa_describe(llama_context * ctx, const fasa_file_profile & 
     std::string out = "on: ";
     for (size_t i = 0; i < FASA_N_SETTINGS; ++i) {
         const auto & row = FASA_SETTING_ROWS[i];
-        char text[96];
-        snprintf(text, sizeof(text), "%s%s %.6g", i ? ", " : "", row.name, row.get(p));
-        out += strcmp(row.name, "k_dom") == 0 ? std::string(", k_dom ") + FASA_K_DOM_NAMES[p.k_dom] : text;
+        out += std::string(i ? ", " : "") + row.name + " " + row.text(row.get(p));
     }
     size_t n_ranked = 0;
     for (const uint32_t n : file.n_chunk) {

@@ -67,8 +67,18 @@ static void fasa_op_time_layer(ggml_context * ctx, ggml_cgraph * graph, fasa_op_
     layer.fac.joined = false;
 }
 
+// the first node that the backend cannot run, or nullptr
+static const ggml_tensor * fasa_op_time_unsupported(ggml_backend_t backend, ggml_cgraph * graph) {
+    for (int i = 0; i < ggml_graph_n_nodes(graph); ++i) {
+        if (!ggml_backend_supports_op(backend, ggml_graph_node(graph, i))) {
+            return ggml_graph_node(graph, i);
+        }
+    }
+    return nullptr;
+}
+
 // Seconds per layer of a graph of these ops, the fastest of n_rep runs. Its nodes share memory as in a model's graph.
-// -1: out of memory
+// Infinity: the device has no dense attention for this shape. -1: fasa_error() says why
 double fasa_op_time_run::time(fasa_op_time_kind kind, int n_rep) {
     ggml_context_ptr ctx(
         ggml_init({ (12 * layers.size() + 8) * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
@@ -78,8 +88,17 @@ double fasa_op_time_run::time(fasa_op_time_kind kind, int n_rep) {
         const fasa_op_beside none = {};
         fasa_op_time_layer(ctx.get(), graph, layers[i], beside.empty() ? none : beside[i % beside.size()], kind, x);
     }
+    if (const ggml_tensor * node = fasa_op_time_unsupported(backend.get(), graph)) {
+        if (kind == FASA_TIME_DENSE) {
+            return INFINITY;
+        }
+        fasa_set_error("fasa_op_time: %s does not support %s for these shapes and types",
+            ggml_backend_name(backend.get()), *node->name ? node->name : ggml_op_desc(node));
+        return -1.0;
+    }
     ggml_gallocr_ptr alloc(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend.get())));
     if (!ggml_gallocr_alloc_graph(alloc.get(), graph)) {
+        fasa_set_error("fasa_op_time: out of memory");
         return -1.0;
     }
     double best = INFINITY;
@@ -130,12 +149,11 @@ int fasa_op_time_run::init(const fasa_op_case & c, int n_layer, ggml_type type_k
         return fasa_set_error("fasa_op_time: out of memory, or the device has no mode %d", c.mode);
     }
     ggml_backend_buffer_clear(buf.get(), 0);
-    set_inputs(c, k, v);
-    return 0;
+    return set_inputs(c, k, v);
 }
 
 // and derives the dominant keys, so that no cell is stale when the time is taken
-void fasa_op_time_run::set_inputs(
+int fasa_op_time_run::set_inputs(
     const fasa_op_case & c, const std::vector<uint8_t> & k, const std::vector<uint8_t> & v) {
     std::vector<int32_t> all(2 * FASA_MAX_RANGES * c.n_stream, 0);
     for (int s = 0; s < c.n_stream; ++s) {
@@ -153,10 +171,13 @@ void fasa_op_time_run::set_inputs(
         }
         fasa_case_write(layers[i].select.ranges, all.data());
     }
-    time(FASA_TIME_SELECT, 1);
+    if (time(FASA_TIME_SELECT, 1) < 0) {
+        return -1;
+    }
     for (auto & layer : layers) {
         ggml_backend_tensor_memset(layer.select.ranges, 0, 0, ggml_nbytes(layer.select.ranges));
     }
+    return 0;
 }
 
 static int fasa_op_time_case(const fasa_op_case * c, int32_t n_layer, int32_t n_rep, fasa_op_times * times) {
@@ -185,7 +206,7 @@ static int fasa_op_time_case(const fasa_op_case * c, int32_t n_layer, int32_t n_
     times->beside = c->beside > 0 ? run.time(FASA_TIME_BESIDE, n_rep) : 0.0;
     times->ahead  = c->beside > 0 ? run.time(FASA_TIME_AHEAD, n_rep) : 0.0;
     if (std::min({ times->dense, times->select, times->fasa, times->beside, times->ahead }) < 0) {
-        return fasa_set_error("fasa_op_time: out of memory");
+        return -1;
     }
     return 0;
 }

@@ -40,5 +40,5 @@ private:
     ggml_tensor * residual = nullptr; // f32 [n_embd]
 
     void make_beside(uint64_t bytes, int n_layer, int64_t n_embd, int64_t n_query);
-    void set_inputs(const fasa_op_case & c, const std::vector<uint8_t> & k, const std::vector<uint8_t> & v);
+    int set_inputs(const fasa_op_case & c, const std::vector<uint8_t> & k, const std::vector<uint8_t> & v);
 };

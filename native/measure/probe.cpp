@@ -141,9 +141,14 @@ bool fasa_probe::time(fasa_depth_times & t) {
         return false;
     }
     t.dense = run.time(FASA_TIME_DENSE, FASA_PROBE_REPEAT);
-    t.fasa  = c.beside ? run.time(FASA_TIME_AHEAD, FASA_PROBE_REPEAT) - run.time(FASA_TIME_BESIDE, FASA_PROBE_REPEAT) :
-                         run.time(FASA_TIME_FASA, FASA_PROBE_REPEAT);
-    return t.dense >= 0 && t.fasa >= 0;
+    const double fasa   = run.time(c.beside ? FASA_TIME_AHEAD : FASA_TIME_FASA, FASA_PROBE_REPEAT);
+    const double beside = c.beside ? run.time(FASA_TIME_BESIDE, FASA_PROBE_REPEAT) : 0.0;
+    if (std::min({ t.dense, fasa, beside }) < 0) {
+        error = fasa_error();
+        return false;
+    }
+    t.fasa = std::max(fasa - beside, 0.0);
+    return true;
 }
 
 // ---- what it depends on ----
