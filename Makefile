@@ -55,6 +55,7 @@ ifeq ($(origin CMAKE_ARGS),undefined)
 CMAKE_ARGS := $(shell cat build/native/fasa-cmake-args 2>/dev/null)
 endif
 export FASA_CMAKE_ARGS = $(CMAKE_ARGS)
+comma := ,
 # $(call configure,folder,options)
 configure = if [ ! -f $(1)/build.ninja ] || [ "$$(cat $(1)/fasa-cmake-args 2>&1)" != "$$FASA_CMAKE_ARGS" ]; then \
 	    $(CMAKE) --fresh -S . -B $(1) $(2) $(CMAKE_ARGS) && printf '%s\n' "$$FASA_CMAKE_ARGS" > $(1)/fasa-cmake-args; fi
@@ -93,6 +94,19 @@ thread-tests: $(VENV)/.ready
 	@$(call configure,build/threads,$(THREAD_FLAGS))
 	$(VENV)/bin/cmake --build build/threads -j $(JOBS) --target llama
 	$(PY) -m pytest -q -rs tests/native/test_threads.py
+
+# The tests of ops, laws, API and cache, in a Python that the sanitizers of addresses and of undefined behaviour watch:
+# first our code with them, then all of it with the one for threads, whose waiting for each other it must see.
+SANITIZED := tests/native/test_ops.py tests/native/test_laws.py tests/native/test_lists.py tests/native/test_steps.py \
+             tests/native/test_fill.py tests/native/test_windows.py tests/native/test_sanitized.py tests/runtime \
+             tests/profile/test_profile.py tests/session tests/test_closing.py
+sanitize: stock
+	@$(call configure,build/address,-DFASA_SANITIZE=address$(comma)undefined)
+	$(VENV)/bin/cmake --build build/address -j $(JOBS) --target llama
+	$(PY) tests/helpers/sanitized.py address build/address/bin $(SANITIZED)
+	@$(call configure,build/threads,$(THREAD_FLAGS))
+	$(VENV)/bin/cmake --build build/threads -j $(JOBS) --target llama
+	$(PY) tests/helpers/sanitized.py thread build/threads/bin $(SANITIZED)
 
 # What apps import, in an environment of its own behind which .venv lies: llama-cpp-python counts as installed there.
 APPS := build/apps
@@ -155,4 +169,4 @@ tables: $(VENV)/.ready
 compare: $(VENV)/.ready
 	$(PY) tests/helpers/compare_checkouts.py $(OTHER)
 
-.PHONY: help build stock tools upstream-tests binding-tests app-tests thread-tests demo test check lint format tables compare
+.PHONY: help build stock tools upstream-tests binding-tests app-tests thread-tests sanitize fuzz soak kills demo test check lint format tables compare

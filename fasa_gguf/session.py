@@ -9,6 +9,7 @@ import ctypes
 import functools
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, overload
 
@@ -67,7 +68,8 @@ class Session:
 
     Attributes: settings, the ContextSettings in force; mode, device or host; n_ctx, tokens over all sequences; n_batch,
     tokens per llama_decode, at most n_ctx, and n_ubatch in an encoder; n_vocab, n_ctx_train; abort, asked between the
-    nodes of a graph whether to end the decode: instead of llama_set_abort_callback, which Ctrl-C uses; None: never.
+    nodes of a graph whether to end the decode: instead of llama_set_abort_callback, which Ctrl-C uses; None: never;
+    used, a lock that `close` waits for: another thread that has a pointer of ours holds it.
     Raises FasaError when the model cannot be loaded or the context cannot be made.
     """
 
@@ -93,9 +95,11 @@ class Session:
         self.settings = (settings or ContextSettings()).replace(**changes)
         self.mode = ""
         self.abort = None
+        self.used = threading.RLock()
         self._arms, self._profile = arms, profile
         self._model: Any = None
         self._ctx: Any = None
+        self._fasa: runtime.context.Context | None = None
         quiet()
         check_path(model_path)
         if not os.path.exists(model_path):
@@ -143,8 +147,9 @@ class Session:
         self.n_ctx, self.n_batch = self.llama.llama_n_ctx(self.ctx), self.llama.llama_n_batch(self.ctx)
         if not self.memory:  # without a KV cache (an encoder) every token sees the others of its ubatch only
             self.n_batch = min(self.n_batch, self.llama.llama_n_ubatch(self.ctx))
-        self._fasa = runtime.context.Context(ctypes.cast(self.ctx, ctypes.c_void_p).value or 0)
-        if self.mode == "host" and (why := runtime.context.not_pinned(self._fasa)):
+        pointer = ctypes.cast(self.ctx, ctypes.c_void_p).value or 0
+        self._fasa = runtime.context.Context(pointer, f"{self.path}: this context is closed")
+        if self.mode == "host" and (why := runtime.context.not_pinned(self.fasa)):
             self.free_context()
             raise FasaError(f"{self.path}: {why}")
 
@@ -174,7 +179,9 @@ class Session:
         """Free the context; the model stays loaded, and `reopen` makes another one."""
         ctx, self._ctx = self._ctx, None
         if ctx:
-            with runtime.interrupt.deferred():
+            if self._fasa:
+                self._fasa.close()
+            with self.used, runtime.interrupt.deferred():
                 self.llama.llama_free(ctx)
 
     def __enter__(self) -> Session:
@@ -186,10 +193,11 @@ class Session:
     def close(self) -> None:
         """Free the context and the model. A closed session raises FasaError when it is used; closing twice is fine."""
         self.free_context()
-        model, self._model = self._model, None
-        if model:
-            with runtime.interrupt.deferred():
-                self.llama.llama_model_free(model)
+        with self.used:
+            model, self._model = self._model, None
+            if model:
+                with runtime.interrupt.deferred():
+                    self.llama.llama_model_free(model)
 
     # llama.cpp does not survive a pointer that was freed
 
@@ -212,6 +220,7 @@ class Session:
     def fasa(self) -> runtime.context.Context:
         """FASA's side of the context: profile, settings, counters, observer."""
         self._live(self._ctx)
+        assert self._fasa is not None
         return self._fasa
 
     @property
@@ -234,17 +243,20 @@ class Session:
         room = len(data) + 8
         for _ in range(2):  # a negative count says how much room is needed
             out = (ctypes.c_int32 * room)()
-            n = self.llama.llama_tokenize(self.vocab, data, len(data), out, room, bos, special)
+            with self.used:
+                n = self.llama.llama_tokenize(self.vocab, data, len(data), out, room, bos, special)
             if n >= 0 or n == -(2**31):
                 break
             room = -n
         if n < 0:
             raise FasaError(f"{self.path}: the text cannot be tokenized; does this model have a vocabulary?")
-        return runtime.pieces.one_bos(self.llama, self.vocab, list(out[:n]))
+        with self.used:
+            return runtime.pieces.one_bos(self.llama, self.vocab, list(out[:n]))
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of tokens; special tokens by name, bytes that are no UTF-8 replaced."""
-        return runtime.pieces.token_bytes(self.llama, self.vocab, tokens, True).decode("utf-8", "replace")
+        with self.used:
+            return runtime.pieces.token_bytes(self.llama, self.vocab, tokens, True).decode("utf-8", "replace")
 
     def decode_batch(self, items: Sequence[tuple[int, int, int, bool]]) -> None:
         """One llama_decode of (token, position, sequence, wants logits) items, at most n_batch.

@@ -106,7 +106,7 @@ class Chats:
             )
         except _Made as made:
             found = made.arguments
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as e:
+        except (TemplateError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise ApiError(f"messages: the model's chat template does not take them: {e}", "messages") from None
         prompt = found["prompt"]
         tokens = self._session.tokenize(prompt) if isinstance(prompt, str) else list(prompt)

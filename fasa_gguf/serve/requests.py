@@ -14,10 +14,13 @@ from ..errors import FasaError
 from ..params import SETTINGS, FasaParams
 from .engine import Engine
 from .errors import ApiError
+from .limits import check_grammar, check_stops
 from .sampling import Sampler, SamplingParams
 from .slots import Event, Request
 
 MOST_LOGPROBS = 100
+MOST_REPEATS = 1000  # of a JSON schema's items and characters; a grammar spells them out
+REPEATS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
 SAMPLED = tuple(name for name in SamplingParams.__dataclass_fields__ if name not in ("seed", "logit_bias", "grammar"))
 
 
@@ -79,15 +82,32 @@ def check_fasa(given: Mapping[str, Any] | None, params: FasaParams | None, why_o
 def grammar_of_schema(schema: Any, param: str) -> str:
     """GBNF for a JSON schema. Raises ApiError for one that llama_cpp cannot convert."""
     try:
-        return str(LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)._grammar)
+        _check_repeats(schema)
+        grammar = str(LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)._grammar)
+        check_grammar(grammar, param)
+        return grammar
     except Exception as e:  # its converter raises whatever comes
         raise ApiError(
             f"{param}: this JSON schema cannot be made into a grammar: {e or type(e).__name__}", param
         ) from None
 
 
+def _check_repeats(schema: Any) -> None:
+    """Raises ValueError for a schema that repeats something so often that its grammar would not fit into memory."""
+    todo = [schema]
+    while todo:
+        found = todo.pop()
+        for name in REPEATS if isinstance(found, dict) else ():
+            value = found.get(name)
+            if isinstance(value, (int, float)) and not value <= MOST_REPEATS:
+                raise ValueError(f"expected {name} of at most {MOST_REPEATS}, found {value}")
+        todo += found.values() if isinstance(found, dict) else found if isinstance(found, list) else []
+
+
 def check_common(body: Any) -> None:
-    """What neither llama_cpp's types nor we serve, and would be lost silently."""
+    """What neither llama_cpp's types nor we serve, and would be lost silently; what takes too much."""
+    check_stops(stop_list(body.stop))
+    check_grammar(body.grammar or "")
     for name in ("n", "best_of"):
         if getattr(body, name, None) not in (None, 1):
             raise ApiError(
@@ -109,9 +129,9 @@ def token_biases(engine: Engine, body: Any) -> dict[int, float]:
     for key, bias in (body.logit_bias or {}).items():
         if body.logit_bias_type == "tokens":
             out |= dict.fromkeys(engine.session.tokenize(key, bos=False), bias)
-        elif not key.isascii() or not key.isdigit():
+        elif not key.isascii() or not key.isdigit() or len(key) > 10:
             raise ApiError(
-                f'logit_bias: expected a token\'s number, found {key!r}; logit_bias_type "tokens" takes texts',
+                f'logit_bias: expected a token\'s number, found {key[:40]!r}; logit_bias_type "tokens" takes texts',
                 "logit_bias",
             )
         else:
