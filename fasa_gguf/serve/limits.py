@@ -15,14 +15,16 @@ from .errors import ApiError, server_error
 
 BYTES_PER_TOKEN = 64  # of a body, by default: more than a token's text in JSON with all of it escaped
 LEAST_BODY = 2**20  # bytes, by default
+DROPPED = 16  # times the limit: larger bodies are not read to their end
 MOST_STOPS = 64
 MOST_STOP = 1024  # characters
 MOST_GRAMMAR = 2**18  # characters
 MOST_NESTING = 256  # brackets within brackets, which llama.cpp goes down on the stack
 _QUOTED = re.compile(r'"(?:\\.|[^"\\])*"|\[(?:\\.|[^\]\\])*\]|#[^\n]*', re.S)  # of a grammar: where brackets are text
 
-Scope, Message = dict[str, Any], dict[str, Any]
-Receive, Send = Callable[[], Awaitable[Message]], Callable[[Message], Awaitable[None]]
+Message = dict[str, Any]  # of ASGI
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Bodies:
     def __init__(self, app: Any, limits: Limits) -> None:
         self._app, self._limits = app, limits
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -66,11 +68,14 @@ class Bodies:
 
         await self._app(scope, again, send)
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The whole body; None: the client went away. Raises ApiError."""
+    async def _read(self, scope: dict[str, Any], receive: Receive) -> bytes | None:
+        """The whole body; None: the client went away. Raises ApiError.
+
+        One that is somewhat too large is read and dropped: a client that still sends would not see the answer.
+        """
         most = self._limits.body
         length = dict(scope["headers"]).get(b"content-length", b"")
-        if length.isdigit() and int(length[:20]) > most:
+        if length.isdigit() and int(length[:20]) > DROPPED * most:
             raise _too_large(most)
         loop, parts, size = asyncio.get_running_loop(), [], 0
         end = loop.time() + self._limits.arrive
@@ -78,14 +83,17 @@ class Bodies:
             try:
                 message = await asyncio.wait_for(receive(), max(end - loop.time(), 0.001))
             except asyncio.TimeoutError:
-                raise too_slow(self._limits.arrive) from None
+                raise (_too_large(most) if size > most else too_slow(self._limits.arrive)) from None
             if message["type"] == "http.disconnect":
                 return None
             parts.append(message.get("body", b""))
             size += len(parts[-1])
+            over = not message.get("more_body")
             if size > most:
-                raise _too_large(most)
-            if not message.get("more_body"):
+                parts.clear()
+                if over or size > DROPPED * most:
+                    raise _too_large(most)
+            elif over:
                 return b"".join(parts)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -153,6 +154,9 @@ def make_request(
 ) -> Request:
     """The request of a checked body. max_tokens None or 0: until the context is full."""
     given = {name: value for name in SAMPLED if (value := getattr(body, name)) is not None}
+    for name, value in given.items():
+        if not math.isfinite(value):  # JSON has no such numbers; Python reads them
+            raise ApiError(f"{name}: expected a finite number, found {value}", name, "invalid_value")
     seed = secrets.randbits(32) if body.seed is None else body.seed % 2**32
     sampling = SamplingParams(**given, seed=seed, logit_bias=token_biases(engine, body), grammar=grammar)
     if grammar and body.min_tokens:
