@@ -90,7 +90,7 @@ class Mended(_Base):
     """llama_cpp.Llama; see the module."""
 
     _calls: Any  # an RLock, held during a call, or a step of a stream; taken before Context.turn
-    _asked: Any  # an RLock, held while the model is asked for what needs no step; taken after _calls
+    _asked: Any  # a Gate: inside, the model is asked for what needs no step; taken after _calls
     input_ids: Any
     scores: Any
     _run: object = None  # the generation that the cache belongs to
@@ -100,7 +100,7 @@ class Mended(_Base):
 
     def __new__(cls, *_args: Any, **_kwargs: Any) -> Mended:
         self = super().__new__(cls)
-        self._calls, self._asked = threading.RLock(), threading.RLock()
+        self._calls, self._asked = threading.RLock(), runtime.gate.Gate()
         self._stack = contextlib.ExitStack()  # close() needs all three when __init__ raises
         return cast(Mended, self)
 

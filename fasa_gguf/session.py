@@ -9,7 +9,6 @@ import ctypes
 import functools
 import os
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, overload
 
@@ -69,7 +68,7 @@ class Session:
     Attributes: settings, the ContextSettings in force; mode, device or host; n_ctx, tokens over all sequences; n_batch,
     tokens per llama_decode, at most n_ctx, and n_ubatch in an encoder; n_vocab, n_ctx_train; abort, asked between the
     nodes of a graph whether to end the decode: instead of llama_set_abort_callback, which Ctrl-C uses; None: never;
-    used, a lock that `close` waits for: another thread that has a pointer of ours holds it.
+    used, a Gate: another thread that has a pointer of ours is inside, and `close` waits for it.
     Raises FasaError when the model cannot be loaded or the context cannot be made.
     """
 
@@ -95,7 +94,7 @@ class Session:
         self.settings = (settings or ContextSettings()).replace(**changes)
         self.mode = ""
         self.abort = None
-        self.used = threading.RLock()
+        self.used = runtime.gate.Gate()
         self._arms, self._profile = arms, profile
         self._model: Any = None
         self._ctx: Any = None
@@ -181,8 +180,10 @@ class Session:
         if ctx:
             if self._fasa:
                 self._fasa.close()
-            with self.used, runtime.interrupt.deferred():
+            with runtime.interrupt.deferred():
+                self.used.acquire()
                 self.llama.llama_free(ctx)
+                self.used.release()
 
     def __enter__(self) -> Session:
         return self
@@ -193,11 +194,12 @@ class Session:
     def close(self) -> None:
         """Free the context and the model. A closed session raises FasaError when it is used; closing twice is fine."""
         self.free_context()
-        with self.used:
-            model, self._model = self._model, None
-            if model:
-                with runtime.interrupt.deferred():
-                    self.llama.llama_model_free(model)
+        model, self._model = self._model, None
+        if model:
+            with runtime.interrupt.deferred():
+                self.used.acquire()
+                self.llama.llama_model_free(model)
+                self.used.release()
 
     # llama.cpp does not survive a pointer that was freed
 

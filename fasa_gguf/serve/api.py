@@ -27,7 +27,7 @@ from ..runtime import pieces
 from . import chat, slots
 from .engine import Engine
 from .errors import ApiError, server_error
-from .limits import Bodies, Limits
+from .limits import Bodies, Limits, tokenize_within
 from .metrics import Metrics
 from .requests import (
     ChatRequest,
@@ -326,13 +326,13 @@ async def get_models(server: ServerOf) -> Response:
 
 @router.post("/extras/tokenize", summary="Tokenize", tags=["Extras"])
 async def tokenize(server: ServerOf, body: types.TokenizeInputRequest) -> types.TokenizeInputResponse:
-    tokens = await run_in_threadpool(server.engine.session.tokenize, body.input)
+    tokens = await run_in_threadpool(tokenize_within, server.engine.session, body.input, "input")
     return types.TokenizeInputResponse(tokens=tokens)
 
 
 @router.post("/extras/tokenize/count", summary="Tokenize Count", tags=["Extras"])
 async def count_query_tokens(server: ServerOf, body: types.TokenizeInputRequest) -> types.TokenizeInputCountResponse:
-    tokens = await run_in_threadpool(server.engine.session.tokenize, body.input)
+    tokens = await run_in_threadpool(tokenize_within, server.engine.session, body.input, "input")
     return types.TokenizeInputCountResponse(count=len(tokens))
 
 

@@ -11,11 +11,14 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from .errors import ApiError, server_error
+from ..session import Session
+from .errors import ApiError, server_error, too_long
 
 BYTES_PER_TOKEN = 64  # of a body, by default: more than a token's text in JSON with all of it escaped
 LEAST_BODY = 2**20  # bytes, by default
 DROPPED = 16  # times the limit: larger bodies are not read to their end
+FIRST_TRIED = 4096  # characters
+AT_A_CUT = 64  # tokens that a beginning may have more than the whole text has there
 MOST_STOPS = 64
 MOST_STOP = 1024  # characters
 MOST_GRAMMAR = 2**18  # characters
@@ -178,6 +181,21 @@ def protocol(limits: Limits) -> type[H11Protocol]:
 
 
 # ---- what a request asks for ----
+
+
+def tokenize_within(session: Session, text: str, param: str, bos: bool = True, special: bool = True) -> list[int]:
+    """The tokens of a text for one slot. Raises ApiError for one that cannot fit.
+
+    llama.cpp's time may grow with the square of the length, so a long text is tried by its beginning first.
+    """
+    n_ctx = session.n_ctx // session.settings.n_seq_max
+    n = FIRST_TRIED
+    while n < len(text):
+        found = len(session.tokenize(text[:n], bos, special))
+        if found > n_ctx + AT_A_CUT:
+            raise too_long(f"more than {found - AT_A_CUT}", n_ctx, param)
+        n *= 4
+    return session.tokenize(text, bos, special)
 
 
 def check_stops(stops: Iterable[str]) -> None:

@@ -15,7 +15,7 @@ from ..errors import FasaError
 from ..params import SETTINGS, FasaParams
 from .engine import Engine
 from .errors import ApiError
-from .limits import check_grammar, check_stops
+from .limits import check_grammar, check_stops, tokenize_within
 from .sampling import Sampler, SamplingParams
 from .slots import Event, Request
 
@@ -188,7 +188,7 @@ def completion_prompt(engine: Engine, prompt: Any) -> tuple[list[int], str]:
         if wrong := [t for t in prompt if not 0 <= t < session.n_vocab]:
             raise ApiError(f"prompt: expected tokens from 0 to {session.n_vocab - 1}, found {wrong[0]}", "prompt")
         return list(prompt), session.detokenize(prompt)
-    tokens = session.tokenize(prompt)
+    tokens = tokenize_within(session, prompt, "prompt")
     if not tokens and (bos := engine.llama.llama_vocab_bos(session.vocab)) >= 0:
         tokens = [bos]
     return tokens, prompt
