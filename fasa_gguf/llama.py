@@ -176,8 +176,7 @@ class Llama(Mended):
 
     @model_params.setter
     def model_params(self, params: Any) -> None:
-        stopped = self._stopped
-        params.progress_callback = _llama_cpp.llama_progress_callback(lambda _progress, _user: not stopped())
+        params.progress_callback = runtime.loading.callback(_llama_cpp, self._stopped)
         self._model_params = params
 
     def _open_profile(

@@ -110,7 +110,7 @@ class Session:
         params.n_gpu_layers = self.settings.n_gpu_layers
         try:
             with runtime.interrupt.deferred() as stopped:
-                params.progress_callback = llama.llama_progress_callback(lambda _progress, _user: not stopped())
+                params.progress_callback = runtime.loading.callback(llama, stopped)
                 self._model = llama.llama_model_load_from_file(os.fsencode(model_path), params)
             if not self._model:
                 raise FasaError(f"{model_path}: llama.cpp cannot load this model: {last_log()}")

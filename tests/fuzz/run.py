@@ -34,7 +34,7 @@ def start(name, seconds):
     for folder in (corpus, KEPT / name):
         folder.mkdir(parents=True, exist_ok=True)
     seeds = [str(SEEDS / name)] if (SEEDS / name).is_dir() else []
-    flags = [f"-max_total_time={seconds}", "-timeout=60", "-rss_limit_mb=2048", "-print_final_stats=1"]
+    flags = [f"-max_total_time={seconds}", "-timeout=1200", "-rss_limit_mb=2048", "-print_final_stats=1"]
     flags += [f"-artifact_prefix={FOUND}/{name}-"]
     with open(FOUND / f"{name}.log", "w") as log:
         command = ["nice", "-n", "19", *COMMANDS[name], *flags, str(corpus), str(KEPT / name), *seeds]
