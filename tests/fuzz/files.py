@@ -1,6 +1,7 @@
 """Foreign files into the GGUF reader and the profile reader, by atheris: `make fuzz`.
 
 Whatever the bytes are, they are read or refused with a FasaError. What is read is written again, and is the same.
+tests/profile/test_fuzz_corpus.py runs the corpus that is kept, without atheris.
 """
 
 import contextlib
@@ -8,10 +9,15 @@ import os
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-import atheris
+try:
+    import atheris
 
-with atheris.instrument_imports(include=["fasa_gguf"]):
+    watched: Any = atheris.instrument_imports(include=["fasa_gguf"])
+except ImportError:
+    watched = contextlib.nullcontext()
+with watched:
     from fasa_gguf.errors import FasaError
     from fasa_gguf.gguf.file import GGUFFile
     from fasa_gguf.gguf.shape import model_shape, sliding_windows
@@ -72,5 +78,6 @@ def one(data):
 
 
 if __name__ == "__main__":
-    atheris.Setup(sys.argv, one)
+    # -merge=1 starts the first argument anew, through a shell
+    atheris.Setup([f"{sys.executable} {sys.argv[0]}", *sys.argv[1:]], one)
     atheris.Fuzz()
