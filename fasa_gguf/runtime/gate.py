@@ -8,33 +8,50 @@ import threading
 class Gate:
     """`with gate:` around each use of something that another thread may free; `acquire` waits until nobody is inside.
 
-    It does not say that the thing is gone: whoever enters looks whether it is still there.
+    Whoever waits to enter goes behind one who waits in `acquire`. It does not say that the thing is gone: whoever
+    enters looks whether it is still there.
     """
 
     def __init__(self) -> None:
         self._changed = threading.Condition(threading.Lock())
         self._inside = 0
+        self._shut = False
+        self._own = threading.local()  # .depth: how often this thread is inside
 
     def __enter__(self) -> None:
-        with self._changed:
-            self._inside += 1
+        depth = getattr(self._own, "depth", 0)
+        if depth == 0:
+            with self._changed:
+                while self._shut:
+                    self._changed.wait()
+                self._inside += 1
+        self._own.depth = depth + 1
 
     def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._inside -= 1
-            self._changed.notify_all()
+        self._own.depth -= 1
+        if self._own.depth == 0:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
 
     def acquire(self, blocking: bool = True) -> bool:
         """Keep everybody out until `release`, when nobody is inside; False: somebody is, and blocking is False."""
         if not self._changed.acquire(blocking=blocking):
             return False
-        while self._inside:
-            if not blocking:
-                self._changed.release()
+        try:
+            if not blocking and (self._inside or self._shut):
                 return False
-            self._changed.wait()
-        return True
+            while self._shut:
+                self._changed.wait()
+            self._shut = True
+            while self._inside:
+                self._changed.wait()
+            return True
+        finally:
+            self._changed.release()
 
     def release(self) -> None:
         """Let them in again."""
-        self._changed.release()
+        with self._changed:
+            self._shut = False
+            self._changed.notify_all()
