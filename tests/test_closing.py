@@ -70,7 +70,7 @@ def test_a_context_outlives_its_model(profiled):
 )
 def test_another_thread_uses_a_model_that_is_closed(profiled, use):
     code = START + (
-        "for i in range(12):\n    llm, errors, used = make(), [], threading.Event()\n"
+        "for i in range(5):\n    llm, errors, used = make(), [], threading.Event()\n"
         "    def work():\n        try:\n            while True:\n"
         f"                {use}\n                used.set()\n"
         "        except FasaError as e: errors.append(str(e))\n"
@@ -86,7 +86,7 @@ def test_another_thread_uses_a_model_that_is_closed(profiled, use):
 def test_another_thread_uses_a_session_that_is_closed(profiled, use):
     code = START + (
         "from fasa_gguf.session import Session\n"
-        "for i in range(12):\n    s, errors, used = Session(sys.argv[1], n_ctx=256), [], threading.Event()\n"
+        "for i in range(5):\n    s, errors, used = Session(sys.argv[1], n_ctx=256), [], threading.Event()\n"
         "    def work():\n        try:\n            while True:\n"
         f"                {use}\n                used.set()\n"
         "        except FasaError as e: errors.append(str(e))\n"

@@ -83,7 +83,7 @@ class Context:
         self._inside = threading.local()  # .observer: this thread is inside one
         self._step = "auto"
         self._ffi, self._lib = api()
-        self._pointer = self._ffi.cast("struct llama_context *", ctx_ptr)  # None: closed
+        self._ctx = self._ffi.cast("struct llama_context *", ctx_ptr)  # None: closed
         self._observer = None
         self._observer_error: BaseException | None = None
 
@@ -97,7 +97,7 @@ class Context:
         try:
             if not self._used.acquire(blocking=wait):
                 return False
-            self._pointer = None
+            self._ctx = None
             self._used.release()
             return True
         finally:
@@ -107,9 +107,9 @@ class Context:
     def _use(self) -> Iterator[Any]:
         """The pointer, which is not freed inside. Raises FasaError when it was."""
         with self._used:
-            if self._pointer is None:
+            if self._ctx is None:
                 raise FasaError(self._closed)
-            yield self._pointer
+            yield self._ctx
 
     def _call(self, function: Callable[..., Any], *args: Any) -> Any:
         """What a function of the library returns, which takes the context first."""
@@ -152,7 +152,7 @@ class Context:
                 yield
             finally:
                 self._step = before
-                if self._pointer is not None:
+                if self._ctx is not None:
                     self._call(self._lib.fasa_set_step, STEPS.index(before))
 
     def set_profile(self, profile: Any) -> None:
