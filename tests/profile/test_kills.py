@@ -39,7 +39,7 @@ def size(path):
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """(model of 24 MiB, profile, digest of the model without it, digest with it)."""
+    """(model of 19 MB, profile, digest of the model without it, digest with it)."""
     folder = tmp_path_factory.mktemp("kills")
     model, profile = folder / "model.gguf", folder / "profile.json"
     write_tiny(model, n_ff=8192, dtype=np.float32)
