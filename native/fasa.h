@@ -259,20 +259,22 @@ enum fasa_reason {
     FASA_REASON_AHEAD_AUTO            = 37,
     // the step has several tokens, with which selecting ahead is slower
     FASA_REASON_AHEAD_TOKENS          = 38,
+    // selecting among so many cells takes longer than the feed-forward beside it
+    FASA_REASON_AHEAD_LONG            = 39,
     // it borrows its list
-    FASA_REASON_AHEAD_BORROWS         = 39,
+    FASA_REASON_AHEAD_BORROWS         = 40,
     // the profile says that foreseen queries lose too much there
-    FASA_REASON_AHEAD_PROFILE         = 40,
+    FASA_REASON_AHEAD_PROFILE         = 41,
     // no block lies before it
-    FASA_REASON_AHEAD_FIRST           = 41,
+    FASA_REASON_AHEAD_FIRST           = 42,
     // no feed-forward lies between the attention or other block before it and its queries
-    FASA_REASON_AHEAD_NO_FEED_FORWARD = 42,
+    FASA_REASON_AHEAD_NO_FEED_FORWARD = 43,
     // how its queries follow from the layer before is not recognised
-    FASA_REASON_AHEAD_UNKNOWN         = 43,
+    FASA_REASON_AHEAD_UNKNOWN         = 44,
     // the feed-forward before it runs on another device
-    FASA_REASON_AHEAD_DEVICE          = 44,
+    FASA_REASON_AHEAD_DEVICE          = 45,
     // its rows on the device have no room for a list with all tokens of the batch
-    FASA_REASON_AHEAD_ROOM            = 45,
+    FASA_REASON_AHEAD_ROOM            = 46,
 };
 // end reasons
 
