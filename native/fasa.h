@@ -117,7 +117,7 @@ typedef struct fasa_params {
     // a step attends
     int32_t row_cache;
     // enum fasa_ahead_type: select a layer's tokens while the feed-forward before it runs, by foreseen queries; auto:
-    // on a GPU, in steps of one token
+    // on a GPU, in steps of one token, where the dominant keys are no more bytes than the feed-forward
     int32_t ahead;
 } fasa_params;
 // end settings
