@@ -16,7 +16,8 @@ from .errors import FasaError
 from .reasons import Reason
 
 K_DOM_TYPES = ("f16", "q8", "q4")  # in the order of enum fasa_k_dom_type
-AHEAD = ("auto", "off", "on")  # in the order of enum fasa_ahead
+AHEAD = ("auto", "off", "on")  # in the order of enum fasa_ahead_type
+PREFILL = ("auto", "off", "on")  # in the order of enum fasa_prefill_type
 MODES = ("auto", "device", "host")  # where K and V lie. No setting: a live context cannot change it
 MODE_ALIASES = {"c": "device", "m": "host"}  # the paper's letters
 INT_MAX = 2**31 - 1
@@ -161,6 +162,32 @@ class FasaParams:
         "of one token",
         choices=AHEAD,
     )
+    prefill: str = _row(
+        "auto",
+        "auto, off or on",
+        "process prompts sparsely; auto: on the CPU, from prefill_min_context on; on: from min_context on",
+        choices=PREFILL,
+    )
+    prefill_min_context: int = _row(
+        2048, "cells", "with prefill auto, tokens of a prompt that see fewer cells than this are processed densely"
+    )
+    prefill_tile: int = _row(
+        128, "tokens", "tokens of a prompt that share a list of cells per KV head", low=16, high=1024
+    )
+    prefill_mass: float = _row(
+        0.95,
+        "share, 0 to 1",
+        "a tile takes cells until this share of the estimated attention is held; 0: prefill_budget cells",
+        high=1,
+    )
+    prefill_budget: int = _row(
+        1024, "cells", "cells that a tile attends when prefill_mass is 0; those always attended count in it", low=1
+    )
+    prefill_floor: int = _row(256, "cells", "fewest cells that a tile attends when prefill_mass > 0", low=1)
+    prefill_cap: int = _row(4096, "cells", "most cells that a tile attends when prefill_mass > 0", low=1)
+    prefill_band: int = _row(
+        128, "cells", "cells before a tile that it always attends, beside sinks and its own", high=65536
+    )
 
     def replace(self, **changes: Any) -> FasaParams:
         """A copy with some settings changed."""
@@ -191,6 +218,11 @@ class FasaParams:
             row.check(getattr(self, row.name))
         if self.mass > 0 and not 1 <= self.floor <= self.cap:
             raise FasaError(f"settings floor and cap: expected 1 <= floor <= cap, found {self.floor} and {self.cap}")
+        if self.prefill_floor > self.prefill_cap:
+            raise FasaError(
+                f"settings prefill_floor and prefill_cap: expected prefill_floor <= prefill_cap, found "
+                f"{self.prefill_floor} and {self.prefill_cap}"
+            )
         if self.mass > 0 and self.mean_budget > 0:
             raise FasaError(
                 f"settings mass and mean_budget: expected one of them, found {self.mass:g} and {self.mean_budget}"
@@ -199,7 +231,8 @@ class FasaParams:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str, base: FasaParams | None = None) -> FasaParams:
-        """Settings by name; numbers may be text. Of budget, mass and mean_budget, the one given replaces the base's.
+        """Settings by name; numbers may be text. Of budget, mass and mean_budget, the one given replaces the base's, and
+        so it is with prefill_budget and prefill_mass.
 
         Raises FasaError naming `where` for unknown names and values that cannot be read.
         """
@@ -218,6 +251,8 @@ class FasaParams:
             changes.setdefault("mean_budget", 0)
         if changes.get("mean_budget", 0) > 0 or ("budget" in changes and "mean_budget" not in values):
             changes.setdefault("mass", 0.0)
+        if "prefill_budget" in changes:
+            changes.setdefault("prefill_mass", 0.0)
         return (base or cls()).replace(**changes).check()
 
     @classmethod

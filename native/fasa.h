@@ -39,6 +39,13 @@ enum fasa_ahead_type {
     FASA_AHEAD_ON   = 2,
 };
 
+// whether prompts are processed sparsely
+enum fasa_prefill_type {
+    FASA_PREFILL_AUTO = 0, // on the CPU, from prefill_min_context cells on
+    FASA_PREFILL_OFF  = 1,
+    FASA_PREFILL_ON   = 2,
+};
+
 // where the K and V of a context's layers on GPUs lie
 enum fasa_mode {
     FASA_MODE_DEVICE = 0, // FASA-C: on the layer's device, as in the stock library
@@ -46,7 +53,7 @@ enum fasa_mode {
                           // stay on the device
 };
 
-// what a ubatch is: a prompt, which is dense, or a decode step, whose tokens continue sequences that are being
+// what a ubatch is: a prompt, or a decode step, whose tokens continue sequences that are being
 // generated
 enum fasa_step {
     FASA_STEP_AUTO   = 0, // decided sequence by sequence: fasa_set_step
@@ -118,6 +125,23 @@ typedef struct fasa_params {
     // enum fasa_ahead_type: select a layer's tokens while the feed-forward before it runs, by foreseen queries; auto:
     // on a GPU, in steps of one token
     int32_t ahead;
+    // enum fasa_prefill_type: process prompts sparsely; auto: on the CPU, from prefill_min_context on; on: from
+    // min_context on
+    int32_t prefill;
+    // cells, from 0: with prefill auto, tokens of a prompt that see fewer cells than this are processed densely
+    uint32_t prefill_min_context;
+    // tokens, from 16 to 1024: tokens of a prompt that share a list of cells per KV head
+    uint32_t prefill_tile;
+    // share, 0 to 1: a tile takes cells until this share of the estimated attention is held; 0: prefill_budget cells
+    float prefill_mass;
+    // cells, from 1: cells that a tile attends when prefill_mass is 0; those always attended count in it
+    uint32_t prefill_budget;
+    // cells, from 1: fewest cells that a tile attends when prefill_mass > 0
+    uint32_t prefill_floor;
+    // cells, from 1: most cells that a tile attends when prefill_mass > 0
+    uint32_t prefill_cap;
+    // cells, from 0 to 65536: cells before a tile that it always attends, beside sinks and its own
+    uint32_t prefill_band;
 } fasa_params;
 // end settings
 
@@ -129,8 +153,10 @@ typedef struct fasa_counters {
     uint64_t steps_sparse;
     // ubatches: decode steps in which every layer was dense
     uint64_t steps_dense;
-    // ubatches: ubatches of prompts, always dense
+    // ubatches: ubatches of prompts
     uint64_t steps_prefill;
+    // ubatches: those of them in which at least one layer ran sparse
+    uint64_t steps_prefill_sparse;
     // layers x steps: layers that ran with FASA
     uint64_t layers_sparse;
     // layers x steps: layers that ran with FASA and selected ahead
@@ -139,6 +165,16 @@ typedef struct fasa_counters {
     uint64_t layers_dense;
     // layers x steps: layers that ran in ubatches of prompts
     uint64_t layers_prefill;
+    // layers x steps: those of them that ran sparse
+    uint64_t layers_prefill_sparse;
+    // tiles x layers: tiles of prompts in layers that ran sparse
+    uint64_t tiles_sparse;
+    // tiles x layers: tiles of prompts in layers that ran dense while FASA was on
+    uint64_t tiles_dense;
+    // cells x lists: cells that the lists of tiles hold
+    uint64_t prefill_attended;
+    // cells x lists: cells that dense attention would have attended instead
+    uint64_t prefill_visible;
     // tokens x lists: tokens that the lists hold
     uint64_t tokens_attended;
     // tokens x lists: tokens that dense attention would have attended instead
@@ -195,79 +231,93 @@ enum fasa_reason {
     FASA_REASON_NO_LAYER              = 6,
     // this context has no KV cache that FASA knows
     FASA_REASON_UNKNOWN_CONTEXT       = 7,
+    // sparse prefill is off
+    FASA_REASON_PREFILL_OFF           = 8,
+    // the prompt is shorter than prefill_min_context so far
+    FASA_REASON_PREFILL_MIN_CONTEXT   = 9,
+    // the ubatch has fewer than 32 tokens of a sequence
+    FASA_REASON_PREFILL_SHORT         = 10,
+    // embeddings are computed
+    FASA_REASON_PREFILL_EMBEDDINGS    = 11,
+    // an observer sees queries and keys, as in calibration
+    FASA_REASON_PREFILL_OBSERVED      = 12,
+    // the layer's cache is on a device, where prompts are dense
+    FASA_REASON_PREFILL_DEVICE        = 13,
+    // the layer has a sliding window
+    FASA_REASON_PREFILL_WINDOW        = 14,
     // no such layer
-    FASA_REASON_NO_SUCH_LAYER         = 8,
+    FASA_REASON_NO_SUCH_LAYER         = 15,
     // it has no KV cache that FASA knows
-    FASA_REASON_NO_CACHE              = 9,
+    FASA_REASON_NO_CACHE              = 16,
     // no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its attention by another
     // path
-    FASA_REASON_NOT_BUILT             = 10,
+    FASA_REASON_NOT_BUILT             = 17,
     // its sliding window is not longer than what it would attend
-    FASA_REASON_SMALL_WINDOW          = 11,
+    FASA_REASON_SMALL_WINDOW          = 18,
     // the profile has no ranking for it
-    FASA_REASON_NOT_RANKED            = 12,
+    FASA_REASON_NOT_RANKED            = 19,
     // the layer whose list it borrows is dense
-    FASA_REASON_LENDER_DENSE          = 13,
+    FASA_REASON_LENDER_DENSE          = 20,
     // its cache is shared with another context
-    FASA_REASON_SHARED_CACHE          = 14,
+    FASA_REASON_SHARED_CACHE          = 21,
     // multi-head latent attention has no keys per head
-    FASA_REASON_LATENT                = 15,
+    FASA_REASON_LATENT                = 22,
     // its head dimension is odd
-    FASA_REASON_ODD_HEAD              = 16,
+    FASA_REASON_ODD_HEAD              = 23,
     // its cache type cannot be read back
-    FASA_REASON_CACHE_TYPE            = 17,
+    FASA_REASON_CACHE_TYPE            = 24,
     // its cache is on a device that FASA has no kernels for
-    FASA_REASON_NO_KERNELS            = 18,
+    FASA_REASON_NO_KERNELS            = 25,
     // the CPU backend has no FASA ops
-    FASA_REASON_NO_CPU_OPS            = 19,
+    FASA_REASON_NO_CPU_OPS            = 26,
     // flash attention is off
-    FASA_REASON_NO_FLASH_ATTENTION    = 20,
+    FASA_REASON_NO_FLASH_ATTENTION    = 27,
     // training
-    FASA_REASON_TRAINING              = 21,
+    FASA_REASON_TRAINING              = 28,
     // its attention is not causal
-    FASA_REASON_NOT_CAUSAL            = 22,
+    FASA_REASON_NOT_CAUSAL            = 29,
     // its attention has a bias
-    FASA_REASON_BIAS                  = 23,
+    FASA_REASON_BIAS                  = 30,
     // ALiBi moves the scores
-    FASA_REASON_ALIBI                 = 24,
+    FASA_REASON_ALIBI                 = 31,
     // its queries are not f32
-    FASA_REASON_QUERY_TYPE            = 25,
+    FASA_REASON_QUERY_TYPE            = 32,
     // its query heads are no multiple of its KV heads
-    FASA_REASON_QUERY_HEADS           = 26,
+    FASA_REASON_QUERY_HEADS           = 33,
     // its mask is not f16
-    FASA_REASON_MASK_TYPE             = 27,
+    FASA_REASON_MASK_TYPE             = 34,
     // its mask is computed
-    FASA_REASON_MASK_COMPUTED         = 28,
+    FASA_REASON_MASK_COMPUTED         = 35,
     // its device is not one of CUDA's
-    FASA_REASON_CUDA_DEVICE           = 29,
+    FASA_REASON_CUDA_DEVICE           = 36,
     // its GPU has no FASA kernels: they need an NVIDIA GPU of compute capability 7.5 or later
-    FASA_REASON_CUDA_CAPABILITY       = 30,
+    FASA_REASON_CUDA_CAPABILITY       = 37,
     // the CUDA kernels read caches in f32, f16, bf16, q8_0 and q4_0, and this one has another type
-    FASA_REASON_CUDA_CACHE_TYPE       = 31,
+    FASA_REASON_CUDA_CACHE_TYPE       = 38,
     // the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256
-    FASA_REASON_CUDA_HEAD_DIM         = 32,
+    FASA_REASON_CUDA_HEAD_DIM         = 39,
     // more than 128 query heads share a KV head
-    FASA_REASON_CUDA_GROUP            = 33,
+    FASA_REASON_CUDA_GROUP            = 40,
     // selecting ahead is off
-    FASA_REASON_AHEAD_OFF             = 34,
+    FASA_REASON_AHEAD_OFF             = 41,
     // it is on the CPU, where selecting ahead saves no time
-    FASA_REASON_AHEAD_AUTO            = 35,
+    FASA_REASON_AHEAD_AUTO            = 42,
     // the step has several tokens, with which selecting ahead is slower
-    FASA_REASON_AHEAD_TOKENS          = 36,
+    FASA_REASON_AHEAD_TOKENS          = 43,
     // it borrows its list
-    FASA_REASON_AHEAD_BORROWS         = 37,
+    FASA_REASON_AHEAD_BORROWS         = 44,
     // the profile says that foreseen queries lose too much there
-    FASA_REASON_AHEAD_PROFILE         = 38,
+    FASA_REASON_AHEAD_PROFILE         = 45,
     // no block lies before it
-    FASA_REASON_AHEAD_FIRST           = 39,
+    FASA_REASON_AHEAD_FIRST           = 46,
     // no feed-forward lies between the attention or other block before it and its queries
-    FASA_REASON_AHEAD_NO_FEED_FORWARD = 40,
+    FASA_REASON_AHEAD_NO_FEED_FORWARD = 47,
     // how its queries follow from the layer before is not recognised
-    FASA_REASON_AHEAD_UNKNOWN         = 41,
+    FASA_REASON_AHEAD_UNKNOWN         = 48,
     // the feed-forward before it runs on another device
-    FASA_REASON_AHEAD_DEVICE          = 42,
+    FASA_REASON_AHEAD_DEVICE          = 49,
     // its rows on the device have no room for a list with all tokens of the batch
-    FASA_REASON_AHEAD_ROOM            = 43,
+    FASA_REASON_AHEAD_ROOM            = 50,
 };
 // end reasons
 
@@ -331,6 +381,8 @@ FASA_API int32_t fasa_layer_ahead_code(const struct llama_context * ctx, int32_t
 // Why the last ubatch as a whole was dense: "" when it was sparse.
 FASA_API const char * fasa_step_reason(const struct llama_context * ctx);
 FASA_API int32_t fasa_step_reason_code(const struct llama_context * ctx); // enum fasa_reason
+// Why the last ubatch of a prompt was dense, or layers in it: enum fasa_reason; FASA_REASON_NONE: none was.
+FASA_API int32_t fasa_prefill_reason_code(const struct llama_context * ctx);
 FASA_API const char * fasa_reason_text(int32_t reason);                   // NULL: no reason has this number
 
 // What attention sees in one layer of one ubatch, for calibration. Pointers are valid during the call only.
