@@ -56,7 +56,7 @@ static int fasa_tile_run_case(const fasa_tile_case * c) {
     fasa_tile_inputs in = {};
     in.tiles            = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 2 + (int64_t) c->tile_size, c->n_tile);
     in.forced           = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, op.n_forced, c->n_tile);
-    in.view             = fasa_build_tile_view(ctx.get(), layer.select.mask, in.tiles);
+    in.view             = fasa_build_tile_view(ctx.get(), layer.select.mask, in.tiles, &layer.fixed);
     ggml_tensor *select = fasa_build_tile_select(ctx.get(), layer.select, in), *tip = select->src[0];
     layer.build_fac(ctx.get(), select); // fills layer.fac
     ggml_tensor * fac = fasa_build_tile_fac(ctx.get(), layer.fac, in);
