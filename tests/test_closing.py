@@ -23,11 +23,12 @@ calls = {
     'borrow_list': (1, 0), 'counters': (), 'fill_random': (8,), 'host_rates': (8, 8, 8), 'invalidate': (),
     'layer_ahead_codes': (), 'layer_params': (0,), 'layer_reason_codes': (), 'layer_reasons': (), 'layer_shape': (0,),
     'model_info': (), 'observe': (None,), 'params': (), 'read_rate': (8,), 'reset_counters': (), 'set_params': (ON,),
-    'set_profile': (Profile.load(sys.argv[1]),), 'step_kind': ('auto',), 'step_reason': (), 'step_reason_code': (),
+    'set_profile': (Profile.load(sys.argv[1]),), 'gpu_limit': (), 'measured': (ON,), 'without_attention': (),
+    'step_kind': ('auto',), 'step_reason': (), 'step_reason_code': (),
 }
 def call(context, name):
     out = getattr(context, name)(*calls[name])
-    if name == 'step_kind':
+    if name in ('step_kind', 'without_attention'):
         with out: pass
 def refused(context):
     for name in calls:

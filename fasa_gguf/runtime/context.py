@@ -186,7 +186,7 @@ class Context:
     def gpu_limit(self) -> GpuLimit:
         """What min_context_gpu is: the setting, or what was measured when that is -1."""
         limit = struct("fasa_gpu_limit")
-        check(self._lib.fasa_get_gpu_limit(self._ctx, limit))
+        check(self._call(self._lib.fasa_get_gpu_limit, limit))
         return GpuLimit.of(limit)
 
     def measured(self, params: FasaParams) -> FasaParams:
@@ -203,13 +203,13 @@ class Context:
         """
         if self._without:
             raise FasaError("without_attention: it is on already")
-        self._change(lambda: self._lib.fasa_set_attention(self._ctx, 0))
+        self._change(self._lib.fasa_set_attention, 0)
         self._without = True
         try:
             yield
         finally:
             self._without = False
-            self._change(lambda: self._lib.fasa_set_attention(self._ctx, 1))
+            self._change(self._lib.fasa_set_attention, 1)
 
     def layer_params(self, il: int) -> FasaParams | None:
         """The settings in force in one layer, with its own mass, floor and cap; None when FASA is off."""

@@ -139,6 +139,7 @@
     X(AHEAD_OFF, "selecting ahead is off") \
     X(AHEAD_AUTO, "it is on the CPU, where selecting ahead saves no time") \
     X(AHEAD_TOKENS, "the step has several tokens, with which selecting ahead is slower") \
+    X(AHEAD_LONG, "selecting among so many cells takes longer than the feed-forward beside it") \
     X(AHEAD_BORROWS, "it borrows its list") \
     X(AHEAD_PROFILE, "the profile says that foreseen queries lose too much there") \
     X(AHEAD_FIRST, "no block lies before it") \
