@@ -29,11 +29,17 @@ class Counter:
 COUNTERS = (
     Counter("steps_sparse", "step", "ubatches", "decode steps in which at least one layer ran sparse"),
     Counter("steps_dense", "step", "ubatches", "decode steps in which every layer was dense"),
-    Counter("steps_prefill", "step", "ubatches", "ubatches of prompts, always dense"),
+    Counter("steps_prefill", "step", "ubatches", "ubatches of prompts"),
+    Counter("steps_prefill_sparse", "step", "ubatches", "those of them in which at least one layer ran sparse"),
     Counter("layers_sparse", "step", "layers x steps", "layers that ran with FASA"),
     Counter("layers_ahead", "step", "layers x steps", "layers that ran with FASA and selected ahead"),
     Counter("layers_dense", "step", "layers x steps", "layers that ran without FASA in decode steps"),
     Counter("layers_prefill", "step", "layers x steps", "layers that ran in ubatches of prompts"),
+    Counter("layers_prefill_sparse", "step", "layers x steps", "those of them that ran sparse"),
+    Counter("tiles_sparse", "step", "tiles x layers", "tiles of prompts in layers that ran sparse"),
+    Counter("tiles_dense", "step", "tiles x layers", "tiles of prompts in layers that ran dense while FASA was on"),
+    Counter("prefill_attended", "op", "cells x lists", "cells that the lists of tiles hold"),
+    Counter("prefill_visible", "op", "cells x lists", "cells that dense attention would have attended instead"),
     Counter("tokens_attended", "op", "tokens x lists", "tokens that the lists hold"),
     Counter("tokens_visible", "op", "tokens x lists", "tokens that dense attention would have attended instead"),
     Counter(

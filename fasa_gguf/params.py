@@ -16,7 +16,8 @@ from .errors import FasaError
 from .reasons import Reason
 
 K_DOM_TYPES = ("f16", "q8", "q4")  # in the order of enum fasa_k_dom_type
-AHEAD = ("auto", "off", "on")  # in the order of enum fasa_ahead
+AHEAD = ("auto", "off", "on")  # in the order of enum fasa_ahead_type
+PREFILL = ("auto", "off", "on")  # in the order of enum fasa_prefill_type
 MODES = ("auto", "device", "host")  # where K and V lie. No setting: a live context cannot change it
 MODE_ALIASES = {"c": "device", "m": "host"}  # the paper's letters
 INT_MAX = 2**31 - 1
@@ -181,6 +182,32 @@ class FasaParams:
         "of one token, where the dominant keys are no more bytes than the feed-forward",
         choices=AHEAD,
     )
+    prefill: str = _row(
+        "auto",
+        "auto, off or on",
+        "process prompts sparsely, in layers on the CPU; auto: from prefill_min_context cells on",
+        choices=PREFILL,
+    )
+    prefill_min_context: int = _row(
+        1024, "cells", "with prefill auto, a ubatch of a prompt that sees fewer cells than this is dense"
+    )
+    prefill_tile: int = _row(
+        128, "tokens", "tokens of a prompt that share a list of cells per KV head", low=16, high=1024
+    )
+    prefill_mass: float = _row(
+        0.98,
+        "share, 0 to 1",
+        "a tile takes cells until this share of the estimated attention is held; 0: prefill_budget cells",
+        high=1,
+    )
+    prefill_budget: int = _row(
+        1024, "cells", "cells that a tile attends when prefill_mass is 0; those always attended count in it", low=1
+    )
+    prefill_floor: int = _row(256, "cells", "fewest cells that a tile attends when prefill_mass > 0", low=1)
+    prefill_cap: int = _row(4096, "cells", "most cells that a tile attends when prefill_mass > 0", low=1)
+    prefill_band: int = _row(
+        128, "cells", "cells before a tile that it always attends, beside sinks and its own", high=65536
+    )
 
     def replace(self, **changes: Any) -> FasaParams:
         """A copy with some settings changed."""
@@ -212,6 +239,11 @@ class FasaParams:
             row.check(getattr(self, row.name))
         if self.mass > 0 and not 1 <= self.floor <= self.cap:
             raise FasaError(f"settings floor and cap: expected 1 <= floor <= cap, found {self.floor} and {self.cap}")
+        if self.prefill_floor > self.prefill_cap:
+            raise FasaError(
+                f"settings prefill_floor and prefill_cap: expected prefill_floor <= prefill_cap, found "
+                f"{self.prefill_floor} and {self.prefill_cap}"
+            )
         if self.mass > 0 and self.mean_budget > 0:
             raise FasaError(
                 f"settings mass and mean_budget: expected one of them, found {self.mass:g} and {self.mean_budget}"
@@ -220,8 +252,9 @@ class FasaParams:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str, base: FasaParams | None = None) -> FasaParams:
-        """Settings by name; numbers may be text. Of budget, mass and mean_budget, the one given replaces the base's.
-        `quality` is a name too: it stands for several settings, of which those that `values` gives itself win.
+        """Settings by name; numbers may be text. Of budget, mass and mean_budget, the one given replaces the base's; so
+        does prefill_budget the base's prefill_mass. `quality` is a name too: it stands for several settings, of which
+        those that `values` gives itself win.
 
         Raises FasaError naming `where` for unknown names and values that cannot be read.
         """
@@ -244,6 +277,8 @@ class FasaParams:
             changes.setdefault("mean_budget", 0)
         if changes.get("mean_budget", 0) > 0 or ("budget" in changes and "mean_budget" not in values):
             changes.setdefault("mass", 0.0)
+        if "prefill_budget" in changes:
+            changes.setdefault("prefill_mass", 0.0)
         return (base or cls()).replace(**changes).check()
 
     @classmethod

@@ -38,6 +38,18 @@ class Reason(IntEnum):
     NO_LAYER = "no layer can run sparse"
     UNKNOWN_CONTEXT = "this context has no KV cache that FASA knows"
 
+    # of a prompt: why it was processed densely
+    PREFILL_OFF = "sparse prefill is off", "use --fasa-prefill auto or on"
+    PREFILL_MIN_CONTEXT = (
+        "the prompt is shorter than prefill_min_context so far",
+        "use --fasa-prefill on or a smaller --fasa-prefill-min-context",
+    )
+    PREFILL_SHORT = "the ubatch has fewer than 32 tokens of a sequence"
+    PREFILL_EMBEDDINGS = "embeddings are computed"
+    PREFILL_OBSERVED = "an observer sees queries and keys, as in calibration"
+    PREFILL_DEVICE = "the layer's cache is on a device, where prompts are dense"
+    PREFILL_WINDOW = "the layer has a sliding window"
+
     # of a layer: its place in the model
     NO_SUCH_LAYER = "no such layer"
     NO_CACHE = "it has no KV cache that FASA knows"

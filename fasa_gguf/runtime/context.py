@@ -220,6 +220,8 @@ class Context:
     @staticmethod
     def _fromstruct(p: Any) -> FasaParams:
         values = {row.name: getattr(p, row.name) for row in SETTINGS}
+        # C has floats: the shortest number that is this one, 0.9 and not 0.8999999761581421
+        values |= {row.name: float(str(np.float32(values[row.name]))) for row in SETTINGS if row.kind is float}
         return FasaParams(
             **{row.name: row.choices[values[row.name]] if row.choices else values[row.name] for row in SETTINGS}
         )
@@ -291,6 +293,10 @@ class Context:
     def step_reason(self) -> str:
         """The text of step_reason_code; "" when the ubatch was sparse."""
         return self.step_reason_code().text
+
+    def prefill_reason_code(self) -> Reason:
+        """Why the last ubatch of a prompt, or a layer in it, was dense; NONE when all of it was sparse."""
+        return Reason(self._call(self._lib.fasa_prefill_reason_code))
 
     def model_info(self) -> dict[str, Any]:
         """n_layer, rope_layout (0 NORM, 1 NEOX, -1 none), rope_base, rope_scale, is_mla."""

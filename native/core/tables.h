@@ -20,7 +20,15 @@
     X(per_head, uint32_t, 0, 0, 1, "") \
     X(mean_budget, uint32_t, 0, 0, 2147483647, "") \
     X(row_cache, int32_t, -1, -1, 2147483647, "") \
-    X(ahead, int32_t, FASA_AHEAD_AUTO, FASA_AHEAD_AUTO, FASA_AHEAD_ON, "auto off on")
+    X(ahead, int32_t, FASA_AHEAD_AUTO, FASA_AHEAD_AUTO, FASA_AHEAD_ON, "auto off on") \
+    X(prefill, int32_t, FASA_PREFILL_AUTO, FASA_PREFILL_AUTO, FASA_PREFILL_ON, "auto off on") \
+    X(prefill_min_context, uint32_t, 1024, 0, 2147483647, "") \
+    X(prefill_tile, uint32_t, 128, 16, 1024, "") \
+    X(prefill_mass, float, 0.98, 0, 1, "") \
+    X(prefill_budget, uint32_t, 1024, 1, 2147483647, "") \
+    X(prefill_floor, uint32_t, 256, 1, 2147483647, "") \
+    X(prefill_cap, uint32_t, 4096, 1, 2147483647, "") \
+    X(prefill_band, uint32_t, 128, 0, 65536, "")
 
 #define FASA_QUALITY_NAMES "fast, balanced, careful"
 // X(quality, setting, value)
@@ -38,6 +46,8 @@
 // counted by: the ops, on the CPU and on a device
 // X(name, NAME)
 #define FASA_COUNTERS_OP(X) \
+    X(prefill_attended, PREFILL_ATTENDED) \
+    X(prefill_visible, PREFILL_VISIBLE) \
     X(tokens_attended, TOKENS_ATTENDED) \
     X(tokens_visible, TOKENS_VISIBLE) \
     X(lists, LISTS) \
@@ -58,10 +68,14 @@
     X(steps_sparse, STEPS_SPARSE) \
     X(steps_dense, STEPS_DENSE) \
     X(steps_prefill, STEPS_PREFILL) \
+    X(steps_prefill_sparse, STEPS_PREFILL_SPARSE) \
     X(layers_sparse, LAYERS_SPARSE) \
     X(layers_ahead, LAYERS_AHEAD) \
     X(layers_dense, LAYERS_DENSE) \
     X(layers_prefill, LAYERS_PREFILL) \
+    X(layers_prefill_sparse, LAYERS_PREFILL_SPARSE) \
+    X(tiles_sparse, TILES_SPARSE) \
+    X(tiles_dense, TILES_DENSE) \
     X(bytes_dense, BYTES_DENSE) \
     X(bytes_layers_dense, BYTES_LAYERS_DENSE) \
     X(cells_refreshed, CELLS_REFRESHED) \
@@ -85,6 +99,13 @@
     X(MIN_CONTEXT, "the context is shorter than min_context") \
     X(NO_LAYER, "no layer can run sparse") \
     X(UNKNOWN_CONTEXT, "this context has no KV cache that FASA knows") \
+    X(PREFILL_OFF, "sparse prefill is off") \
+    X(PREFILL_MIN_CONTEXT, "the prompt is shorter than prefill_min_context so far") \
+    X(PREFILL_SHORT, "the ubatch has fewer than 32 tokens of a sequence") \
+    X(PREFILL_EMBEDDINGS, "embeddings are computed") \
+    X(PREFILL_OBSERVED, "an observer sees queries and keys, as in calibration") \
+    X(PREFILL_DEVICE, "the layer's cache is on a device, where prompts are dense") \
+    X(PREFILL_WINDOW, "the layer has a sliding window") \
     X(NO_SUCH_LAYER, "no such layer") \
     X(NO_CACHE, "it has no KV cache that FASA knows") \
     X(NOT_BUILT, "no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its " \

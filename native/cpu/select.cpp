@@ -19,8 +19,7 @@ static inline float fasa_pow2(float e) {
     return x;
 }
 
-// factor [n_group][n_span]: what turns the exponentials of a span into softmax, times 2^FASA_SCORE_EXP
-static void fasa_select_factors(const float * row, int64_t stride, int64_t n_group, int64_t n_kv, float * factor) {
+void fasa_select_factors(const float * row, int64_t stride, int64_t n_group, int64_t n_kv, float * factor) {
     const int64_t n_span = fasa_n_span(n_kv);
     for (int64_t g = 0; g < n_group; ++g) {
         const float *e = row + g * stride + n_kv, *sum = e + n_span;

@@ -49,8 +49,7 @@ static void fasa_k_dom_write(int k_dom, int n_dom, const float * x, char * block
     }
 }
 
-// K_dom of the stale cells of [first, last), for every stream and KV head
-static void fasa_refresh(const ggml_tensor * tip, const fasa_op_params & p, int64_t first, int64_t last) {
+void fasa_refresh(const ggml_tensor * tip, const fasa_op_params & p, int64_t first, int64_t last) {
     const ggml_tensor * k_dom  = tip->src[0];
     const ggml_tensor * k      = tip->src[1];
     const ggml_tensor * ranges = tip->src[2];

@@ -342,6 +342,15 @@ int32_t fasa_step_reason_code(const llama_context * ctx) {
     return caches[0]->state->step_reason;
 }
 
+int32_t fasa_prefill_reason_code(const llama_context * ctx) {
+    const auto caches = fasa_caches_of(ctx);
+    if (caches.empty()) {
+        return FASA_REASON_UNKNOWN_CONTEXT;
+    }
+    std::lock_guard<std::mutex> lock(caches[0]->state->reading);
+    return caches[0]->state->prefill_reason;
+}
+
 const char * fasa_step_reason(const llama_context * ctx) {
     return fasa_reason_text(fasa_step_reason_code(ctx));
 }

@@ -18,7 +18,7 @@ static fasa_reason fasa_step_reason_of(const fasa_params & params, const fasa_pe
         return FASA_REASON_OFF;
     }
     if (!now.decodes) {
-        return FASA_REASON_PREFILL;
+        return now.counts.layers_prefill_sparse > 0 ? FASA_REASON_NONE : FASA_REASON_PREFILL;
     }
     return now.counts.layers_sparse > 0      ? FASA_REASON_NONE :
         now.dense_reason != FASA_REASON_NONE ? now.dense_reason :
@@ -121,7 +121,11 @@ void fasa_on_computed(llama_memory_i * memory) {
         }
     }
     (!now.decodes ? counts.steps_prefill : counts.layers_sparse > 0 ? counts.steps_sparse : counts.steps_dense) = 1;
-    state.step_reason = fasa_step_reason_of(state.params, now);
+    state.step_reason           = fasa_step_reason_of(state.params, now);
+    counts.steps_prefill_sparse = counts.layers_prefill_sparse > 0;
+    if (!now.decodes) {
+        state.prefill_reason = state.params.enabled ? now.prefill_reason : FASA_REASON_OFF;
+    }
     state.steps.add(counts);
     for (auto * cache : caches) {
         cache->publish_reasons();

@@ -35,8 +35,9 @@ static uint64_t fasa_cells_seen(const ggml_tensor * mask, T hidden) {
 }
 
 llm_graph_input_fasa::llm_graph_input_fasa(
-    fasa_cache * cache, fasa_reason dense_reason, uint32_t n_stream, bool gpu_waits)
-    : cache(cache), epoch(cache->state->epoch), dense_reason(dense_reason), n_stream(n_stream), gpu_waits(gpu_waits) {}
+    fasa_cache * cache, fasa_reason dense_reason, fasa_reason prefill_reason, uint32_t n_stream, bool gpu_waits)
+    : cache(cache), epoch(cache->state->epoch), dense_reason(dense_reason), n_stream(n_stream), gpu_waits(gpu_waits),
+      prefill_reason_of_step(prefill_reason) {}
 
 ggml_tensor * llm_graph_input_fasa::new_input(
     ggml_context * ctx, int64_t ne0, int64_t ne1, const char * name, int64_t ne2) const {
@@ -54,6 +55,25 @@ void llm_graph_input_fasa::add_ahead(ggml_context * ctx, int64_t n_tps) {
     }
 }
 
+void llm_graph_input_fasa::add_tiles(ggml_context * ctx, int64_t n_tile) {
+    const auto & params = cache->state->params;
+    this->n_tile        = n_tile;
+    ranges              = new_input(ctx, 2 * FASA_MAX_RANGES, n_stream, "fasa_ranges");
+    tiles.tiles         = new_input(ctx, 2 + params.prefill_tile, n_tile, "fasa_tiles");
+    tiles.forced = new_input(ctx, params.sink + params.prefill_band + params.prefill_tile, n_tile, "fasa_tile_forced");
+}
+
+// [n_tile][2 + T], as ops/tile.h has it
+void llm_graph_input_fasa::set_tiles(int32_t * to, const llama_ubatch & ubatch) const {
+    const uint32_t n_tps = ubatch.n_tokens / n_stream;
+    for (const auto & tile : cache->state->now.tiles) {
+        to[0] = tile.tokens[0] / n_tps;
+        to[1] = tile.tokens.size();
+        std::copy(tile.tokens.begin(), tile.tokens.end(), to + 2);
+        to += tiles.tiles->ne[0];
+    }
+}
+
 void llm_graph_input_fasa::set_input(const llama_ubatch * ubatch) {
     auto & state     = *cache->state;
     auto & inputs    = cache->inputs;
@@ -65,7 +85,7 @@ void llm_graph_input_fasa::set_input(const llama_ubatch * ubatch) {
         }
     };
     if ((ranges && ranges->buffer) || (ranges_ahead && ranges_ahead->buffer)) {
-        const auto stale = inputs.take_stale(n_stream, n_waiting > 0, ahead, state.now.counts);
+        const auto stale = inputs.take_stale(n_stream, n_waiting > 0 || n_behind > 0, ahead, state.now.counts);
         write(ranges, [&](int32_t * to) { stale.own.write(to); });
         write(ranges_ahead, [&](int32_t * to) { stale.ahead.write(to); });
     }
@@ -73,13 +93,29 @@ void llm_graph_input_fasa::set_input(const llama_ubatch * ubatch) {
     write(forced, [&](int32_t * to) { inputs.set_forced(to, forced->ne[0], *ubatch, state.params); });
     write(fresh, [&](int32_t * to) { inputs.set_fresh(to); });
     write(forced_ahead, [&](int32_t * to) { inputs.set_forced_ahead(to, forced_ahead->ne[0], *ubatch, state.params); });
+    write(tiles.tiles, [&](int32_t * to) { set_tiles(to, *ubatch); });
+    write(tiles.forced, [&](int32_t * to) {
+        inputs.set_tile_forced(to, tiles.forced->ne[0], state.now.tiles, state.params.sink, state.params.prefill_band);
+    });
     auto & now = state.now;
     now.counts.layers_sparse += n_sparse;
     now.counts.layers_ahead += ahead.size();
-    (now.decodes ? now.counts.layers_dense : now.counts.layers_prefill) += n_dense;
+    (now.decodes ? now.counts.layers_dense : now.counts.layers_prefill) += n_dense + n_tiled;
+    count_tiles();
     now.waits        = now.waits || n_waiting > 0;
     now.dense_reason = dense_reason != FASA_REASON_NONE ? dense_reason : now.dense_reason;
     count_bytes();
+}
+
+void llm_graph_input_fasa::count_tiles() const {
+    auto & now = cache->state->now;
+    if (now.decodes) {
+        return;
+    }
+    now.counts.layers_prefill_sparse += n_tiled;
+    now.counts.tiles_sparse += n_tiled * now.tiles.size();
+    now.counts.tiles_dense += n_dense * now.tiles.size(); // while FASA is off there are none
+    now.prefill_reason = now.prefill_reason == FASA_REASON_NONE ? prefill_reason : now.prefill_reason;
 }
 
 // what dense attention reads in a decode step: the mask, which is set before, says which cells
@@ -97,15 +133,41 @@ void llm_graph_input_fasa::count_bytes() const {
     now.counts.bytes_layers_dense += n * cell_dense;
 }
 
+// Why a ubatch has no tiles, none of its layers; dense: why it is dense as a decode step (fasa_step_dense_reason)
+static fasa_reason fasa_prompt_reason(const fasa_state & state, const llama_cparams & cparams,
+    const llama_ubatch & ubatch, uint32_t n_kv, fasa_reason dense) {
+    const auto & params = state.params;
+    if (dense != FASA_REASON_PREFILL) {
+        return dense == FASA_REASON_NONE ? FASA_REASON_PREFILL_OFF : dense;
+    }
+    if (params.prefill == FASA_PREFILL_OFF) {
+        return FASA_REASON_PREFILL_OFF;
+    }
+    if (cparams.embeddings) {
+        return FASA_REASON_PREFILL_EMBEDDINGS;
+    }
+    if (state.observer.fn) {
+        return FASA_REASON_PREFILL_OBSERVED;
+    }
+    if (ubatch.n_tokens < FASA_TILE_LEAST * std::max(1u, ubatch.n_seqs_unq)) {
+        return FASA_REASON_PREFILL_SHORT;
+    }
+    const bool is_short = params.prefill == FASA_PREFILL_AUTO && n_kv < params.prefill_min_context;
+    return is_short ? FASA_REASON_PREFILL_MIN_CONTEXT : FASA_REASON_NONE;
+}
+
 bool llm_graph_input_fasa::can_reuse(const llm_graph_params & params) {
     const auto & ubatch = params.ubatch;
+    const auto & state  = *cache->state;
     const uint32_t n    = params.cparams.kv_unified ? 1 : ubatch.n_seqs_unq;
     const uint32_t n_kv = cache->inputs.n_kv();
     if (first_seen >= 0 && first_seen != cache->inputs.first_seen(ubatch)) {
         return false;
     }
-    return epoch == cache->state->epoch && n == n_stream && gpu_waits == cache->gpu_waits(n_kv) &&
-        dense_reason == fasa_step_dense_reason(cache->state->params, cache->state->now.decodes, n_kv);
+    const auto reason = fasa_step_dense_reason(state.params, state.now.decodes, n_kv);
+    return epoch == state.epoch && n == n_stream && gpu_waits == cache->gpu_waits(n_kv) && dense_reason == reason &&
+        prefill_reason_of_step == fasa_prompt_reason(state, params.cparams, ubatch, n_kv, reason) &&
+        (tiles.tiles == nullptr || n_tile == state.now.tiles.size());
 }
 
 llm_graph_input_fasa * fasa_graph_input(const llm_graph_context & graph, fasa_cache * cache, const ggml_tensor * k) {
@@ -121,12 +183,19 @@ llm_graph_input_fasa * fasa_graph_input(const llm_graph_context & graph, fasa_ca
         now.active ? now.decodes : graph.n_outputs == graph.n_tokens && graph.n_tokens <= params.max_tokens * k->ne[3];
 
     const auto reason = fasa_step_dense_reason(params, decodes, k->ne[2]);
-    auto input        = std::make_unique<llm_graph_input_fasa>(cache, reason, k->ne[3], cache->gpu_waits(k->ne[2]));
+    const auto prompt = fasa_prompt_reason(*cache->state, graph.cparams, graph.ubatch, k->ne[2], reason);
+    auto input = std::make_unique<llm_graph_input_fasa>(cache, reason, prompt, k->ne[3], cache->gpu_waits(k->ne[2]));
+    const int64_t n_tps = graph.n_tokens / k->ne[3];
     if (reason == FASA_REASON_NONE) {
-        const int64_t n_tps = graph.n_tokens / k->ne[3];
-        input->ranges       = input->new_input(graph.ctx0, 2 * FASA_MAX_RANGES, k->ne[3], "fasa_ranges");
+        input->ranges = input->new_input(graph.ctx0, 2 * FASA_MAX_RANGES, k->ne[3], "fasa_ranges");
         input->forced =
             input->new_input(graph.ctx0, std::max(1u, params.sink + params.recent), n_tps, "fasa_forced", k->ne[3]);
+    }
+    if (prompt == FASA_REASON_NONE) {
+        input->add_tiles(graph.ctx0,
+            now.active ?
+                now.tiles.size() :
+                fasa_max_tiles(graph.n_tokens, std::max<uint32_t>(1, graph.ubatch.n_seqs_unq), params.prefill_tile));
     }
     return (llm_graph_input_fasa *) graph.res->add_input(std::move(input));
 }

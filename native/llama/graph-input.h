@@ -3,6 +3,7 @@
 // What a graph holds of FASA: the inputs of its sparse layers, and what decides whether it can be used again.
 
 #include "llama/cache.h"
+#include "ops/tile.h"
 
 #include "llama-graph.h"
 
@@ -27,6 +28,8 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
     int n_sparse  = 0; // layers, in this graph
     int n_dense   = 0;
     int n_waiting = 0; // of n_dense, layers on GPUs that wait for a longer context
+    int n_behind  = 0; // of n_dense, layers whose dominant keys a sparse graph leaves as they are
+    int n_tiled   = 0; // layers of a prompt that run sparse
 
     const ggml_tensor * mask = nullptr; // of the cache's layers, [n_kv, n_tps, 1, n_stream]
     uint64_t cell_sparse     = 0;       // bytes of K and V of one cell, of all sparse layers
@@ -40,6 +43,11 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
     ggml_tensor * fresh        = nullptr; // i32 [n_tps, n_stream]
     ggml_tensor * forced_ahead = nullptr; // i32 [n_forced + n_tps, n_tps, n_stream]
 
+    fasa_reason prefill_reason_of_step;            // why no layer has tiles: it is no prompt, or dense as a whole
+    fasa_reason prefill_reason = FASA_REASON_NONE; // why it, or the first layer that is, is dense
+    uint32_t n_tile            = 0;                // tiles of a prompt that runs sparse
+    fasa_tile_inputs tiles     = {};
+
     std::map<int32_t, ggml_tensor *> lists;       // by the layer that made them
     std::map<int32_t, fasa_pending_list> pending; // of layers that select ahead
     std::vector<int32_t> ahead;                   // these layers
@@ -47,7 +55,8 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
     int64_t first_seen        = -1;      // where the dense layers with a window begin to read; -1: there is none
     ggml_tensor * window_mask = nullptr; // their mask, from there on
 
-    llm_graph_input_fasa(fasa_cache * cache, fasa_reason dense_reason, uint32_t n_stream, bool gpu_waits);
+    llm_graph_input_fasa(
+        fasa_cache * cache, fasa_reason dense_reason, fasa_reason prefill_reason, uint32_t n_stream, bool gpu_waits);
 
     void set_input(const llama_ubatch * ubatch) override;
     bool can_reuse(const llm_graph_params & params) override;
@@ -55,8 +64,12 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
     ggml_tensor * new_input(ggml_context * ctx, int64_t ne0, int64_t ne1, const char * name, int64_t ne2 = 1) const;
     void add_ahead(ggml_context * ctx, int64_t n_tps); // the inputs of layers that select ahead, once
 
+    void add_tiles(ggml_context * ctx, int64_t n_tile); // the inputs of a prompt that runs sparse
+
 private:
     void count_bytes() const;
+    void count_tiles() const;
+    void set_tiles(int32_t * to, const llama_ubatch & ubatch) const;
 };
 
 // that of the graph being built; k: the cache's, [d, n_head_kv, n_kv, n_stream]

@@ -1,6 +1,5 @@
-#include "llama/ahead.h"
+#include "llama/attn.h"
 #include "llama/fasa-hooks.h"
-#include "llama/graph-input.h"
 
 #include "llama-batch.h"
 #include "llama-cparams.h"
@@ -11,10 +10,8 @@
 #include <algorithm>
 #include <cstring>
 
-namespace {
-
 // where a layer's nodes run
-ggml_backend_t fasa_backend_of(const llm_graph_context & graph, ggml_backend_dev_t dev) {
+static ggml_backend_t fasa_backend_of(const llm_graph_context & graph, ggml_backend_dev_t dev) {
     for (int i = 0; dev && i < ggml_backend_sched_get_n_backends(graph.sched); ++i) {
         auto * backend = ggml_backend_sched_get_backend(graph.sched, i);
         if (ggml_backend_get_device(backend) == dev) {
@@ -23,47 +20,6 @@ ggml_backend_t fasa_backend_of(const llm_graph_context & graph, ggml_backend_dev
     }
     return graph.backend_cpu;
 }
-
-// the attention of one layer: what the hook is given
-struct fasa_attn {
-    const llm_graph_context & graph;
-    const llama_kv_cache_context * mctx;
-    ggml_tensor * q;
-    ggml_tensor * k;
-    ggml_tensor * v;
-    ggml_tensor * kq_b;
-    ggml_tensor * kq_mask;
-    ggml_tensor * sinks;
-    ggml_tensor * v_mla;
-    float kq_scale;
-    int il;
-
-    fasa_cache * cache;
-    float soft_cap;
-    llm_graph_input_fasa * input = nullptr;
-
-    bool begin(); // whether the layer runs sparse in this graph
-    fasa_reason reason() const;
-    fasa_reason reason_now() const;
-    void observe(const fasa_foreseen & foreseen) const;
-
-    ggml_tensor * build_dense() const;
-    ggml_tensor * build_staged() const;
-    ggml_tensor * build_window() const;
-    ggml_tensor * build_select() const;
-    void set_ahead(const fasa_foreseen & foreseen) const;
-    void build_ahead(const fasa_foreseen & foreseen) const;
-    bool has_room_ahead() const;
-    bool can_fetch(const ggml_tensor * residual) const;
-    ggml_tensor * build_fetch(ggml_tensor * list) const;
-    fasa_select_op select_op() const;
-    ggml_tensor * build_fac() const;
-
-    int32_t lender() const;
-    int32_t stream0() const { return int32_t(k->view_offs / k->nb[3]); } // as in llama_kv_cache::get_k
-    ggml_tensor * on_backend(ggml_tensor * node) const;
-    std::pair<ggml_tensor *, ggml_tensor *> staged(int il, ggml_tensor * k, ggml_tensor * v) const;
-};
 
 // ---- dense or sparse ----
 
@@ -395,8 +351,6 @@ bool fasa_attn::begin() {
     return input->dense_reason == FASA_REASON_NONE && layer.now == FASA_REASON_NONE;
 }
 
-} // namespace
-
 static float fasa_soft_cap_of(const llm_graph_context & graph) {
     return graph.hparams.attn_soft_cap ? graph.hparams.f_attn_logit_softcapping : 0.0f;
 }
@@ -449,9 +403,14 @@ ggml_tensor * fasa_build_attn(const llm_graph_context & graph, const llama_kv_ca
         return ggml_reshape_2d(graph.ctx0, ggml_cont(graph.ctx0, q), q->ne[0] * q->ne[1], q->ne[2]);
     }
     if (!attn.begin()) {
+        if (attn.tile_reason() == FASA_REASON_NONE) {
+            return attn.build_tiles();
+        }
         input->n_dense++;
+        input->n_behind += layer.k_dom != nullptr;
         input->cell_dense += cache->cell_bytes(il);
         input->n_waiting += cache->state->params.enabled && layer.now == FASA_REASON_MIN_CONTEXT_GPU;
+        input->prefill_reason = input->prefill_reason == FASA_REASON_NONE ? attn.tile_reason() : input->prefill_reason;
         return attn.build_dense();
     }
     input->n_sparse++;

@@ -63,7 +63,7 @@ fasa_stream_ranges fasa_inputs::written() const {
 }
 
 fasa_stale fasa_inputs::take_stale(
-    uint32_t n_stream, bool gpu_waits, const std::vector<int32_t> & ahead, fasa_step_counts & counts) {
+    uint32_t n_stream, bool some_wait, const std::vector<int32_t> & ahead, fasa_step_counts & counts) {
     const llama_seq_id s0 = *std::min_element(strm.begin(), strm.end());
     const auto now        = written();
     fasa_stale out;
@@ -72,7 +72,7 @@ fasa_stale fasa_inputs::take_stale(
     uint64_t cells = 0;
     for (uint32_t s = 0; s < n_stream; ++s) {
         auto &own = out.own.of[s], &later = owed[s0 + s], &behind = left[s0 + s];
-        if (!gpu_waits) {
+        if (!some_wait) {
             stale[s0 + s].add(later);
             later = {};
         }
@@ -85,7 +85,7 @@ fasa_stale fasa_inputs::take_stale(
         all.add(behind);
         out.ahead.of[s] = all.without(now.of[s]);
         own             = moved ? all : own;
-        if (gpu_waits) {
+        if (some_wait) {
             later.add(all);
         }
         behind          = ahead.empty() ? fasa_ranges{} : now.of[s];
@@ -179,6 +179,23 @@ void fasa_inputs::set_forced_ahead(
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i, forced += n_forced) {
         std::copy_n(own.begin() + i * n_own, n_own, forced);
         std::copy_n(new_cells.begin() + i / n_tps * n_tps, n_tps, forced + n_own); // of its stream
+    }
+}
+
+// as set_forced of the token before the tile, and the tile's own cells
+void fasa_inputs::set_tile_forced(
+    int32_t * forced, uint32_t n_forced, const std::vector<fasa_tile> & tiles, uint32_t n_sink, uint32_t n_band) const {
+    for (const auto & tile : tiles) {
+        const auto before = new_cells[tile.tokens[0]] - 1;
+        std::fill(forced, forced + n_forced, -1);
+        if (!find_forced(forced, tile.seq, tile.first - 1, before, n_sink, n_band)) {
+            std::fill(forced, forced + n_forced, -1);
+            scan_forced(forced, tile.seq, tile.first - 1, n_sink, n_band);
+        }
+        for (size_t i = 0; i < tile.tokens.size(); ++i) {
+            forced[n_sink + n_band + i] = (int32_t) new_cells[tile.tokens[i]];
+        }
+        forced += n_forced;
     }
 }
 

@@ -47,9 +47,10 @@ struct fasa_state {
 
     fasa_stats stats;
     fasa_steps kinds;
-    fasa_pending now;                                  // the ubatch being computed
-    fasa_step_counts steps;                            // those that were computed
-    fasa_reason step_reason = FASA_REASON_NOT_STARTED; // of the last one
+    fasa_pending now;                                     // the ubatch being computed
+    fasa_step_counts steps;                               // those that were computed
+    fasa_reason step_reason    = FASA_REASON_NOT_STARTED; // of the last one
+    fasa_reason prefill_reason = FASA_REASON_NOT_STARTED; // of the last one that was a prompt
     fasa_observer_ref observer;
 
     size_t n_row_layers = 0; // layers, of all caches, that share params.row_cache
@@ -65,6 +66,17 @@ struct fasa_state {
             p.cap         = fasa_mean_budget_cap(p.mean_budget);
             p.mean_budget = 0;
         }
+        return p;
+    }
+
+    // the settings of a prompt's tile in one layer, by the names that a decode step has for them
+    fasa_params tile_params(uint32_t il) const {
+        fasa_params p = params;
+        p.budget      = params.prefill_budget;
+        p.mass   = fasa_layer_mass(params.prefill_mass, il < known.layer_miss.size() ? known.layer_miss[il] : 1.0f);
+        p.floor  = params.prefill_floor;
+        p.cap    = params.prefill_cap;
+        p.recent = params.prefill_band;
         return p;
     }
 

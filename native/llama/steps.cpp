@@ -47,3 +47,11 @@ bool fasa_steps::decodes(const llama_ubatch & ubatch, const llama_kv_cache & kv,
     }
     return all;
 }
+
+std::vector<fasa_tile> fasa_tiles_of(const llama_ubatch & ubatch, uint32_t size) {
+    std::vector<int32_t> seq(ubatch.n_tokens);
+    for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
+        seq[i] = ubatch.seq_id[i][0];
+    }
+    return fasa_make_tiles(ubatch.pos, seq.data(), ubatch.n_tokens, size);
+}

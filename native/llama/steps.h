@@ -4,6 +4,7 @@
 // token, or drafts behind it). Counted here too, once a ubatch is computed.
 
 #include "core/counters.h"
+#include "core/tiles.h"
 #include "fasa.h"
 
 #include "llama.h"
@@ -12,6 +13,7 @@
 #include <condition_variable>
 #include <map>
 #include <mutex>
+#include <vector>
 
 class llama_kv_cache;
 struct llama_ubatch;
@@ -59,11 +61,16 @@ private:
                                               // token: beyond it the sequence is not the one that was seen
 };
 
+// the tiles of a prompt's ubatch
+std::vector<fasa_tile> fasa_tiles_of(const llama_ubatch & ubatch, uint32_t size);
+
 // a ubatch while it is computed
 struct fasa_pending {
     bool active              = false; // false: a graph that is built now only reserves memory
     bool decodes             = false;
-    bool waits               = false;            // layers on GPUs wait for a longer context
-    fasa_reason dense_reason = FASA_REASON_NONE; // of the step as a whole
+    bool waits               = false;              // layers on GPUs wait for a longer context
+    fasa_reason dense_reason = FASA_REASON_NONE;   // of the step as a whole
+    std::vector<fasa_tile> tiles;                  // of a prompt, while FASA is on
+    fasa_reason prefill_reason = FASA_REASON_NONE; // of a prompt: why it, or a layer in it, is dense
     fasa_step_counts counts;
 };

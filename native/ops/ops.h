@@ -49,6 +49,7 @@
 //            its sources, since the allocator thinks in one stream.
 //     dst    the list, in place
 //     src    the list, FORK, and what else is held; where that is too much, several nodes behind each other
+//   A prompt that is processed sparsely, in tiles of tokens: ops/tile.h
 //   OBSERVE  hands q and k to an observer on the host
 //     dst    f32 [1]
 //     src    q, k, foreseen q or none
@@ -75,6 +76,11 @@ enum fasa_op_kind {
     FASA_OP_SPREAD,
     FASA_OP_JOIN,
     FASA_OP_FETCH,
+    FASA_OP_TILE_VIEW,
+    FASA_OP_TILE_REFRESH,
+    FASA_OP_TILE_TIP,
+    FASA_OP_TILE_SELECT,
+    FASA_OP_TILE_FAC,
     FASA_OP_ASK // no node: what a client asks a server of ggml-rpc (llama/remote.h)
 };
 

@@ -161,6 +161,7 @@ TELL_A_REASON = {
     "fasa_layer_ahead_code",
     "fasa_step_reason",
     "fasa_step_reason_code",
+    "fasa_prefill_reason_code",
 }
 MAY_BE_NULL = {("fasa_set_observer", 1), ("fasa_set_observer", 2)}
 

@@ -1,0 +1,59 @@
+// Sparse prefill: the nodes of one layer in a prompt's graph (ops/tile.h), and when there are any.
+
+#include "llama/attn.h"
+#include "ops/tile.h"
+
+#include "llama-batch.h"
+#include "llama-cparams.h"
+#include "llama-hparams.h"
+
+#include <algorithm>
+
+fasa_reason fasa_attn::tile_reason() const {
+    if (input->prefill_reason_of_step != FASA_REASON_NONE) {
+        return input->prefill_reason_of_step;
+    }
+    const auto & layer = cache->layer(il);
+    if (layer.reason != FASA_REASON_NONE) {
+        return layer.reason;
+    }
+    if (layer.fixed.work || cache->residence.device_of(il)) {
+        return FASA_REASON_PREFILL_DEVICE;
+    }
+    if (graph.hparams.is_swa(il)) {
+        return FASA_REASON_PREFILL_WINDOW;
+    }
+    return lender() != il && input->lists.count(lender()) == 0 ? FASA_REASON_LENDER_DENSE : FASA_REASON_NONE;
+}
+
+// attention over the lists of the ubatch's tiles, [d_v*n_head, n_tokens]
+ggml_tensor * fasa_attn::build_tiles() const {
+    auto & layer = cache->layer(il);
+    input->n_tiled++;
+    if (input->tiles.view == nullptr) {
+        input->tiles.view = on_backend(fasa_build_tile_view(graph.ctx0, kq_mask, input->tiles.tiles, &layer.fixed));
+    }
+    if (lender() == il) {
+        fasa_select_op op = select_op();
+        op.params         = cache->state->tile_params(il);
+        input->lists[il]  = fasa_build_tile_select(graph.ctx0, op, input->tiles);
+        for (ggml_tensor * t = on_backend(input->lists[il]); t->src[0] != op.k_dom; t = t->src[0]) {
+            on_backend(t->src[0]);
+        }
+    }
+    fasa_fac_op op    = {};
+    op.list           = input->lists.at(lender());
+    op.q              = q;
+    op.k              = k;
+    op.v              = v;
+    op.mask           = kq_mask;
+    op.sinks          = sinks;
+    op.stream0        = stream0();
+    op.scale          = kq_scale;
+    op.soft_cap       = soft_cap;
+    op.layer          = &layer.fixed;
+    ggml_tensor * cur = on_backend(fasa_build_tile_fac(graph.ctx0, op, input->tiles));
+    graph.cb(cur, "fasa", il);
+    ggml_build_forward_expand(graph.gf, cur);
+    return ggml_reshape_2d(graph.ctx0, cur, cur->ne[0] * cur->ne[1], cur->ne[2] * cur->ne[3]);
+}

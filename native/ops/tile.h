@@ -1,0 +1,60 @@
+#pragma once
+
+// The nodes of sparse prefill, on the CPU. A tile is up to T tokens of one sequence; a tile and a KV head (a query head
+// with per_head) share a list of cells. Definition: fasa_gguf/reference_prefill.py.
+//
+// `tiles` i32 [2 + T, n_tile]: of every tile its stream, the number of its tokens, and their numbers in the ubatch.
+//
+//   VIEW     once a graph: what the mask [n_kv, n_tps, 1, n_stream] says of every cell and tile
+//     dst    i8 [n_kv rounded up to FASA_SPAN, n_tile], enum fasa_seen
+//     src    mask, tiles
+//   REFRESH  derives K_dom of the stale cells, then the dominant keys of all cells in 8 bits with one scale a cell
+//     dst    i8 [fasa_rows_16_bytes, n_kv/16 rounded up, n_head_kv, n_stream]
+//     src    as TIP: K_dom, k, ranges, q (only where it lies in the list), dims
+//   TIP      the softmaxes of a tile's queries, added up
+//     dst    f32 [n_kv, n_head, n_tile], times 2^FASA_SCORE_EXP
+//     src    REFRESH, q f32 [d, n_head, n_tokens], dims, weight, mask, tiles, VIEW
+//   SELECT   the cells that a tile attends
+//     dst    i32 [1 + length, n_list, n_tile]: the count, then the cells, ascending
+//     src    TIP, forced i32 [n_forced, n_tile] (-1: none), tiles, VIEW
+//   FAC      exact attention of a tile over its list
+//     dst    f32 [d_v, n_head, n_tps, n_stream]
+//     src    the list, q, k, v, mask, sinks f32 [n_head] or none, tiles, VIEW
+
+#include "ops/ops.h"
+
+// of a cell, in the eyes of a tile
+enum fasa_seen : int8_t {
+    FASA_SEEN_BY_NONE = 0,
+    FASA_SEEN_BY_ALL  = 1, // and the mask adds nothing
+    FASA_SEEN_BY_SOME = 2, // the mask says by whom
+};
+
+struct fasa_tile_ref {
+    int32_t stream, count;
+    const int32_t * token; // [count] numbers in the ubatch
+};
+
+inline fasa_tile_ref fasa_tile_at(const ggml_tensor * tiles, int64_t i) {
+    const int32_t * row = (const int32_t *) ((const char *) tiles->data + i * tiles->nb[1]);
+    return { row[0], row[1], row + 2 };
+}
+
+// 16 cells of REFRESH: u8 value[n_dom/4][16][4], 128 stands for 0; then f32 scale[16]
+constexpr int64_t fasa_rows_16_bytes(int64_t n_dom) {
+    return n_dom * 16 + 64;
+}
+
+// what the nodes of one graph share
+struct fasa_tile_inputs {
+    ggml_tensor * tiles;  // i32 [2 + T, n_tile]
+    ggml_tensor * forced; // i32 [n_forced, n_tile]
+    ggml_tensor * view;   // VIEW
+};
+
+// layer: any of those that use it
+ggml_tensor * fasa_build_tile_view(
+    ggml_context * ctx, ggml_tensor * mask, ggml_tensor * tiles, const fasa_layer_const * layer);
+// SELECT; its src[0] is TIP, whose src[0] is REFRESH. op.params has the budget, mass, floor and cap of a tile.
+ggml_tensor * fasa_build_tile_select(ggml_context * ctx, const fasa_select_op & op, const fasa_tile_inputs & in);
+ggml_tensor * fasa_build_tile_fac(ggml_context * ctx, const fasa_fac_op & op, const fasa_tile_inputs & in);
