@@ -58,6 +58,9 @@ void fasa_apply(fasa_params & p, fasa_changes changes) {
     if (no_mass && !has_mass) {
         changes["mass"] = 0;
     }
+    if (changes.count("prefill_budget") && !changes.count("prefill_mass")) {
+        changes["prefill_mass"] = 0;
+    }
     for (size_t i = 0; i < FASA_N_SETTINGS; ++i) {
         const auto found = changes.find(FASA_SETTING_ROWS[i].name);
         if (found != changes.end()) {
