@@ -1,5 +1,5 @@
-// When layers on a GPU select ahead, and from which length on they are sparse: min_context_gpu when it is -1, found by a
-// probe of the devices (measure/probe.cpp) with the shape of their layers.
+// When layers on a GPU select ahead, and from which length on they are sparse: min_context_gpu when it is -1, found by
+// a probe of the devices (measure/probe.cpp) with the shape of their layers.
 
 #include "core/crossover.h"
 #include "core/error.h"
