@@ -368,8 +368,8 @@ class Mended(_Base):
 
 
 def _asking(name: str) -> Any:
-    """A method of llama_cpp.Llama that asks the model, which is not freed meanwhile."""
-    original = getattr(_Base, name)
+    """A method of Mended, its own or llama_cpp.Llama's, that asks the model, which is not freed meanwhile."""
+    original = getattr(Mended, name)
 
     @functools.wraps(original)
     def ask(self: Mended, *args: Any, **kwargs: Any) -> Any:

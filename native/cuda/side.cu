@@ -96,7 +96,7 @@ void fasa_cuda_begin(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph)
     fasa_computing.at    = 0;
     auto & side          = fasa_computing.of[ctx.device];
     fasa_drop_branches(ctx, graph);
-    const bool forks     = fasa_may_fork() && fasa_forks(graph);
+    const bool forks = fasa_may_fork() && fasa_forks(graph);
     fasa_divide_memory(ctx.device, forks);
     if (forks && side.begin == nullptr) {
         CUDA_CHECK(cudaEventCreateWithFlags(&side.begin, cudaEventDisableTiming));
