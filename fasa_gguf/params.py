@@ -179,7 +179,7 @@ class FasaParams:
         "auto",
         "auto, off or on",
         "select a layer's tokens while the feed-forward before it runs, by foreseen queries; auto: on a GPU, in steps "
-        "of one token",
+        "of one token, where the dominant keys are no more bytes than the feed-forward",
         choices=AHEAD,
     )
     prefill: str = _row(

@@ -124,7 +124,7 @@ typedef struct fasa_params {
     // a step attends
     int32_t row_cache;
     // enum fasa_ahead_type: select a layer's tokens while the feed-forward before it runs, by foreseen queries; auto:
-    // on a GPU, in steps of one token
+    // on a GPU, in steps of one token, where the dominant keys are no more bytes than the feed-forward
     int32_t ahead;
     // enum fasa_prefill_type: process prompts sparsely, in layers on the CPU; auto: from prefill_min_context cells on
     int32_t prefill;

@@ -25,6 +25,7 @@ calls = {
     'model_info': (), 'observe': (None,), 'params': (), 'read_rate': (8,), 'reset_counters': (), 'set_params': (ON,),
     'set_profile': (Profile.load(sys.argv[1]),), 'gpu_limit': (), 'measured': (ON,), 'without_attention': (),
     'step_kind': ('auto',), 'step_reason': (), 'step_reason_code': (),
+    'prefill_reason_code': (),
 }
 def call(context, name):
     out = getattr(context, name)(*calls[name])

@@ -451,31 +451,6 @@ int32_t fasa_cache::n_hadamard() const {
 
 // ---- reasons ----
 
-// auto: where there is a side stream for it. The feed-forward of several tokens leaves less room beside it, and behind
-// a short one SELECT of many cells goes on, slower than alone (docs/lab/gpu.md).
-fasa_reason fasa_cache::ahead_reason(int32_t il, uint32_t n_tokens, uint32_t n_kv) {
-    const int32_t setting = state->params.ahead;
-    const auto & l        = layer(il);
-    if (setting == FASA_AHEAD_OFF) {
-        return FASA_REASON_AHEAD_OFF;
-    }
-    if (setting == FASA_AHEAD_AUTO && l.fixed.work == nullptr) {
-        return FASA_REASON_AHEAD_AUTO;
-    }
-    if (setting == FASA_AHEAD_AUTO && n_tokens > 1) {
-        return FASA_REASON_AHEAD_TOKENS;
-    }
-    const uint64_t beside = fasa_feed_forward_bytes(kv.model, il);
-    if (setting == FASA_AHEAD_AUTO && l.k_dom && beside > 0 &&
-        ggml_nbytes(l.k_dom) * n_kv / (kv.get_size() * kv.n_stream) > beside) {
-        return FASA_REASON_AHEAD_LONG;
-    }
-    if (l.source != FASA_LAYER_SELECTS) {
-        return FASA_REASON_AHEAD_BORROWS;
-    }
-    return state->known.may_select_ahead(il) ? FASA_REASON_NONE : FASA_REASON_AHEAD_PROFILE;
-}
-
 void fasa_cache::publish_reasons() {
     reasons.resize(layers.size());
     aheads.resize(layers.size());

@@ -33,8 +33,7 @@ int fasa_read_setting(const fasa_setting & row, const char * text, double & valu
             expected += (expected.empty() ? "" : ", ") + word;
         }
         value = (double) (found - words.begin());
-        return found != words.end() ? 0 :
-                                      fasa_set_error("expected one of %s, found '%.60s'", expected.c_str(), text);
+        return found != words.end() ? 0 : fasa_set_error("expected one of %s, found '%.60s'", expected.c_str(), text);
     }
     char * end = nullptr;
     value      = strtod(text, &end);
@@ -58,6 +57,9 @@ void fasa_apply(fasa_params & p, fasa_changes changes) {
     }
     if (no_mass && !has_mass) {
         changes["mass"] = 0;
+    }
+    if (changes.count("prefill_budget") && !changes.count("prefill_mass")) {
+        changes["prefill_mass"] = 0;
     }
     for (size_t i = 0; i < FASA_N_SETTINGS; ++i) {
         const auto found = changes.find(FASA_SETTING_ROWS[i].name);
@@ -221,8 +223,8 @@ int fasa_file_profile::read_ahead(const gguf_context * meta) {
         return -1;
     }
     const bool wanted = ranked > 0 && !weight.empty();
-    const int has     = fasa_array(
-        meta, "fasa.ahead.weight", weight.size(), FASA_MAX_NUMBERS, -FASA_F32, FASA_F32, ahead_weight);
+    const int has =
+        fasa_array(meta, "fasa.ahead.weight", weight.size(), FASA_MAX_NUMBERS, -FASA_F32, FASA_F32, ahead_weight);
     return has < 0 || wanted == (has > 0) ?
         std::min(has, 0) :
         fasa_set_error("key fasa.ahead.weight: expected it where both fasa.ahead.ranking and fasa.weight are, and "

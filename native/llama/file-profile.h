@@ -16,7 +16,8 @@ using fasa_changes = std::map<std::string, double>; // settings by name, each wi
 
 // the value of a setting from text; -1: fasa_error() says what was expected
 int fasa_read_setting(const fasa_setting & row, const char * text, double & value);
-// Put them into p. Of budget, mass and mean_budget the one that is given takes the place of the others.
+// Put them into p. Of budget, mass and mean_budget the one that is given takes the place of the others, and
+// prefill_budget that of prefill_mass.
 void fasa_apply(fasa_params & p, fasa_changes changes);
 
 struct fasa_file_profile {

@@ -1,4 +1,5 @@
-// min_context_gpu when it is -1: found by a probe of the devices (measure/probe.cpp), with the shape of their layers.
+// When layers on a GPU select ahead, and from which length on they are sparse: min_context_gpu when it is -1, found by
+// a probe of the devices (measure/probe.cpp) with the shape of their layers.
 
 #include "core/crossover.h"
 #include "core/error.h"
@@ -20,6 +21,31 @@ uint64_t fasa_feed_forward_bytes(const llama_model & model, uint32_t il) {
     const auto & hparams   = model.hparams;
     return n_bytes(l.ffn_up) + n_bytes(l.ffn_gate) + n_bytes(l.ffn_down) +
         (hparams.n_expert ? experts * hparams.n_expert_used(il) / hparams.n_expert : 0);
+}
+
+// auto: where there is a side stream for it. The feed-forward of several tokens leaves less room beside it, and behind
+// a short one SELECT of many cells goes on, slower than alone (docs/lab/gpu.md).
+fasa_reason fasa_cache::ahead_reason(int32_t il, uint32_t n_tokens, uint32_t n_kv) {
+    const int32_t setting = state->params.ahead;
+    const auto & l        = layer(il);
+    if (setting == FASA_AHEAD_OFF) {
+        return FASA_REASON_AHEAD_OFF;
+    }
+    if (setting == FASA_AHEAD_AUTO && l.fixed.work == nullptr) {
+        return FASA_REASON_AHEAD_AUTO;
+    }
+    if (setting == FASA_AHEAD_AUTO && n_tokens > 1) {
+        return FASA_REASON_AHEAD_TOKENS;
+    }
+    const uint64_t beside = fasa_feed_forward_bytes(kv.model, il);
+    if (setting == FASA_AHEAD_AUTO && l.k_dom && beside > 0 &&
+        ggml_nbytes(l.k_dom) * n_kv / (kv.get_size() * kv.n_stream) > beside) {
+        return FASA_REASON_AHEAD_LONG;
+    }
+    if (l.source != FASA_LAYER_SELECTS) {
+        return FASA_REASON_AHEAD_BORROWS;
+    }
+    return state->known.may_select_ahead(il) ? FASA_REASON_NONE : FASA_REASON_AHEAD_PROFILE;
 }
 
 // Of each device in mode device: a layer, one that selects ahead where there is one

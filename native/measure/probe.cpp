@@ -140,7 +140,7 @@ bool fasa_probe::time(fasa_depth_times & t) {
         error = fasa_error();
         return false;
     }
-    t.dense = run.time(FASA_TIME_DENSE, FASA_PROBE_REPEAT);
+    t.dense             = run.time(FASA_TIME_DENSE, FASA_PROBE_REPEAT);
     const double fasa   = run.time(c.beside ? FASA_TIME_AHEAD : FASA_TIME_FASA, FASA_PROBE_REPEAT);
     const double beside = c.beside ? run.time(FASA_TIME_BESIDE, FASA_PROBE_REPEAT) : 0.0;
     if (std::min({ t.dense, fasa, beside }) < 0) {

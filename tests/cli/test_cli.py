@@ -100,7 +100,7 @@ def test_a_setting_is_a_flag_over_the_environment_over_the_profile(monkeypatch):
     assert read_params(a, profile)[0] == FasaParams(budget=7, sink=9, recent=11, k_dom="q8")  # a budget is a fixed one
     a.fasa_preset, profile.ranking_method = "paper", "ca"
     assert read_params(a, profile)[0] == FasaParams(
-        budget=7, sink=9, recent=0, k_dom="q8", chunks=2, per_head=1, ahead="off"
+        budget=7, sink=9, recent=0, k_dom="q8", chunks=2, per_head=1, ahead="off", prefill="off"
     )
 
 

@@ -15,7 +15,7 @@ from fasa_gguf.cli import main as cli
 from fasa_gguf.gguf.file import STR, GGUFFile, TensorInfo, pack_kv
 from fasa_gguf.gguf.shape import model_shape
 from fasa_gguf.memory import plan
-from fasa_gguf.memory.host import GIB, MIB, Available, parse_size
+from fasa_gguf.memory.host import GIB, MIB, Available
 from fasa_gguf.memory.model import device_bytes, read_model
 from fasa_gguf.memory.plan import (
     ContextShape,
@@ -352,19 +352,6 @@ def test_the_row_cache(shape_8b):
     assert cache(1 << 20) == 32 * 8 * 32768 * (512 + 8)  # no more slots than cells
     assert cache(-1) == 32 * 8 * 2 * ON.budget * (512 + 8)
     assert estimate(m, s, ON.replace(row_cache=256)).row_cache == 0
-
-
-def test_amounts_of_memory():
-    assert [parse_size(x) for x in ("12G", "900M", "0.5 GiB", "1t", "64kb")] == [
-        12 * GIB,
-        900 * MIB,
-        GIB // 2,
-        1 << 40,
-        65536,
-    ]
-    for bad in ("12", "G", "-1G", "many", "infG", "nanG"):
-        with pytest.raises(FasaError, match="expected an amount of memory such as 12G or 900M"):
-            parse_size(bad)
 
 
 def test_models_that_have_no_plan(tmp_path):

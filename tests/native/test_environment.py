@@ -52,14 +52,17 @@ def test_every_setting_has_its_variable(library, ahead_of_its_own):
             another = s.choices[(s.choices.index(s.default) + 1) % len(s.choices)] if s.choices else s.default + 1
             wanted[s.name] = another
     wanted |= {"mass": 0.5, "per_head": 1, "floor": 20, "cap": 200}
-    if hasattr(FasaParams(), "prefill_mass"):
-        wanted |= {"prefill_mass": 0.5, "prefill_floor": 20, "prefill_cap": 200}
+    wanted |= {"prefill_mass": 0.5, "prefill_floor": 20, "prefill_cap": 200}
     FasaParams().replace(**wanted).check()
     said, _ = decoded(ahead_of_its_own, **{k.upper(): v for k, v in wanted.items()})
     for name, value in wanted.items():
         assert f"{name} {value}" in re.split(r"[,;] ", said.removeprefix("on: ")), name
     for word in ("AHEAD", "K_DOM"):
         assert f"FASA_{word}: expected one of " in decoded(ahead_of_its_own, **{word: "7"})[0]
+
+
+def test_a_number_of_cells_replaces_the_mass_of_a_prompt(library, ahead_of_its_own):
+    assert "prefill_mass 0, prefill_budget 300" in decoded(ahead_of_its_own, PREFILL_BUDGET=300)[0]
 
 
 def test_the_file_says_which_layers_select_ahead(library, ahead_of_its_own):
