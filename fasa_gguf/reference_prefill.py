@@ -128,7 +128,7 @@ def prefill_tile(
         known = np.repeat(weight[: p.chunks or default_chunks(len(ranking))], 2)  # [2*m]
         w[: len(known)] = known
     est = tile_estimate(q, quantize_k_dom(k, chosen, p.k_dom), chosen, w, scale, soft_cap)  # [T, G, n_kv]
-    seen = np.asarray(visible.any(0))  # [n_kv]
+    seen: np.ndarray = np.logical_or.reduce(visible)  # [n_kv]
     forced = tile_forced(positions, own, first, seen, p.sink, p.prefill_band)  # [n_kv]
     score, n_row = tile_score(est, visible), est.shape[0] * est.shape[1]
     cells = select(score, seen, forced, n_row, p.prefill_budget, p.prefill_mass, p.prefill_floor, p.prefill_cap)
