@@ -152,7 +152,8 @@ static fasa_reason fasa_prompt_reason(const fasa_state & state, const llama_cpar
     if (ubatch.n_tokens < FASA_TILE_LEAST * std::max(1u, ubatch.n_seqs_unq)) {
         return FASA_REASON_PREFILL_SHORT;
     }
-    const bool is_short = params.prefill == FASA_PREFILL_AUTO && n_kv < params.prefill_min_context;
+    const uint32_t n_seen = state.now.active ? std::min(n_kv, state.now.n_seen) : n_kv; // not those of other sequences
+    const bool is_short   = params.prefill == FASA_PREFILL_AUTO && n_seen < params.prefill_min_context;
     return is_short ? FASA_REASON_PREFILL_MIN_CONTEXT : FASA_REASON_NONE;
 }
 

@@ -63,5 +63,8 @@ void fasa_begin_ubatch(fasa_state & state, const llama_ubatch & ubatch, const ll
     now.decodes = state.kinds.decodes(ubatch, kv, state.params.max_tokens);
     if (state.params.enabled && !now.decodes) {
         now.tiles = fasa_tiles_of(ubatch, state.params.prefill_tile);
+        for (const auto & [seq, part] : fasa_parts(ubatch)) {
+            now.n_seen = std::max<uint32_t>(now.n_seen, part.last + 1);
+        }
     }
 }

@@ -68,6 +68,7 @@ struct fasa_pending {
     bool waits               = false;              // layers on GPUs wait for a longer context
     fasa_reason dense_reason = FASA_REASON_NONE;   // of the step as a whole
     std::vector<fasa_tile> tiles;                  // of a prompt, while FASA is on
+    uint32_t n_seen            = 0;                // of a prompt: most cells that a token sees, by its position
     fasa_reason prefill_reason = FASA_REASON_NONE; // of a prompt: why it, or a layer in it, is dense
     fasa_step_counts counts;
 };

@@ -118,6 +118,16 @@ def test_auto_begins_at_prefill_min_context(tiny):
         assert c["steps_prefill"] == 3 and c["steps_prefill_sparse"] == 2  # of 512 tokens each, the first sees 512
 
 
+@pytest.mark.parametrize("unified", [False, True])
+def test_another_sequence_does_not_make_a_prompt_longer(tiny, unified):
+    with tiny_session(tiny, n_seq_max=2, kv_unified=unified) as s:
+        s.fasa.set_params(SOME.replace(prefill="auto", prefill_min_context=1024))
+        for seq in (0, 1):
+            s.decode(tokens_of(768), 0, seq)
+        assert s.fasa.counters()["steps_prefill_sparse"] == 0
+        assert s.fasa.prefill_reason_code() == Reason.PREFILL_MIN_CONTEXT
+
+
 def check_fresh(s, tokens, pos, seq=0):
     """A prompt's logits are those with all dominant keys derived anew."""
     first = s.decode(tokens, pos, seq, logits="all")
