@@ -204,7 +204,7 @@ CUDA_ARCHS ?= 75-virtual;80-virtual;86-real;89-real;90-virtual;120a-real
 wheel-cuda: $(PACK)/.ready
 	rm -rf build/wheel-cuda dist/fasa_gguf_cuda-*.whl
 	CMAKE_ARGS='-DCMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHS)' CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) \
-	    $(PACKAGE) --wheel -C build-dir=$(CURDIR)/build/wheel-cuda-objects -o build/wheel-cuda packaging/cuda
+	    $(PACKAGE) --wheel -C build-dir=$(CURDIR)/build/wheel-cuda-objects -o build/wheel-cuda native/wheel
 	$(AUDIT) repair -w dist --exclude 'libcuda.so.*' --exclude 'libcudart.so.*' --exclude 'libcublas.so.*' \
 	    --exclude 'libggml-base.so' build/wheel-cuda/fasa_gguf_cuda-*.whl
 

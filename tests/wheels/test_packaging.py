@@ -52,7 +52,7 @@ def test_what_the_packaged_binding_imports_is_installed_with_it():
 
 
 def test_the_cuda_package_is_of_the_same_version():
-    main, cuda = project(), project("packaging/cuda/pyproject.toml")
+    main, cuda = project(), project("native/wheel/pyproject.toml")
     version = main["project"]["version"]
     assert cuda["project"]["version"] == version and f"fasa_gguf=={version}" in cuda["project"]["dependencies"]
     assert main["project"]["optional-dependencies"]["cuda"] == [f"fasa-gguf-cuda=={version}"]

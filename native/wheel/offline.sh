@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The CUDA wheel on a machine without a package index. Run in the root of a checkout.
 #
-#   packaging/cuda/offline.sh pack DIR 3.12         where there is an index, after `make wheel`; 3.12: the other's Python
-#   packaging/cuda/offline.sh build DIR 90-real     on the other machine, with this checkout and DIR (about 35 MB)
+#   native/wheel/offline.sh pack DIR 3.12       where there is an index, after `make wheel`; 3.12: the other's Python
+#   native/wheel/offline.sh build DIR 90-real   on the other machine, with this checkout and DIR (about 35 MB)
 #
 # `build` makes dist/fasa_gguf_cuda-*.whl, installs it and DIR's wheels into build/offline-env, and runs the smoke test
 # on the GPU. That machine needs a C++ compiler, nvcc and cuBLAS of CUDA 13, and a Python with scikit-build-core, cmake,
@@ -24,7 +24,7 @@ build)
     tar -C build/wheel-cuda-objects -xJf "$folder/tree.tar.xz"
     rm -f dist/fasa_gguf_cuda-*.whl
     CMAKE_ARGS="-DCMAKE_CUDA_ARCHITECTURES=$3" python3 -m pip wheel -q --no-build-isolation --no-deps --no-index \
-        -C build-dir="$PWD/build/wheel-cuda-objects" -w dist packaging/cuda
+        -C build-dir="$PWD/build/wheel-cuda-objects" -w dist native/wheel
     ls -l dist
     python3 -m venv --clear build/offline-env
     env=build/offline-env/bin/python
