@@ -16,7 +16,7 @@ from __future__ import annotations
 import numpy as np
 
 from .params import FasaParams, default_chunks
-from .reference import capped, dominant_dims, group_score, quantize_k_dom, select, softmax
+from .reference import capped, dominant_dims, forced_cells, group_score, quantize_k_dom, select, softmax
 
 
 def tile_numbers(positions: np.ndarray, sequences: np.ndarray, size: int) -> np.ndarray:
@@ -71,12 +71,7 @@ def tile_forced(
 ) -> np.ndarray:
     """bool [n_kv]: the tile's own cells, and of the cells of its sequence before position `first` the `sink` with the
     lowest and the `band` with the highest positions. own, sequence: bool [n_kv]."""
-    cells = np.flatnonzero(sequence & (positions < first))  # [n_before]
-    order = cells[np.argsort(positions[cells], kind="stable")]  # [n_before]
-    newest = cells[np.argsort(-positions[cells], kind="stable")]  # [n_before]
-    forced = own.copy()  # [n_kv]
-    forced[order[:sink]] = forced[newest[:band]] = True
-    return forced
+    return own | forced_cells(positions, sequence & (positions < first), sink, band)
 
 
 def tile_attend(
