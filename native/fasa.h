@@ -500,6 +500,20 @@ typedef struct fasa_op_case {
 } fasa_op_case;
 FASA_API int fasa_op_run(const fasa_op_case * test);
 
+// The same of sparse prefill, on the CPU, for tests against fasa_gguf/reference_prefill.py. op->forced is
+// [n_tile, n_forced], op->out_count [n_tile, n_list], op->out_list [n_tile, n_list, length]; backend, fresh cells, a
+// given list and out_est are ignored.
+typedef struct fasa_tile_case {
+    uint64_t size;
+    const fasa_op_case * op;
+    int32_t n_tile;
+    int32_t tile_size;
+    const int32_t * tiles; // [n_tile, 2 + tile_size] of each its stream, the number of its tokens, and their numbers in
+                           // [n_stream, n_tokens]
+    float * out_score;     // [n_tile, n_head, n_kv] the softmaxes of a tile's queries, added up, times 2^60
+} fasa_tile_case;
+FASA_API int fasa_tile_run(const fasa_tile_case * test);
+
 // Seconds of one layer's attention on the case's backend: dense flash attention (over k and v where they lie), TIP and
 // SELECT, and all three ops, each timed as a graph of n_layer layers with caches of their own, n_rep times, the
 // fastest. k and v of 16,384 cells are given, [16384, n_head_kv, n_embd_head]; the caches repeat them, each time from

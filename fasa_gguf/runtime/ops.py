@@ -214,6 +214,35 @@ def op_run(*, q: np.ndarray, v: np.ndarray, **case: Any) -> dict[str, np.ndarray
     return out
 
 
+def tile_run(*, q: np.ndarray, v: np.ndarray, tiles: np.ndarray, **case: Any) -> dict[str, np.ndarray]:
+    """Run the ops of sparse prefill of one layer on host arrays, whose shapes are those of struct fasa_tile_case.
+
+    Returns score (not times 2^60), count, list and out. Raises FasaError.
+    """
+    n_stream, n_tokens, n_head, _ = q.shape
+    _, n_kv, n_head_kv, d_v = v.shape
+    n_list = n_head if case.get("per_head") else n_head_kv
+    out = {
+        "score": np.full((len(tiles), n_head, n_kv), np.nan, np.float32),
+        "count": np.full((len(tiles), n_list), -1, np.int32),
+        "list": np.full((len(tiles), n_list, _list_length(n_kv, case)), -1, np.int32),
+        "out": np.full((n_stream, n_tokens, n_head, d_v), np.nan, np.float32),
+    }
+    keep: list[Any] = []
+    c = _op_case(keep, q=q, v=v, n_kv=n_kv, **case)
+    for name, field in (("count", "out_count"), ("list", "out_list"), ("out", "out")):
+        pointer, _ = array("float" if name == "out" else "int32_t", out[name], out[name].dtype)
+        setattr(c, field, pointer)
+    p_tiles, _tiles = array("int32_t", tiles, np.int32)
+    p_score, _score = array("float", out["score"], np.float32)
+    test = struct(
+        "fasa_tile_case", op=c, n_tile=len(tiles), tile_size=tiles.shape[1] - 2, tiles=p_tiles, out_score=p_score
+    )
+    check(api()[1].fasa_tile_run(test))
+    out["score"] *= np.float32(2.0**-60)
+    return out
+
+
 TIME_CELLS = 16384  # FASA_TIME_CELLS of measure/op-time.cpp
 
 

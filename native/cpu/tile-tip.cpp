@@ -48,8 +48,21 @@ void fasa_cpu_tile_view(ggml_tensor * dst, int ith, int nth) {
 
 static constexpr float FASA_TO_INT = 12582912.0f; // 1.5*2^23: x + this has x, rounded to the nearest integer, below
 
-static inline fasa_i32x16 fasa_nearest(fasa_f32x16 x) { // |x| < 2^22
+// The nearest integer, ties to even; |x| < 2^22. Where the machine has an instruction for it, x is rounded before: q4
+// has many values at a tie, and a fused multiplication would move them.
+static inline fasa_i32x16 fasa_nearest(fasa_f32x16 x) {
+#if defined(__AVX512F__)
+    return (fasa_i32x16) _mm512_cvtps_epi32((__m512) x);
+#elif defined(__AVX2__)
+    __m256 half[2];
+    __m256i out[2];
+    memcpy(half, &x, sizeof(x));
+    out[0] = _mm256_cvtps_epi32(half[0]);
+    out[1] = _mm256_cvtps_epi32(half[1]);
+    return fasa_load<fasa_i32x16>(out);
+#else
     return (fasa_i32x16) (x + FASA_TO_INT) - 0x4b400000;
+#endif
 }
 
 // x [n_dom] of 16 cells, from half a block of K_dom

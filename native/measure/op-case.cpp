@@ -4,6 +4,7 @@
 #include "core/select.h"
 #include "llama/cache.h"
 
+#include <algorithm>
 #include <cstring>
 #include <tuple>
 #include <utility>
@@ -75,6 +76,28 @@ void fasa_op_layer_case::make_rows(const fasa_op_case & c, ggml_context * ctx) {
         nullptr;
 }
 
+void fasa_op_layer_case::write(const fasa_op_case & c) const {
+    const auto & op     = select;
+    const int64_t n_row = (int64_t) c.n_kv * c.n_stream * c.n_head_kv;
+    fasa_case_write(op.q, c.q);
+    fasa_case_write(op.k, fasa_convert(c.k, op.k->type, n_row, c.n_embd_head_k).data());
+    fasa_case_write(fac.v, fasa_convert(c.v, fac.v->type, n_row, c.n_embd_head_v).data());
+    fasa_case_write(op.mask, fasa_convert(c.mask, GGML_TYPE_F16, (int64_t) c.n_tokens * c.n_stream, c.n_kv).data());
+    if (fac.sinks) {
+        fasa_case_write(fac.sinks, c.sinks);
+    }
+    std::vector<int32_t> ranges(ggml_nelements(op.ranges), 0);
+    for (int s = 0; s < c.n_stream; ++s) { // two ranges that meet: all cells
+        ranges[s * 2 * FASA_MAX_RANGES + 1] = ranges[s * 2 * FASA_MAX_RANGES + 2] = c.n_kv / 3;
+        ranges[s * 2 * FASA_MAX_RANGES + 3]                                       = c.n_kv;
+    }
+    fasa_case_write(op.ranges, ranges.data());
+    if (op.dims) {
+        fasa_case_write(op.dims, c.dims);
+        fasa_case_write(op.weight, c.weight);
+    }
+}
+
 ggml_tensor * fasa_op_layer_case::build_select(ggml_context * ctx) {
     select.layer = &fixed;
     return fasa_build_select(ctx, select);
@@ -99,6 +122,18 @@ ggml_backend_buffer_t fasa_op_alloc_kv(const fasa_op_case & c, ggml_context * kv
         return nullptr;
     }
     return ggml_backend_alloc_ctx_tensors_from_buft(kv_ctx, chosen);
+}
+
+void fasa_op_get_lists(const std::vector<int32_t> & lists, int64_t length, int32_t * count, int32_t * cells) {
+    for (int64_t i = 0; i < (int64_t) lists.size() / (length + 1); ++i) {
+        const int32_t * list = lists.data() + i * (length + 1);
+        if (count) {
+            count[i] = list[0];
+        }
+        for (int64_t j = 0; cells && j < length; ++j) {
+            cells[i * length + j] = j < list[0] ? list[1 + j] : -1;
+        }
+    }
 }
 
 // ---- checks ----

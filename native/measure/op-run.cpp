@@ -87,26 +87,11 @@ void fasa_op_run_graph::set_inputs(const fasa_op_case & c) {
             ggml_backend_tensor_memset(t, 0, 0, ggml_nbytes(t));
         }
     }
-    const auto & op     = layer.select;
-    const int64_t n_row = (int64_t) c.n_kv * c.n_stream * c.n_head_kv;
-    fasa_case_write(op.q, c.q);
-    fasa_case_write(op.k, fasa_convert(c.k, op.k->type, n_row, c.n_embd_head_k).data());
-    fasa_case_write(layer.fac.v, fasa_convert(c.v, layer.fac.v->type, n_row, c.n_embd_head_v).data());
-    fasa_case_write(op.mask, fasa_convert(c.mask, GGML_TYPE_F16, (int64_t) c.n_tokens * c.n_stream, c.n_kv).data());
-    if (layer.fac.sinks) {
-        fasa_case_write(layer.fac.sinks, c.sinks);
-    }
-    std::vector<int32_t> ranges(ggml_nelements(op.ranges), 0);
-    for (int s = 0; s < c.n_stream; ++s) { // two ranges that meet: all cells
-        ranges[s * 2 * FASA_MAX_RANGES + 1] = ranges[s * 2 * FASA_MAX_RANGES + 2] = c.n_kv / 3;
-        ranges[s * 2 * FASA_MAX_RANGES + 3]                                       = c.n_kv;
-    }
-    fasa_case_write(op.ranges, ranges.data());
+    layer.write(c);
+    const auto & op = layer.select;
     if (select == nullptr) {
         fasa_case_write(list, c.list);
     } else {
-        fasa_case_write(op.dims, c.dims);
-        fasa_case_write(op.weight, c.weight);
         fasa_case_write(op.forced, c.forced);
         if (op.fresh) {
             fasa_case_write(op.fresh, c.fresh);
@@ -151,19 +136,6 @@ static void fasa_op_get_logits(ggml_tensor * tip, int64_t n_kv, float * out) {
         const float * e = rows.data() + i * length;
         for (int64_t j = 0; j < n_kv; ++j) {
             out[i * n_kv + j] = e[j] < 0 ? -INFINITY : logf(e[j]) + e[n_kv + j / FASA_SPAN] * 0.69314718f;
-        }
-    }
-}
-
-// lists [n][1 + length] as SELECT writes them, to counts [n] and cells [n][length], -1 behind the last one
-static void fasa_op_get_lists(const std::vector<int32_t> & lists, int64_t length, int32_t * count, int32_t * cells) {
-    for (int64_t i = 0; i < (int64_t) lists.size() / (length + 1); ++i) {
-        const int32_t * list = lists.data() + i * (length + 1);
-        if (count) {
-            count[i] = list[0];
-        }
-        for (int64_t j = 0; cells && j < length; ++j) {
-            cells[i * length + j] = j < list[0] ? list[1 + j] : -1;
         }
     }
 }
