@@ -241,83 +241,87 @@ enum fasa_reason {
     FASA_REASON_PREFILL_EMBEDDINGS    = 11,
     // an observer sees queries and keys, as in calibration
     FASA_REASON_PREFILL_OBSERVED      = 12,
-    // the layer's cache is on a device, where prompts are dense
+    // its attention runs on a GPU, where prefill auto is dense
     FASA_REASON_PREFILL_DEVICE        = 13,
+    // it has attention sinks, which sparse prefill on a GPU does not know
+    FASA_REASON_PREFILL_SINKS         = 14,
+    // flash attention of prompts on a GPU does not know its head dimension, or caps it otherwise
+    FASA_REASON_PREFILL_HEAD_DIM      = 15,
     // the layer has a sliding window
-    FASA_REASON_PREFILL_WINDOW        = 14,
+    FASA_REASON_PREFILL_WINDOW        = 16,
     // no such layer
-    FASA_REASON_NO_SUCH_LAYER         = 15,
+    FASA_REASON_NO_SUCH_LAYER         = 17,
     // it has no KV cache that FASA knows
-    FASA_REASON_NO_CACHE              = 16,
+    FASA_REASON_NO_CACHE              = 18,
     // no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its attention by another
     // path
-    FASA_REASON_NOT_BUILT             = 17,
+    FASA_REASON_NOT_BUILT             = 19,
     // its sliding window is not longer than what it would attend
-    FASA_REASON_SMALL_WINDOW          = 18,
+    FASA_REASON_SMALL_WINDOW          = 20,
     // the profile has no ranking for it
-    FASA_REASON_NOT_RANKED            = 19,
+    FASA_REASON_NOT_RANKED            = 21,
     // the layer whose list it borrows is dense
-    FASA_REASON_LENDER_DENSE          = 20,
+    FASA_REASON_LENDER_DENSE          = 22,
     // its cache is shared with another context
-    FASA_REASON_SHARED_CACHE          = 21,
+    FASA_REASON_SHARED_CACHE          = 23,
     // multi-head latent attention has no keys per head
-    FASA_REASON_LATENT                = 22,
+    FASA_REASON_LATENT                = 24,
     // its head dimension is odd
-    FASA_REASON_ODD_HEAD              = 23,
+    FASA_REASON_ODD_HEAD              = 25,
     // its cache type cannot be read back
-    FASA_REASON_CACHE_TYPE            = 24,
+    FASA_REASON_CACHE_TYPE            = 26,
     // its cache is on a device that FASA has no kernels for
-    FASA_REASON_NO_KERNELS            = 25,
+    FASA_REASON_NO_KERNELS            = 27,
     // the CPU backend has no FASA ops
-    FASA_REASON_NO_CPU_OPS            = 26,
+    FASA_REASON_NO_CPU_OPS            = 28,
     // flash attention is off
-    FASA_REASON_NO_FLASH_ATTENTION    = 27,
+    FASA_REASON_NO_FLASH_ATTENTION    = 29,
     // training
-    FASA_REASON_TRAINING              = 28,
+    FASA_REASON_TRAINING              = 30,
     // its attention is not causal
-    FASA_REASON_NOT_CAUSAL            = 29,
+    FASA_REASON_NOT_CAUSAL            = 31,
     // its attention has a bias
-    FASA_REASON_BIAS                  = 30,
+    FASA_REASON_BIAS                  = 32,
     // ALiBi moves the scores
-    FASA_REASON_ALIBI                 = 31,
+    FASA_REASON_ALIBI                 = 33,
     // its queries are not f32
-    FASA_REASON_QUERY_TYPE            = 32,
+    FASA_REASON_QUERY_TYPE            = 34,
     // its query heads are no multiple of its KV heads
-    FASA_REASON_QUERY_HEADS           = 33,
+    FASA_REASON_QUERY_HEADS           = 35,
     // its mask is not f16
-    FASA_REASON_MASK_TYPE             = 34,
+    FASA_REASON_MASK_TYPE             = 36,
     // its mask is computed
-    FASA_REASON_MASK_COMPUTED         = 35,
+    FASA_REASON_MASK_COMPUTED         = 37,
     // its device is not one of CUDA's
-    FASA_REASON_CUDA_DEVICE           = 36,
+    FASA_REASON_CUDA_DEVICE           = 38,
     // its GPU has no FASA kernels: they need an NVIDIA GPU of compute capability 7.5 or later
-    FASA_REASON_CUDA_CAPABILITY       = 37,
+    FASA_REASON_CUDA_CAPABILITY       = 39,
     // the CUDA kernels read caches in f32, f16, bf16, q8_0 and q4_0, and this one has another type
-    FASA_REASON_CUDA_CACHE_TYPE       = 38,
+    FASA_REASON_CUDA_CACHE_TYPE       = 40,
     // the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256
-    FASA_REASON_CUDA_HEAD_DIM         = 39,
+    FASA_REASON_CUDA_HEAD_DIM         = 41,
     // more than 128 query heads share a KV head
-    FASA_REASON_CUDA_GROUP            = 40,
+    FASA_REASON_CUDA_GROUP            = 42,
     // selecting ahead is off
-    FASA_REASON_AHEAD_OFF             = 41,
+    FASA_REASON_AHEAD_OFF             = 43,
     // it is on the CPU, where selecting ahead saves no time
-    FASA_REASON_AHEAD_AUTO            = 42,
+    FASA_REASON_AHEAD_AUTO            = 44,
     // the step has several tokens, with which selecting ahead is slower
-    FASA_REASON_AHEAD_TOKENS          = 43,
+    FASA_REASON_AHEAD_TOKENS          = 45,
     // it borrows its list
-    FASA_REASON_AHEAD_BORROWS         = 44,
+    FASA_REASON_AHEAD_BORROWS         = 46,
     // the profile says that foreseen queries lose too much there
-    FASA_REASON_AHEAD_PROFILE         = 45,
+    FASA_REASON_AHEAD_PROFILE         = 47,
     // no block lies before it
-    FASA_REASON_AHEAD_FIRST           = 46,
+    FASA_REASON_AHEAD_FIRST           = 48,
     // no feed-forward lies between the attention or other block before it and its queries
-    FASA_REASON_AHEAD_NO_FEED_FORWARD = 47,
+    FASA_REASON_AHEAD_NO_FEED_FORWARD = 49,
     // how its queries follow from the layer before is not recognised
-    FASA_REASON_AHEAD_UNKNOWN         = 48,
+    FASA_REASON_AHEAD_UNKNOWN         = 50,
     // the feed-forward before it runs on another device
-    FASA_REASON_AHEAD_DEVICE          = 49,
+    FASA_REASON_AHEAD_DEVICE          = 51,
     // its rows on the device have no room for a list with all tokens of the batch
-    FASA_REASON_AHEAD_ROOM            = 50,
+    FASA_REASON_AHEAD_ROOM            = 52,
 };
 // end reasons
 
@@ -500,9 +504,9 @@ typedef struct fasa_op_case {
 } fasa_op_case;
 FASA_API int fasa_op_run(const fasa_op_case * test);
 
-// The same of sparse prefill, on the CPU, for tests against fasa_gguf/reference_prefill.py. op->forced is
-// [n_tile, n_forced], op->out_count [n_tile, n_list], op->out_list [n_tile, n_list, length]; backend, fresh cells, a
-// given list and out_est are ignored.
+// The same of sparse prefill, for tests against fasa_gguf/reference_prefill.py. op->forced is [n_tile, n_forced],
+// op->out_count [n_tile, n_list], op->out_list [n_tile, n_list, length]; fresh cells, a given list and out_est are
+// ignored.
 typedef struct fasa_tile_case {
     uint64_t size;
     const fasa_op_case * op;
@@ -510,7 +514,8 @@ typedef struct fasa_tile_case {
     int32_t tile_size;
     const int32_t * tiles; // [n_tile, 2 + tile_size] of each its stream, the number of its tokens, and their numbers in
                            // [n_stream, n_tokens]
-    float * out_score;     // [n_tile, n_head, n_kv] the softmaxes of a tile's queries, added up, times 2^60
+    float * out_score;     // [n_tile, n_head, n_kv] the softmaxes of a tile's queries, added up, times 2^60; of a device
+                           // those of a list's heads together, as its first head's, and 0 as the others'
 } fasa_tile_case;
 FASA_API int fasa_tile_run(const fasa_tile_case * test);
 

@@ -43,7 +43,7 @@ static fasa_reason fasa_cuda_tile_reason(int device, const fasa_layer_shape & s)
             return FASA_REASON_NONE;
         }
     }
-    return FASA_REASON_CUDA_HEAD_DIM;
+    return FASA_REASON_PREFILL_HEAD_DIM;
 }
 
 // type: fasa_dense_reason_t

@@ -8,6 +8,7 @@
 // Flash attention looks at the mask and leaves out what is behind the end of a list. It needs the last step whole, so
 // that has zeros.
 
+#include "core/select.h"
 #include "cuda/device.cuh"
 #include "cuda/nodes.cuh"
 #include "cuda/tile.cuh"
@@ -33,7 +34,7 @@ struct fasa_tile_fac_args {
     float *q_to, *out;
     half *k_to, *v_to, *mask_to;
     int n_len, n_list, n_group, n_per_kv, n_head, d, n_pad, size, tile0; // size: T; tile0: of this turn
-    bool whole;                                                         // all of n_pad is read
+    bool whole;                                                          // all of n_pad is read
 };
 
 static constexpr int GATHER_THREADS = 256;
@@ -70,7 +71,7 @@ static __global__ void __launch_bounds__(GATHER_THREADS) fasa_tile_gather_kernel
 static __global__ void __launch_bounds__(GATHER_THREADS) fasa_tile_gather_mask_kernel(const fasa_tile_fac_args a) {
     ggml_cuda_pdl_sync();
     const int pair = blockIdx.y, tile = a.tile0 + pair / a.n_list, list = pair % a.n_list;
-    const int i    = 2 * (blockIdx.x * GATHER_THREADS + threadIdx.x);
+    const int i = 2 * (blockIdx.x * GATHER_THREADS + threadIdx.x);
     if (i >= a.n_pad) {
         return;
     }
@@ -81,9 +82,9 @@ static __global__ void __launch_bounds__(GATHER_THREADS) fasa_tile_gather_mask_k
     half2 all;
 #pragma unroll
     for (int u = 0; u < 2; ++u) {
-        cell[u]      = i + u < n ? cells[i + u] : -1;
-        some[u]      = cell[u] >= 0 && a.view[tile * a.n_view + cell[u]] != FASA_SEEN_BY_ALL;
-        const half x = __float2half(cell[u] >= 0 ? 0.0f : -INFINITY);
+        cell[u]                  = i + u < n ? cells[i + u] : -1;
+        some[u]                  = cell[u] >= 0 && a.view[tile * a.n_view + cell[u]] != FASA_SEEN_BY_ALL;
+        const half x             = __float2half(cell[u] >= 0 ? 0.0f : -INFINITY);
         (u == 0 ? all.x : all.y) = x;
     }
     half2 * out = (half2 *) (a.mask_to + (int64_t) pair * a.size * a.n_pad + i);
@@ -110,7 +111,7 @@ static __global__ void __launch_bounds__(GATHER_THREADS) fasa_tile_move_kernel(c
     if (t >= a.size) {
         return;
     }
-    const bool is    = t < a.tiles.count(tile);
+    const bool is   = t < a.tiles.count(tile);
     const int token = is ? a.tiles.token(tile, t) : 0;
     if (IN) {
         ((float4 *) a.q_to)[(((int64_t) pair * a.n_group + g) * a.size + t) * units + i] = is ?
@@ -120,6 +121,33 @@ static __global__ void __launch_bounds__(GATHER_THREADS) fasa_tile_move_kernel(c
         ((float4 *) a.dst)[((int64_t) token * a.n_head + head0 + g) * units + i] =
             ((const float4 *) a.out)[(((int64_t) pair * a.size + t) * a.n_group + g) * units + i];
     }
+}
+
+// FASA-M: stale cells fall out of the row cache, as in fasa_assign_slots_kernel (cuda/fetch.cu); a KV head a block
+static __global__ void fasa_tile_drop_kernel(
+    char * cache, int64_t nb2, int64_t nb3, int n_slot, const int32_t * ranges, int stream0) {
+    ggml_cuda_pdl_sync();
+    auto * tag = (int32_t *) (cache + blockIdx.x * nb2 + (stream0 + blockIdx.y) * nb3);
+    ranges += blockIdx.y * 2 * FASA_MAX_RANGES;
+    for (int i = threadIdx.x; i < n_slot; i += blockDim.x) {
+        const int cell = tag[i] - 1;
+        for (int r = 0; cell >= 0 && r < FASA_MAX_RANGES; ++r) {
+            if (cell >= ranges[2 * r] && cell < ranges[2 * r + 1]) {
+                tag[i] = 0;
+                break;
+            }
+        }
+    }
+}
+
+static void fasa_tile_drop(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, int stream0) {
+    const ggml_tensor *cache = fasa_op_layer(dst).row_cache, *ranges = dst->src[8];
+    if (cache == nullptr || ranges == nullptr) {
+        return;
+    }
+    fasa_tile_drop_kernel<<<dim3(cache->ne[2], ranges->ne[1]), 1024, 0, ctx.stream()>>>(
+        (char *) cache->data, cache->nb[2], cache->nb[3], cache->ne[1], (const int32_t *) ranges->data, stream0);
+    CUDA_CHECK(cudaGetLastError());
 }
 
 static ggml_tensor fasa_fattn_tensor(ggml_type type, int64_t ne0, int64_t ne1, int64_t ne2, int64_t ne3, void * data) {
@@ -153,19 +181,19 @@ static void fasa_tile_fattn(
 void fasa_cuda_tile_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p) {
     const ggml_tensor *list = dst->src[0], *q = dst->src[1], *k = dst->src[2], *v = dst->src[3], *tiles = dst->src[6],
                       *view = dst->src[7];
-    fasa_tile_fac_args a = { (const int32_t *) list->data, (const char *) q->data, (const char *) k->data,
+    fasa_tile_fac_args a    = { (const int32_t *) list->data, (const char *) q->data, (const char *) k->data,
         (const char *) v->data, (int64_t) q->nb[1], (int64_t) q->nb[2], (int64_t) k->nb[1], (int64_t) k->nb[2],
         (int64_t) k->nb[3], (int64_t) v->nb[1], (int64_t) v->nb[2], (int64_t) v->nb[3], k->type, v->type,
         (const int8_t *) view->data, view->ne[0], fasa_tile_mask(dst->src[4]), fasa_tiles_ref(tiles),
         (float *) dst->data };
-    a.n_len    = list->ne[0];
-    a.n_list   = list->ne[1];
-    a.n_head   = dst->ne[1];
-    a.n_group  = a.n_head / a.n_list;
-    a.n_per_kv = a.n_list / k->ne[1];
-    a.d        = k->ne[0];
-    a.n_pad    = (a.n_len - 1 + FAC_STEP - 1) / FAC_STEP * FAC_STEP;
-    a.size     = tiles->ne[0] - 2;
+    a.n_len                 = list->ne[0];
+    a.n_list                = list->ne[1];
+    a.n_head                = dst->ne[1];
+    a.n_group               = a.n_head / a.n_list;
+    a.n_per_kv              = a.n_list / k->ne[1];
+    a.d                     = k->ne[0];
+    a.n_pad                 = (a.n_len - 1 + FAC_STEP - 1) / FAC_STEP * FAC_STEP;
+    a.size                  = tiles->ne[0] - 2;
 
     const size_t row = a.d * sizeof(half), bytes = a.n_list * (size_t) a.n_pad * (2 * row + a.size * sizeof(half));
     const int64_t n_tile = tiles->ne[1], turn = std::min<int64_t>(n_tile, std::max<size_t>(1, FAC_ROOM / bytes));
@@ -175,6 +203,7 @@ void fasa_cuda_tile_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, cons
     ggml_cuda_pool_alloc<float> q_to(ctx.pool(), n_q), out(ctx.pool(), n_q);
     a.k_to = k_to.get(), a.v_to = v_to.get(), a.mask_to = mask_to.get(), a.q_to = q_to.get(), a.out = out.get();
 
+    fasa_tile_drop(ctx, dst, p.stream0);
     const auto stream = ctx.stream();
     for (a.tile0 = 0; a.tile0 < n_tile; a.tile0 += turn) {
         const int n_pair = std::min(turn, n_tile - a.tile0) * a.n_list, units = a.n_pad * a.d / 4;

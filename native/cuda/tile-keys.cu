@@ -9,8 +9,8 @@
 
 static constexpr int VIEW_PARTS = 4, VIEW_PAIRS = FASA_SPAN / 2;
 
-static __global__ void __launch_bounds__(VIEW_PARTS * VIEW_PAIRS)
-    fasa_tile_view_kernel(int8_t * dst, int64_t n_len, int n_kv, fasa_tile_mask mask, fasa_tiles_ref tiles) {
+static __global__ void __launch_bounds__(VIEW_PARTS * VIEW_PAIRS) fasa_tile_view_kernel(
+    int8_t * dst, int64_t n_len, int n_kv, fasa_tile_mask mask, fasa_tiles_ref tiles) {
     __shared__ uint32_t any[VIEW_PARTS][VIEW_PAIRS], all[VIEW_PARTS][VIEW_PAIRS];
     ggml_cuda_pdl_sync(); // as in fasa_assign_slots_kernel (cuda/fetch.cu)
     const int pair = threadIdx.x % VIEW_PAIRS, part = threadIdx.x / VIEW_PAIRS, tile = blockIdx.y;
@@ -31,7 +31,7 @@ static __global__ void __launch_bounds__(VIEW_PARTS * VIEW_PAIRS)
         const auto of = [](uint32_t any, uint32_t all) {
             return any == 0 ? FASA_SEEN_BY_NONE : all == 0 ? FASA_SEEN_BY_ALL : FASA_SEEN_BY_SOME;
         };
-        char2 x                                  = { (char) of(is_any & 0xffff, is_all & 0xffff), (char) of(is_any >> 16, is_all >> 16) };
+        char2 x = { (char) of(is_any & 0xffff, is_all & 0xffff), (char) of(is_any >> 16, is_all >> 16) };
         *(char2 *) (dst + tile * n_len + cell) = x;
     }
 }
@@ -103,8 +103,8 @@ static __device__ __forceinline__ void fasa_tile_key(const char * block, int n_d
 }
 
 template <int K_DOM>
-static __global__ void __launch_bounds__(32 * REFRESH_WARPS)
-    fasa_tile_refresh_kernel(const fasa_tip_args a, int n_pad, char * dst, int64_t nb2, int64_t nb3) {
+static __global__ void __launch_bounds__(32 * REFRESH_WARPS) fasa_tile_refresh_kernel(
+    const fasa_tip_args a, int n_pad, char * dst, int64_t nb2, int64_t nb3) {
     extern __shared__ float rows[]; // [REFRESH_WARPS][d]
     ggml_cuda_pdl_sync();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, h = blockIdx.y, s = blockIdx.z;

@@ -17,18 +17,18 @@
 typedef unsigned long long fasa_u64;
 
 static constexpr int SELECT_THREADS = 1024, SELECT_WARPS = SELECT_THREADS / 32, SELECT_BINS = 4096;
-static constexpr int BIN_SHIFT      = 15; // bins of 1/256 octave
+static constexpr int BIN_SHIFT = 15; // bins of 1/256 octave
 
 struct fasa_tile_select_args {
-    float * scores; // [list of all][n_kv] or, `given`, [list of all][n_group][n_kv]
+    float * scores; // [list of all][n_kv], times 2^FASA_SCORE_EXP
     const int8_t * view;
     int64_t n_view;
     const int32_t * forced; // [n_tile][n_forced]
     fasa_tiles_ref tiles;
     int32_t * dst; // [list of all][n_len]
     fasa_work * work;
-    int n_kv, n_list, n_group, n_add, n_forced, n_len, n_room; // n_add: scores of a cell; n_room: for candidates
-    uint32_t most, floor, cap; // most: the budget or the cap
+    int n_kv, n_list, n_group, n_forced, n_len, n_room; // n_room: for candidates
+    uint32_t most, floor, cap;                          // most: the budget or the cap
     bool by_mass;
     fasa_u64 need; // of one row's shares
 };
@@ -89,7 +89,7 @@ struct fasa_candidate_list {
     }
 };
 
-// 1. Keys over the scores of the list's cells; what is forced. key: where the scores of its first head lie
+// 1. Keys over the scores of the list's cells; what is forced. key: where the scores lie
 static __device__ __forceinline__ void fasa_tile_keys(
     const fasa_tile_select_args & a, fasa_tile_select_block & b, int list, int tile, int base, uint32_t * key) {
     const float * scores = (const float *) key;
@@ -104,12 +104,8 @@ static __device__ __forceinline__ void fasa_tile_keys(
     uint32_t n_visible = 0, n_none = 0; // cells without a score at all can be many: counted apart
 #pragma unroll 4
     for (int c = threadIdx.x; c < a.n_kv; c += SELECT_THREADS) {
-        float sum = 0.0f;
-        for (int g = 0; g < a.n_add; ++g) {
-            sum += scores[(int64_t) g * a.n_kv + c];
-        }
         const bool seen  = view[c] != FASA_SEEN_BY_NONE;
-        const uint32_t k = seen ? __float_as_uint(sum) + 1 : FASA_KEY_HIDDEN;
+        const uint32_t k = seen ? __float_as_uint(scores[c]) + 1 : FASA_KEY_HIDDEN;
         const int bin    = fasa_tile_bin(k, base);
         key[c]           = k;
         n_visible += seen;
@@ -179,9 +175,9 @@ static __device__ __forceinline__ fasa_candidate_list fasa_tile_collect(const fa
     }
     uint32_t * to_key = room;
     int32_t * to_cell = (int32_t *) room + a.n_room;
-    const int lane = threadIdx.x % 32;
-    const int2 at  = all.mine();
-    uint32_t mine  = 0;
+    const int lane    = threadIdx.x % 32;
+    const int2 at     = all.mine();
+    uint32_t mine     = 0;
 #pragma unroll 4
     for (int c = at.x + lane; c < at.y; c += 32) {
         mine += key[c] >= low;
@@ -250,7 +246,7 @@ static __device__ __forceinline__ uint32_t fasa_tile_last_key(
     fasa_tile_select_block & b, const fasa_candidate_list & c, uint32_t n) {
     uint64_t low = FASA_KEY_HIDDEN + 1, high = (uint64_t) FASA_KEY_FORCED + 1;
     while (high - low > 1) {
-        const uint64_t mid                                          = (low + high) / 2;
+        const uint64_t mid                                       = (low + high) / 2;
         (fasa_tile_count(b, c, (uint32_t) mid) < n ? high : low) = mid;
     }
     return (uint32_t) low;
@@ -284,8 +280,8 @@ static __global__ void __launch_bounds__(SELECT_THREADS) fasa_tile_select_kernel
     auto & b = *(fasa_tile_select_block *) smem;
     ggml_cuda_pdl_sync();
     const int index = blockIdx.x, tile = index / a.n_list, n_row = a.n_group * a.tiles.count(tile);
-    uint32_t * key = (uint32_t *) a.scores + (int64_t) index * a.n_add * a.n_kv;
-    int32_t * list = a.dst + (int64_t) index * a.n_len;
+    uint32_t * key        = (uint32_t *) a.scores + (int64_t) index * a.n_kv;
+    int32_t * list        = a.dst + (int64_t) index * a.n_len;
     // scores add up to n_row, so no more than n cells reach n_row/n
     const uint32_t surely = __float_as_uint(float(max(1, n_row)) / max(1u, a.most) * float(1ull << FASA_SCORE_EXP)) + 1;
     const int base        = max(0, int(surely >> BIN_SHIFT) - (SELECT_BINS - 2));
@@ -313,29 +309,28 @@ static __global__ void __launch_bounds__(SELECT_THREADS) fasa_tile_select_kernel
 
 void fasa_cuda_tile_select(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p) {
     const ggml_tensor *tip = dst->src[0], *forced = dst->src[1], *tiles = dst->src[2], *view = dst->src[3];
-    const int n_list        = dst->ne[1], n_head = tip->src[1]->ne[1];
+    const int n_list = dst->ne[1], n_head = tip->src[1]->ne[1];
     fasa_tile_select_args a = { (float *) tip->data, (const int8_t *) view->data, view->ne[0],
         (const int32_t *) forced->data, fasa_tiles_ref(tiles), (int32_t *) dst->data,
         (fasa_work *) fasa_op_layer(dst).work->data };
-    a.n_kv     = tip->ne[0];
-    a.n_list   = n_list;
-    a.n_group  = n_head / n_list;
-    a.n_add    = tip->ne[1] / n_list;
-    a.n_forced = forced->ne[0];
-    a.n_len    = dst->ne[0];
-    a.most     = p.mass > 0 ? p.cap : p.budget;
-    a.floor    = p.floor;
-    a.cap      = p.cap;
-    a.by_mass  = p.mass > 0;
-    a.need     = fasa_mass_need(p.mass, 1);
-    a.n_room   = std::min(a.n_kv, 5760);
+    a.n_kv                  = tip->ne[0];
+    a.n_list                = n_list;
+    a.n_group               = n_head / n_list;
+    a.n_forced              = forced->ne[0];
+    a.n_len                 = dst->ne[0];
+    a.most                  = p.mass > 0 ? p.cap : p.budget;
+    a.floor                 = p.floor;
+    a.cap                   = p.cap;
+    a.by_mass               = p.mass > 0;
+    a.need                  = fasa_mass_need(p.mass, 1);
+    a.n_room                = std::min(a.n_kv, 5760);
 
     static std::atomic<uint32_t> known = {}; // devices
     const int device                   = ggml_cuda_get_device();
     const size_t smem                  = sizeof(fasa_tile_select_block) + 8 * (size_t) a.n_room;
     if (!(known & 1u << device)) {
-        CUDA_CHECK(cudaFuncSetAttribute(
-            fasa_tile_select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 65536 - 1024));
+        CUDA_CHECK(
+            cudaFuncSetAttribute(fasa_tile_select_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, 65536 - 1024));
         known |= 1u << device;
     }
     GGML_ASSERT(smem <= 65536 - 1024);

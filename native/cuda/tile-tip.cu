@@ -21,9 +21,11 @@ static constexpr int TILE_WARPS = 8;
 #    define FASA_TILE_POLY_SUMS 1
 #endif
 #ifndef FASA_TILE_POLY_POOL
-#    define FASA_TILE_POLY_POOL 2
+#    define FASA_TILE_POLY_POOL 3
 #endif
-static constexpr int POLY_SUMS = FASA_TILE_POLY_SUMS, POLY_POOL = FASA_TILE_POLY_POOL; // of four rows, by polynomial
+static constexpr int POLY_SUMS = FASA_TILE_POLY_SUMS; // of four rows, by polynomial
+static constexpr int POLY_POOL = FASA_TILE_POLY_POOL; // of eight
+static constexpr int ROWS_STEP = 64;                  // of which there are whole ones in memory
 
 struct fasa_tile_tip_args {
     const char * keys; // REFRESH: f16 [n_pad, cells, n_head_kv, n_stream]
@@ -36,7 +38,7 @@ struct fasa_tile_tip_args {
     int64_t n_view;
     fasa_tile_mask mask;
     fasa_tiles_ref tiles;
-    half * rows;   // [pair][n_row][n_pad]
+    half * rows;   // [pair][n_row/16][16*n_pad], as fasa_tile_row_at says
     float2 * part; // [pair][n_part][n_row] largest logit (to base 2), sum
     float * norm;  // [pair][n_row] what a logit is raised by, -inf: no such row
     float * dst;   // [pair][n_kv]
@@ -54,7 +56,13 @@ struct fasa_tile_pair {
     }
 };
 
-// ---- rows: a warp has one ----
+// ---- rows: a warp makes one ----
+
+// Rows lie as threads have them, 16 rows and a step after the other: [step][lane][8]. Where dimension j of row r is
+static __device__ __forceinline__ int fasa_tile_row_at(int r, int j, int n_step) {
+    const int c = j / (4 * n_step), s = j % (4 * n_step) / 4, lane = r % 8 * 4 + c;
+    return (s * 32 + lane) * 8 + j % 4 / 2 * 4 + r / 8 * 2 + j % 2;
+}
 
 static __global__ void __launch_bounds__(32 * TILE_WARPS) fasa_tile_rows_kernel(const fasa_tile_tip_args a, int n_pad) {
     extern __shared__ float smem[]; // [TILE_WARPS][d]
@@ -65,7 +73,7 @@ static __global__ void __launch_bounds__(32 * TILE_WARPS) fasa_tile_rows_kernel(
     }
     const fasa_tile_pair at(a, pair);
     float * row = smem + warp * a.d;
-    half * out  = a.rows + ((int64_t) pair * a.n_row + r) * n_pad;
+    half * out  = a.rows + ((int64_t) pair * a.n_row + r / 16 * 16) * n_pad;
     float x[MAX_DIM / 32], most = 0.0f;
     if (r < at.n) {
         const int head  = at.list * a.n_group + r % a.n_group;
@@ -87,24 +95,24 @@ static __global__ void __launch_bounds__(32 * TILE_WARPS) fasa_tile_rows_kernel(
     }
     most             = fasa_warp_max(most);
     const float step = __fdiv_rn(most, 127.0f), inv = step > 0.0f ? __fdiv_rn(1.0f, step) : 0.0f;
-    const float by   = a.soft_cap > 0.0f ? step : step * LOG2E; // a capped logit is made one to base 2 afterwards
+    const float by = a.soft_cap > 0.0f ? step : step * LOG2E; // a capped logit is made one to base 2 afterwards
 #pragma unroll
     for (int i = 0; i < MAX_DIM / 32; ++i) {
         if (lane + 32 * i < n_pad) {
-            out[lane + 32 * i] = __float2half_rn(rintf(x[i] * inv) * by);
+            out[fasa_tile_row_at(r % 16, lane + 32 * i, n_pad / 16)] = __float2half_rn(rintf(x[i] * inv) * by);
         }
     }
 }
 
 // ---- logits ----
 
-// a row or cell as a thread has it: 4 dimensions a step
+// a cell as a thread has it: 4 dimensions a step
 template <int KS>
-struct fasa_tile_piece {
+struct fasa_tile_key {
     uint2 x[KS];
 
-    __device__ __forceinline__ void load(const half * row) {
-        const half * at = row + threadIdx.x % 4 * (4 * KS);
+    __device__ __forceinline__ void load(const half * key) {
+        const half * at = key + threadIdx.x % 4 * (4 * KS);
         if constexpr (KS % 2 == 0) {
 #pragma unroll
             for (int i = 0; i < KS / 2; ++i) {
@@ -123,25 +131,30 @@ struct fasa_tile_piece {
 // 16 rows
 template <int KS>
 struct fasa_tile_16 {
-    fasa_tile_piece<KS> row[2];
+    uint4 x[KS];
 
     __device__ __forceinline__ void load(const half * rows) {
-        row[0].load(rows + threadIdx.x % 32 / 4 * (16 * KS));
-        row[1].load(rows + (threadIdx.x % 32 / 4 + 8) * (16 * KS));
-    }
-    __device__ __forceinline__ void dot(float (&y)[4], const fasa_tile_piece<KS> & cell) const {
 #pragma unroll
         for (int s = 0; s < KS; ++s) {
-            fasa_mma(y, { row[0].x[s].x, row[1].x[s].x, row[0].x[s].y, row[1].x[s].y }, cell.x[s].x, cell.x[s].y);
+            x[s] = ((const uint4 *) rows)[s * 32 + threadIdx.x % 32];
+        }
+    }
+    // y: the products, plus c0 in row g and c1 in row g + 8
+    __device__ __forceinline__ void dot(float (&y)[4], const fasa_tile_key<KS> & cell, float c0, float c1) const {
+        fasa_mma_from(y, x[0], cell.x[0], c0, c1);
+#pragma unroll
+        for (int s = 1; s < KS; ++s) {
+            fasa_mma(y, { x[s].x, x[s].y, x[s].z, x[s].w }, cell.x[s].x, cell.x[s].y);
         }
     }
 };
 
 // 2^x for -127 < x < 128, 0 below: in 2^n * (1 + f), 1 + f is put right by a polynomial; relative error below 0.0035
 static __device__ __forceinline__ float fasa_exp2_poly(float x) {
-    const float t    = __saturatef(x * (1.0f / 256) + 127.0f / 256);
+    float t, m;
+    asm("fma.rn.ftz.sat.f32 %0, %1, %2, %3;" : "=f"(t) : "f"(x), "f"(1.0f / 256), "f"(127.0f / 256));
     const uint32_t z = __float_as_uint(t * 0x1p22f + 0x1p23f) << 9;
-    const float m    = __uint_as_float((z & 0x007fffff) | 0x3f800000);
+    asm("lop3.b32 %0, %1, 0x007fffff, %2, 0xea;" : "=f"(m) : "r"(z), "f"(1.0f)); // the mantissa, with 1's exponent
     return __uint_as_float(z) * ((m * 0.23369418f - 0.69417286f) * m + 1.45702398f);
 }
 
@@ -164,23 +177,32 @@ struct fasa_tile_seen {
     }
 };
 
-// Logits of rows r and r + 8 and cells `cell` and `cell` + 1 as the mask shows them
-static __device__ __forceinline__ void fasa_tile_hide(
-    const fasa_tile_tip_args & a, const fasa_tile_pair & at, int r, int cell, float (&y)[4]) {
+// What the mask adds to the logits of rows r and r + 8. ALL: nothing
+template <bool ALL>
+struct fasa_tile_hides {
+    const half * row[2]; // nullptr: there is no such row
+
+    __device__ __forceinline__ fasa_tile_hides(const fasa_tile_tip_args & a, const fasa_tile_pair & at, int r) {
+        if constexpr (!ALL) {
 #pragma unroll
-    for (int u = 0; u < 2; ++u) {
-        if (r + 8 * u >= at.n) {
-            y[2 * u] = y[2 * u + 1] = -INFINITY;
-            continue;
-        }
-        const half * mask = a.mask.row(a.tiles.token(at.tile, (r + 8 * u) / a.n_group), at.stream);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const float x = cell + i < a.n_kv ? __half2float(mask[cell + i]) : -INFINITY;
-            y[2 * u + i]  = x == -INFINITY ? x : y[2 * u + i] + x * LOG2E; // it may be anything, NaN too
+            for (int u = 0; u < 2; ++u) {
+                row[u] =
+                    r + 8 * u < at.n ? a.mask.row(a.tiles.token(at.tile, (r + 8 * u) / a.n_group), at.stream) : nullptr;
+            }
         }
     }
-}
+
+    // cells `cell` and `cell` + 1
+    __device__ __forceinline__ void add(int cell, int n_kv, float (&y)[4]) const {
+        if constexpr (!ALL) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float x = row[i / 2] && cell + i % 2 < n_kv ? __half2float(row[i / 2][cell + i % 2]) : -INFINITY;
+                y[i]          = x == -INFINITY ? x : y[i] + x * LOG2E; // it may be anything, NaN too
+            }
+        }
+    }
+};
 
 static __device__ __forceinline__ void fasa_tile_cap(float soft_cap, float add0, float add1, float (&y)[4]) {
 #pragma unroll
@@ -206,29 +228,25 @@ struct fasa_tile_sums {
     }
 
     // the logits of 16 rows, less what is the largest so far
+    template <bool ALL>
     __device__ __forceinline__ void logits(const fasa_tile_tip_args & a, const fasa_tile_pair & at, int m, int r,
-        int cell0, bool all, const fasa_tile_piece<KS> (&cells)[NT], float (&y)[NT][4]) const {
+        int cell0, const fasa_tile_key<KS> (&cells)[NT], float (&y)[NT][4]) const {
+        const fasa_tile_hides<ALL> hides(a, at, r);
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
-            y[n][0] = y[n][1] = CAP ? 0.0f : -most[m][0];
-            y[n][2] = y[n][3] = CAP ? 0.0f : -most[m][1];
-            rows[m].dot(y[n], cells[n]);
+            rows[m].dot(y[n], cells[n], CAP ? 0.0f : -most[m][0], CAP ? 0.0f : -most[m][1]);
             if constexpr (CAP) {
                 fasa_tile_cap(a.soft_cap, -most[m][0], -most[m][1], y[n]);
             }
-        }
-        if (!all) {
-#pragma unroll
-            for (int n = 0; n < NT; ++n) {
-                fasa_tile_hide(a, at, r, cell0 + 8 * n + threadIdx.x % 4 * 2, y[n]);
-            }
+            hides.add(cell0 + 8 * n + threadIdx.x % 4 * 2, a.n_kv, y[n]);
         }
     }
 
     // CELLS cells from cell0 on
-    __device__ __forceinline__ void add(const fasa_tile_tip_args & a, const fasa_tile_pair & at, int row0, int cell0,
-        bool all, const half * keys) {
-        fasa_tile_piece<KS> cells[NT];
+    template <bool ALL>
+    __device__ __forceinline__ void add(
+        const fasa_tile_tip_args & a, const fasa_tile_pair & at, int row0, int cell0, const half * keys) {
+        fasa_tile_key<KS> cells[NT];
         const int g = threadIdx.x % 32 / 4;
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
@@ -237,7 +255,7 @@ struct fasa_tile_sums {
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
             float y[NT][4];
-            logits(a, at, m, row0 + 16 * m + g, cell0, all, cells, y);
+            logits<ALL>(a, at, m, row0 + 16 * m + g, cell0, cells, y);
             float top[2] = { -INFINITY, -INFINITY };
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
@@ -275,9 +293,9 @@ struct fasa_tile_sums {
         for (int m = 0; m < MT; ++m) {
 #pragma unroll
             for (int u = 0; u < 2; ++u) {
-                float x = sum[m][u] > 0.0f ? most[m][u] : -INFINITY;
-                float top = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
-                top       = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
+                float x       = sum[m][u] > 0.0f ? most[m][u] : -INFINITY;
+                float top     = fmaxf(x, __shfl_xor_sync(0xffffffff, x, 1));
+                top           = fmaxf(top, __shfl_xor_sync(0xffffffff, top, 2));
                 const float s = fasa_warp_sum<4>(x == -INFINITY ? 0.0f : sum[m][u] * fasa_exp2(x - top));
                 if (threadIdx.x % 4 == 0) {
                     part[16 * m + 8 * u + threadIdx.x % 32 / 4] = make_float2(top, s);
@@ -304,8 +322,10 @@ static __global__ void __launch_bounds__(32 * TILE_WARPS, 2) fasa_tile_sums_kern
 #pragma unroll 1
     for (int i = part * per; i < min(n_chunk, (part + 1) * per); ++i) {
         const fasa_tile_seen seen(view, i * sums::CELLS, sums::CELLS);
-        if (seen.any) {
-            x.add(a, at, row0, i * sums::CELLS, seen.all, keys);
+        if (seen.all) {
+            x.template add<true>(a, at, row0, i * sums::CELLS, keys);
+        } else if (seen.any) {
+            x.template add<false>(a, at, row0, i * sums::CELLS, keys);
         }
     }
     x.end(a.part + ((int64_t) pair * a.n_part + part) * a.n_row + row0);
@@ -337,46 +357,56 @@ static __global__ void fasa_tile_norms_kernel(const fasa_tile_tip_args a) {
 template <int KS, bool CAP>
 struct fasa_tile_pool {
     static constexpr int NT = KS <= 2 ? 8 : 4, CELLS = 8 * NT;
-    fasa_tile_piece<KS> cells[NT];
+    fasa_tile_key<KS> cells[NT];
     float pool[NT][2];
 
-    // HALF: which 16 of every 32 rows these are
-    template <int HALF>
-    __device__ __forceinline__ void add(const fasa_tile_tip_args & a, const fasa_tile_pair & at, int row0, int cell0,
-        bool all, const half * rows, const float * norm) {
-        constexpr int P = POLY_POOL;
-        const int g     = threadIdx.x % 32 / 4;
-        fasa_tile_16<KS> x;
-        x.load(rows + row0 * (16 * KS));
-        const float add0 = norm[row0 + g], add1 = norm[row0 + g + 8];
+    __device__ __forceinline__ void clear() {
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
-            float y[4] = { CAP ? 0.0f : add0, CAP ? 0.0f : add0, CAP ? 0.0f : add1, CAP ? 0.0f : add1 };
-            x.dot(y, cells[n]);
-            if constexpr (CAP) {
-                fasa_tile_cap(a.soft_cap, add0, add1, y);
-            }
-            if (!all) {
-                fasa_tile_hide(a, at, row0 + g, cell0 + 8 * n + threadIdx.x % 4 * 2, y);
-            }
-            pool[n][0] += fasa_tile_exp2<(2 * HALF + 1 < P)>(y[0]);
-            pool[n][1] += fasa_tile_exp2<(2 * HALF + 1 < P)>(y[1]);
-            pool[n][0] += fasa_tile_exp2<(2 * HALF < P)>(y[2]);
-            pool[n][1] += fasa_tile_exp2<(2 * HALF < P)>(y[3]);
+            pool[n][0] = pool[n][1] = 0.0f;
         }
     }
 
-    __device__ __forceinline__ void run(const fasa_tile_tip_args & a, const fasa_tile_pair & at, int cell0, bool all,
-        const half * keys, const half * rows, const float * norm) {
+    // PART: which 16 of every ROWS_STEP rows these are
+    template <int PART, bool ALL>
+    __device__ __forceinline__ void add(const fasa_tile_tip_args & a, const fasa_tile_pair & at, int row0, int cell0,
+        const half * rows, const float * norm) {
+        constexpr bool P0 = PART + 4 < POLY_POOL, P1 = PART < POLY_POOL; // rows g, rows g + 8
+        row0 += 16 * PART;
+        const int g = threadIdx.x % 32 / 4;
+        fasa_tile_16<KS> x;
+        x.load(rows + row0 * (16 * KS));
+        const float add0 = norm[row0 + g], add1 = norm[row0 + g + 8];
+        const fasa_tile_hides<ALL> hides(a, at, row0 + g);
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
-            cells[n].load(
-                keys + (int64_t) min(cell0 + 8 * n + (int) threadIdx.x % 32 / 4, a.n_cell - 1) * (16 * KS));
+            float y[4];
+            x.dot(y, cells[n], CAP ? 0.0f : add0, CAP ? 0.0f : add1);
+            if constexpr (CAP) {
+                fasa_tile_cap(a.soft_cap, add0, add1, y);
+            }
+            hides.add(cell0 + 8 * n + threadIdx.x % 4 * 2, a.n_kv, y);
+            pool[n][0] += fasa_tile_exp2<P0>(y[0]);
+            pool[n][1] += fasa_tile_exp2<P0>(y[1]);
+            pool[n][0] += fasa_tile_exp2<P1>(y[2]);
+            pool[n][1] += fasa_tile_exp2<P1>(y[3]);
+        }
+    }
+
+    template <bool ALL>
+    __device__ __forceinline__ void run(const fasa_tile_tip_args & a, const fasa_tile_pair & at, int cell0,
+        const half * keys, const half * rows, const float * norm) {
+        clear();
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+            cells[n].load(keys + (int64_t) min(cell0 + 8 * n + (int) threadIdx.x % 32 / 4, a.n_cell - 1) * (16 * KS));
         }
 #pragma unroll 1
-        for (int row0 = 0; row0 < at.n; row0 += 32) {
-            add<0>(a, at, row0, cell0, all, rows, norm);
-            add<1>(a, at, row0 + 16, cell0, all, rows, norm);
+        for (int row0 = 0; row0 < at.n; row0 += ROWS_STEP) {
+            add<0, ALL>(a, at, row0, cell0, rows, norm);
+            add<1, ALL>(a, at, row0, cell0, rows, norm);
+            add<2, ALL>(a, at, row0, cell0, rows, norm);
+            add<3, ALL>(a, at, row0, cell0, rows, norm);
         }
     }
 
@@ -400,23 +430,25 @@ struct fasa_tile_pool {
 };
 
 template <int KS, bool CAP>
-static __global__ void __launch_bounds__(32 * TILE_WARPS, KS <= 4 ? 2 : 1)
-    fasa_tile_pool_kernel(const fasa_tile_tip_args a) {
+static __global__ void __launch_bounds__(32 * TILE_WARPS, KS <= 4 ? 2 : 1) fasa_tile_pool_kernel(
+    const fasa_tile_tip_args a) {
     typedef fasa_tile_pool<KS, CAP> pool;
     const int pair = blockIdx.x, cell0 = (blockIdx.y * TILE_WARPS + threadIdx.x / 32) * pool::CELLS;
     if (cell0 >= a.n_kv) {
         return;
     }
     const fasa_tile_pair at(a, pair);
+    const half * keys  = (const half *) (a.keys + at.h * a.keys_nb2 + at.stream * a.keys_nb3);
+    const half * rows  = a.rows + (int64_t) pair * a.n_row * (16 * KS);
+    const float * norm = a.norm + (int64_t) pair * a.n_row;
     pool x;
-#pragma unroll
-    for (int n = 0; n < pool::NT; ++n) {
-        x.pool[n][0] = x.pool[n][1] = 0.0f;
-    }
     const fasa_tile_seen seen(a.view + at.tile * a.n_view, cell0, pool::CELLS);
-    if (seen.any) {
-        x.run(a, at, cell0, seen.all, (const half *) (a.keys + at.h * a.keys_nb2 + at.stream * a.keys_nb3),
-            a.rows + (int64_t) pair * a.n_row * (16 * KS), a.norm + (int64_t) pair * a.n_row);
+    if (seen.all) {
+        x.template run<true>(a, at, cell0, keys, rows, norm);
+    } else if (seen.any) {
+        x.template run<false>(a, at, cell0, keys, rows, norm);
+    } else {
+        x.clear();
     }
     x.end(a.n_kv, cell0, a.dst + (int64_t) pair * a.n_kv);
 }
@@ -427,8 +459,7 @@ template <int KS, bool CAP>
 static void fasa_tile_tip_launch(ggml_backend_cuda_context & ctx, fasa_tile_tip_args a, int n_pair) {
     typedef fasa_tile_sums<KS, CAP> sums;
     typedef fasa_tile_pool<KS, CAP> pool;
-    constexpr int STEP = sums::MT > 2 ? 16 * sums::MT : 32;
-    a.n_row            = (a.n_row + STEP - 1) / STEP * STEP;
+    a.n_row          = (a.n_row + ROWS_STEP - 1) / ROWS_STEP * ROWS_STEP;
     const int n_rows = a.n_row / (16 * sums::MT), n_chunk = (a.n_kv + sums::CELLS - 1) / sums::CELLS;
     const int warps = ggml_cuda_info().devices[ggml_cuda_get_device()].nsm * 2 * TILE_WARPS * 4; // four rounds
     const int parts = std::max(1, warps / std::max(1, n_pair * n_rows));
@@ -447,8 +478,7 @@ static void fasa_tile_tip_launch(ggml_backend_cuda_context & ctx, fasa_tile_tip_
         <<<dim3(n_pair, (n_rows * a.n_part + TILE_WARPS - 1) / TILE_WARPS), 32 * TILE_WARPS, 0, stream>>>(a);
     fasa_tile_norms_kernel<<<dim3((a.n_row + 127) / 128, n_pair), 128, 0, stream>>>(a);
     constexpr int CELLS = TILE_WARPS * pool::CELLS;
-    fasa_tile_pool_kernel<KS, CAP>
-        <<<dim3(n_pair, (a.n_kv + CELLS - 1) / CELLS), 32 * TILE_WARPS, 0, stream>>>(a);
+    fasa_tile_pool_kernel<KS, CAP><<<dim3(n_pair, (a.n_kv + CELLS - 1) / CELLS), 32 * TILE_WARPS, 0, stream>>>(a);
     CUDA_CHECK(cudaGetLastError());
 }
 
@@ -464,21 +494,21 @@ static void fasa_tile_tip_run(ggml_backend_cuda_context & ctx, const fasa_tile_t
 void fasa_cuda_tile_tip(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p) {
     const ggml_tensor *keys = dst->src[0], *q = dst->src[1], *dims = dst->src[2], *tiles = dst->src[5],
                       *view = dst->src[6];
-    fasa_tile_tip_args a = { (const char *) keys->data, keys->nb[2], keys->nb[3], (const char *) q->data, q->nb[1],
+    fasa_tile_tip_args a    = { (const char *) keys->data, keys->nb[2], keys->nb[3], (const char *) q->data, q->nb[1],
         q->nb[2], (const int32_t *) dims->data, (const float *) dst->src[3]->data, (const int8_t *) view->data,
         view->ne[0], fasa_tile_mask(dst->src[4]), fasa_tiles_ref(tiles) };
-    a.dst        = (float *) dst->data;
-    a.n_kv       = dst->ne[0];
-    a.n_cell     = keys->ne[1] * 16;
-    a.n_list     = dst->ne[1];
-    a.n_group    = q->ne[1] / a.n_list;
-    a.n_per_kv   = a.n_list / dims->ne[1];
-    a.d          = q->ne[0];
-    a.n_dom      = dims->ne[0];
-    a.n_hadamard = p.n_hadamard;
-    a.n_row      = (tiles->ne[0] - 2) * a.n_group;
-    a.scale      = p.scale;
-    a.soft_cap   = p.soft_cap;
+    a.dst                   = (float *) dst->data;
+    a.n_kv                  = dst->ne[0];
+    a.n_cell                = keys->ne[1] * 16;
+    a.n_list                = dst->ne[1];
+    a.n_group               = q->ne[1] / a.n_list;
+    a.n_per_kv              = a.n_list / dims->ne[1];
+    a.d                     = q->ne[0];
+    a.n_dom                 = dims->ne[0];
+    a.n_hadamard            = p.n_hadamard;
+    a.n_row                 = (tiles->ne[0] - 2) * a.n_group;
+    a.scale                 = p.scale;
+    a.soft_cap              = p.soft_cap;
 
     const int n_pair = a.n_list * dst->ne[2];
     switch (fasa_tile_pad(a.n_dom)) {

@@ -17,11 +17,12 @@
 //   SELECT   the cells that a tile attends
 //     dst    i32 [1 + length, n_list, n_tile]: the count, then the cells, ascending
 //     src    TIP, forced i32 [n_forced, n_tile] (-1: none), tiles, VIEW
-//            On a device REFRESH has f16 [fasa_tile_pad, 16 cells] instead of 16 cells' rows, and TIP f32 [n_kv, n_list,
-//            n_tile], the heads of a list added up; SELECT writes keys over TIP's scores.
+//            On a device REFRESH has f16 [fasa_tile_pad, 16 cells] instead of 16 cells' rows, and TIP f32 [n_kv,
+//            n_list, n_tile], the heads of a list added up; SELECT writes keys over TIP's scores.
 //   FAC      exact attention of a tile over its list
 //     dst    f32 [d_v, n_head, n_tps, n_stream]
-//     src    the list, q, k, v, mask, sinks f32 [n_head] or none, tiles, VIEW
+//     src    the list, q, k, v, mask, sinks f32 [n_head] or none, tiles, VIEW; where k and v lie in pinned host memory
+//            (FASA-M) also ranges, whose cells fall out of the row cache
 
 #include "ops/ops.h"
 
