@@ -280,6 +280,7 @@ class Llama(Mended):
             "step_reason": context.step_reason(),
             "step_reason_code": context.step_reason_code(),
             "layer_reasons": context.layer_reasons(),
+            "prefill_reason": context.prefill_reason_code().text,
         }
 
     def reset_fasa_stats(self) -> None:

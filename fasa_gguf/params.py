@@ -165,11 +165,11 @@ class FasaParams:
     prefill: str = _row(
         "auto",
         "auto, off or on",
-        "process prompts sparsely; auto: on the CPU, from prefill_min_context on; on: from min_context on",
+        "process prompts sparsely, in layers on the CPU; auto: from prefill_min_context cells on",
         choices=PREFILL,
     )
     prefill_min_context: int = _row(
-        2048, "cells", "with prefill auto, tokens of a prompt that see fewer cells than this are processed densely"
+        2048, "cells", "with prefill auto, a ubatch of a prompt that sees fewer cells than this is dense"
     )
     prefill_tile: int = _row(
         128, "tokens", "tokens of a prompt that share a list of cells per KV head", low=16, high=1024
@@ -231,8 +231,8 @@ class FasaParams:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str, base: FasaParams | None = None) -> FasaParams:
-        """Settings by name; numbers may be text. Of budget, mass and mean_budget, the one given replaces the base's, and
-        so it is with prefill_budget and prefill_mass.
+        """Settings by name; numbers may be text. Of budget, mass and mean_budget, the one given replaces the base's; so
+        does prefill_budget the base's prefill_mass.
 
         Raises FasaError naming `where` for unknown names and values that cannot be read.
         """

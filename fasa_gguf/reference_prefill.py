@@ -22,8 +22,8 @@ from .reference import capped, dominant_dims, group_score, quantize_k_dom, selec
 def tile_numbers(positions: np.ndarray, sequences: np.ndarray, size: int) -> np.ndarray:
     """The tile of every token of a ubatch, int [n_tokens], numbered in the order of their first tokens.
 
-    Tokens of one sequence whose positions have the same quotient by `size` are a tile; of more than `size` of them, which
-    share positions, every `size` are one. So tiles do not depend on how a prompt is cut at multiples of `size`.
+    Tokens of one sequence whose positions have the same quotient by `size` are a tile; of more than `size` of them,
+    which share positions, every `size` are one. So tiles do not depend on how a prompt is cut at multiples of `size`.
     """
     found: dict[tuple[int, int, int], int] = {}
     count: dict[tuple[int, int], int] = {}
@@ -45,14 +45,20 @@ def quantize_rows(x: np.ndarray) -> np.ndarray:
 def tile_estimate(
     q: np.ndarray, k_dom: np.ndarray, dims: np.ndarray, weight: np.ndarray, scale: float, soft_cap: float = 0
 ) -> np.ndarray:
-    """Estimated logits f32 [T, G, n_kv] of the queries q [T, G, head_dim]; k_dom [n_kv, n_dom], dims and weight [n_dom]."""
+    """Estimated logits f32 [T, G, n_kv] of the queries q [T, G, head_dim].
+
+    k_dom [n_kv, n_dom], dims and weight [n_dom].
+    """
     x = np.where(dims >= 0, q[..., np.maximum(dims, 0)], 0) * weight * np.float32(scale)  # [T, G, n_dom]
     rows = quantize_rows(x.reshape(-1, x.shape[-1]).astype(np.float32)).reshape(x.shape)  # [T, G, n_dom]
     return capped((rows @ quantize_rows(k_dom).T).astype(np.float32), soft_cap)  # [T, G, n_kv]
 
 
 def tile_score(est: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """The list's shared score [n_kv]: the softmaxes of all queries of est [T, G, n_kv], added up; visible bool [T, n_kv]."""
+    """The list's shared score [n_kv]: the softmaxes of all queries of est [T, G, n_kv], added up.
+
+    visible: bool [T, n_kv].
+    """
     score = np.zeros(est.shape[-1])  # [n_kv]
     for t, seen in enumerate(visible):
         for row in est[t]:  # [n_kv]

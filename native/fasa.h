@@ -41,7 +41,7 @@ enum fasa_ahead_type {
 
 // whether prompts are processed sparsely
 enum fasa_prefill_type {
-    FASA_PREFILL_AUTO = 0, // on the CPU, from prefill_min_context cells on
+    FASA_PREFILL_AUTO = 0, // from prefill_min_context cells on
     FASA_PREFILL_OFF  = 1,
     FASA_PREFILL_ON   = 2,
 };
@@ -125,10 +125,9 @@ typedef struct fasa_params {
     // enum fasa_ahead_type: select a layer's tokens while the feed-forward before it runs, by foreseen queries; auto:
     // on a GPU, in steps of one token
     int32_t ahead;
-    // enum fasa_prefill_type: process prompts sparsely; auto: on the CPU, from prefill_min_context on; on: from
-    // min_context on
+    // enum fasa_prefill_type: process prompts sparsely, in layers on the CPU; auto: from prefill_min_context cells on
     int32_t prefill;
-    // cells, from 0: with prefill auto, tokens of a prompt that see fewer cells than this are processed densely
+    // cells, from 0: with prefill auto, a ubatch of a prompt that sees fewer cells than this is dense
     uint32_t prefill_min_context;
     // tokens, from 16 to 1024: tokens of a prompt that share a list of cells per KV head
     uint32_t prefill_tile;

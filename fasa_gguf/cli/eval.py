@@ -31,7 +31,7 @@ from .progress import progress_bar
 
 # the flags that only some tasks take, with their defaults
 TASK_FLAGS: dict[str, dict[str, Any]] = {
-    "ppl": {"windows": 10, "window": 4096, "score": 384, "score_batch": 1, "dense_steps": False},
+    "ppl": {"windows": 10, "window": 4096, "score": 384, "score_batch": 1, "dense_steps": False, "own_prompt": False},
     "ruler": {
         "tasks": None,
         "lengths": [4096],
@@ -39,6 +39,7 @@ TASK_FLAGS: dict[str, dict[str, Any]] = {
         "seed": 42,
         "raw": False,
         "n_predict": 0,
+        "own_prompt": False,
         "records": None,
         "save_records": None,
     },
@@ -49,6 +50,7 @@ TASK_FLAGS: dict[str, dict[str, Any]] = {
         "seed": 42,
         "raw": False,
         "n_predict": 0,
+        "own_prompt": False,
         "png": None,
     },
     "long": {"windows": 1, "window": 2048, "n_predict": 2000},
@@ -120,7 +122,7 @@ def cmd_eval(a: argparse.Namespace) -> None:
 def _eval_perplexity(a: argparse.Namespace, text: str | None, arms: list[Arm]) -> None:
     from ..quality.perplexity import WindowSettings, evaluate, format_scores
 
-    windows = WindowSettings(a.windows, a.window, a.score, not a.dense_steps, a.score_batch)
+    windows = WindowSettings(a.windows, a.window, a.score, not a.dense_steps, a.own_prompt, a.score_batch)
     results = evaluate(a.model, text or "", arms, windows, read_context(a), progress=progress_bar(), resume=a.resume)
     _print(a, results, format_scores(results))
 
@@ -140,7 +142,7 @@ def _eval_answers(a: argparse.Namespace, text: str | None, arms: list[Arm]) -> N
     from ..quality.answers import format_answers
     from ..quality.needles import format_needles, needle_grid, needle_questions
 
-    settings = tasks.TaskSettings(text, a.seed, a.raw, a.n_predict, read_context(a))
+    settings = tasks.TaskSettings(text, a.seed, a.raw, a.n_predict, a.own_prompt, read_context(a))
     if a.task == "needle":
         questions = needle_questions(a.lengths, a.depths, a.samples)
     elif a.records:
@@ -208,6 +210,13 @@ def _add_flags_of_some_tasks(p: argparse.ArgumentParser) -> None:
     )
     p.add_argument(
         "--dense-steps", action="store_true", default=None, help="ppl: decode the dense arm token by token too"
+    )
+    p.add_argument(
+        "--own-prompt",
+        action="store_true",
+        default=None,
+        help="ppl, ruler, needle: every arm processes the prompt with its own settings, sparsely where --fasa-prefill "
+        "says so; without it the prompt is dense, once for all arms",
     )
     p.add_argument("--tasks", metavar="NAMES", help="ruler: comma list of niah_single_1 ... vt, cwe, fwe [all]")
     p.add_argument(

@@ -66,7 +66,7 @@ class Profile:
                 "make one with `fasa-gguf calibrate MODEL --method ca -o ca.json`, and give it with --profile ca.json"
             )
         params = FasaParams(
-            chunks=max(max(self.n_chunk) // 4, 1), sink=0, recent=0, k_dom="f16", per_head=1, ahead="off"
+            chunks=max(max(self.n_chunk) // 4, 1), sink=0, recent=0, k_dom="f16", per_head=1, ahead="off", prefill="off"
         )
         return params, replace(self, weight=None, weight_k=0, ahead_ranking=None, ahead_weight=None)
 

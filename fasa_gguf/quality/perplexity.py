@@ -1,7 +1,8 @@
 """Perplexity and KL: teacher-forced decoding through the shipped library, FASA beside dense.
 
-The prefix of every window is prefilled dense. Then each arm decodes the same last tokens, one per step, from the same
-cache; the scored tail is forgotten between arms. The dense arm takes its tail as one batch (of a large vocabulary,
+The prefix of every window is prefilled dense, once for all arms, or with `own_prompt` by each arm with its own settings
+(the figures are then those of the whole: prompt and decoding). Then each arm decodes the same last tokens, one per
+step; the scored tail is forgotten between arms. The dense arm takes its tail as one batch (of a large vocabulary,
 LOGITS bytes of it at a time), which is the same attention up to rounding: for one token on several threads upstream
 sums f16 values in f16, for a batch in f32, and a quantised model's products differ too. `batched_dense=False` decodes
 it step by step. Figures as llama-perplexity defines them.
@@ -42,6 +43,7 @@ class WindowSettings:
     window: int = 4096  # tokens
     score: int = 384  # last tokens of a window that are decoded and scored
     batched_dense: bool = True  # dense decodes the tail as one batch; False: token by token
+    own_prompt: bool = False  # every arm processes the prefix with its own settings, sparsely where `prefill` says so
     score_batch: int = 1  # tokens that a FASA arm decodes at once, each with lists of its own, as drafts are
 
     def check(self) -> WindowSettings:
@@ -62,6 +64,7 @@ class WindowSettings:
             "score": self.score,
             "batched_dense": self.batched_dense,
         }
+        out |= {"own_prompt": True} if self.own_prompt else {}
         return out | ({"score_batch": self.score_batch} if self.score_batch > 1 else {})
 
 
@@ -116,6 +119,7 @@ class Score:
             "same_top": float(hit.mean()),
             "same_top_se": se(hit),
             "tokens_attended": c["tokens_attended"] / c["lists"] if sparse else None,
+            "prefill_share": c.get("prefill_attended", 0) / c["prefill_visible"] if c.get("prefill_visible") else None,
             "kv_read_share": read_share(c) if sparse else 1.0,
             "kv_bytes_per_token": bytes_read(c) / max(c.get("steps_sparse", 0) + c.get("steps_dense", 0), 1)
             if sparse
@@ -203,8 +207,13 @@ def _score_window(
         if arm is None:
             parts = [score_tokens(dense[i][None], dense[i][None], target[i : i + 1]) for i in range(len(tail))]
         else:
-            rewind()
-            switch.use(arm)
+            if windows.own_prompt:
+                switch.use(arm)
+                s.clear()
+                s.decode(tokens[:prefix], 0, logits="none")
+            else:
+                rewind()
+                switch.use(arm)
             with s.fasa.step_kind("decode"):
                 rows = s.decode_rows(tail, prefix, n=windows.score_batch if arm.params else 1)
                 parts = [
@@ -212,7 +221,7 @@ def _score_window(
                     for i, row in enumerate(rows)
                 ]
             counters = s.fasa.counters()
-            if arm.params is not None and counters["steps_sparse"] == 0:
+            if arm.params is not None and not counters["steps_sparse"] + counters["steps_prefill_sparse"]:
                 raise FasaError(f"arm {arm.name}: {not_used(s.fasa.step_reason_code())}")
             if windows.score_batch > 1 and arm.params is not None:
                 counters = one_by_one(counters, len(tail))
@@ -331,6 +340,8 @@ def _notes(result: dict[str, Any]) -> list[str]:
     out, dense = [], result["steps_dense"]
     if dense and result["steps_sparse"]:
         out.append(f"{result['arm']}: {dense} of {result['steps_sparse'] + dense} steps were dense")
+    if result["prefill_share"] is not None:
+        out.append(f"{result['arm']}: its prompts attended {100 * result['prefill_share']:.0f}% of the cells")
     if (share := dense_share(result)) > 0:
         out.append(f"{result['arm']}: {100 * share:.0f}% of the layers were dense; tokens are the sparse layers'")
     return out

@@ -1,9 +1,10 @@
 """Tasks with an answer, dense beside FASA, through the shipped library: RULER's synthetic tasks and needles.
 
-A prompt is prefilled once, dense and without its last token. Then every arm, dense first, decodes from that cache: its
-first step takes the prompt's last token, so the first token of the answer is the arm's own. Its tokens are forgotten
-before the next arm. Decoding is greedy. It ends at an end-of-generation token, at n_predict tokens, or once every
-reference is there, when no further token can change the score.
+A prompt is prefilled without its last token, dense and once for all arms, or with `own_prompt` by each arm with its own
+settings. Then every arm, dense first, decodes from that cache: its first step takes the prompt's last token, so the
+first token of the answer is the arm's own. Its tokens are forgotten before the next arm. Decoding is greedy. It ends at
+an end-of-generation token, at n_predict tokens, or once every reference is there, when no further token can change the
+score.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ from .prompts import Prompter, greedy
 class TaskSettings:
     """How to run, whatever the task. text: the essay haystack; n_predict: 0 is the task's own; raw: no chat template.
 
-    context: of the session; its n_ctx becomes what the prompts need."""
+    own_prompt: every arm processes the prompt with its own settings. context: of the session; its n_ctx becomes what
+    the prompts need."""
 
     text: str | None = field(default=None, repr=False)
     seed: int = 42
     raw: bool = False
     n_predict: int = 0
+    own_prompt: bool = False
     context: ContextSettings = field(default_factory=lambda: ContextSettings(mode="auto"))
 
     def session(
@@ -48,6 +51,7 @@ class TaskSettings:
     def describe(self, model: str | os.PathLike, arms: Sequence[Arm], profile: Profile | None) -> dict[str, Any]:
         """What a finished sample depends on besides its key."""
         own = {"seed": self.seed, "raw": self.raw, "n_predict": self.n_predict}
+        own |= {"own_prompt": True} if self.own_prompt else {}
         return describe(model, arms, profile, self.text, self.context) | own
 
     def words(self) -> list[str] | None:
@@ -90,8 +94,19 @@ class Question:
 # ---- running ----
 
 
+def used(counters: dict[str, int]) -> int:
+    """Ubatches in which FASA was at work, of decoding and of prompts."""
+    return counters["steps_sparse"] + counters.get("steps_prefill_sparse", 0)
+
+
 def _run_sample(
-    s: Session, switch: ArmSwitch, arms: Sequence[Arm], prompt: Sequence[int], record: dict[str, Any], n_predict: int
+    s: Session,
+    switch: ArmSwitch,
+    arms: Sequence[Arm],
+    prompt: Sequence[int],
+    record: dict[str, Any],
+    n_predict: int,
+    own_prompt: bool = False,
 ) -> dict[str, Any]:
     """Answer, score and counters of every arm for one prompt."""
 
@@ -103,13 +118,18 @@ def _run_sample(
     s.decode(prompt[:-1], 0, logits="none")
     rewind, answers = s.rewinder(len(prompt) - 1), []
     for arm in [Arm("dense"), *arms]:
-        rewind()
-        switch.use(arm)
+        if own_prompt and arm.params:
+            switch.use(arm)
+            s.clear()
+            s.decode(prompt[:-1], 0, logits="none")
+        else:
+            rewind()
+            switch.use(arm)
         out = greedy(s, prompt[-1], len(prompt) - 1, n_predict, lambda out: mark(out) == 1)
         counters = s.fasa.counters()
         reason = s.fasa.step_reason_code()
         least = arm.params.least_above(len(prompt), reason) if arm.params else 0
-        if arm.params is not None and not counters["steps_sparse"] and not least:
+        if arm.params is not None and not used(counters) and not least:
             raise FasaError(f"arm {arm.name}: {not_used(reason)}")
         answers.append(
             {
@@ -149,7 +169,7 @@ def _check_lengths(arms: Sequence[Arm], longest: int) -> None:
 def _check_used(arms: Sequence[Arm], samples: Sequence[dict[str, Any]]) -> None:
     """After a run: an arm that asks for FASA must have run a sparse step somewhere."""
     for i, arm in enumerate(arms, 1):
-        if arm.params and not any(r["arms"][i]["counters"]["steps_sparse"] for r in samples):
+        if arm.params and not any(used(r["arms"][i]["counters"]) for r in samples):
             _refuse_unused(arm, max(r["arms"][i]["min_context"] for r in samples))
 
 
@@ -191,7 +211,7 @@ def run_questions(
                 record = question.make_record(prompter, settings, words)
                 prompt = prompter(record["input"], record["answer_prefix"])
                 n_predict = settings.n_predict or predicts(question.task)
-                sample = _run_sample(s, switch, arms, prompt, record, n_predict)
+                sample = _run_sample(s, switch, arms, prompt, record, n_predict, settings.own_prompt)
                 journal.add(question.key, sample)
             samples.append({**sample, "length": question.length, "depth": question.depth})
             if progress:

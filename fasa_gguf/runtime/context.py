@@ -229,6 +229,10 @@ class Context:
         """The text of step_reason_code; "" when the ubatch was sparse."""
         return self.step_reason_code().text
 
+    def prefill_reason_code(self) -> Reason:
+        """Why the last ubatch of a prompt, or a layer in it, was dense; NONE when all of it was sparse."""
+        return Reason(self._lib.fasa_prefill_reason_code(self._ctx))
+
     def model_info(self) -> dict[str, Any]:
         """n_layer, rope_layout (0 NORM, 1 NEOX, -1 none), rope_base, rope_scale, is_mla."""
         i = struct("fasa_model_info")

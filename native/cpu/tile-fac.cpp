@@ -90,8 +90,8 @@ struct fasa_tile_fac_work {         // one per thread: the op has no work buffer
 };
 
 // q [d_k][n]: the tile's queries of one head, times scale
-static void fasa_tile_fac_begin(const ggml_tensor * t, const fasa_op_params & p, const fasa_tile_ref & tile,
-    int64_t head, fasa_tile_fac_work & w) {
+static void fasa_tile_fac_begin(
+    const ggml_tensor * t, const fasa_op_params & p, const fasa_tile_ref & tile, int64_t head, fasa_tile_fac_work & w) {
     const ggml_tensor *q = t->src[1], *k = t->src[2], *v = t->src[3];
     const int64_t d_k = k->ne[0], d_v = v->ne[0];
     w.n = (tile.count + 15) / 16 * 16;
@@ -110,8 +110,8 @@ static void fasa_tile_fac_begin(const ggml_tensor * t, const fasa_op_params & p,
 }
 
 // rows [n][d] of the n listed cells, as f32. The list may go on to `last`: those are prefetched.
-static void fasa_tile_fac_read(const ggml_tensor * t, int64_t h, int64_t s, const int32_t * list, int64_t n,
-    const int32_t * last, float * rows) {
+static void fasa_tile_fac_read(
+    const ggml_tensor * t, int64_t h, int64_t s, const int32_t * list, int64_t n, const int32_t * last, float * rows) {
     const size_t bytes = ggml_row_size(t->type, t->ne[0]);
     for (int64_t i = 0; i < n; ++i) {
         if (list + i + 12 < last) {
@@ -122,8 +122,8 @@ static void fasa_tile_fac_read(const ggml_tensor * t, int64_t h, int64_t s, cons
 }
 
 // soft-capping and the mask, on scores of n_cell cells
-static void fasa_tile_fac_see(const ggml_tensor * mask, const int8_t * view, const fasa_tile_ref & tile,
-    float soft_cap, const int32_t * list, int64_t n_cell, fasa_tile_fac_work & w) {
+static void fasa_tile_fac_see(const ggml_tensor * mask, const int8_t * view, const fasa_tile_ref & tile, float soft_cap,
+    const int32_t * list, int64_t n_cell, fasa_tile_fac_work & w) {
     for (int64_t c = 0; soft_cap > 0 && c < n_cell * w.n; c += 16) { // tanh y = 1 - 2/(e^2y + 1)
         fasa_f32x16 y       = fasa_load<fasa_f32x16>(w.score.data() + c) * (2.0f / soft_cap);
         y                   = y > 80.0f ? fasa_f32x16{} + 80.0f : y;
@@ -136,8 +136,7 @@ static void fasa_tile_fac_see(const ggml_tensor * mask, const int8_t * view, con
         }
         float * x = w.score.data() + c * w.n;
         for (int32_t i = 0; i < tile.count; ++i) {
-            const ggml_fp16_t * row =
-                (const ggml_fp16_t *) fasa_at(mask, tile.token[i] % mask->ne[1], 0, tile.stream);
+            const ggml_fp16_t * row = (const ggml_fp16_t *) fasa_at(mask, tile.token[i] % mask->ne[1], 0, tile.stream);
             x[i] += GGML_CPU_FP16_TO_FP32(row[list[c]]);
         }
     }
@@ -175,8 +174,8 @@ static void fasa_tile_fac_softmax(int64_t n_cell, int64_t d_v, fasa_tile_fac_wor
 }
 
 // the tile's rows of one head, by the sums; `sink` is a logit that takes mass and gives nothing, -inf: there is none
-static void fasa_tile_fac_end(ggml_tensor * dst, const fasa_tile_ref & tile, int64_t head, float sink,
-    fasa_tile_fac_work & w) {
+static void fasa_tile_fac_end(
+    ggml_tensor * dst, const fasa_tile_ref & tile, int64_t head, float sink, fasa_tile_fac_work & w) {
     for (int32_t i = 0; i < tile.count; ++i) {
         const float base  = std::max(w.most[i], sink);
         const float shift = w.most[i] == -INFINITY ? 0.0f : expf(w.most[i] - base);
@@ -203,8 +202,7 @@ static void fasa_tile_fac_head(
         const int64_t n_cell = std::min(FASA_FAC_CELLS, n - i);
         fasa_tile_fac_read(k, h, tile.stream, list + i, n_cell, list + n, w.rows.data());
         fasa_gemm<false>(w.rows.data(), d_k, 1, w.q.data(), w.n, d_k, n_cell, w.score.data());
-        fasa_tile_fac_see(
-            mask, (const int8_t *) fasa_at(view, tile_i, 0, 0), tile, p.soft_cap, list + i, n_cell, w);
+        fasa_tile_fac_see(mask, (const int8_t *) fasa_at(view, tile_i, 0, 0), tile, p.soft_cap, list + i, n_cell, w);
         fasa_tile_fac_softmax(n_cell, d_v, w);
         fasa_tile_fac_read(v, h, tile.stream, list + i, n_cell, list + n, w.rows.data());
         fasa_gemm<true>(w.rows.data(), 1, d_v, w.score.data(), w.n, n_cell, d_v, w.out.data());

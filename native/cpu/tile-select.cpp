@@ -55,7 +55,7 @@ void fasa_cpu_tile_select(ggml_tensor * dst, const fasa_op_params & p, int ith, 
         }
         int32_t * list  = (int32_t *) fasa_at(dst, h, tile, 0);
         const int n_row = n_group * fasa_tile_at(tiles, tile).count;
-        list[0] = fasa_select(keys, n_row, { p.budget, p.mass, p.floor, p.cap }, list + 1, work->candidates);
+        list[0]         = fasa_select(keys, n_row, { p.budget, p.mass, p.floor, p.cap }, list + 1, work->candidates);
         attended += list[0];
         visible += keys.n_visible;
     }

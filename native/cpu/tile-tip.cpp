@@ -18,7 +18,7 @@
 // of the n cells from `cell` on
 static void fasa_view_part(
     const ggml_tensor * mask, const fasa_tile_ref & tile, int64_t cell, int64_t n, int8_t * out) {
-    const int64_t n_tps = mask->ne[1];
+    const int64_t n_tps     = mask->ne[1];
     uint16_t any[FASA_SPAN] = {}, all[FASA_SPAN]; // all: nonzero where the mask adds something; any: not -inf for one
     std::fill(all, all + FASA_SPAN, 0);
     for (int32_t t = 0; t < tile.count; ++t) {
@@ -132,20 +132,20 @@ void fasa_cpu_tile_refresh(ggml_tensor * dst, const fasa_op_params & p, int ith,
 static constexpr int FASA_ROWS_AT_ONCE = 8; // queries that share the loads of a cell's row
 static constexpr float FASA_LOG2E      = 1.44269504f;
 
-struct fasa_tile_tip_work {      // one per thread: the op has no work buffer
-    std::vector<float> row, x;   // [d], [n_dom]
-    std::vector<int32_t> word;   // [count rounded up][n_dom/4] 4 int8 each
-    std::vector<float> scale;    // [count rounded up]
-    std::vector<int32_t> sum;    // [count rounded up] of the int8 values
-    std::vector<float> e;        // [FASA_ROWS_AT_ONCE][n_kv rounded up + 2*n_span] as of TIP
-    std::vector<float> factor;   // [FASA_ROWS_AT_ONCE][n_span]
-    std::vector<float> pool;     // [n_kv rounded up]
-    std::vector<int8_t> state;   // [n_span] enum fasa_seen
+struct fasa_tile_tip_work {    // one per thread: the op has no work buffer
+    std::vector<float> row, x; // [d], [n_dom]
+    std::vector<int32_t> word; // [count rounded up][n_dom/4] 4 int8 each
+    std::vector<float> scale;  // [count rounded up]
+    std::vector<int32_t> sum;  // [count rounded up] of the int8 values
+    std::vector<float> e;      // [FASA_ROWS_AT_ONCE][n_kv rounded up + 2*n_span] as of TIP
+    std::vector<float> factor; // [FASA_ROWS_AT_ONCE][n_span]
+    std::vector<float> pool;   // [n_kv rounded up]
+    std::vector<int8_t> state; // [n_span] enum fasa_seen
 };
 
 // the queries of one head, in 8 bits with one scale each
-static void fasa_tile_queries(
-    const ggml_tensor * tip, const fasa_op_params & p, const fasa_tile_ref & tile, int64_t head, fasa_tile_tip_work & w) {
+static void fasa_tile_queries(const ggml_tensor * tip, const fasa_op_params & p, const fasa_tile_ref & tile,
+    int64_t head, fasa_tile_tip_work & w) {
     const ggml_tensor *q = tip->src[1], *dims = tip->src[2], *weight = tip->src[3];
 
     const int64_t d_k = q->ne[0], n_dom = dims->ne[0], h = head / (q->ne[1] / dims->ne[1]);
@@ -178,7 +178,8 @@ static void fasa_tile_queries(
 }
 
 // Logits x [FASA_ROWS_AT_ONCE][FASA_SPAN] of the queries from row r on, over n 16-cell rows of keys
-static void fasa_tile_dots(const char * rows, int64_t n, int n_dom, const fasa_tile_tip_work & w, int64_t r, float * x) {
+static void fasa_tile_dots(
+    const char * rows, int64_t n, int n_dom, const fasa_tile_tip_work & w, int64_t r, float * x) {
     constexpr int R      = FASA_ROWS_AT_ONCE;
     const int n_word     = n_dom / 4;
     const int32_t * word = w.word.data() + r * n_word;
@@ -208,8 +209,8 @@ static void fasa_tile_dots(const char * rows, int64_t n, int n_dom, const fasa_t
 
 // 2^(x - e) for whole e, 0 where that is not above 2^-FASA_SPAN_RANGE; relative error below 2e-6
 static inline fasa_f32x16 fasa_exp2(fasa_f32x16 x, float e) {
-    const fasa_i32x16 keep  = x > e - FASA_SPAN_RANGE;
-    x                       = (fasa_f32x16) ((fasa_i32x16) x & keep);
+    const fasa_i32x16 keep = x > e - FASA_SPAN_RANGE;
+    x                      = (fasa_f32x16) ((fasa_i32x16) x & keep);
 #if defined(__AVX512F__)
     const fasa_f32x16 n = (fasa_f32x16) _mm512_roundscale_ps((__m512) x, 0);
 #else
@@ -311,7 +312,7 @@ static void fasa_tile_states(const int8_t * view, int64_t n_kv, std::vector<int8
 // the exponentials of the queries from row r on, with the exponents and sums of their spans
 static void fasa_tile_rows(const ggml_tensor * dst, const fasa_op_params & p, const fasa_tile_ref & tile, int64_t h,
     int64_t r, fasa_tile_tip_work & w) {
-    constexpr int R          = FASA_ROWS_AT_ONCE;
+    constexpr int R         = FASA_ROWS_AT_ONCE;
     const ggml_tensor *rows = dst->src[0], *mask = dst->src[4];
     const int64_t n_kv = dst->ne[0], n_span = w.state.size(), stride = n_span * FASA_SPAN + 2 * n_span;
     const int n_dom = dst->src[2]->ne[0];
@@ -337,15 +338,15 @@ static void fasa_tile_rows(const ggml_tensor * dst, const fasa_op_params & p, co
             } else if (hide || p.soft_cap > 0) {
                 fasa_tile_see(x + m * FASA_SPAN, n_16 * 16, p.soft_cap, hide, n);
             }
-            fasa_tile_span(x + m * FASA_SPAN, n_16 * 16, w.e.data() + m * stride + cell, e + m * stride,
-                e + m * stride + n_span);
+            fasa_tile_span(
+                x + m * FASA_SPAN, n_16 * 16, w.e.data() + m * stride + cell, e + m * stride, e + m * stride + n_span);
         }
     }
 }
 
-static void fasa_tile_head(ggml_tensor * dst, const fasa_op_params & p, int64_t tile_i, int64_t head,
-    fasa_tile_tip_work & w) {
-    constexpr int R           = FASA_ROWS_AT_ONCE;
+static void fasa_tile_head(
+    ggml_tensor * dst, const fasa_op_params & p, int64_t tile_i, int64_t head, fasa_tile_tip_work & w) {
+    constexpr int R          = FASA_ROWS_AT_ONCE;
     const fasa_tile_ref tile = fasa_tile_at(dst->src[5], tile_i);
     const int64_t n_kv = dst->ne[0], n_span = fasa_n_span(n_kv), h = head / (dst->ne[1] / dst->src[2]->ne[1]);
     fasa_tile_states((const int8_t *) fasa_at(dst->src[6], tile_i, 0, 0), n_kv, w.state);
@@ -363,7 +364,7 @@ static void fasa_tile_head(ggml_tensor * dst, const fasa_op_params & p, int64_t 
 void fasa_cpu_tile_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth) {
     // a pointer, because the compiler looks up the address of a thread_local object at every access
     thread_local const auto work = std::make_unique<fasa_tile_tip_work>();
-    const int64_t n_head = dst->ne[1];
+    const int64_t n_head         = dst->ne[1];
     for (int64_t i = ith; i < n_head * dst->ne[2]; i += nth) {
         fasa_tile_head(dst, p, i / n_head, i % n_head, *work);
     }

@@ -60,8 +60,7 @@ void llm_graph_input_fasa::add_tiles(ggml_context * ctx, int64_t n_tile) {
     this->n_tile        = n_tile;
     ranges              = new_input(ctx, 2 * FASA_MAX_RANGES, n_stream, "fasa_ranges");
     tiles.tiles         = new_input(ctx, 2 + params.prefill_tile, n_tile, "fasa_tiles");
-    tiles.forced =
-        new_input(ctx, params.sink + params.prefill_band + params.prefill_tile, n_tile, "fasa_tile_forced");
+    tiles.forced = new_input(ctx, params.sink + params.prefill_band + params.prefill_tile, n_tile, "fasa_tile_forced");
 }
 
 // [n_tile][2 + T], as ops/tile.h has it
@@ -96,8 +95,7 @@ void llm_graph_input_fasa::set_input(const llama_ubatch * ubatch) {
     write(forced_ahead, [&](int32_t * to) { inputs.set_forced_ahead(to, forced_ahead->ne[0], *ubatch, state.params); });
     write(tiles.tiles, [&](int32_t * to) { set_tiles(to, *ubatch); });
     write(tiles.forced, [&](int32_t * to) {
-        inputs.set_tile_forced(
-            to, tiles.forced->ne[0], state.now.tiles, state.params.sink, state.params.prefill_band);
+        inputs.set_tile_forced(to, tiles.forced->ne[0], state.now.tiles, state.params.sink, state.params.prefill_band);
     });
     auto & now = state.now;
     now.counts.layers_sparse += n_sparse;
@@ -154,10 +152,8 @@ static fasa_reason fasa_prompt_reason(
     if (ubatch.n_tokens < FASA_TILE_LEAST * std::max(1u, ubatch.n_seqs_unq)) {
         return FASA_REASON_PREFILL_SHORT;
     }
-    const uint32_t least = params.prefill == FASA_PREFILL_AUTO ?
-        std::max(params.min_context, params.prefill_min_context) :
-        params.min_context;
-    return n_kv < least ? FASA_REASON_PREFILL_MIN_CONTEXT : FASA_REASON_NONE;
+    const bool is_short = params.prefill == FASA_PREFILL_AUTO && n_kv < params.prefill_min_context;
+    return is_short ? FASA_REASON_PREFILL_MIN_CONTEXT : FASA_REASON_NONE;
 }
 
 bool llm_graph_input_fasa::can_reuse(const llm_graph_params & params) {
@@ -190,8 +186,8 @@ llm_graph_input_fasa * fasa_graph_input(const llm_graph_context & graph, fasa_ca
         now.active ? now.decodes : graph.n_outputs == graph.n_tokens && graph.n_tokens <= params.max_tokens * k->ne[3];
 
     const auto reason = fasa_step_dense_reason(params, decodes, k->ne[2]);
-    const auto prompt = decodes ? FASA_REASON_PREFILL_OFF :
-                                  fasa_prompt_reason(*cache->state, graph.cparams, graph.ubatch, k->ne[2]);
+    const auto prompt =
+        decodes ? FASA_REASON_PREFILL_OFF : fasa_prompt_reason(*cache->state, graph.cparams, graph.ubatch, k->ne[2]);
     auto input = std::make_unique<llm_graph_input_fasa>(cache, reason, prompt, k->ne[3], cache->gpu_waits(k->ne[2]));
     const int64_t n_tps = graph.n_tokens / k->ne[3];
     if (reason == FASA_REASON_NONE) {
@@ -200,9 +196,9 @@ llm_graph_input_fasa * fasa_graph_input(const llm_graph_context & graph, fasa_ca
             input->new_input(graph.ctx0, std::max(1u, params.sink + params.recent), n_tps, "fasa_forced", k->ne[3]);
     } else if (prompt == FASA_REASON_NONE) {
         input->add_tiles(graph.ctx0,
-            now.active ? now.tiles.size() :
-                         fasa_max_tiles(graph.n_tokens, std::max<uint32_t>(1, graph.ubatch.n_seqs_unq),
-                             params.prefill_tile));
+            now.active ?
+                now.tiles.size() :
+                fasa_max_tiles(graph.n_tokens, std::max<uint32_t>(1, graph.ubatch.n_seqs_unq), params.prefill_tile));
     }
     return (llm_graph_input_fasa *) graph.res->add_input(std::move(input));
 }

@@ -390,8 +390,7 @@ ggml_tensor * fasa_build_attn(const llm_graph_context & graph, const llama_kv_ca
         input->n_behind += layer.k_dom != nullptr;
         input->cell_dense += cache->cell_bytes(il);
         input->n_waiting += cache->state->params.enabled && layer.now == FASA_REASON_MIN_CONTEXT_GPU;
-        input->prefill_reason =
-            input->prefill_reason == FASA_REASON_NONE ? attn.tile_reason() : input->prefill_reason;
+        input->prefill_reason = input->prefill_reason == FASA_REASON_NONE ? attn.tile_reason() : input->prefill_reason;
         return attn.build_dense();
     }
     input->n_sparse++;

@@ -42,8 +42,8 @@ struct fasa_inputs {
     const uint64_t * ubatch_at() const { return &number; }
 
     // The cells that a sparse step refreshes, which are not stale from then on. some_wait: some layers are dense in it
-    // (on GPUs, or in a prompt); they get what the others refresh now in the first step in which none are. ahead: the layers that
-    // select ahead; they get what the ubatch writes in the next step.
+    // (on GPUs, or in a prompt); they get what the others refresh now in the first step in which none are. ahead: the
+    // layers that select ahead; they get what the ubatch writes in the next step.
     fasa_stale take_stale(
         uint32_t n_stream, bool some_wait, const std::vector<int32_t> & ahead, fasa_step_counts & counts);
     fasa_stream_ranges written() const;    // the cells that the ubatch writes
@@ -55,8 +55,8 @@ struct fasa_inputs {
     void set_forced_ahead(
         int32_t * forced, uint32_t n_forced, const llama_ubatch & ubatch, const fasa_params & params) const;
     // the cells that each tile of a prompt always attends, [n_tile][n_forced], -1: none
-    void set_tile_forced(
-        int32_t * forced, uint32_t n_forced, const std::vector<fasa_tile> & tiles, uint32_t n_sink, uint32_t n_band) const;
+    void set_tile_forced(int32_t * forced, uint32_t n_forced, const std::vector<fasa_tile> & tiles, uint32_t n_sink,
+        uint32_t n_band) const;
     // The mask of a decode step, with FASA enabled, in which every stream holds one sequence without holes, by its
     // length. false: some other step, for which llama.cpp looks at every cell (0.1 ms and more of a step at 131,072).
     bool set_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool causal, bool enabled) const;

@@ -37,8 +37,8 @@ struct fasa_state {
 
     fasa_stats stats;
     fasa_steps kinds;
-    fasa_pending now;                                  // the ubatch being computed
-    fasa_step_counts steps;                            // those that were computed
+    fasa_pending now;                                     // the ubatch being computed
+    fasa_step_counts steps;                               // those that were computed
     fasa_reason step_reason    = FASA_REASON_NOT_STARTED; // of the last one
     fasa_reason prefill_reason = FASA_REASON_NOT_STARTED; // of the last one that was a prompt
     fasa_observer_ref observer;

@@ -68,9 +68,9 @@ std::vector<fasa_tile> fasa_tiles_of(const llama_ubatch & ubatch, uint32_t size)
 struct fasa_pending {
     bool active              = false; // false: a graph that is built now only reserves memory
     bool decodes             = false;
-    bool waits               = false;            // layers on GPUs wait for a longer context
-    fasa_reason dense_reason = FASA_REASON_NONE; // of the step as a whole
-    std::vector<fasa_tile> tiles;                // of a prompt, while FASA is on
+    bool waits               = false;              // layers on GPUs wait for a longer context
+    fasa_reason dense_reason = FASA_REASON_NONE;   // of the step as a whole
+    std::vector<fasa_tile> tiles;                  // of a prompt, while FASA is on
     fasa_reason prefill_reason = FASA_REASON_NONE; // of a prompt: why it, or a layer in it, is dense
     fasa_step_counts counts;
 };

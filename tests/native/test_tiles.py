@@ -190,8 +190,8 @@ def test_equal_scores_go_to_the_lower_cell(library):
     tiles = np.array([[0, size, *range(size)]], np.int32)
     mask = np.zeros((1, size, n_kv), np.float32)
     got = library.ops.tile_run(
-        q=one.repeat(size, 1), k=one.repeat(n_kv, 1), v=one.repeat(n_kv, 1), dims=np.arange(24)[None], weight=np.ones((1, 24)),
-        forced=np.array([[599, 300]]), tiles=tiles, mask=mask, budget=50, scale=0.1,
+        q=one.repeat(size, 1), k=one.repeat(n_kv, 1), v=one.repeat(n_kv, 1), dims=np.arange(24)[None],
+        weight=np.ones((1, 24)), forced=np.array([[599, 300]]), tiles=tiles, mask=mask, budget=50, scale=0.1,
     )  # fmt: skip
     assert got["list"][0, 0].tolist() == [*range(48), 300, 599]
 
