@@ -48,7 +48,6 @@ class Reason(IntEnum):
     PREFILL_EMBEDDINGS = "embeddings are computed"
     PREFILL_OBSERVED = "an observer sees queries and keys, as in calibration"
     PREFILL_DEVICE = "its attention runs on a GPU, where prefill auto is dense", "use --fasa-prefill on"
-    PREFILL_SINKS = "it has attention sinks, which sparse prefill on a GPU does not know"
     PREFILL_HEAD_DIM = "flash attention of prompts on a GPU does not know its head dimension, or caps it otherwise"
     PREFILL_WINDOW = "the layer has a sliding window"
 

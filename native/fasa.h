@@ -242,85 +242,83 @@ enum fasa_reason {
     FASA_REASON_PREFILL_OBSERVED      = 12,
     // its attention runs on a GPU, where prefill auto is dense
     FASA_REASON_PREFILL_DEVICE        = 13,
-    // it has attention sinks, which sparse prefill on a GPU does not know
-    FASA_REASON_PREFILL_SINKS         = 14,
     // flash attention of prompts on a GPU does not know its head dimension, or caps it otherwise
-    FASA_REASON_PREFILL_HEAD_DIM      = 15,
+    FASA_REASON_PREFILL_HEAD_DIM      = 14,
     // the layer has a sliding window
-    FASA_REASON_PREFILL_WINDOW        = 16,
+    FASA_REASON_PREFILL_WINDOW        = 15,
     // no such layer
-    FASA_REASON_NO_SUCH_LAYER         = 17,
+    FASA_REASON_NO_SUCH_LAYER         = 16,
     // it has no KV cache that FASA knows
-    FASA_REASON_NO_CACHE              = 18,
+    FASA_REASON_NO_CACHE              = 17,
     // no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its attention by another
     // path
-    FASA_REASON_NOT_BUILT             = 19,
+    FASA_REASON_NOT_BUILT             = 18,
     // its sliding window is not longer than what it would attend
-    FASA_REASON_SMALL_WINDOW          = 20,
+    FASA_REASON_SMALL_WINDOW          = 19,
     // the profile has no ranking for it
-    FASA_REASON_NOT_RANKED            = 21,
+    FASA_REASON_NOT_RANKED            = 20,
     // the layer whose list it borrows is dense
-    FASA_REASON_LENDER_DENSE          = 22,
+    FASA_REASON_LENDER_DENSE          = 21,
     // its cache is shared with another context
-    FASA_REASON_SHARED_CACHE          = 23,
+    FASA_REASON_SHARED_CACHE          = 22,
     // multi-head latent attention has no keys per head
-    FASA_REASON_LATENT                = 24,
+    FASA_REASON_LATENT                = 23,
     // its head dimension is odd
-    FASA_REASON_ODD_HEAD              = 25,
+    FASA_REASON_ODD_HEAD              = 24,
     // its cache type cannot be read back
-    FASA_REASON_CACHE_TYPE            = 26,
+    FASA_REASON_CACHE_TYPE            = 25,
     // its cache is on a device that FASA has no kernels for
-    FASA_REASON_NO_KERNELS            = 27,
+    FASA_REASON_NO_KERNELS            = 26,
     // the CPU backend has no FASA ops
-    FASA_REASON_NO_CPU_OPS            = 28,
+    FASA_REASON_NO_CPU_OPS            = 27,
     // flash attention is off
-    FASA_REASON_NO_FLASH_ATTENTION    = 29,
+    FASA_REASON_NO_FLASH_ATTENTION    = 28,
     // training
-    FASA_REASON_TRAINING              = 30,
+    FASA_REASON_TRAINING              = 29,
     // its attention is not causal
-    FASA_REASON_NOT_CAUSAL            = 31,
+    FASA_REASON_NOT_CAUSAL            = 30,
     // its attention has a bias
-    FASA_REASON_BIAS                  = 32,
+    FASA_REASON_BIAS                  = 31,
     // ALiBi moves the scores
-    FASA_REASON_ALIBI                 = 33,
+    FASA_REASON_ALIBI                 = 32,
     // its queries are not f32
-    FASA_REASON_QUERY_TYPE            = 34,
+    FASA_REASON_QUERY_TYPE            = 33,
     // its query heads are no multiple of its KV heads
-    FASA_REASON_QUERY_HEADS           = 35,
+    FASA_REASON_QUERY_HEADS           = 34,
     // its mask is not f16
-    FASA_REASON_MASK_TYPE             = 36,
+    FASA_REASON_MASK_TYPE             = 35,
     // its mask is computed
-    FASA_REASON_MASK_COMPUTED         = 37,
+    FASA_REASON_MASK_COMPUTED         = 36,
     // its device is not one of CUDA's
-    FASA_REASON_CUDA_DEVICE           = 38,
+    FASA_REASON_CUDA_DEVICE           = 37,
     // its GPU has no FASA kernels: they need an NVIDIA GPU of compute capability 7.5 or later
-    FASA_REASON_CUDA_CAPABILITY       = 39,
+    FASA_REASON_CUDA_CAPABILITY       = 38,
     // the CUDA kernels read caches in f32, f16, bf16, q8_0 and q4_0, and this one has another type
-    FASA_REASON_CUDA_CACHE_TYPE       = 40,
+    FASA_REASON_CUDA_CACHE_TYPE       = 39,
     // the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256
-    FASA_REASON_CUDA_HEAD_DIM         = 41,
+    FASA_REASON_CUDA_HEAD_DIM         = 40,
     // more than 128 query heads share a KV head
-    FASA_REASON_CUDA_GROUP            = 42,
+    FASA_REASON_CUDA_GROUP            = 41,
     // selecting ahead is off
-    FASA_REASON_AHEAD_OFF             = 43,
+    FASA_REASON_AHEAD_OFF             = 42,
     // it is on the CPU, where selecting ahead saves no time
-    FASA_REASON_AHEAD_AUTO            = 44,
+    FASA_REASON_AHEAD_AUTO            = 43,
     // the step has several tokens, with which selecting ahead is slower
-    FASA_REASON_AHEAD_TOKENS          = 45,
+    FASA_REASON_AHEAD_TOKENS          = 44,
     // it borrows its list
-    FASA_REASON_AHEAD_BORROWS         = 46,
+    FASA_REASON_AHEAD_BORROWS         = 45,
     // the profile says that foreseen queries lose too much there
-    FASA_REASON_AHEAD_PROFILE         = 47,
+    FASA_REASON_AHEAD_PROFILE         = 46,
     // no block lies before it
-    FASA_REASON_AHEAD_FIRST           = 48,
+    FASA_REASON_AHEAD_FIRST           = 47,
     // no feed-forward lies between the attention or other block before it and its queries
-    FASA_REASON_AHEAD_NO_FEED_FORWARD = 49,
+    FASA_REASON_AHEAD_NO_FEED_FORWARD = 48,
     // how its queries follow from the layer before is not recognised
-    FASA_REASON_AHEAD_UNKNOWN         = 50,
+    FASA_REASON_AHEAD_UNKNOWN         = 49,
     // the feed-forward before it runs on another device
-    FASA_REASON_AHEAD_DEVICE          = 51,
+    FASA_REASON_AHEAD_DEVICE          = 50,
     // its rows on the device have no room for a list with all tokens of the batch
-    FASA_REASON_AHEAD_ROOM            = 52,
+    FASA_REASON_AHEAD_ROOM            = 51,
 };
 // end reasons
 

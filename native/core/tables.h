@@ -92,7 +92,6 @@
     X(PREFILL_EMBEDDINGS, "embeddings are computed") \
     X(PREFILL_OBSERVED, "an observer sees queries and keys, as in calibration") \
     X(PREFILL_DEVICE, "its attention runs on a GPU, where prefill auto is dense") \
-    X(PREFILL_SINKS, "it has attention sinks, which sparse prefill on a GPU does not know") \
     X(PREFILL_HEAD_DIM, "flash attention of prompts on a GPU does not know its head dimension, or caps it " \
         "otherwise") \
     X(PREFILL_WINDOW, "the layer has a sliding window") \

@@ -6,7 +6,8 @@
 //   mask   f16 [n_pad, T, 1, pairs], -inf behind a list's end
 //
 // Flash attention looks at the mask and leaves out what is behind the end of a list. It needs the last step whole, so
-// that has zeros.
+// that has zeros. An attention sink is such a row of zeros, right behind the list, and its logit stands in the mask:
+// one query head after the other then, since those of a pair have the mask in common.
 
 #include "core/select.h"
 #include "cuda/device.cuh"
@@ -33,7 +34,9 @@ struct fasa_tile_fac_args {
     float * dst; // [n_tokens][n_head][d]
     float *q_to, *out;
     half *k_to, *v_to, *mask_to;
+    const float * sinks;                                                 // [n_head] or nullptr
     int n_len, n_list, n_group, n_per_kv, n_head, d, n_pad, size, tile0; // size: T; tile0: of this turn
+    int64_t out_pair, out_t, out_g;                                      // of `out`, from each to the next, in values
     bool whole;                                                          // all of n_pad is read
 };
 
@@ -44,7 +47,7 @@ static __global__ void __launch_bounds__(GATHER_THREADS) fasa_tile_gather_kernel
     ggml_cuda_pdl_sync();
     const int pair = blockIdx.y, tile = a.tile0 + pair / a.n_list, list = pair % a.n_list, h = list / a.n_per_kv;
     const int32_t * cells = a.list + ((int64_t) tile * a.n_list + list) * a.n_len;
-    const int n = *cells++, n_rows = a.whole ? a.n_pad : (n + FAC_STEP - 1) / FAC_STEP * FAC_STEP;
+    const int n = *cells++, n_rows = a.whole ? a.n_pad : (n + !!a.sinks + FAC_STEP - 1) / FAC_STEP * FAC_STEP;
     const int units = a.d / 8, s = a.tiles.stream(tile);
     for (int u = blockIdx.x * GATHER_THREADS + threadIdx.x; u < n_rows * units * 2; u += gridDim.x * GATHER_THREADS) {
         const bool is_v = u >= n_rows * units;
@@ -101,6 +104,17 @@ static __global__ void __launch_bounds__(GATHER_THREADS) fasa_tile_gather_mask_k
     }
 }
 
+// the logits of the sinks of query head g of every list; a block has a pair
+static __global__ void fasa_tile_sinks_kernel(const fasa_tile_fac_args a, int g) {
+    ggml_cuda_pdl_sync();
+    const int pair = blockIdx.x, tile = a.tile0 + pair / a.n_list, list = pair % a.n_list;
+    const int n  = a.list[((int64_t) tile * a.n_list + list) * a.n_len];
+    const half x = __float2half(a.sinks[list * a.n_group + g]);
+    for (int t = threadIdx.x; t < a.tiles.count(tile); t += blockDim.x) {
+        a.mask_to[((int64_t) pair * a.size + t) * a.n_pad + n] = x;
+    }
+}
+
 // q in, or flash attention's result out, four values a thread
 template <bool IN>
 static __global__ void __launch_bounds__(GATHER_THREADS) fasa_tile_move_kernel(const fasa_tile_fac_args a) {
@@ -119,7 +133,7 @@ static __global__ void __launch_bounds__(GATHER_THREADS) fasa_tile_move_kernel(c
             make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     } else if (is) {
         ((float4 *) a.dst)[((int64_t) token * a.n_head + head0 + g) * units + i] =
-            ((const float4 *) a.out)[(((int64_t) pair * a.size + t) * a.n_group + g) * units + i];
+            *(const float4 *) (a.out + pair * a.out_pair + t * a.out_t + g * a.out_g + 4 * i);
     }
 }
 
@@ -162,20 +176,37 @@ static ggml_tensor fasa_fattn_tensor(ggml_type type, int64_t ne0, int64_t ne1, i
     return t;
 }
 
-// flash attention over what was gathered of n_pair pairs
-static void fasa_tile_fattn(
-    ggml_backend_cuda_context & ctx, const fasa_tile_fac_args & a, const fasa_op_params & p, int64_t n_pair) {
-    ggml_tensor q    = fasa_fattn_tensor(GGML_TYPE_F32, a.d, a.size, a.n_group, n_pair, a.q_to);
-    ggml_tensor k    = fasa_fattn_tensor(GGML_TYPE_F16, a.d, a.n_pad, 1, n_pair, a.k_to);
-    ggml_tensor v    = fasa_fattn_tensor(GGML_TYPE_F16, a.d, a.n_pad, 1, n_pair, a.v_to);
+// flash attention over what was gathered of n_pair pairs: of n_head query heads of each, from g on
+static void fasa_tile_fattn(ggml_backend_cuda_context & ctx, const fasa_tile_fac_args & a, const fasa_op_params & p,
+    int64_t n_pair, int g, int n_head) {
+    ggml_tensor q = fasa_fattn_tensor(GGML_TYPE_F32, a.d, a.size, n_head, n_pair, a.q_to + (int64_t) g * a.size * a.d);
+    q.nb[3]       = q.nb[2] * a.n_group;
+    ggml_tensor k = fasa_fattn_tensor(GGML_TYPE_F16, a.d, a.n_pad, 1, n_pair, a.k_to);
+    ggml_tensor v = fasa_fattn_tensor(GGML_TYPE_F16, a.d, a.n_pad, 1, n_pair, a.v_to);
     ggml_tensor mask = fasa_fattn_tensor(GGML_TYPE_F16, a.n_pad, a.size, 1, n_pair, a.mask_to);
-    ggml_tensor out  = fasa_fattn_tensor(GGML_TYPE_F32, a.d, a.n_group, a.size, n_pair, a.out);
+    ggml_tensor out  = fasa_fattn_tensor(GGML_TYPE_F32, a.d, n_head, a.size, n_pair, a.out + g * a.out_g);
     out.op           = GGML_OP_FLASH_ATTN_EXT;
     out.src[0] = &q, out.src[1] = &k, out.src[2] = &v, out.src[3] = &mask;
     const float params[3] = { p.scale, 0.0f, p.soft_cap };
     memcpy(out.op_params, params, sizeof(params));
     out.op_params[3] = GGML_PREC_F32;
     ggml_cuda_flash_attn_ext(ctx, &out);
+}
+
+// the result lies as flash attention leaves it
+static void fasa_tile_attend(
+    ggml_backend_cuda_context & ctx, fasa_tile_fac_args & a, const fasa_op_params & p, int n_pair) {
+    if (a.sinks == nullptr) {
+        a.out_g = a.d, a.out_t = a.n_group * a.out_g, a.out_pair = a.size * a.out_t;
+        fasa_tile_fattn(ctx, a, p, n_pair, 0, a.n_group);
+        return;
+    }
+    a.out_t = a.d, a.out_pair = a.size * a.out_t, a.out_g = n_pair * a.out_pair;
+    for (int g = 0; g < a.n_group; ++g) {
+        fasa_tile_sinks_kernel<<<n_pair, 128, 0, ctx.stream()>>>(a, g);
+        CUDA_CHECK(cudaGetLastError());
+        fasa_tile_fattn(ctx, a, p, n_pair, g, 1);
+    }
 }
 
 void fasa_cuda_tile_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p) {
@@ -216,7 +247,7 @@ void fasa_cuda_tile_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, cons
         fasa_tile_gather_kernel<<<dim3(std::min<int64_t>(blocks(units), 64), n_pair), GATHER_THREADS, 0, stream>>>(a);
         fasa_tile_gather_mask_kernel<<<dim3(blocks(a.n_pad / 2), n_pair), GATHER_THREADS, 0, stream>>>(a);
         CUDA_CHECK(cudaGetLastError());
-        fasa_tile_fattn(ctx, a, p, n_pair);
+        fasa_tile_attend(ctx, a, p, n_pair);
         fasa_tile_move_kernel<false><<<move, GATHER_THREADS, 0, stream>>>(a);
         CUDA_CHECK(cudaGetLastError());
     }

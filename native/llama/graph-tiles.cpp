@@ -15,9 +15,6 @@ static fasa_reason fasa_device_tile_reason(const fasa_attn & a, ggml_backend_dev
     if (params.prefill == FASA_PREFILL_AUTO || a.cache->layer(a.il).fixed.work == nullptr) {
         return FASA_REASON_PREFILL_DEVICE;
     }
-    if (a.sinks != nullptr) {
-        return FASA_REASON_PREFILL_SINKS;
-    }
     const int64_t d = a.k->ne[0];
     if (a.soft_cap > 0 && d != 128 && d != 256) { // those that llama.cpp's flash attention caps
         return FASA_REASON_PREFILL_HEAD_DIM;

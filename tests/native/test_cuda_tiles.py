@@ -45,6 +45,7 @@ def case(
     hot=3.0,
     empty=7,
     equal=False,
+    sinks=False,
     seed=0,
     **settings,
 ):
@@ -81,6 +82,7 @@ def case(
     weight = rng.uniform(0.5, 1.5, (n_head_kv, n_dom)).astype(np.float32)
     return dict(
         q=q, k=k, v=v, dims=dims, weight=weight, forced=forced, tiles=tiles, mask=mask, scale=d**-0.5,
+        sinks=rng.standard_normal(n_head).astype(np.float32) * 3 if sinks else None,
         **{"budget": 200, **settings},
     )  # fmt: skip
 
@@ -137,7 +139,16 @@ def test_tile_sizes(library, cuda, size, n_tokens):
 
 
 @pytest.mark.parametrize(
-    "how", [{"n_stream": 3}, {"two": True}, {"per_head": True}, {"soft_cap": 30.0}, {"equal": True}]
+    "how",
+    [
+        {"n_stream": 3},
+        {"two": True},
+        {"per_head": True},
+        {"soft_cap": 30.0},
+        {"equal": True},
+        {"sinks": True},
+        {"sinks": True, "per_head": True, "n_tokens": 20},
+    ],
 )
 @pytest.mark.parametrize("mass", [0.0, 0.9])
 def test_situations(library, cuda, how, mass):
