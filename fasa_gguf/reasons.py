@@ -48,7 +48,7 @@ class Reason(IntEnum):
     PREFILL_EMBEDDINGS = "embeddings are computed"
     PREFILL_OBSERVED = "an observer sees queries and keys, as in calibration"
     PREFILL_DEVICE = "its attention runs on a GPU, where prefill auto is dense", "use --fasa-prefill on"
-    PREFILL_HEAD_DIM = "flash attention of prompts on a GPU does not know its head dimension, or caps it otherwise"
+    PREFILL_HEAD_DIM = "the GPU's flash attention does not know its head dimension"
     PREFILL_WINDOW = "the layer has a sliding window"
 
     # of a layer: its place in the model

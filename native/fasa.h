@@ -41,7 +41,7 @@ enum fasa_ahead_type {
 
 // whether prompts are processed sparsely
 enum fasa_prefill_type {
-    FASA_PREFILL_AUTO = 0, // from prefill_min_context cells on
+    FASA_PREFILL_AUTO = 0, // on the CPU, from prefill_min_context cells on
     FASA_PREFILL_OFF  = 1,
     FASA_PREFILL_ON   = 2,
 };
@@ -125,7 +125,7 @@ typedef struct fasa_params {
     // enum fasa_ahead_type: select a layer's tokens while the feed-forward before it runs, by foreseen queries; auto:
     // on a GPU, in steps of one token
     int32_t ahead;
-    // enum fasa_prefill_type: process prompts sparsely, in layers on the CPU; auto: from prefill_min_context cells on
+    // enum fasa_prefill_type: process prompts sparsely; auto: in layers on the CPU, from prefill_min_context cells on
     int32_t prefill;
     // cells, from 0: with prefill auto, a ubatch of a prompt that sees fewer cells than this is dense
     uint32_t prefill_min_context;
@@ -148,64 +148,38 @@ typedef struct fasa_params {
 // begin counters: written by native/generate.py
 typedef struct fasa_counters {
     uint64_t size;
-    // ubatches: decode steps in which at least one layer ran sparse
-    uint64_t steps_sparse;
-    // ubatches: decode steps in which every layer was dense
-    uint64_t steps_dense;
-    // ubatches: ubatches of prompts
-    uint64_t steps_prefill;
-    // ubatches: those of them in which at least one layer ran sparse
-    uint64_t steps_prefill_sparse;
-    // layers x steps: layers that ran with FASA
-    uint64_t layers_sparse;
-    // layers x steps: layers that ran with FASA and selected ahead
-    uint64_t layers_ahead;
-    // layers x steps: layers that ran without FASA in decode steps
-    uint64_t layers_dense;
-    // layers x steps: layers that ran in ubatches of prompts
-    uint64_t layers_prefill;
-    // layers x steps: those of them that ran sparse
-    uint64_t layers_prefill_sparse;
-    // tiles x layers: tiles of prompts in layers that ran sparse
-    uint64_t tiles_sparse;
-    // tiles x layers: tiles of prompts in layers that ran dense while FASA was on
-    uint64_t tiles_dense;
-    // cells x lists: cells that the lists of tiles hold
-    uint64_t prefill_attended;
-    // cells x lists: cells that dense attention would have attended instead
-    uint64_t prefill_visible;
-    // tokens x lists: tokens that the lists hold
-    uint64_t tokens_attended;
-    // tokens x lists: tokens that dense attention would have attended instead
-    uint64_t tokens_visible;
+    uint64_t steps_sparse;          // ubatches: decode steps in which at least one layer ran sparse
+    uint64_t steps_dense;           // ubatches: decode steps in which every layer was dense
+    uint64_t steps_prefill;         // ubatches: ubatches of prompts
+    uint64_t steps_prefill_sparse;  // ubatches: those of them in which at least one layer ran sparse
+    uint64_t layers_sparse;         // layers x steps: layers that ran with FASA
+    uint64_t layers_ahead;          // layers x steps: layers that ran with FASA and selected ahead
+    uint64_t layers_dense;          // layers x steps: layers that ran without FASA in decode steps
+    uint64_t layers_prefill;        // layers x steps: layers that ran in ubatches of prompts
+    uint64_t layers_prefill_sparse; // layers x steps: those of them that ran sparse
+    uint64_t tiles_sparse;          // tiles x layers: tiles of prompts in layers that ran sparse
+    uint64_t tiles_dense;           // tiles x layers: tiles of prompts in layers that ran dense while FASA was on
+    uint64_t prefill_attended;      // cells x lists: cells that the lists of tiles hold
+    uint64_t prefill_visible;       // cells x lists: cells that dense attention would have attended instead
+    uint64_t tokens_attended;       // tokens x lists: tokens that the lists hold
+    uint64_t tokens_visible;        // tokens x lists: tokens that dense attention would have attended instead
     // lists: lists selected: layers that select x KV heads (query heads with per_head) x tokens of the step
     uint64_t lists;
-    // bytes: dominant keys read
-    uint64_t bytes_tip;
-    // bytes: K and V rows read by sparse layers
-    uint64_t bytes_fac;
+    uint64_t bytes_tip; // bytes: dominant keys read
+    uint64_t bytes_fac; // bytes: K and V rows read by sparse layers
     // bytes: K and V rows that dense attention would have read in their place: of cells that a token sees
     uint64_t bytes_dense;
     // bytes: K and V rows that dense layers read in decode steps: of cells that a token sees
     uint64_t bytes_layers_dense;
-    // cells: cells whose dominant keys were derived from the stored K
-    uint64_t cells_refreshed;
-    // ubatches: steps that derived more cells than they had written
-    uint64_t rebuilds;
-    // bytes: the dominant keys
-    uint64_t bytes_k_dom;
-    // bytes: the K and V cache
-    uint64_t bytes_kv;
-    // bytes: the part of bytes_kv in pinned host memory (FASA-M)
-    uint64_t bytes_kv_host;
-    // bytes: device memory that keeps recently attended rows
-    uint64_t bytes_row_cache;
-    // rows: rows (K and V of a cell and KV head) that sparse layers read from pinned host memory
-    uint64_t rows_fetched;
-    // rows: rows that they found in the row cache instead
-    uint64_t rows_reused;
-    // bytes: the bytes of rows_fetched
-    uint64_t bytes_fetched;
+    uint64_t cells_refreshed; // cells: cells whose dominant keys were derived from the stored K
+    uint64_t rebuilds;        // ubatches: steps that derived more cells than they had written
+    uint64_t bytes_k_dom;     // bytes: the dominant keys
+    uint64_t bytes_kv;        // bytes: the K and V cache
+    uint64_t bytes_kv_host;   // bytes: the part of bytes_kv in pinned host memory (FASA-M)
+    uint64_t bytes_row_cache; // bytes: device memory that keeps recently attended rows
+    uint64_t rows_fetched; // rows: rows (K and V of a cell and KV head) that sparse layers read from pinned host memory
+    uint64_t rows_reused;  // rows: rows that they found in the row cache instead
+    uint64_t bytes_fetched; // bytes: the bytes of rows_fetched
     // bytes: K and V that dense layers copied from pinned host memory to their device while FASA was on
     uint64_t bytes_staged;
 } fasa_counters;
@@ -214,109 +188,63 @@ typedef struct fasa_counters {
 // Why a step or a layer is dense.
 // begin reasons: written by native/generate.py
 enum fasa_reason {
-    // it is sparse
-    FASA_REASON_NONE                  = 0,
-    // FASA is off
-    FASA_REASON_OFF                   = 1,
-    // the context is shorter than min_context_gpu
-    FASA_REASON_MIN_CONTEXT_GPU       = 2,
-    // nothing was computed yet
-    FASA_REASON_NOT_STARTED           = 3,
-    // the last step was a prompt
-    FASA_REASON_PREFILL               = 4,
-    // the context is shorter than min_context
-    FASA_REASON_MIN_CONTEXT           = 5,
-    // no layer can run sparse
-    FASA_REASON_NO_LAYER              = 6,
-    // this context has no KV cache that FASA knows
-    FASA_REASON_UNKNOWN_CONTEXT       = 7,
-    // sparse prefill is off
-    FASA_REASON_PREFILL_OFF           = 8,
-    // the prompt is shorter than prefill_min_context so far
-    FASA_REASON_PREFILL_MIN_CONTEXT   = 9,
-    // the ubatch has fewer than 32 tokens of a sequence
-    FASA_REASON_PREFILL_SHORT         = 10,
-    // embeddings are computed
-    FASA_REASON_PREFILL_EMBEDDINGS    = 11,
-    // an observer sees queries and keys, as in calibration
-    FASA_REASON_PREFILL_OBSERVED      = 12,
-    // its attention runs on a GPU, where prefill auto is dense
-    FASA_REASON_PREFILL_DEVICE        = 13,
-    // flash attention of prompts on a GPU does not know its head dimension, or caps it otherwise
-    FASA_REASON_PREFILL_HEAD_DIM      = 14,
-    // the layer has a sliding window
-    FASA_REASON_PREFILL_WINDOW        = 15,
-    // no such layer
-    FASA_REASON_NO_SUCH_LAYER         = 16,
-    // it has no KV cache that FASA knows
-    FASA_REASON_NO_CACHE              = 17,
+    FASA_REASON_NONE                  = 0,  // it is sparse
+    FASA_REASON_OFF                   = 1,  // FASA is off
+    FASA_REASON_MIN_CONTEXT_GPU       = 2,  // the context is shorter than min_context_gpu
+    FASA_REASON_NOT_STARTED           = 3,  // nothing was computed yet
+    FASA_REASON_PREFILL               = 4,  // the last step was a prompt
+    FASA_REASON_MIN_CONTEXT           = 5,  // the context is shorter than min_context
+    FASA_REASON_NO_LAYER              = 6,  // no layer can run sparse
+    FASA_REASON_UNKNOWN_CONTEXT       = 7,  // this context has no KV cache that FASA knows
+    FASA_REASON_PREFILL_OFF           = 8,  // sparse prefill is off
+    FASA_REASON_PREFILL_MIN_CONTEXT   = 9,  // the prompt is shorter than prefill_min_context so far
+    FASA_REASON_PREFILL_SHORT         = 10, // the ubatch has fewer than 32 tokens of a sequence
+    FASA_REASON_PREFILL_EMBEDDINGS    = 11, // embeddings are computed
+    FASA_REASON_PREFILL_OBSERVED      = 12, // an observer sees queries and keys, as in calibration
+    FASA_REASON_PREFILL_DEVICE        = 13, // its attention runs on a GPU, where prefill auto is dense
+    FASA_REASON_PREFILL_HEAD_DIM      = 14, // the GPU's flash attention does not know its head dimension
+    FASA_REASON_PREFILL_WINDOW        = 15, // the layer has a sliding window
+    FASA_REASON_NO_SUCH_LAYER         = 16, // no such layer
+    FASA_REASON_NO_CACHE              = 17, // it has no KV cache that FASA knows
     // no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its attention by another
     // path
     FASA_REASON_NOT_BUILT             = 18,
-    // its sliding window is not longer than what it would attend
-    FASA_REASON_SMALL_WINDOW          = 19,
-    // the profile has no ranking for it
-    FASA_REASON_NOT_RANKED            = 20,
-    // the layer whose list it borrows is dense
-    FASA_REASON_LENDER_DENSE          = 21,
-    // its cache is shared with another context
-    FASA_REASON_SHARED_CACHE          = 22,
-    // multi-head latent attention has no keys per head
-    FASA_REASON_LATENT                = 23,
-    // its head dimension is odd
-    FASA_REASON_ODD_HEAD              = 24,
-    // its cache type cannot be read back
-    FASA_REASON_CACHE_TYPE            = 25,
-    // its cache is on a device that FASA has no kernels for
-    FASA_REASON_NO_KERNELS            = 26,
-    // the CPU backend has no FASA ops
-    FASA_REASON_NO_CPU_OPS            = 27,
-    // flash attention is off
-    FASA_REASON_NO_FLASH_ATTENTION    = 28,
-    // training
-    FASA_REASON_TRAINING              = 29,
-    // its attention is not causal
-    FASA_REASON_NOT_CAUSAL            = 30,
-    // its attention has a bias
-    FASA_REASON_BIAS                  = 31,
-    // ALiBi moves the scores
-    FASA_REASON_ALIBI                 = 32,
-    // its queries are not f32
-    FASA_REASON_QUERY_TYPE            = 33,
-    // its query heads are no multiple of its KV heads
-    FASA_REASON_QUERY_HEADS           = 34,
-    // its mask is not f16
-    FASA_REASON_MASK_TYPE             = 35,
-    // its mask is computed
-    FASA_REASON_MASK_COMPUTED         = 36,
-    // its device is not one of CUDA's
-    FASA_REASON_CUDA_DEVICE           = 37,
+    FASA_REASON_SMALL_WINDOW          = 19, // its sliding window is not longer than what it would attend
+    FASA_REASON_NOT_RANKED            = 20, // the profile has no ranking for it
+    FASA_REASON_LENDER_DENSE          = 21, // the layer whose list it borrows is dense
+    FASA_REASON_SHARED_CACHE          = 22, // its cache is shared with another context
+    FASA_REASON_LATENT                = 23, // multi-head latent attention has no keys per head
+    FASA_REASON_ODD_HEAD              = 24, // its head dimension is odd
+    FASA_REASON_CACHE_TYPE            = 25, // its cache type cannot be read back
+    FASA_REASON_NO_KERNELS            = 26, // its cache is on a device that FASA has no kernels for
+    FASA_REASON_NO_CPU_OPS            = 27, // the CPU backend has no FASA ops
+    FASA_REASON_NO_FLASH_ATTENTION    = 28, // flash attention is off
+    FASA_REASON_TRAINING              = 29, // training
+    FASA_REASON_NOT_CAUSAL            = 30, // its attention is not causal
+    FASA_REASON_BIAS                  = 31, // its attention has a bias
+    FASA_REASON_ALIBI                 = 32, // ALiBi moves the scores
+    FASA_REASON_QUERY_TYPE            = 33, // its queries are not f32
+    FASA_REASON_QUERY_HEADS           = 34, // its query heads are no multiple of its KV heads
+    FASA_REASON_MASK_TYPE             = 35, // its mask is not f16
+    FASA_REASON_MASK_COMPUTED         = 36, // its mask is computed
+    FASA_REASON_CUDA_DEVICE           = 37, // its device is not one of CUDA's
     // its GPU has no FASA kernels: they need an NVIDIA GPU of compute capability 7.5 or later
     FASA_REASON_CUDA_CAPABILITY       = 38,
     // the CUDA kernels read caches in f32, f16, bf16, q8_0 and q4_0, and this one has another type
     FASA_REASON_CUDA_CACHE_TYPE       = 39,
     // the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256
     FASA_REASON_CUDA_HEAD_DIM         = 40,
-    // more than 128 query heads share a KV head
-    FASA_REASON_CUDA_GROUP            = 41,
-    // selecting ahead is off
-    FASA_REASON_AHEAD_OFF             = 42,
-    // it is on the CPU, where selecting ahead saves no time
-    FASA_REASON_AHEAD_AUTO            = 43,
-    // the step has several tokens, with which selecting ahead is slower
-    FASA_REASON_AHEAD_TOKENS          = 44,
-    // it borrows its list
-    FASA_REASON_AHEAD_BORROWS         = 45,
-    // the profile says that foreseen queries lose too much there
-    FASA_REASON_AHEAD_PROFILE         = 46,
-    // no block lies before it
-    FASA_REASON_AHEAD_FIRST           = 47,
+    FASA_REASON_CUDA_GROUP            = 41, // more than 128 query heads share a KV head
+    FASA_REASON_AHEAD_OFF             = 42, // selecting ahead is off
+    FASA_REASON_AHEAD_AUTO            = 43, // it is on the CPU, where selecting ahead saves no time
+    FASA_REASON_AHEAD_TOKENS          = 44, // the step has several tokens, with which selecting ahead is slower
+    FASA_REASON_AHEAD_BORROWS         = 45, // it borrows its list
+    FASA_REASON_AHEAD_PROFILE         = 46, // the profile says that foreseen queries lose too much there
+    FASA_REASON_AHEAD_FIRST           = 47, // no block lies before it
     // no feed-forward lies between the attention or other block before it and its queries
     FASA_REASON_AHEAD_NO_FEED_FORWARD = 48,
-    // how its queries follow from the layer before is not recognised
-    FASA_REASON_AHEAD_UNKNOWN         = 49,
-    // the feed-forward before it runs on another device
-    FASA_REASON_AHEAD_DEVICE          = 50,
+    FASA_REASON_AHEAD_UNKNOWN         = 49, // how its queries follow from the layer before is not recognised
+    FASA_REASON_AHEAD_DEVICE          = 50, // the feed-forward before it runs on another device
     // its rows on the device have no room for a list with all tokens of the batch
     FASA_REASON_AHEAD_ROOM            = 51,
 };
@@ -384,7 +312,7 @@ FASA_API const char * fasa_step_reason(const struct llama_context * ctx);
 FASA_API int32_t fasa_step_reason_code(const struct llama_context * ctx); // enum fasa_reason
 // Why the last ubatch of a prompt was dense, or layers in it: enum fasa_reason; FASA_REASON_NONE: none was.
 FASA_API int32_t fasa_prefill_reason_code(const struct llama_context * ctx);
-FASA_API const char * fasa_reason_text(int32_t reason);                   // NULL: no reason has this number
+FASA_API const char * fasa_reason_text(int32_t reason); // NULL: no reason has this number
 
 // What attention sees in one layer of one ubatch, for calibration. Pointers are valid during the call only.
 // q is post-RoPE; k is the cache of the ubatch's stream, this ubatch's rows included: for a single sequence decoded

@@ -46,16 +46,35 @@ def params_struct() -> str:
 
 
 def counters_struct() -> str:
+    """What fits stands behind its counter, aligned with those beside it, as clang-format has it."""
     out = "typedef struct fasa_counters {\n    uint64_t size;\n"
+    beside: list[tuple[str, str]] = []
     for c in COUNTERS:
-        out += comment(f"{c.unit}: {c.help}") + f"    uint64_t {c.name};\n"
-    return out + "} fasa_counters;\n"
+        value, text = f"    uint64_t {c.name};", f"{c.unit}: {c.help}"
+        run = [*beside, (value, text)]
+        if max(len(v) for v, _ in run) + 4 + max(len(t) for _, t in run) <= WIDTH:
+            beside = run
+        elif len(value) + 4 + len(text) <= WIDTH:
+            out, beside = out + aligned(beside), [(value, text)]
+        else:
+            out, beside = out + aligned(beside) + comment(text) + value + "\n", []
+    return out + aligned(beside) + "} fasa_counters;\n"
+
+
+def aligned(rows: list[tuple[str, str]]) -> str:
+    """Declarations with their comments in one column."""
+    width = max((len(value) for value, _ in rows), default=0)
+    return "".join(f"{value.ljust(width)} // {text}\n" for value, text in rows)
 
 
 def reason_enum() -> str:
+    """A text stands behind its reason where there is room for it."""
     out, width = "enum fasa_reason {\n", max(len(r.name) for r in Reason)
     for r in Reason:
-        out += comment(r.text or "it is sparse") + f"    FASA_REASON_{r.name.ljust(width)} = {int(r)},\n"
+        text = r.text or "it is sparse"
+        value = f"    FASA_REASON_{r.name.ljust(width)} = {int(r)},"
+        line = f"{value.ljust(len(value) + int(r < 10))} // {text}"
+        out += line + "\n" if len(line) <= WIDTH else comment(text) + value + "\n"
     return out + "};\n"
 
 

@@ -13,6 +13,7 @@ LAYERS = (
     ("counters", "reasons"),
     ("params",),
     ("reference",),
+    ("reference_prefill",),
     ("gguf",),
     ("profile",),
     ("report",),

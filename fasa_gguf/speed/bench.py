@@ -296,7 +296,19 @@ def _measure_prompt(
     samples = take_turns(arms, settings.repetitions, lambda p, warm: timer.prompt(p, depth, n_prompt))
     for arm, mine in samples.items():
         _set_times(group[arm], mine, before)
+        _set_tiles(group[arm], merge([x.counters for x in mine]))
     return set_ratios(group)
+
+
+def _set_tiles(r: Result, c: Mapping[str, int]) -> None:
+    """What a prompt's tiles attended; nothing where all of them were dense."""
+    sparse, dense = c["tiles_sparse"], c["tiles_dense"]
+    if not sparse:
+        return
+    r.sparse_share = sparse / (sparse + dense)
+    r.note = f"{100 * c['prefill_attended'] / c['prefill_visible']:.0f}% of the cells attended"
+    if dense:
+        r.note += f", {dense} of {sparse + dense} tiles dense"
 
 
 def _set_times(r: Result, samples: list[Sample], prefill_s: float | None) -> None:

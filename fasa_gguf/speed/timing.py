@@ -153,15 +153,17 @@ class Timer:
     def prompt(self, p: FasaParams | None, depth: int, n: int) -> Sample:
         """A prefill of n tokens of sequence 0 after `depth` cells, and the first decode step after it."""
         self.s.fasa.set_params(p)
+        self.s.fasa.reset_counters()
         start = time.perf_counter()
         self.s.decode(self.tokens[depth : depth + n], depth)
         self.s.synchronize()
         seconds = time.perf_counter() - start
+        counters = self.s.fasa.counters()
         self.step(depth + n, 0)
         first = time.perf_counter() - start - seconds
         self.look()
         self.rewind(depth)
-        return Sample(n / seconds, {}, first, Reason.NONE, prompt_s=seconds)
+        return Sample(n / seconds, counters, first, Reason.NONE, prompt_s=seconds)
 
 
 def take_turns(

@@ -72,6 +72,11 @@ int fasa_check_params(const fasa_params & p) {
     if (p.mass > 0 && (p.floor < 1 || p.floor > p.cap)) {
         return fasa_set_error("settings floor and cap: expected 1 <= floor <= cap, found %u and %u", p.floor, p.cap);
     }
+    if (p.prefill_floor > p.prefill_cap) {
+        return fasa_set_error(
+            "settings prefill_floor and prefill_cap: expected prefill_floor <= prefill_cap, found %u and %u",
+            p.prefill_floor, p.prefill_cap);
+    }
     return 0;
 }
 

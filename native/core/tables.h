@@ -92,8 +92,7 @@
     X(PREFILL_EMBEDDINGS, "embeddings are computed") \
     X(PREFILL_OBSERVED, "an observer sees queries and keys, as in calibration") \
     X(PREFILL_DEVICE, "its attention runs on a GPU, where prefill auto is dense") \
-    X(PREFILL_HEAD_DIM, "flash attention of prompts on a GPU does not know its head dimension, or caps it " \
-        "otherwise") \
+    X(PREFILL_HEAD_DIM, "the GPU's flash attention does not know its head dimension") \
     X(PREFILL_WINDOW, "the layer has a sliding window") \
     X(NO_SUCH_LAYER, "no such layer") \
     X(NO_CACHE, "it has no KV cache that FASA knows") \

@@ -206,12 +206,14 @@ def test_the_troubleshooting_table_quotes_reasons():
 def test_the_key_table_is_the_profiles_keys():
     """The keys of settings are one row, which names the types that are not u32."""
     own = [(name, kind) for name, kind, _ in KEYS if not name.startswith("fasa.default.")]
-    other = ", ".join(f"`{s.name}` {s.gguf_type}" for s in SETTINGS if s.gguf_type != "u32")
+    kinds = dict.fromkeys(s.gguf_type for s in SETTINGS if s.gguf_type != "u32")
+    names = {kind: [f"`{s.name}`" for s in SETTINGS if s.gguf_type == kind] for kind in kinds}
+    other = "; ".join(f"{', '.join(mine)} {kind}" for kind, mine in names.items())
     at = next(i for i, key in enumerate(KEYS) if key.name.startswith("fasa.default."))
     expected = [*own[:at], ("fasa.default.NAME", "u32"), *own[at:]]
     rows = table("reference/profile.md", "## Keys")
     assert [tuple(row[:2]) for row in rows] == expected
-    assert rows[at][2] == f"default of the setting NAME; {other}"
+    assert rows[at][2] == f"default; {other}"
 
 
 # ---- names of files ----

@@ -33,6 +33,14 @@ def full_profile():
         "mean_budget": 0,
         "row_cache": 64,
         "ahead": "on",
+        "prefill": "on",
+        "prefill_min_context": 9,
+        "prefill_tile": 64,
+        "prefill_mass": 0.75,
+        "prefill_budget": 300,
+        "prefill_floor": 10,
+        "prefill_cap": 500,
+        "prefill_band": 20,
     }
     p.calibration = {
         "tool": "t",

@@ -40,49 +40,60 @@ def tokens_of(n, seed=3):
     return np.random.default_rng(seed).integers(1, 60, n).tolist()
 
 
-@pytest.mark.parametrize("cache", ["f16", "q8_0", "q4_0", "bf16"])
-@pytest.mark.parametrize(
-    "how", [ALL, ALL.replace(prefill_mass=1.0, prefill_floor=1, prefill_cap=10**6, prefill_budget=1)]
-)
-def test_identity(smollm2, profile, text, cache, how):
-    """A budget of all cells, or a mass of 1, is dense attention up to the rounding of a reordered sum."""
-    with open_session(smollm2, profile, type_k=cache, type_v=cache) as s:
-        tokens, rows = s.tokenize(text)[:N], []
-        for params in (None, how):
+def test_identity(smollm2, profile, text):
+    """A budget of all cells is dense attention up to the rounding of a reordered sum."""
+    with open_session(smollm2, profile, n_ctx=1024) as s:
+        n = 480
+        tokens, rows = s.tokenize(text)[:n], []
+        for params in (None, ALL):
             s.fasa.set_params(params)
             s.fasa.reset_counters()
             s.clear()
             s.decode(tokens[:-64], 0, logits="none")
             with s.fasa.step_kind("prompt"):  # not a draft
-                rows.append(log_softmax(s.decode(tokens[-64:], N - 64, logits="all")))
+                rows.append(log_softmax(s.decode(tokens[-64:], n - 64, logits="all")))
         c = s.fasa.counters()
-        n_tile = sum(-(-n // 128) for n in (512, N - 64 - 512)) + 2  # the last 64 tokens are parts of two tiles
-        assert c["steps_prefill"] == c["steps_prefill_sparse"] == 3 and c["layers_prefill_sparse"] == 3 * 30
-        assert c["tiles_sparse"] == 30 * n_tile and c["tiles_dense"] == 0
-        assert c["prefill_attended"] >= 0.999 * c["prefill_visible"] > 0
+        assert c["steps_prefill"] == c["steps_prefill_sparse"] == 2 and c["layers_prefill_sparse"] == 2 * 30
+        assert c["tiles_sparse"] == 30 * (4 + 1) and c["tiles_dense"] == 0
+        assert c["prefill_attended"] == c["prefill_visible"] > 0
         assert s.fasa.step_reason_code() == s.fasa.prefill_reason_code() == Reason.NONE
-        kl = (np.exp(rows[0]) * (rows[0] - rows[1])).sum(-1)
-        assert kl.mean() < (0.02 if cache == "q4_0" else 0.006)
+        assert (np.exp(rows[0]) * (rows[0] - rows[1])).sum(-1).mean() < 0.006
 
 
-def close(a, b):
+def close(a, b, times=1):
     """Up to rounding: dense itself changes by 0.0005 of 1.6 with another n_ubatch."""
-    assert a.shape == b.shape and np.abs(a - b).mean() < 2e-3 * b.std()
+    assert a.shape == b.shape and np.abs(a - b).mean() < times * 2e-3 * b.std()
 
 
-def test_identity_of_a_random_model(tiny):
+@pytest.fixture(scope="module")
+def wide(library, tmp_path_factory):
+    """Heads of 64 dimensions, which quantised caches can hold."""
+    path = tmp_path_factory.mktemp("wide") / "wide.gguf"
+    write_tiny(path, head_dim=64)
+    return path
+
+
+def wide_session(wide, **kw):
+    return open_session(wide, synthetic_profile([2] * 3, [32] * 3, seed=2), **{"n_threads": 1, **kw})
+
+
+@pytest.mark.parametrize("how", [ALL, ALL.replace(prefill_mass=1.0, prefill_cap=10**6, prefill_budget=1)])
+@pytest.mark.parametrize("cache", ["f32", "f16", "bf16", "q8_0", "q4_0"])
+def test_identity_of_a_random_model(wide, cache, how):
     rows = []
-    for params in (None, ALL):
-        with tiny_session(tiny, type_k="f32", type_v="f32") as s:
+    for params in (None, how):
+        with wide_session(wide, type_k=cache, type_v=cache) as s:
             s.fasa.set_params(params)
             rows.append(s.decode(tokens_of(N), 0, logits="all"))
-            assert s.fasa.counters()["steps_prefill_sparse"] == (2 if params else 0)
-    close(rows[1], rows[0])
+            c = s.fasa.counters()
+            assert c["steps_prefill_sparse"] == (2 if params else 0)
+            assert c["prefill_attended"] >= 0.999 * c["prefill_visible"]
+    close(rows[1], rows[0], {"bf16": 5, "q8_0": 10, "q4_0": 50}.get(cache, 1))  # dense rounds the queries there
 
 
-def test_off_and_below_prefill_min_context_nothing_changes(smollm2, profile, text):
-    with open_session(smollm2, profile) as s:
-        tokens, rows = s.tokenize(text)[:N], []
+def test_off_and_below_prefill_min_context_nothing_changes(tiny):
+    with tiny_session(tiny) as s:
+        tokens, rows = tokens_of(N), []
         for params in (None, ALL.replace(prefill="off"), ALL.replace(prefill="auto", prefill_min_context=4096)):
             s.fasa.set_params(params)
             s.clear()
@@ -117,11 +128,9 @@ def check_fresh(s, tokens, pos, seq=0):
 
 
 @pytest.mark.parametrize("cache, k_dom", [("f16", "q4"), ("q8_0", "q4"), ("f16", "f16"), ("q8_0", "q8")])
-def test_dominant_keys_stay_fresh(tmp_path, library, cache, k_dom):
+def test_dominant_keys_stay_fresh(wide, cache, k_dom):
     tokens = tokens_of(3000)
-    write_tiny(tmp_path / "wide.gguf", head_dim=64)
-    profile = synthetic_profile([2] * 3, [32] * 3, seed=2)
-    with open_session(tmp_path / "wide.gguf", profile, n_threads=1, type_k=cache, type_v=cache) as s:
+    with wide_session(wide, type_k=cache, type_v=cache) as s:
         s.fasa.set_params(SOME.replace(k_dom=k_dom))
         s.decode(tokens[:N], 0, logits="none")
         check_fresh(s, tokens[N : N + 100], N)  # a prefix that was there before

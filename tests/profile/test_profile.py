@@ -56,6 +56,14 @@ def test_json_both_ways(tmp_path):
         per_head=1,
         row_cache=64,
         ahead="on",
+        prefill="on",
+        prefill_min_context=9,
+        prefill_tile=64,
+        prefill_mass=0.75,
+        prefill_budget=300,
+        prefill_floor=10,
+        prefill_cap=500,
+        prefill_band=20,
     )
     assert q.ahead.dtype == np.uint8 and q.ahead.tolist() == [0, 1, 1] and q.ahead_weight[2][1, 1] == 2.25
     assert all(np.array_equal(a[:, ::-1], b) for a, b in zip(q.ahead_ranking, q.ranking, strict=True))
@@ -90,7 +98,9 @@ def test_the_preset_paper_is_fasa_as_published():
         p.preset("x")
     p.ranking_method = "ca"
     params, plain = p.preset("paper")
-    assert params == FasaParams(chunks=max(WIDTH // 8, 1), sink=0, recent=0, k_dom="f16", per_head=1, ahead="off")
+    assert params == FasaParams(
+        chunks=max(WIDTH // 8, 1), sink=0, recent=0, k_dom="f16", per_head=1, ahead="off", prefill="off"
+    )
     assert plain.weight is None and plain.weight_k == 0 and plain.ahead_ranking is plain.ahead_weight is None
     assert plain.ranking is p.ranking and p.weight_k == 2
 

@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import re
 
+import numpy as np
 import pytest
 from paths import ROOT
 
@@ -15,7 +16,12 @@ from fasa_gguf.reasons import Reason, not_used
 from fasa_gguf.speed.random_model import synthetic_profile
 
 # values that the rules across settings need beside the tested one
-BESIDE = {"floor": {"cap": INT_MAX}, "cap": {"floor": 1}}
+BESIDE = {
+    "prefill_floor": {"prefill_cap": INT_MAX},
+    "prefill_cap": {"prefill_floor": 1},
+    "floor": {"cap": INT_MAX},
+    "cap": {"floor": 1},
+}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +91,9 @@ def test_defaults_are_the_same_in_c(library):
     _, lib = library.library.api()
     p = lib.fasa_params_default()
     for row in SETTINGS:
-        assert getattr(p, row.name) == (row.choices.index(row.default) if row.choices else row.default), row.name
+        value = row.choices.index(row.default) if row.choices else row.default
+        value = float(np.float32(value)) if row.kind is float else value  # C's float
+        assert getattr(p, row.name) == value, row.name
     assert p.enabled == 0
 
 
@@ -121,6 +129,10 @@ def test_a_range_holds_in_python_and_in_c(library, session, row):
 def test_rules_across_settings_are_the_same_in_c(library, session):
     for values, text in (
         ({"mass": 0.5, "floor": 9, "cap": 3}, "settings floor and cap: expected 1 <= floor <= cap, found 9 and 3"),
+        (
+            {"prefill_floor": 99, "prefill_cap": 98},
+            "settings prefill_floor and prefill_cap: expected prefill_floor <= prefill_cap, found 99 and 98",
+        ),
         ({"mass": 0.5, "floor": 0}, "settings floor and cap: expected 1 <= floor <= cap, found 0 and 1024"),
         ({"mass": 0.5, "mean_budget": 9}, "settings mass and mean_budget: expected one of them, found 0.5 and 9"),
     ):
@@ -143,6 +155,8 @@ def test_names_follow_from_the_row():
         "k_dom": "str",
         "row_cache": "i32",
         "ahead": "str",
+        "prefill": "str",
+        "prefill_mass": "f32",
     }
     assert FasaParams.from_env(environ={row.variable: "77"}).min_context_gpu == 77
 
