@@ -7,9 +7,10 @@
 //   norms  what these parts add up to
 //   pool   the logits once more: every cell's exponentials, by their norms, over all rows
 //
-// No score is ever in memory. The products are m16n8k16 with f32 sums that begin at minus the norm, so a logit needs no
-// instruction but its exponential, which is what takes the time (16 a clock and SM). Some rows have theirs from a
-// polynomial instead, on the pipes that are idle: always the same rows, so that equal cells have equal scores.
+// No score is ever in memory. What takes the time is the exponentials: 16 a clock and SM. So nothing else is done with
+// a logit, as long as its row's logits are not so large that they must be set against the largest; and some rows have
+// their exponentials from a polynomial, on the pipes that are idle: always the same rows, so that equal cells have
+// equal scores.
 //
 // Thread (g, c) = (lane/4, lane%4) has dimensions c*KS*4 to c*KS*4 + KS*4 - 1 of rows g and g + 8 and of cell g; KS:
 // steps of 16 dimensions. Of the logits it has cells 2c and 2c + 1 of rows g and g + 8.
@@ -20,14 +21,13 @@
 
 static constexpr int TILE_WARPS = 8;
 #ifndef FASA_TILE_POLY_SUMS
-#    define FASA_TILE_POLY_SUMS 1
+#    define FASA_TILE_POLY_SUMS 3
 #endif
 #ifndef FASA_TILE_POLY_POOL
 #    define FASA_TILE_POLY_POOL 3
 #endif
-static constexpr int POLY_SUMS = FASA_TILE_POLY_SUMS; // of four rows, by polynomial
-static constexpr int POLY_POOL = FASA_TILE_POLY_POOL; // of eight
-static constexpr int ROWS_STEP = 64;                  // of which there are whole ones in memory
+static constexpr int POLY_SUMS = FASA_TILE_POLY_SUMS, POLY_POOL = FASA_TILE_POLY_POOL; // of eight rows, by polynomial
+static constexpr int ROWS_STEP = 64; // of which there are whole ones in memory
 
 struct fasa_tile_tip_args {
     const char * keys; // REFRESH: f16 [n_pad, cells, n_head_kv, n_stream]
@@ -42,7 +42,8 @@ struct fasa_tile_tip_args {
     fasa_tiles_ref tiles;
     half * rows;   // [pair][n_row/16][16*n_pad], as fasa_tile_row_at says
     float2 * part; // [pair][n_part][n_row] largest logit (to base 2), sum
-    float * norm;  // [pair][n_row] what a logit is raised by, -inf: no such row
+    float2 * norm; // [pair][n_row] what a logit is raised by, and 2 to that; -inf: no such row
+    int * fast;    // [pair][n_row/NORM_THREADS] whether 2^logit is a number in all of these rows
     float * dst;   // [pair][n_kv]
     int n_kv, n_cell, n_list, n_group, n_per_kv, d, n_dom, n_hadamard, n_row, n_part;
     float scale, soft_cap;
@@ -141,9 +142,9 @@ struct fasa_tile_16 {
             x[s] = ((const uint4 *) rows)[s * 32 + threadIdx.x % 32];
         }
     }
-    // y: the products, plus c0 in row g and c1 in row g + 8
-    __device__ __forceinline__ void dot(float (&y)[4], const fasa_tile_key<KS> & cell, float c0, float c1) const {
-        fasa_mma_from(y, x[0], cell.x[0], c0, c1);
+    // y: the products
+    __device__ __forceinline__ void dot(float (&y)[4], const fasa_tile_key<KS> & cell) const {
+        fasa_mma_first(y, x[0], cell.x[0]);
 #pragma unroll
         for (int s = 1; s < KS; ++s) {
             fasa_mma(y, { x[s].x, x[s].y, x[s].z, x[s].w }, cell.x[s].x, cell.x[s].y);
@@ -151,18 +152,14 @@ struct fasa_tile_16 {
     }
 };
 
-// 2^x for -127 < x < 128, 0 below: in 2^n * (1 + f), 1 + f is put right by a polynomial; relative error below 0.0035
-static __device__ __forceinline__ float fasa_exp2_poly(float x) {
+// 2^(x + by) for -127 < x + by < 128, 0 below and inf above; shift: (127 + by)/255. In 2^n * (1 + f), 1 + f is put
+// right by a polynomial; relative error below 0.0035
+static __device__ __forceinline__ float fasa_exp2_poly(float x, float shift) {
     float t, m;
-    asm("fma.rn.ftz.sat.f32 %0, %1, %2, %3;" : "=f"(t) : "f"(x), "f"(1.0f / 256), "f"(127.0f / 256));
-    const uint32_t z = __float_as_uint(t * 0x1p22f + 0x1p23f) << 9;
+    asm("fma.rn.ftz.sat.f32 %0, %1, %2, %3;" : "=f"(t) : "f"(x), "f"(1.0f / 255), "f"(shift));
+    const uint32_t z = __float_as_uint(t * (255 * 0x1p14f) + 0x1p23f) << 9;
     asm("lop3.b32 %0, %1, 0x007fffff, %2, 0xea;" : "=f"(m) : "r"(z), "f"(1.0f)); // the mantissa, with 1's exponent
     return __uint_as_float(z) * ((m * 0.23369418f - 0.69417286f) * m + 1.45702398f);
-}
-
-template <bool POLY>
-static __device__ __forceinline__ float fasa_tile_exp2(float x) {
-    return POLY ? fasa_exp2_poly(x) : fasa_exp2(x);
 }
 
 // What a warp's cells [first, first + n) are in the eyes of a tile; n: a multiple of 32
@@ -206,14 +203,18 @@ struct fasa_tile_hides {
     }
 };
 
-static __device__ __forceinline__ void fasa_tile_cap(float soft_cap, float add0, float add1, float (&y)[4]) {
+static __device__ __forceinline__ void fasa_tile_cap(float soft_cap, float (&y)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        y[i] = fasa_soft_cap(y[i], soft_cap) * LOG2E + (i < 2 ? add0 : add1);
+        y[i] = fasa_soft_cap(y[i], soft_cap) * LOG2E;
     }
 }
 
 // ---- sums: a warp has MT*16 rows and a part of the cells ----
+
+// FAST: logits are not set against the largest of their row; that is right as long as no sum leaves FAST_LEAST to
+// FAST_MOST
+static constexpr float FAST_LEAST = 1e-20f, FAST_MOST = 1e30f;
 
 template <int KS, bool CAP>
 struct fasa_tile_sums {
@@ -221,31 +222,51 @@ struct fasa_tile_sums {
     fasa_tile_16<KS> rows[MT];
     float most[MT][2], sum[MT][2];
 
-    __device__ __forceinline__ void begin(const half * from) {
+    __device__ __forceinline__ void load(const half * from) {
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
             rows[m].load(from + m * 16 * 16 * KS);
-            most[m][0] = most[m][1] = sum[m][0] = sum[m][1] = 0.0f;
         }
     }
 
-    // the logits of 16 rows, less what is the largest so far
-    template <bool ALL>
-    __device__ __forceinline__ void logits(const fasa_tile_tip_args & a, const fasa_tile_pair & at, int m, int r,
-        int cell0, const fasa_tile_key<KS> (&cells)[NT], float (&y)[NT][4]) const {
-        const fasa_tile_hides<ALL> hides(a, at, r);
+    // exponentials of NT*8 cells and rows g and g + 8 of the m-th 16
+    __device__ __forceinline__ void add_fast(int m, const float (&y)[NT][4]) {
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
-            rows[m].dot(y[n], cells[n], CAP ? 0.0f : -most[m][0], CAP ? 0.0f : -most[m][1]);
-            if constexpr (CAP) {
-                fasa_tile_cap(a.soft_cap, -most[m][0], -most[m][1], y[n]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) { // which of them is known to the compiler
+                const bool poly = i < 2 ? m + 4 < POLY_SUMS : m < POLY_SUMS;
+                sum[m][i / 2] += poly ? fasa_exp2_poly(y[n][i], 127.0f / 255) : fasa_exp2(y[n][i]);
             }
-            hides.add(cell0 + 8 * n + threadIdx.x % 4 * 2, a.n_kv, y[n]);
+        }
+    }
+
+    // the same, less what is the largest so far, or near it
+    __device__ __forceinline__ void add_slow(int m, float (&y)[NT][4]) {
+        float top[2] = { -INFINITY, -INFINITY };
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+            top[0] = fmaxf(top[0], fmaxf(y[n][0], y[n][1]));
+            top[1] = fmaxf(top[1], fmaxf(y[n][2], y[n][3]));
+        }
+#pragma unroll
+        for (int u = 0; u < 2; ++u) {
+            if (top[u] > (sum[m][u] == 0.0f ? -INFINITY : most[m][u] + 16.0f)) {
+                sum[m][u]  = sum[m][u] == 0.0f ? 0.0f : sum[m][u] * fasa_exp2(most[m][u] - top[u]);
+                most[m][u] = top[u];
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                sum[m][i / 2] += fasa_exp2(y[n][i] - most[m][i / 2]);
+            }
         }
     }
 
     // CELLS cells from cell0 on
-    template <bool ALL>
+    template <bool ALL, bool FAST>
     __device__ __forceinline__ void add(
         const fasa_tile_tip_args & a, const fasa_tile_pair & at, int row0, int cell0, const half * keys) {
         fasa_tile_key<KS> cells[NT];
@@ -256,37 +277,56 @@ struct fasa_tile_sums {
         }
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
+            const fasa_tile_hides<ALL> hides(a, at, row0 + 16 * m + g);
             float y[NT][4];
-            logits<ALL>(a, at, m, row0 + 16 * m + g, cell0, cells, y);
-            float top[2] = { -INFINITY, -INFINITY };
 #pragma unroll
             for (int n = 0; n < NT; ++n) {
-                top[0] = fmaxf(top[0], fmaxf(y[n][0], y[n][1]));
-                top[1] = fmaxf(top[1], fmaxf(y[n][2], y[n][3]));
-            }
-            // what `most` is need not be the largest, only near it
-            const bool far0 = top[0] > (sum[m][0] == 0.0f ? -INFINITY : 16.0f),
-                       far1 = top[1] > (sum[m][1] == 0.0f ? -INFINITY : 16.0f);
-            if (__any_sync(0xffffffff, far0 || far1)) {
-                const float by0 = far0 ? top[0] : 0.0f, by1 = far1 ? top[1] : 0.0f;
-#pragma unroll
-                for (int n = 0; n < NT; ++n) {
-                    y[n][0] -= by0, y[n][1] -= by0, y[n][2] -= by1, y[n][3] -= by1;
+                rows[m].dot(y[n], cells[n]);
+                if constexpr (CAP) {
+                    fasa_tile_cap(a.soft_cap, y[n]);
                 }
-                most[m][0] += by0, most[m][1] += by1;
-                sum[m][0] = sum[m][0] == 0.0f ? 0.0f : sum[m][0] * fasa_exp2(-by0);
-                sum[m][1] = sum[m][1] == 0.0f ? 0.0f : sum[m][1] * fasa_exp2(-by1);
+                hides.add(cell0 + 8 * n + threadIdx.x % 4 * 2, a.n_kv, y[n]);
             }
-            constexpr int P = POLY_SUMS;
-#pragma unroll
-            for (int n = 0; n < NT; ++n) {
-#pragma unroll
-                for (int i = 0; i < 4; ++i) {
-                    const bool poly = m % 2 * 2 + (1 - i / 2) < P; // known to the compiler
-                    sum[m][i / 2] += poly ? fasa_tile_exp2<true>(y[n][i]) : fasa_tile_exp2<false>(y[n][i]);
-                }
+            if constexpr (FAST) {
+                add_fast(m, y);
+            } else {
+                add_slow(m, y);
             }
         }
+    }
+
+    // the chunks [first, last) of CELLS cells
+    template <bool FAST>
+    __device__ __forceinline__ void run(const fasa_tile_tip_args & a, const fasa_tile_pair & at, int row0, int first,
+        int last, const half * keys, const int8_t * view) {
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            most[m][0] = most[m][1] = sum[m][0] = sum[m][1] = 0.0f;
+        }
+#pragma unroll 1
+        for (int i = first; i < last; ++i) {
+            const fasa_tile_seen seen(view, i * CELLS, CELLS);
+            if (seen.all) {
+                add<true, FAST>(a, at, row0, i * CELLS, keys);
+            } else if (seen.any) {
+                add<false, FAST>(a, at, row0, i * CELLS, keys);
+            }
+        }
+    }
+
+    // whether a fast run was right; n: rows from row0 on that there are
+    __device__ __forceinline__ bool is_right(int n) const {
+        bool right = true;
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+#pragma unroll
+            for (int u = 0; u < 2; ++u) {
+                const float s = fasa_warp_sum<4>(sum[m][u]);
+                right =
+                    right && ((s > FAST_LEAST && s < FAST_MOST) || 16 * m + 8 * u + (int) threadIdx.x % 32 / 4 >= n);
+            }
+        }
+        return __all_sync(0xffffffff, right);
     }
 
     // the four threads of a row put theirs together
@@ -316,30 +356,25 @@ static __global__ void __launch_bounds__(32 * TILE_WARPS, 2) fasa_tile_sums_kern
     if (part >= a.n_part || row0 >= at.n) {
         return;
     }
-    sums x;
-    x.begin(a.rows + ((int64_t) pair * a.n_row + row0) * (16 * KS));
     const half * keys   = (const half *) (a.keys + at.h * a.keys_nb2 + at.stream * a.keys_nb3);
     const int8_t * view = a.view + at.tile * a.n_view;
     const int n_chunk = (a.n_kv + sums::CELLS - 1) / sums::CELLS, per = (n_chunk + a.n_part - 1) / a.n_part;
-#pragma unroll 1
-    for (int i = part * per; i < min(n_chunk, (part + 1) * per); ++i) {
-        const fasa_tile_seen seen(view, i * sums::CELLS, sums::CELLS);
-        if (seen.all) {
-            x.template add<true>(a, at, row0, i * sums::CELLS, keys);
-        } else if (seen.any) {
-            x.template add<false>(a, at, row0, i * sums::CELLS, keys);
-        }
+    const int first = part * per, last = min(n_chunk, first + per);
+    sums x;
+    x.load(a.rows + ((int64_t) pair * a.n_row + row0) * (16 * KS));
+    x.template run<true>(a, at, row0, first, last, keys, view);
+    if (!x.is_right(at.n - row0)) {
+        x.template run<false>(a, at, row0, first, last, keys, view);
     }
     x.end(a.part + ((int64_t) pair * a.n_part + part) * a.n_row + row0);
 }
 
-// ---- norms ----
+// ---- norms: a thread has a row ----
 
-static __global__ void fasa_tile_norms_kernel(const fasa_tile_tip_args a) {
-    const int r = blockIdx.x * blockDim.x + threadIdx.x, pair = blockIdx.y;
-    if (r >= a.n_row) {
-        return;
-    }
+static constexpr int NORM_THREADS = 64;
+
+static __global__ void __launch_bounds__(NORM_THREADS) fasa_tile_norms_kernel(const fasa_tile_tip_args a) {
+    const int r = blockIdx.x * NORM_THREADS + threadIdx.x, pair = blockIdx.y;
     float top = -INFINITY, sum = 0.0f;
     if (r < a.tiles.count(pair / a.n_list) * a.n_group) {
         const float2 * part = a.part + (int64_t) pair * a.n_part * a.n_row + r;
@@ -351,7 +386,13 @@ static __global__ void fasa_tile_norms_kernel(const fasa_tile_tip_args a) {
             sum += x.y * fasa_exp2(x.x - top);
         }
     }
-    a.norm[(int64_t) pair * a.n_row + r] = sum > 0.0f ? FASA_SCORE_EXP - top - log2f(sum) : -INFINITY;
+    const float by                       = sum > 0.0f ? FASA_SCORE_EXP - top - log2f(sum) : -INFINITY;
+    a.norm[(int64_t) pair * a.n_row + r] = make_float2(by, fasa_exp2(by));
+    // then 2^logit, and times 2^by, are numbers
+    const int fast = __syncthreads_and(by == -INFINITY || fabsf(by - FASA_SCORE_EXP) < FASA_SCORE_EXP);
+    if (threadIdx.x == 0) {
+        a.fast[pair * gridDim.x + blockIdx.x] = fast;
+    }
 }
 
 // ---- pool: a warp has NT*8 cells and all rows ----
@@ -370,45 +411,51 @@ struct fasa_tile_pool {
     }
 
     // PART: which 16 of every ROWS_STEP rows these are
-    template <int PART, bool ALL>
+    template <int PART, bool ALL, bool FAST>
     __device__ __forceinline__ void add(const fasa_tile_tip_args & a, const fasa_tile_pair & at, int row0, int cell0,
-        const half * rows, const float * norm) {
-        constexpr bool P0 = PART + 4 < POLY_POOL, P1 = PART < POLY_POOL; // rows g, rows g + 8
+        const half * rows, const float2 * norm) {
         row0 += 16 * PART;
         const int g = threadIdx.x % 32 / 4;
         fasa_tile_16<KS> x;
         x.load(rows + row0 * (16 * KS));
-        const float add0 = norm[row0 + g], add1 = norm[row0 + g + 8];
+        const float2 by[2]   = { norm[row0 + g], norm[row0 + g + 8] };
+        const float shift[2] = { (127.0f + by[0].x) * (1.0f / 255), (127.0f + by[1].x) * (1.0f / 255) };
         const fasa_tile_hides<ALL> hides(a, at, row0 + g);
 #pragma unroll
         for (int n = 0; n < NT; ++n) {
             float y[4];
-            x.dot(y, cells[n], CAP ? 0.0f : add0, CAP ? 0.0f : add1);
+            x.dot(y, cells[n]);
             if constexpr (CAP) {
-                fasa_tile_cap(a.soft_cap, add0, add1, y);
+                fasa_tile_cap(a.soft_cap, y);
             }
             hides.add(cell0 + 8 * n + threadIdx.x % 4 * 2, a.n_kv, y);
-            pool[n][0] += fasa_tile_exp2<P0>(y[0]);
-            pool[n][1] += fasa_tile_exp2<P0>(y[1]);
-            pool[n][0] += fasa_tile_exp2<P1>(y[2]);
-            pool[n][1] += fasa_tile_exp2<P1>(y[3]);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const int u     = i / 2;
+                const bool poly = u == 0 ? PART + 4 < POLY_POOL : PART < POLY_POOL; // known to the compiler
+                pool[n][i % 2] += !FAST ? fasa_exp2(y[i] + by[u].x) :
+                    poly                ? fasa_exp2_poly(y[i], shift[u]) :
+                                          fasa_exp2(y[i]) * by[u].y;
+            }
         }
     }
 
-    template <bool ALL>
-    __device__ __forceinline__ void run(const fasa_tile_tip_args & a, const fasa_tile_pair & at, int cell0,
-        const half * keys, const half * rows, const float * norm) {
-        clear();
-#pragma unroll
-        for (int n = 0; n < NT; ++n) {
-            cells[n].load(keys + (int64_t) min(cell0 + 8 * n + (int) threadIdx.x % 32 / 4, a.n_cell - 1) * (16 * KS));
-        }
+    template <bool ALL, bool FAST>
+    __device__ __forceinline__ void run(
+        const fasa_tile_tip_args & a, const fasa_tile_pair & at, int cell0, const half * rows, const float2 * norm) {
 #pragma unroll 1
         for (int row0 = 0; row0 < at.n; row0 += ROWS_STEP) {
-            add<0, ALL>(a, at, row0, cell0, rows, norm);
-            add<1, ALL>(a, at, row0, cell0, rows, norm);
-            add<2, ALL>(a, at, row0, cell0, rows, norm);
-            add<3, ALL>(a, at, row0, cell0, rows, norm);
+            add<0, ALL, FAST>(a, at, row0, cell0, rows, norm);
+            add<1, ALL, FAST>(a, at, row0, cell0, rows, norm);
+            add<2, ALL, FAST>(a, at, row0, cell0, rows, norm);
+            add<3, ALL, FAST>(a, at, row0, cell0, rows, norm);
+        }
+    }
+
+    __device__ __forceinline__ void load(const half * keys, int cell0, int n_cell) {
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+            cells[n].load(keys + (int64_t) min(cell0 + 8 * n + (int) threadIdx.x % 32 / 4, n_cell - 1) * (16 * KS));
         }
     }
 
@@ -440,17 +487,26 @@ static __global__ void __launch_bounds__(32 * TILE_WARPS, KS <= 4 ? 2 : 1) fasa_
         return;
     }
     const fasa_tile_pair at(a, pair);
-    const half * keys  = (const half *) (a.keys + at.h * a.keys_nb2 + at.stream * a.keys_nb3);
-    const half * rows  = a.rows + (int64_t) pair * a.n_row * (16 * KS);
-    const float * norm = a.norm + (int64_t) pair * a.n_row;
+    const half * rows   = a.rows + (int64_t) pair * a.n_row * (16 * KS);
+    const float2 * norm = a.norm + (int64_t) pair * a.n_row;
     pool x;
+    x.clear();
     const fasa_tile_seen seen(a.view + at.tile * a.n_view, cell0, pool::CELLS);
-    if (seen.all) {
-        x.template run<true>(a, at, cell0, keys, rows, norm);
-    } else if (seen.any) {
-        x.template run<false>(a, at, cell0, keys, rows, norm);
-    } else {
-        x.clear();
+    if (seen.any) {
+        const int n_fast = a.n_row / NORM_THREADS;
+        bool fast        = true;
+        for (int i = threadIdx.x % 32; i < n_fast; i += 32) {
+            fast = fast && a.fast[pair * n_fast + i];
+        }
+        fast = __all_sync(0xffffffff, fast);
+        x.load((const half *) (a.keys + at.h * a.keys_nb2 + at.stream * a.keys_nb3), cell0, a.n_cell);
+        if (fast && seen.all) {
+            x.template run<true, true>(a, at, cell0, rows, norm);
+        } else if (fast) {
+            x.template run<false, true>(a, at, cell0, rows, norm);
+        } else {
+            x.template run<false, false>(a, at, cell0, rows, norm);
+        }
     }
     x.end(a.n_kv, cell0, a.dst + (int64_t) pair * a.n_kv);
 }
@@ -470,15 +526,16 @@ static void fasa_tile_tip_launch(ggml_backend_cuda_context & ctx, fasa_tile_tip_
 
     ggml_cuda_pool_alloc<half> rows(ctx.pool(), (size_t) n_pair * a.n_row * 16 * KS);
     ggml_cuda_pool_alloc<float2> part(ctx.pool(), (size_t) n_pair * a.n_row * a.n_part);
-    ggml_cuda_pool_alloc<float> norm(ctx.pool(), (size_t) n_pair * a.n_row);
-    a.rows = rows.get(), a.part = part.get(), a.norm = norm.get();
+    ggml_cuda_pool_alloc<float2> norm(ctx.pool(), (size_t) n_pair * a.n_row);
+    ggml_cuda_pool_alloc<int> fast(ctx.pool(), (size_t) n_pair * a.n_row / NORM_THREADS);
+    a.rows = rows.get(), a.part = part.get(), a.norm = norm.get(), a.fast = fast.get();
 
     const auto stream = ctx.stream();
     fasa_tile_rows_kernel<<<dim3((a.n_row + TILE_WARPS - 1) / TILE_WARPS, n_pair), 32 * TILE_WARPS,
         TILE_WARPS * a.d * sizeof(float), stream>>>(a, 16 * KS);
     fasa_tile_sums_kernel<KS, CAP>
         <<<dim3(n_pair, (n_rows * a.n_part + TILE_WARPS - 1) / TILE_WARPS), 32 * TILE_WARPS, 0, stream>>>(a);
-    fasa_tile_norms_kernel<<<dim3((a.n_row + 127) / 128, n_pair), 128, 0, stream>>>(a);
+    fasa_tile_norms_kernel<<<dim3(a.n_row / NORM_THREADS, n_pair), NORM_THREADS, 0, stream>>>(a);
     constexpr int CELLS = TILE_WARPS * pool::CELLS;
     fasa_tile_pool_kernel<KS, CAP><<<dim3(n_pair, (a.n_kv + CELLS - 1) / CELLS), 32 * TILE_WARPS, 0, stream>>>(a);
     CUDA_CHECK(cudaGetLastError());

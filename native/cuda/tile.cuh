@@ -32,15 +32,15 @@ struct fasa_tile_mask {
     }
 };
 
-// fasa_mma with sums that begin at c0 in rows g and at c1 in rows g + 8
-static __device__ __forceinline__ void fasa_mma_from(float (&y)[4], const uint4 & a, uint2 b, float c0, float c1) {
+// fasa_mma with sums that begin at 0
+static __device__ __forceinline__ void fasa_mma_first(float (&y)[4], const uint4 & a, uint2 b) {
 #if __CUDA_ARCH__ >= 800
     asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, "
-        "%11, %11};"
+        "%10, %10};"
         : "=f"(y[0]), "=f"(y[1]), "=f"(y[2]), "=f"(y[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y), "f"(c0), "f"(c1));
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y), "f"(0.0f));
 #else
-    y[0] = y[1] = c0, y[2] = y[3] = c1;
+    y[0] = y[1] = y[2] = y[3] = 0.0f;
     fasa_mma(y, { a.x, a.y, a.z, a.w }, b.x, b.y);
 #endif
 }
