@@ -1,9 +1,9 @@
 // FAC of sparse prefill (ops/tile.h): the rows of every list are gathered, and llama.cpp's flash attention attends to
 // them. A pair (a tile and a list of it) is a sequence there, with one KV head:
 //
-//   q      f32 [d, T, n_group, pairs]
+//   q      f32 [d, T rounded up, n_group, pairs]
 //   k, v   f16 [d, n_pad, 1, pairs]; n_pad: the longest list's length, in whole steps of flash attention
-//   mask   f16 [n_pad, T, 1, pairs], -inf behind a list's end
+//   mask   f16 [n_pad, T rounded up, 1, pairs], -inf behind a list's end
 //
 // Flash attention looks at the mask and leaves out what is behind the end of a list. It needs the last step whole, so
 // that has zeros. An attention sink is such a row of zeros, right behind the list, and its logit stands in the mask:
@@ -20,6 +20,7 @@
 #include <cstring>
 
 static constexpr int FAC_STEP    = 256;       // FATTN_KQ_STRIDE
+static constexpr int FAC_TOKENS  = 64;        // that flash attention looks at the mask of at once, at the most
 static constexpr size_t FAC_ROOM = 128 << 20; // bytes of gathered rows at a time, if a tile does not need more
 
 struct fasa_tile_fac_args {
@@ -35,7 +36,7 @@ struct fasa_tile_fac_args {
     float *q_to, *out;
     half *k_to, *v_to, *mask_to;
     const float * sinks;                                                 // [n_head] or nullptr
-    int n_len, n_list, n_group, n_per_kv, n_head, d, n_pad, size, tile0; // size: T; tile0: of this turn
+    int n_len, n_list, n_group, n_per_kv, n_head, d, n_pad, size, tile0; // size: T, rounded up; tile0: of this turn
     int64_t out_pair, out_t, out_g;                                      // of `out`, from each to the next, in values
     bool whole;                                                          // all of n_pad is read
 };
@@ -47,7 +48,7 @@ static __global__ void __launch_bounds__(GATHER_THREADS) fasa_tile_gather_kernel
     ggml_cuda_pdl_sync();
     const int pair = blockIdx.y, tile = a.tile0 + pair / a.n_list, list = pair % a.n_list, h = list / a.n_per_kv;
     const int32_t * cells = a.list + ((int64_t) tile * a.n_list + list) * a.n_len;
-    const int n = *cells++, n_rows = a.whole ? a.n_pad : (n + !!a.sinks + FAC_STEP - 1) / FAC_STEP * FAC_STEP;
+    const int n = *cells++, n_rows = a.whole ? a.n_pad : max(1, (n + !!a.sinks + FAC_STEP - 1) / FAC_STEP) * FAC_STEP;
     const int units = a.d / 8, s = a.tiles.stream(tile);
     for (int u = blockIdx.x * GATHER_THREADS + threadIdx.x; u < n_rows * units * 2; u += gridDim.x * GATHER_THREADS) {
         const bool is_v = u >= n_rows * units;
@@ -224,7 +225,7 @@ void fasa_cuda_tile_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, cons
     a.n_per_kv              = a.n_list / k->ne[1];
     a.d                     = k->ne[0];
     a.n_pad                 = (a.n_len - 1 + FAC_STEP - 1) / FAC_STEP * FAC_STEP;
-    a.size                  = tiles->ne[0] - 2;
+    a.size                  = (tiles->ne[0] - 2 + FAC_TOKENS - 1) / FAC_TOKENS * FAC_TOKENS;
 
     const size_t row = a.d * sizeof(half), bytes = a.n_list * (size_t) a.n_pad * (2 * row + a.size * sizeof(half));
     const int64_t n_tile = tiles->ne[1], turn = std::min<int64_t>(n_tile, std::max<size_t>(1, FAC_ROOM / bytes));
