@@ -340,7 +340,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
     out, dense = [], result["steps_dense"]
     if dense and result["steps_sparse"]:
         out.append(f"{result['arm']}: {dense} of {result['steps_sparse'] + dense} steps were dense")
-    if result["prefill_share"] is not None:
+    if result.get("prefill_share") is not None:
         out.append(f"{result['arm']}: its prompts attended {100 * result['prefill_share']:.0f}% of the cells")
     if (share := dense_share(result)) > 0:
         out.append(f"{result['arm']}: {100 * share:.0f}% of the layers were dense; tokens are the sparse layers'")

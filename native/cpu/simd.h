@@ -113,6 +113,13 @@ static inline fasa_f32x16 fasa_exp(fasa_f32x16 x, float e) {
 #endif
 }
 
+// cap*tanh(x/cap), to 1e-7 of cap: tanh y = 1 - 2/(e^2y + 1)
+static inline fasa_f32x16 fasa_soft_cap(fasa_f32x16 x, float cap) {
+    fasa_f32x16 y = x * (2.0f / cap);
+    y             = y > 80.0f ? fasa_f32x16{} + 80.0f : y;
+    return cap - 2.0f * cap / (fasa_exp(y, 0.0f) + 1.0f);
+}
+
 typedef float fasa_f32x8 __attribute__((vector_size(32)));
 typedef float fasa_f32x4 __attribute__((vector_size(16)));
 typedef int32_t fasa_i32x4 __attribute__((vector_size(16)));

@@ -124,10 +124,8 @@ static void fasa_tile_fac_read(
 // soft-capping and the mask, on scores of n_cell cells
 static void fasa_tile_fac_see(const ggml_tensor * mask, const int8_t * view, const fasa_tile_ref & tile, float soft_cap,
     const int32_t * list, int64_t n_cell, fasa_tile_fac_work & w) {
-    for (int64_t c = 0; soft_cap > 0 && c < n_cell * w.n; c += 16) { // tanh y = 1 - 2/(e^2y + 1)
-        fasa_f32x16 y       = fasa_load<fasa_f32x16>(w.score.data() + c) * (2.0f / soft_cap);
-        y                   = y > 80.0f ? fasa_f32x16{} + 80.0f : y;
-        const fasa_f32x16 x = soft_cap - 2.0f * soft_cap / (fasa_exp(y, 0.0f) + 1.0f);
+    for (int64_t c = 0; soft_cap > 0 && c < n_cell * w.n; c += 16) {
+        const fasa_f32x16 x = fasa_soft_cap(fasa_load<fasa_f32x16>(w.score.data() + c), soft_cap);
         memcpy(w.score.data() + c, &x, sizeof(x));
     }
     for (int64_t c = 0; c < n_cell; ++c) {

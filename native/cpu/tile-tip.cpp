@@ -231,14 +231,21 @@ static inline fasa_f32x16 fasa_exp2(fasa_f32x16 x, float e) {
 #endif
 }
 
-// logits x [n] of one query, in place, as it sees them: soft-capped, hidden, and times log2(e)
-static void fasa_tile_see(float * x, int64_t n, float soft_cap, const ggml_fp16_t * mask, int64_t n_mask) {
-    for (int64_t c = 0; soft_cap > 0 && c < n; ++c) {
-        x[c] = soft_cap * tanhf(x[c] / soft_cap);
-    }
-    for (int64_t c = 0; mask && c < n; ++c) {
-        const float h = c < n_mask ? GGML_CPU_FP16_TO_FP32(mask[c]) : -INFINITY;
-        x[c]          = h > FASA_FRESH ? x[c] + h : -INFINITY; // x may be anything, NaN too
+// logits x [n, rounded up to 16] of one query over n cells, in place, as it sees them: soft-capped and hidden
+static void fasa_tile_see(float * x, int64_t n, float soft_cap, const ggml_fp16_t * mask) {
+    for (int64_t c = 0; c < n; c += 16) {
+        fasa_f32x16 v = fasa_load<fasa_f32x16>(x + c);
+        v             = soft_cap > 0 ? fasa_soft_cap(v, soft_cap) : v;
+        if (mask) {
+            ggml_fp16_t last[16];
+            if (c + 16 > n) {
+                std::fill(last, last + 16, (ggml_fp16_t) 0xfc00); // -inf
+                memcpy(last, mask + c, (n - c) * sizeof(ggml_fp16_t));
+            }
+            const fasa_f32x16 h = fasa_f32_f16(c + 16 > n ? last : mask + c);
+            v                   = h > FASA_FRESH ? v + h : h; // v may be anything, NaN too
+        }
+        memcpy(x + c, &v, sizeof(v));
     }
 }
 
@@ -336,7 +343,7 @@ static void fasa_tile_rows(const ggml_tensor * dst, const fasa_op_params & p, co
             if (!is_row) {
                 std::fill(x + m * FASA_SPAN, x + m * FASA_SPAN + n_16 * 16, -INFINITY);
             } else if (hide || p.soft_cap > 0) {
-                fasa_tile_see(x + m * FASA_SPAN, n_16 * 16, p.soft_cap, hide, n);
+                fasa_tile_see(x + m * FASA_SPAN, n, p.soft_cap, hide);
             }
             fasa_tile_span(
                 x + m * FASA_SPAN, n_16 * 16, w.e.data() + m * stride + cell, e + m * stride, e + m * stride + n_span);

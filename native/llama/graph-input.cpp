@@ -133,12 +133,12 @@ void llm_graph_input_fasa::count_bytes() const {
     now.counts.bytes_layers_dense += n * cell_dense;
 }
 
-// why a prompt's ubatch of n_tokens is dense as a whole
-static fasa_reason fasa_prompt_reason(
-    const fasa_state & state, const llama_cparams & cparams, const llama_ubatch & ubatch, uint32_t n_kv) {
+// Why a ubatch has no tiles, none of its layers; dense: why it is dense as a decode step (fasa_step_dense_reason)
+static fasa_reason fasa_prompt_reason(const fasa_state & state, const llama_cparams & cparams,
+    const llama_ubatch & ubatch, uint32_t n_kv, fasa_reason dense) {
     const auto & params = state.params;
-    if (!params.enabled) {
-        return FASA_REASON_OFF;
+    if (dense != FASA_REASON_PREFILL) {
+        return dense == FASA_REASON_NONE ? FASA_REASON_PREFILL_OFF : dense;
     }
     if (params.prefill == FASA_PREFILL_OFF) {
         return FASA_REASON_PREFILL_OFF;
@@ -164,13 +164,10 @@ bool llm_graph_input_fasa::can_reuse(const llm_graph_params & params) {
     if (first_seen >= 0 && first_seen != cache->inputs.first_seen(ubatch)) {
         return false;
     }
-    if (!state.now.decodes &&
-        (prefill_reason_of_step != fasa_prompt_reason(state, params.cparams, ubatch, n_kv) ||
-            (tiles.tiles && n_tile != state.now.tiles.size()))) {
-        return false;
-    }
-    return epoch == state.epoch && n == n_stream && gpu_waits == cache->gpu_waits(n_kv) &&
-        dense_reason == fasa_step_dense_reason(state.params, state.now.decodes, n_kv);
+    const auto reason = fasa_step_dense_reason(state.params, state.now.decodes, n_kv);
+    return epoch == state.epoch && n == n_stream && gpu_waits == cache->gpu_waits(n_kv) && dense_reason == reason &&
+        prefill_reason_of_step == fasa_prompt_reason(state, params.cparams, ubatch, n_kv, reason) &&
+        (tiles.tiles == nullptr || n_tile == state.now.tiles.size());
 }
 
 llm_graph_input_fasa * fasa_graph_input(const llm_graph_context & graph, fasa_cache * cache, const ggml_tensor * k) {
@@ -186,15 +183,15 @@ llm_graph_input_fasa * fasa_graph_input(const llm_graph_context & graph, fasa_ca
         now.active ? now.decodes : graph.n_outputs == graph.n_tokens && graph.n_tokens <= params.max_tokens * k->ne[3];
 
     const auto reason = fasa_step_dense_reason(params, decodes, k->ne[2]);
-    const auto prompt =
-        decodes ? FASA_REASON_PREFILL_OFF : fasa_prompt_reason(*cache->state, graph.cparams, graph.ubatch, k->ne[2]);
+    const auto prompt = fasa_prompt_reason(*cache->state, graph.cparams, graph.ubatch, k->ne[2], reason);
     auto input = std::make_unique<llm_graph_input_fasa>(cache, reason, prompt, k->ne[3], cache->gpu_waits(k->ne[2]));
     const int64_t n_tps = graph.n_tokens / k->ne[3];
     if (reason == FASA_REASON_NONE) {
         input->ranges = input->new_input(graph.ctx0, 2 * FASA_MAX_RANGES, k->ne[3], "fasa_ranges");
         input->forced =
             input->new_input(graph.ctx0, std::max(1u, params.sink + params.recent), n_tps, "fasa_forced", k->ne[3]);
-    } else if (prompt == FASA_REASON_NONE) {
+    }
+    if (prompt == FASA_REASON_NONE) {
         input->add_tiles(graph.ctx0,
             now.active ?
                 now.tiles.size() :

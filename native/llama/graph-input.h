@@ -43,7 +43,7 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
     ggml_tensor * fresh        = nullptr; // i32 [n_tps, n_stream]
     ggml_tensor * forced_ahead = nullptr; // i32 [n_forced + n_tps, n_tps, n_stream]
 
-    fasa_reason prefill_reason_of_step;            // why a prompt is dense as a whole; of a decode step too
+    fasa_reason prefill_reason_of_step;            // why no layer has tiles: it is no prompt, or dense as a whole
     fasa_reason prefill_reason = FASA_REASON_NONE; // why it, or the first layer that is, is dense
     uint32_t n_tile            = 0;                // tiles of a prompt that runs sparse
     fasa_tile_inputs tiles     = {};
