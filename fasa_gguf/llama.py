@@ -16,7 +16,7 @@ from .gguf.file import GGUFFile, read_header
 from .memory.model import read_model
 from .memory.placement import choose_mode, chosen_mode
 from .mended import Mended, file_path
-from .params import FasaParams
+from .params import QUALITIES, FasaParams
 from .profile.find import find_profile
 from .profile.profile import Profile
 from .profile.rope import SCALING, UNSET, rope_note
@@ -30,8 +30,17 @@ def _say(text: str) -> None:
 
 
 def _check_choice(fasa: Any) -> None:
-    if not isinstance(fasa, FasaParams) and fasa not in ("auto", "off"):
-        raise FasaError(f'fasa={fasa!r}: expected "auto", "off" or FasaParams(...)')
+    if not isinstance(fasa, FasaParams) and fasa not in ("auto", "off", *QUALITIES):
+        qualities = ", ".join(f'"{name}"' for name in QUALITIES)
+        raise FasaError(f'fasa={fasa!r}: expected "auto", "off", {qualities} or FasaParams(...)')
+
+
+def _params(fasa: FasaParams | str, profile: Profile) -> FasaParams:
+    """The settings of a choice but "off". Raises FasaError for a variable that cannot be read."""
+    if isinstance(fasa, FasaParams):
+        return fasa
+    base = FasaParams.from_env(profile.params())
+    return base if fasa == "auto" else FasaParams.from_mapping({"quality": fasa}, "fasa", base)
 
 
 def _find_profile(model: GGUFFile | str | os.PathLike, source: Profile | str | os.PathLike | None) -> Profile:
@@ -77,7 +86,7 @@ def _choose_mode(
     if profile is None:
         return "device"
     try:
-        params = fasa if isinstance(fasa, FasaParams) else FasaParams.from_env(profile.params())
+        params = _params("auto" if fasa == "off" else fasa, profile)
     except FasaError:  # set_fasa reports it
         return "device"
     one = kwargs.get("split_mode") == _llama_cpp.LLAMA_SPLIT_MODE_NONE
@@ -86,6 +95,7 @@ def _choose_mode(
         lambda: read_model(model, profile),
         [params],
         only=kwargs.get("main_gpu", 0) if one else None,
+        split=kwargs.get("tensor_split"),
     )
     if line:
         _say(line)
@@ -107,8 +117,8 @@ class _Model(_llama_cpp._internals.LlamaModel):  # type: ignore[name-defined]
 class Llama(Mended):
     """llama_cpp.Llama with FASA.
 
-    fasa: "auto" (the profile in the model, if there is one), "off", or FasaParams, which need a profile. None: what
-    enable() was given, or "auto".
+    fasa: "auto" (the profile in the model, if there is one), "off", or what needs a profile: FasaParams, or a quality
+    ("fast", "balanced", "careful"). None: what enable() was given, or "auto".
     fasa_profile: a Profile or the path of one. None: what enable() was given, or what FASA_PROFILE names, or the file
     MODEL.fasa.json beside the model, or the model's own.
     fasa_mode: where K and V lie. "device": on the GPU (FASA-C). "host": in pinned host memory (FASA-M), for a context
@@ -152,7 +162,7 @@ class Llama(Mended):
             raise FasaError(_NO_VISION)
         if self._foreign_callers and kwargs.get("flash_attn") is False:
             del kwargs["flash_attn"]
-        asked = isinstance(fasa, FasaParams) or mode == "host" or (fasa == "auto" and fasa_profile is not None)
+        asked = fasa not in ("auto", "off") or mode == "host" or (fasa == "auto" and fasa_profile is not None)
         model, profile = self._open_profile(model_path, asked, kwargs)
         for name in ("n_threads", "n_threads_batch"):  # llama_cpp counts CPUs that the process may not use
             kwargs[name] = kwargs.get(name) or thread_count()
@@ -252,7 +262,9 @@ class Llama(Mended):
                     )
                 profile = _find_profile(self.model_path, self._fasa_source)
                 self._attach(context, profile)
-            context.set_params(fasa if isinstance(fasa, FasaParams) else FasaParams.from_env(profile.params()))
+            context.set_params(_params(fasa, profile))
+            if (limit := context.gpu_limit()).source in ("probe", "default"):
+                _say(limit.text)
         self._fasa_choice = fasa
 
     @property
@@ -275,8 +287,11 @@ class Llama(Mended):
         Raises FasaError when the model is closed.
         """
         context = self._live()
+        limit = context.gpu_limit()
         return {
             **context.counters(),
+            "min_context_gpu": limit.cells if limit.source != "none" else None,
+            "min_context_gpu_from": limit.source,
             "step_reason": context.step_reason(),
             "step_reason_code": context.step_reason_code(),
             "layer_reasons": context.layer_reasons(),
@@ -379,11 +394,13 @@ def enable(
     params, mode, profile: as fasa=, fasa_mode= and fasa_profile= of Llama. A model that the profile does not fit is
     decoded dense, with a line on stderr, unless params are FasaParams. flash_attn=False counts as not given, since such
     code passes on llama_cpp's default. Call it before llama_cpp is imported; after that it raises FasaError, and for a
-    profile that is not usable.
+    profile that is not usable. Says on stderr when another llama-cpp-python is installed than the one in use.
     """
     import llama_cpp.llama
 
     _check_choice(params)
+    if line := runtime.library.binding_note():
+        _say(line)
     mode = None if mode is None else chosen_mode(mode)
     Llama._profile_default = profile if profile is None or isinstance(profile, Profile) else Profile.load(profile)
     Llama._fasa_default, Llama._mode_default, Llama._foreign_callers = params, mode, True

@@ -114,6 +114,15 @@ class Mended(_Base):
                 "load it without that to evaluate tokens"
             )
 
+    def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
+        """llama_cpp.Llama.tokenize. Raises FasaError for a model without a vocabulary, where llama.cpp would abort."""
+        if _llama_cpp.llama_vocab_type(self._model.vocab) == _llama_cpp.LLAMA_VOCAB_TYPE_NONE:
+            raise FasaError(
+                f"{self.model_path}: this model has no vocabulary, so it reads no text; use one with a tokenizer"
+            )
+        tokens: list[int] = super().tokenize(text, add_bos, special)
+        return tokens
+
     def load_state(self, state: Any) -> None:
         """llama_cpp.Llama.load_state. Raises FasaError when the state does not fit; the model is then empty."""
         with self._calls:

@@ -22,6 +22,14 @@ MODES = ("auto", "device", "host")  # where K and V lie. No setting: a live cont
 MODE_ALIASES = {"c": "device", "m": "host"}  # the paper's letters
 INT_MAX = 2**31 - 1
 
+# what `quality` stands for. Chosen by measurement: docs/lab/quality.md
+QUALITIES: dict[str, dict[str, Any]] = {
+    "fast": {"mass": 0.9, "floor": 64, "cap": 1024},
+    "balanced": {"mass": 0.95, "floor": 64, "cap": 2048},
+    "careful": {"mass": 0.985, "floor": 128, "cap": 8192},
+}
+QUALITY_VARIABLE = "FASA_QUALITY"
+
 
 def parse_mode(text: Any, where: str = "fasa_mode") -> str:
     """auto, device or host; c and m are short for device and host. Raises FasaError, which names `where`."""
@@ -38,6 +46,13 @@ def default_chunks(n_chunk: int) -> int:
     The library's fasa_default_chunks. A head with fewer than 4 chunks uses all of them.
     """
     return max(4, 3 * n_chunk // 8 // 4 * 4)
+
+
+def quality_settings(name: Any, where: str) -> dict[str, Any]:
+    """The settings that a quality stands for. Raises FasaError, which names `where`."""
+    if not isinstance(name, str) or name not in QUALITIES:
+        raise FasaError(f"{where}: quality: expected one of {', '.join(QUALITIES)}, found {name!r}")
+    return QUALITIES[name]
 
 
 @dataclass(frozen=True)
@@ -131,7 +146,12 @@ class FasaParams:
     sink: int = _row(4, "tokens", "first tokens of a sequence, always attended", high=65536)
     recent: int = _row(32, "tokens", "last tokens of a sequence, always attended", high=65536)
     min_context: int = _row(1024, "cells", "a step that sees fewer cached cells than this is dense")
-    min_context_gpu: int = _row(16384, "cells", "the same for a layer on a GPU; without effect when min_context is 0")
+    min_context_gpu: int = _row(
+        -1,
+        "cells",
+        "the same for a layer on a GPU; -1: found by a short probe of the GPU; without effect when min_context is 0",
+        low=-1,
+    )
     max_tokens: int = _row(
         64, "tokens per sequence", "a ubatch with more tokens of one sequence than this is a prompt, and dense", low=1
     )
@@ -175,7 +195,7 @@ class FasaParams:
         128, "tokens", "tokens of a prompt that share a list of cells per KV head", low=16, high=1024
     )
     prefill_mass: float = _row(
-        0.95,
+        0.98,
         "share, 0 to 1",
         "a tile takes cells until this share of the estimated attention is held; 0: prefill_budget cells",
         high=1,
@@ -205,12 +225,13 @@ class FasaParams:
         )
         return max(most, self.sink + self.recent, 1)
 
-    def least_above(self, n_cells: int, reason: Reason) -> int:
+    def least_above(self, n_cells: int, reason: Reason, gpu_cells: int | None = None) -> int:
         """The setting that keeps a step of n_cells cells dense: min_context or, when that is the step's reason,
-        min_context_gpu; 0 when neither does."""
+        min_context_gpu, which is gpu_cells in the context; 0 when neither does."""
         if n_cells < self.min_context:
             return self.min_context
-        return self.min_context_gpu if reason == Reason.MIN_CONTEXT_GPU else 0
+        gpu = max(self.min_context_gpu, 0) if gpu_cells is None else gpu_cells
+        return gpu if reason == Reason.MIN_CONTEXT_GPU else 0
 
     def check(self) -> FasaParams:
         """Returns self, or raises FasaError naming the first setting that is out of range."""
@@ -232,15 +253,20 @@ class FasaParams:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], where: str, base: FasaParams | None = None) -> FasaParams:
         """Settings by name; numbers may be text. Of budget, mass and mean_budget, the one given replaces the base's; so
-        does prefill_budget the base's prefill_mass.
+        does prefill_budget the base's prefill_mass. `quality` is a name too: it stands for several settings, of which
+        those that `values` gives itself win.
 
         Raises FasaError naming `where` for unknown names and values that cannot be read.
         """
+        values = dict(values)
+        if (quality := values.pop("quality", None)) is not None:
+            chosen = quality_settings(quality, where)
+            base = (base or cls()).replace(**chosen, mean_budget=0)
         known = {row.name: row for row in SETTINGS}
         changes: dict[str, Any] = {}
         for name, value in values.items():
             if name not in known:
-                raise FasaError(f"{where}: unknown setting {name!r}; known are {', '.join(known)}")
+                raise FasaError(f"{where}: unknown setting {name!r}; known are {', '.join(known)}, quality")
             try:
                 changes[name] = known[name].kind(value)
                 if isinstance(value, float) and changes[name] != value:
@@ -257,9 +283,11 @@ class FasaParams:
 
     @classmethod
     def from_env(cls, base: FasaParams | None = None, environ: Mapping[str, str] | None = None) -> FasaParams:
-        """`base` (or the defaults) with every FASA_<SETTING> environment variable applied."""
+        """`base` (or the defaults) with FASA_QUALITY and every FASA_<SETTING> environment variable applied."""
         environ = os.environ if environ is None else environ
         found = {row.name: environ[row.variable] for row in SETTINGS if environ.get(row.variable)}
+        if environ.get(QUALITY_VARIABLE):
+            found["quality"] = environ[QUALITY_VARIABLE]
         return cls.from_mapping(found, "environment", base)
 
 

@@ -71,6 +71,11 @@ class Reason(IntEnum):
         "its cache is on a device that FASA has no kernels for",
         "keep the layer on the CPU or on a CUDA device",
     )
+    REMOTE_BUILD = (
+        "it is on another machine, whose RPC server is not of this build of fasa_gguf",
+        "start ggml-rpc-server of the same build there (`make tools`)",
+    )
+    REMOTE_DEVICE = "it is on a device of another machine that is no CPU"
     NO_CPU_OPS = "the CPU backend has no FASA ops"
 
     # of a layer: its attention

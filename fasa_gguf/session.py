@@ -105,6 +105,8 @@ class Session:
             llama.llama_backend_init()
         params = llama.llama_model_default_params()
         params.n_gpu_layers = self.settings.n_gpu_layers
+        overrides = runtime.overrides.experts_on_cpu(self.settings.n_cpu_moe) if self.settings.n_cpu_moe else None
+        params.tensor_buft_overrides = overrides and ctypes.addressof(overrides)
         try:
             with runtime.interrupt.deferred() as stopped:
                 params.progress_callback = llama.llama_progress_callback(lambda _progress, _user: not stopped())
@@ -230,6 +232,8 @@ class Session:
         bos: with the model's first token, unless the text begins with it. special: names of special tokens become
         tokens. Raises FasaError for a model without a vocabulary.
         """
+        if self.llama.llama_vocab_type(self.vocab) == self.llama.LLAMA_VOCAB_TYPE_NONE:  # llama.cpp ends the process
+            raise FasaError(f"{self.path}: this model has no vocabulary, so it reads no text; use one with a tokenizer")
         data = text.encode()
         room = len(data) + 8
         for _ in range(2):  # a negative count says how much room is needed

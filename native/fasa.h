@@ -108,8 +108,9 @@ typedef struct fasa_params {
     uint32_t recent;
     // cells, from 0: a step that sees fewer cached cells than this is dense
     uint32_t min_context;
-    // cells, from 0: the same for a layer on a GPU; without effect when min_context is 0
-    uint32_t min_context_gpu;
+    // cells, from -1: the same for a layer on a GPU; -1: found by a short probe of the GPU; without effect when
+    // min_context is 0
+    int32_t min_context_gpu;
     // tokens per sequence, from 1: a ubatch with more tokens of one sequence than this is a prompt, and dense
     uint32_t max_tokens;
     // enum fasa_k_dom_type: how the dominant keys are stored
@@ -217,36 +218,39 @@ enum fasa_reason {
     FASA_REASON_ODD_HEAD              = 24, // its head dimension is odd
     FASA_REASON_CACHE_TYPE            = 25, // its cache type cannot be read back
     FASA_REASON_NO_KERNELS            = 26, // its cache is on a device that FASA has no kernels for
-    FASA_REASON_NO_CPU_OPS            = 27, // the CPU backend has no FASA ops
-    FASA_REASON_NO_FLASH_ATTENTION    = 28, // flash attention is off
-    FASA_REASON_TRAINING              = 29, // training
-    FASA_REASON_NOT_CAUSAL            = 30, // its attention is not causal
-    FASA_REASON_BIAS                  = 31, // its attention has a bias
-    FASA_REASON_ALIBI                 = 32, // ALiBi moves the scores
-    FASA_REASON_QUERY_TYPE            = 33, // its queries are not f32
-    FASA_REASON_QUERY_HEADS           = 34, // its query heads are no multiple of its KV heads
-    FASA_REASON_MASK_TYPE             = 35, // its mask is not f16
-    FASA_REASON_MASK_COMPUTED         = 36, // its mask is computed
-    FASA_REASON_CUDA_DEVICE           = 37, // its device is not one of CUDA's
+    // it is on another machine, whose RPC server is not of this build of fasa_gguf
+    FASA_REASON_REMOTE_BUILD          = 27,
+    FASA_REASON_REMOTE_DEVICE         = 28, // it is on a device of another machine that is no CPU
+    FASA_REASON_NO_CPU_OPS            = 29, // the CPU backend has no FASA ops
+    FASA_REASON_NO_FLASH_ATTENTION    = 30, // flash attention is off
+    FASA_REASON_TRAINING              = 31, // training
+    FASA_REASON_NOT_CAUSAL            = 32, // its attention is not causal
+    FASA_REASON_BIAS                  = 33, // its attention has a bias
+    FASA_REASON_ALIBI                 = 34, // ALiBi moves the scores
+    FASA_REASON_QUERY_TYPE            = 35, // its queries are not f32
+    FASA_REASON_QUERY_HEADS           = 36, // its query heads are no multiple of its KV heads
+    FASA_REASON_MASK_TYPE             = 37, // its mask is not f16
+    FASA_REASON_MASK_COMPUTED         = 38, // its mask is computed
+    FASA_REASON_CUDA_DEVICE           = 39, // its device is not one of CUDA's
     // its GPU has no FASA kernels: they need an NVIDIA GPU of compute capability 7.5 or later
-    FASA_REASON_CUDA_CAPABILITY       = 38,
+    FASA_REASON_CUDA_CAPABILITY       = 40,
     // the CUDA kernels read caches in f32, f16, bf16, q8_0 and q4_0, and this one has another type
-    FASA_REASON_CUDA_CACHE_TYPE       = 39,
+    FASA_REASON_CUDA_CACHE_TYPE       = 41,
     // the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256
-    FASA_REASON_CUDA_HEAD_DIM         = 40,
-    FASA_REASON_CUDA_GROUP            = 41, // more than 128 query heads share a KV head
-    FASA_REASON_AHEAD_OFF             = 42, // selecting ahead is off
-    FASA_REASON_AHEAD_AUTO            = 43, // it is on the CPU, where selecting ahead saves no time
-    FASA_REASON_AHEAD_TOKENS          = 44, // the step has several tokens, with which selecting ahead is slower
-    FASA_REASON_AHEAD_BORROWS         = 45, // it borrows its list
-    FASA_REASON_AHEAD_PROFILE         = 46, // the profile says that foreseen queries lose too much there
-    FASA_REASON_AHEAD_FIRST           = 47, // no block lies before it
+    FASA_REASON_CUDA_HEAD_DIM         = 42,
+    FASA_REASON_CUDA_GROUP            = 43, // more than 128 query heads share a KV head
+    FASA_REASON_AHEAD_OFF             = 44, // selecting ahead is off
+    FASA_REASON_AHEAD_AUTO            = 45, // it is on the CPU, where selecting ahead saves no time
+    FASA_REASON_AHEAD_TOKENS          = 46, // the step has several tokens, with which selecting ahead is slower
+    FASA_REASON_AHEAD_BORROWS         = 47, // it borrows its list
+    FASA_REASON_AHEAD_PROFILE         = 48, // the profile says that foreseen queries lose too much there
+    FASA_REASON_AHEAD_FIRST           = 49, // no block lies before it
     // no feed-forward lies between the attention or other block before it and its queries
-    FASA_REASON_AHEAD_NO_FEED_FORWARD = 48,
-    FASA_REASON_AHEAD_UNKNOWN         = 49, // how its queries follow from the layer before is not recognised
-    FASA_REASON_AHEAD_DEVICE          = 50, // the feed-forward before it runs on another device
+    FASA_REASON_AHEAD_NO_FEED_FORWARD = 50,
+    FASA_REASON_AHEAD_UNKNOWN         = 51, // how its queries follow from the layer before is not recognised
+    FASA_REASON_AHEAD_DEVICE          = 52, // the feed-forward before it runs on another device
     // its rows on the device have no room for a list with all tokens of the batch
-    FASA_REASON_AHEAD_ROOM            = 51,
+    FASA_REASON_AHEAD_ROOM            = 53,
 };
 // end reasons
 
@@ -421,6 +425,7 @@ typedef struct fasa_op_case {
     const float * v;      // [n_stream, n_kv, n_head_kv, n_embd_head_v]
     const float * mask;   // [n_stream, n_tokens, n_kv] 0 or -inf
     const float * sinks;  // [n_head] attention sinks or NULL
+    uint64_t beside;      // fasa_op_time: bytes of the weights of a feed-forward that TIP and SELECT also run beside
     float * out_est;      // [n_stream, n_tokens, n_head, n_kv] must be NULL with a given list
     int32_t * out_count;  // [n_stream, n_tokens, n_list]
     int32_t * out_list;   // [n_stream, n_tokens, n_list, length] -1 behind the count; length: fasa_list_length of
@@ -447,12 +452,12 @@ FASA_API int fasa_tile_run(const fasa_tile_case * test);
 // Seconds of one layer's attention on the case's backend: dense flash attention (over k and v where they lie), TIP and
 // SELECT, and all three ops, each timed as a graph of n_layer layers with caches of their own, n_rep times, the
 // fastest. k and v of 16,384 cells are given, [16384, n_head_kv, n_embd_head]; the caches repeat them, each time from
-// another row on.
+// another row on. With `beside`: a feed-forward alone, and one with TIP and SELECT beside it and FAC behind. dense is
+// infinite where the device has no flash attention for the shape.
 typedef struct fasa_op_times {
     uint64_t size;
-    double dense;
-    double select;
-    double fasa;
+    double dense, select, fasa;
+    double beside, ahead; // 0 without `beside`; attention adds ahead - beside to the feed-forward
 } fasa_op_times;
 FASA_API int fasa_op_time(const fasa_op_case * test, int32_t n_layer, int32_t n_rep, fasa_op_times * times);
 
@@ -483,6 +488,7 @@ typedef struct fasa_rank_case {
     float * out_recall;         // [n_rank] mean attention mass kept after each choice, 0..1
 } fasa_rank_case;
 FASA_API int fasa_rank_recall(const fasa_rank_case * test);
+#include "fasa-limit.h"
 
 #ifdef __cplusplus
 }

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from fasa_gguf.counters import COUNTED_BY, COUNTERS  # noqa: E402
-from fasa_gguf.params import INT_MAX, SETTINGS, Setting  # noqa: E402
+from fasa_gguf.params import INT_MAX, QUALITIES, SETTINGS, Setting  # noqa: E402
 from fasa_gguf.reasons import Reason  # noqa: E402
 
 WIDTH = 120
@@ -115,7 +115,11 @@ def tables() -> str:
     for s in SETTINGS:
         default = s.choices.index(s.default) if s.choices else s.default
         rows.append(", ".join([s.name, s.c_type, limit(s, default), limit(s, s.low), limit(s, s.high)]))
-    out += macro("FASA_SETTINGS", "name, C type, default, lowest, highest", rows)
+        rows[-1] += f', "{" ".join(s.choices)}"'
+    out += macro("FASA_SETTINGS", "name, C type, default, lowest, highest, names of the values", rows)
+    rows = [f"{q}, {name}, {value!r}" for q, chosen in QUALITIES.items() for name, value in chosen.items()]
+    out += f'#define FASA_QUALITY_NAMES "{", ".join(QUALITIES)}"\n'
+    out += macro("FASA_QUALITIES", "quality, setting, value", rows)
     for who, what in COUNTED_BY.items():
         out += f"// counted by: {what}\n"
         names = [c.name for c in COUNTERS if c.counted_by == who]
@@ -141,9 +145,16 @@ def items(texts: list[str]) -> str:
 def docs_blocks() -> dict[str, str]:
     return {
         "settings": items([f"**`{s.name}`** = {default_text(s)} ({unit_text(s)}): {s.help}" for s in SETTINGS]),
+        "qualities": qualities(),
         "counters": markdown(["counter", "unit", "meaning"], [[f"`{c.name}`", c.unit, c.help] for c in COUNTERS]),
         "reasons": items([f"`{r.name}`: {r.text}{'; ' if r.remedy else ''}{r.remedy}" for r in Reason if r.text]),
     }
+
+
+def qualities() -> str:
+    names = list(next(iter(QUALITIES.values())))
+    rows = [[f"`{q}`", *(f"{value:,g}" for value in chosen.values())] for q, chosen in QUALITIES.items()]
+    return markdown(["quality", *(f"`{name}`" for name in names)], rows)
 
 
 def default_text(s: Setting) -> str:

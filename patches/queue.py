@@ -2,7 +2,7 @@
 """The patch queue: fetch the pinned llama.cpp, check, apply and refresh the patches. Standard library only.
 
 usage: queue.py fetch | check | prepare DIR [--source TREE] [--unpatched] | apply DIR [--force] | refresh DIR |
-       pin VERSION
+       pin VERSION | binding DIR
 """
 
 from __future__ import annotations
@@ -22,10 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 MAX_ADDED = 100  # lines that all patches together may add
 # where the version stands, and how; all else reads UPSTREAM
-PINNED = (
-    ("patches/UPSTREAM", "version = {}"),
-    ("pyproject.toml", "llama-cpp-python=={}"),
-)
+PINNED = (("patches/UPSTREAM", "version = {}"),)
 # what a build of the libraries and tools does not need; of the server's web page only what stands in for it
 SKIP = re.compile(
     r"^(docs|models|media|app|benches|\.git|\.github|\.devops|ci)(/|$)|^tools/ui/(?!(CMakeLists\.txt|ui\.(h|cpp)\.in)$)"
@@ -97,6 +94,22 @@ def unpack(target: Path) -> None:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 with tar.extractfile(m) as f, open(out, "wb") as g:
                     shutil.copyfileobj(f, g)
+
+
+def binding(target: Path) -> None:
+    """llama-cpp-python's Python files out of the sdist, and its licence: what a package of ours brings."""
+    fresh = target.with_name(target.name + ".new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    with tarfile.open(fetch()) as tar:
+        for m in tar:
+            name = m.name.split("/", 1)[-1]
+            if m.isfile() and (name == "LICENSE.md" or re.match(r"llama_cpp/[\w/]+\.(py|typed)$", name)):
+                out = fresh / name
+                out.parent.mkdir(parents=True, exist_ok=True)
+                with tar.extractfile(m) as f, open(out, "wb") as g:
+                    shutil.copyfileobj(f, g)
+    shutil.rmtree(target, ignore_errors=True)
+    os.replace(fresh, target)
 
 
 def prepare(target: Path, source: Path | None, patched: bool) -> None:
@@ -278,6 +291,7 @@ def main() -> int:
     p.add_argument("--force", action="store_true", help="accept hunks that moved to another line")
     sub.add_parser("refresh").add_argument("dir", type=Path)
     sub.add_parser("pin").add_argument("version")
+    sub.add_parser("binding", help="unpack llama-cpp-python's Python files").add_argument("dir", type=Path)
     a = ap.parse_args()
     try:
         if a.command == "fetch":
@@ -290,6 +304,8 @@ def main() -> int:
             apply(a.dir, exact=not a.force)
         elif a.command == "pin":
             print(pin(a.version))
+        elif a.command == "binding":
+            binding(a.dir)
         else:
             refresh(a.dir)
     except (QueueError, OSError) as e:

@@ -55,7 +55,9 @@ def test_a_live_model_switches(make, profiled):
     assert llm.fasa == "off" and steps(llm, "b" * 200) == 0
     llm.fasa = ON.replace(budget=99)
     assert llm.fasa.budget == 99 and steps(llm, "c" * 200) > 0
-    with pytest.raises(FasaError, match='fasa=\'on\': expected "auto", "off" or FasaParams'):
+    with pytest.raises(
+        FasaError, match='fasa=\'on\': expected "auto", "off", "fast", "balanced", "careful" or FasaParams'
+    ):
         llm.fasa = "on"
     assert llm.fasa.budget == 99
 
@@ -64,6 +66,21 @@ def test_auto_takes_settings_from_the_environment(make, profiled, monkeypatch):
     monkeypatch.setenv("FASA_BUDGET", "77")
     assert make(profiled).fasa.budget == 77
     assert make(profiled, fasa=ON).fasa.budget == ON.budget
+
+
+def test_a_quality_is_a_choice(make, profiled, monkeypatch):
+    monkeypatch.setenv("FASA_SINK", "9")
+    llm = make(profiled, fasa="careful")
+    assert (llm.fasa.mass, llm.fasa.cap, llm.fasa.sink) == (pytest.approx(0.985), 8192, 9)
+    llm.set_fasa("fast")
+    assert (llm.fasa.mass, llm.fasa.cap) == (pytest.approx(0.9), 1024)
+    with pytest.raises(FasaError, match='fasa=\'best\': expected "auto", "off", "fast", "balanced", "careful" or Fasa'):
+        llm.fasa = "best"
+
+
+def test_a_quality_without_a_profile_is_refused(make, tiny):
+    with pytest.raises(FasaError, match="no FASA profile in"):
+        make(str(tiny), fasa="careful")
 
 
 def test_a_model_loaded_off_can_be_switched_on(make, profiled, tiny):

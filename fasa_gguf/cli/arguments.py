@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FasaError
-from ..params import FasaParams, parse_mode
+from ..params import QUALITIES, FasaParams, parse_mode
 from ..profile.profile import PRESETS, Profile
 from ..runtime.settings import ContextSettings
 
@@ -119,6 +119,11 @@ def add_fasa_flags(p: argparse.ArgumentParser, more: str = "", mode_flag: bool =
     group: Any = p.add_argument_group(
         f"FASA settings (each is also an environment variable, FASA_BUDGET and so on{more})"
     )
+    group.add_argument(
+        "--fasa-quality",
+        metavar="X",
+        help=f"mass, floor and cap in one: {', '.join(QUALITIES)}; single settings win over it",
+    )
     for f in fields(FasaParams):
         group.add_argument(
             "--fasa-" + f.name.replace("_", "-"),
@@ -160,14 +165,19 @@ def note(text: str) -> None:
 
 
 def given_fasa(a: argparse.Namespace) -> dict[str, str]:
-    """The FASA settings that the command line gives, as text."""
-    found = {f.name: getattr(a, "fasa_" + f.name) for f in fields(FasaParams)}
+    """The FASA settings that the command line gives, as text; `quality` is one of them."""
+    found = {name: getattr(a, "fasa_" + name) for name in ("quality", *(f.name for f in fields(FasaParams)))}
     return {name: text for name, text in found.items() if text is not None}
 
 
 def read_params(a: argparse.Namespace, profile: Profile) -> tuple[FasaParams, Profile]:
     """(settings, the profile as the preset needs it). Flags override environment variables, which override the preset,
-    which overrides the profile's defaults."""
+    which overrides the profile's defaults. Raises FasaError for a quality of another preset than the default."""
+    if a.fasa_quality and a.fasa_preset not in (None, "default"):
+        raise FasaError(
+            f"--fasa-quality {a.fasa_quality} and --fasa-preset {a.fasa_preset}: expected one of them; "
+            "a quality changes the default preset"
+        )
     base, profile = profile.preset(a.fasa_preset or "default")
     return FasaParams.from_mapping(given_fasa(a), "command line", FasaParams.from_env(base)), profile
 

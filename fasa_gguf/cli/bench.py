@@ -89,20 +89,27 @@ def _settings(a: argparse.Namespace) -> Any:
         n_batch=a.batch_size,
         n_ubatch=a.ubatch_size,
         fill=a.fill,
+        attention=a.attention,
+        n_cpu_moe=a.n_cpu_moe,
     )
 
 
 def cmd_bench(a: argparse.Namespace) -> None:
+    from ..report.pictures import check_plot_path
     from ..speed.bench import bench
     from ..speed.crossover import crossover_text, find_crossover
     from ..speed.report import format_results, save_plot
 
+    if a.plot:
+        check_plot_path(a.plot)  # not after minutes
+    if a.measured:
+        return _plot_measured(a)
     model = random_model(a) if a.shape else a.model
     arms, profile = _arms(a, require_profile(model, a.profile, note))
     if a.shape and any(p.mass > 0 for p in arms.values()):
         raise FasaError(
-            "--fasa-mass with --shape: the attention of random weights is spread evenly, so a target mass means "
-            "nothing; give --fasa-budget"
+            "--fasa-mass and --fasa-quality with --shape: the attention of random weights is spread evenly, so a "
+            "target mass means nothing; give --fasa-budget"
         )
     settings = _settings(a)
     output = "json" if a.json else a.output
@@ -129,6 +136,19 @@ def cmd_bench(a: argparse.Namespace) -> None:
         if a.plot and any(r.samples_ts for r in results if r.n_gen):
             save_plot(results, a.plot, model)
             print(f"picture: {a.plot}", file=sys.stderr)
+
+
+def _plot_measured(a: argparse.Namespace) -> None:
+    """Draw what an earlier run measured."""
+    from ..speed.report import read_results, save_plot
+
+    if not a.plot:
+        raise FasaError("--from draws what was measured; give the picture's name with --plot")
+    if a.model or a.shape:
+        raise FasaError("--from draws what was measured, and no model is measured; omit MODEL and --shape")
+    results, model = read_results(a.measured)
+    save_plot(results, a.plot, model)
+    print(f"picture: {a.plot}", file=sys.stderr)
 
 
 def _add_measurement_flags(p: argparse.ArgumentParser) -> None:
@@ -166,6 +186,10 @@ def _add_measurement_flags(p: argparse.ArgumentParser) -> None:
         default="auto",
         help="how the cache gets its depth; auto: random from 2048 on",
     )
+    p.add_argument(
+        "-ncmoe", "--n-cpu-moe", type=whole(0), default=0, help="the experts of the first N layers stay on the CPU [0]"
+    )
+    p.add_argument("--attention", action="store_true", help="time steps without attention too: what attention adds")
 
 
 def _add_output_flags(p: argparse.ArgumentParser) -> None:
@@ -183,7 +207,15 @@ def _add_output_flags(p: argparse.ArgumentParser) -> None:
         help="format of the results; jsonl: each as soon as it is measured",
     )
     p.add_argument("--json", action="store_true", help="the same as -o json")
-    p.add_argument("--plot", metavar="FILE.png", help="write a picture of tokens/s against depth")
+    p.add_argument(
+        "--plot", metavar="FILE", help="write a picture of tokens/s against depth: FILE.svg, FILE.png or FILE.pdf"
+    )
+    p.add_argument(
+        "--from",
+        dest="measured",
+        metavar="FILE.json",
+        help="measure nothing: --plot draws what an earlier `bench --json` printed into this file",
+    )
 
 
 def add_commands(command: AddCommand) -> None:

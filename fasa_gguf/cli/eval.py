@@ -14,6 +14,7 @@ from ..params import FasaParams
 from ..profile.find import require_profile
 from ..profile.profile import Profile
 from ..quality.arms import Arm, parse_arms
+from ..runtime.settings import ContextSettings
 from .arguments import (
     AddCommand,
     add_context_flags,
@@ -103,6 +104,10 @@ def _arms(a: argparse.Namespace) -> list[Arm]:
     return arms
 
 
+def _context(a: argparse.Namespace) -> ContextSettings:
+    return read_context(a, n_ubatch=a.ubatch_size, n_batch=max(512, a.ubatch_size))
+
+
 def _print(a: argparse.Namespace, result: Any, table: str) -> None:
     print(json.dumps(result, indent=1) if a.json else table)
 
@@ -123,7 +128,7 @@ def _eval_perplexity(a: argparse.Namespace, text: str | None, arms: list[Arm]) -
     from ..quality.perplexity import WindowSettings, evaluate, format_scores
 
     windows = WindowSettings(a.windows, a.window, a.score, not a.dense_steps, a.own_prompt, a.score_batch)
-    results = evaluate(a.model, text or "", arms, windows, read_context(a), progress=progress_bar(), resume=a.resume)
+    results = evaluate(a.model, text or "", arms, windows, _context(a), progress=progress_bar(), resume=a.resume)
     _print(a, results, format_scores(results))
 
 
@@ -131,7 +136,7 @@ def _eval_long_text(a: argparse.Namespace, text: str | None, arms: list[Arm]) ->
     from ..quality.long_text import format_long_text, run_long
     from ..quality.tasks import TaskSettings
 
-    settings = TaskSettings(text, context=read_context(a))
+    settings = TaskSettings(text, context=_context(a))
     out = run_long(a.model, arms, a.n_predict, a.window, a.windows, settings, progress=progress_bar(), resume=a.resume)
     _print(a, out, format_long_text(out["rows"]))
 
@@ -142,7 +147,7 @@ def _eval_answers(a: argparse.Namespace, text: str | None, arms: list[Arm]) -> N
     from ..quality.answers import format_answers
     from ..quality.needles import format_needles, needle_grid, needle_questions
 
-    settings = tasks.TaskSettings(text, a.seed, a.raw, a.n_predict, a.own_prompt, read_context(a))
+    settings = tasks.TaskSettings(text, a.seed, a.raw, a.n_predict, a.own_prompt, _context(a))
     if a.task == "needle":
         questions = needle_questions(a.lengths, a.depths, a.samples)
     elif a.records:
@@ -248,6 +253,7 @@ def add_commands(command: AddCommand) -> None:
     )
     add_model(p)
     add_context_flags(p)
+    p.add_argument("-ub", "--ubatch-size", type=whole(1), default=512, help="tokens computed at once in prefill [512]")
     add_fasa_flags(p)
     _add_flags_of_all_tasks(p)
     _add_flags_of_some_tasks(p)

@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     ap = parser()
     a = ap.parse_args(argv, argparse.Namespace(parser=ap))
     a.model = getattr(a, "model_flag", None) or getattr(a, "model", None)
-    if a.model is None and not getattr(a, "shape", None) and getattr(a, "needs_model", True):
+    without = getattr(a, "shape", None) or getattr(a, "measured", None) or not getattr(a, "needs_model", True)
+    if a.model is None and not without:
         ap.error(f"{a.command}: MODEL is missing")
     try:
         status = a.run(a) or 0

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 def cmd_plan(a: argparse.Namespace) -> None:
     from ..gguf.file import GGUFFile
     from ..gguf.shape import model_shape
+    from ..memory.gpu_limit import planned
     from ..memory.host import Available
     from ..memory.model import read_model
     from ..memory.plan import ways
@@ -65,6 +66,9 @@ def cmd_plan(a: argparse.Namespace) -> None:
         print(json.dumps(results, indent=1) if a.json else format_check(results))
         return
     available = Available.here(a.vram, a.ram)
+    params, limit = planned(model, settings, params)
+    if limit is not None:
+        print(limit.text, file=sys.stderr)
     found = ways(model, settings, params, available)
     if a.json:
         print(json.dumps(plan_as_dict(model, settings, params, found, available), indent=1))

@@ -29,6 +29,7 @@ METHODS = (  # of `compare` without --methods
     "window",
     "random",
     "quest",
+    "unique",
     "double-sparsity",
     "sparq",
     "snapkv",

@@ -116,6 +116,8 @@ def _describe(session: Session, params: FasaParams | None, why_off: str, a: argp
     if params:
         what = f"mass {params.mass:g}" if params.mass else f"budget {params.mean_budget or params.budget}"
         fasa = f"FASA, mode {session.mode}, {what}, from {params.min_context} cells"
+        if limit := session.fasa.gpu_limit().text:
+            fasa += f"; {limit}"
     return (
         f"{n} slots of {session.n_ctx // n} tokens; {fasa}; {session.settings.threads} threads; "
         f"prefix cache {a.cache_ram} MiB"

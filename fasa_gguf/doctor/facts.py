@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FasaError
-from ..runtime import cpus, devices, library
+from ..runtime import backends, cpus, devices, library
 from ..runtime.settings import thread_count
 
 # ggml's name of an instruction set: the kernel's, in /proc/cpuinfo
@@ -78,6 +78,10 @@ def facts() -> dict[str, Any]:
         ],
         "backends": {name: values for name, values in features.items() if name != "CPU"},
     }
+    if variant := backends.cpu_variant(library.lib_dir()):
+        out["libraries"]["cpu"] = variant
+    if cuda := backends.cuda_facts():
+        out["libraries"]["cuda"] = cuda
     out["libraries"] |= {"fasa": library.version(), "upstream": library.upstream_version(), "patches": _patches()}
     return out
 

@@ -45,6 +45,10 @@ def _fact_lines(f: Mapping[str, Any]) -> list[tuple[str, str]]:
         out.append(("library", f"{libraries['fasa']} for llama-cpp-python {libraries['upstream']}"))
         patches = libraries["patches"]
         out.append(("patches", "unknown" if patches is None else " ".join(f"{k}:{v}" for k, v in patches.items())))
+    if "cpu" in libraries:
+        out.append(("cpu variant", libraries["cpu"]))
+    if "cuda" in libraries:
+        out.append(("cuda package", ", ".join(f"{k} {v}" for k, v in libraries["cuda"].items() if k != "patches")))
     out.append(("library files", libraries["folder"]))
     out += [("  " + name, f"{x['bytes']:,} bytes, sha256 {x['sha256']}") for name, x in libraries["files"].items()]
     if "llama_cpp" in libraries:

@@ -56,15 +56,12 @@ class OracleShared(Oracle):
     options: ClassVar[dict[str, Any]] = {"shared": True}
 
 
-class Quest(Policy):
-    """Pages of neighbouring tokens (Quest, arXiv 2406.10774).
+class _Pages(Policy):
+    """Pages of neighbouring tokens, taken by a score of two vectors a page.
 
-    A page's score is the upper bound of q.k over its elementwise min and max of K. The page that is still filling comes
-    right after the forced tokens; the last page taken is cut to the budget.
+    The page that is still filling comes right after the forced tokens; the last page taken is cut to the budget.
     """
 
-    name = "quest"
-    about = "min and max of every page, f16: 4*head_dim/page bytes a token"
     options: ClassVar[dict[str, Any]] = {"page": 16, "shared": False}
     page: int
 
@@ -72,14 +69,18 @@ class Quest(Policy):
     def candidates(cls, shape: Shape) -> list[dict[str, Any]]:
         return [{"page": p, "shared": s} for p in (8, 16, 32) for s in (False, True)]
 
+    def _page_score(self, q: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        """[n_head, n_query, n_page] of q [n_head, n_query, d] and pages of keys [n_head_kv, n_page, page, d]. The last
+        page is filled up with zeros; its score is not used."""
+        raise NotImplementedError
+
     def select(self, layer: int, q: torch.Tensor, k: torch.Tensor, tail: Tail) -> torch.Tensor:
         n_kv, n_page = k.shape[1], -(-k.shape[1] // self.page)
         pages = F.pad(k, (0, 0, 0, n_page * self.page - n_kv)).unflatten(1, (n_page, self.page))
-        low, high = pages.amin(2), pages.amax(2)  # [n_head_kv, n_page, d]
-        bound = self._logits(q.clamp(min=0), high) + self._logits(q.clamp(max=0), low)  # [n_head, n_query, n_page]
+        score = self._page_score(q, pages)
         end = (torch.arange(n_page, device=k.device) + 1) * self.page  # [n_page] first cell after it
         filling = end > tail.visible.sum(-1, keepdim=True)  # [n_query, n_page]
-        est = (bound * self.shape.scale).repeat_interleave(self.page, -1)[..., :n_kv]
+        est = (score * self.shape.scale).repeat_interleave(self.page, -1)[..., :n_kv]
         filling = filling.repeat_interleave(self.page, -1)[..., :n_kv]  # [n_query, n_kv]
         if self.shared:
             est = group_score(est, tail.visible & ~filling, self.shape.n_head_kv)
@@ -90,6 +91,36 @@ class Quest(Policy):
 
     def index_bytes(self) -> float:
         return 4.0 * self.shape.head_dim / self.page
+
+
+class Quest(_Pages):
+    """A page's score is the upper bound of q.k over its elementwise min and max of K (Quest, arXiv 2406.10774)."""
+
+    name = "quest"
+    about = "min and max of every page, f16: 4*head_dim/page bytes a token"
+
+    def _page_score(self, q: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        return self._logits(q.clamp(min=0), pages.amax(2)) + self._logits(q.clamp(max=0), pages.amin(2))
+
+
+class Unique(_Pages):
+    """A page's score is q.mean + offset * |q|.deviation, of its keys dimension by dimension (UNIQUE, arXiv 2605.27740).
+
+    The deviation is that of all keys of the page (divided by their number).
+    """
+
+    name = "unique"
+    about = "mean and deviation of every page, f16: 4*head_dim/page bytes a token"
+    options: ClassVar[dict[str, Any]] = {**_Pages.options, "offset": 1.0}
+    offset: float
+
+    @classmethod
+    def candidates(cls, shape: Shape) -> list[dict[str, Any]]:
+        return [{**c, "offset": x} for c in super().candidates(shape) for x in (0.25, 0.5, 1.0)]
+
+    def _page_score(self, q: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+        spread = pages.std(2, correction=0)
+        return self._logits(q, pages.mean(2)) + self.offset * self._logits(q.abs(), spread)
 
 
 class DoubleSparsity(Policy):

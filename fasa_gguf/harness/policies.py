@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import FasaError
-from .baselines import Dense, DoubleSparsity, Oracle, OracleShared, Quest, SnapKV, SparQ, Window
+from .baselines import Dense, DoubleSparsity, Oracle, OracleShared, Quest, SnapKV, SparQ, Unique, Window
 from .fasa import Borrowed, Fasa, FasaMass, Paper, RandomChunks
 from .policy import Policy
 
@@ -16,6 +16,7 @@ POLICIES: dict[str, type[Policy]] = {
         Window,
         RandomChunks,
         Quest,
+        Unique,
         DoubleSparsity,
         SparQ,
         SnapKV,

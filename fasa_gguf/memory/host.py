@@ -16,11 +16,15 @@ CUDA_KERNELS = 100 * MIB  # and for kernels, which are loaded when they first ru
 
 @dataclass(frozen=True)
 class Available:
-    """Bytes that there are for a model and its context, None: not known. cuda: what CUDA itself takes besides."""
+    """Bytes that there are for a model and its context, None: not known. cuda: what CUDA itself takes besides.
+
+    devices: of each GPU, where there are several; device is their sum.
+    """
 
     device: int | None = None
     host: int | None = None
     cuda: int = 0
+    devices: tuple[int, ...] = ()
 
     @classmethod
     def here(cls, vram: str | None = None, ram: str | None = None) -> Available:
@@ -36,7 +40,8 @@ class Available:
         if not devices:
             return cls(None, host, CUDA_CONTEXT + CUDA_KERNELS)
         cuda = CUDA_KERNELS * len(devices)  # asking for the free memory has made the driver's context
-        return cls(sum(runtime.devices.device_memory(d)[0] for d in devices) - cuda, host, cuda)
+        free = tuple(runtime.devices.device_memory(d)[0] - CUDA_KERNELS for d in devices)
+        return cls(sum(free), host, cuda, free)
 
 
 def parse_size(text: str) -> int:

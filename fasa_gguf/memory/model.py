@@ -24,6 +24,8 @@ class Layer:
     d_v: int = 0
     window: int = 0  # the last tokens that it attends, 0: all
     n_chunk: int = 0  # frequency chunks that the profile ranks, 0: it stays dense
+    feed_forward_bytes: int = 0  # of the weights that a token's feed-forward reads, as stored
+    may_ahead: bool = True  # by the profile it may select ahead
     query_row: int = 0  # bytes of a row of W_q on the device; 0: queries are not its product and RoPE alone
 
 
@@ -49,9 +51,15 @@ class _Tensors:
     n_bytes: list[int]  # [n_layer], in a CUDA buffer
     names: list[set[str]]  # [n_layer], without "blk.N."
     query_row: list[int]  # [n_layer] bytes of a row of W_q, or of the fused W_qkv
+    feed_forward: list[int]  # [n_layer] bytes of a feed-forward, and
+    experts: list[int]  # [n_layer] of all its experts
     output_bytes: int = 0
     embedding: TensorInfo | None = None
     has_output: bool = False  # without one, the embedding is the output matrix too
+
+
+_FEED_FORWARD = {f"ffn_{part}.weight" for part in ("up", "gate", "down")}
+_EXPERTS = {f"ffn_{part}_exps.weight" for part in ("up", "gate", "down")}
 
 
 def _number(gguf: GGUFFile, key: str, default: int = 0) -> int:
@@ -76,13 +84,18 @@ def row_device_bytes(t: TensorInfo) -> int:
 
 
 def _read_tensors(gguf: GGUFFile, n_layer: int) -> _Tensors:
-    found = _Tensors([0] * n_layer, [set() for _ in range(n_layer)], [0] * n_layer)
+    n_bytes, query_row, feed_forward, experts = ([0] * n_layer for _ in range(4))
+    found = _Tensors(n_bytes, [set() for _ in range(n_layer)], query_row, feed_forward, experts)
     for t in (t for part in shards(gguf) for t in part.tensors):
         block, _, rest = t.name.removeprefix("blk.").partition(".")
         if t.name.startswith("blk.") and block.isdigit():
             if int(block) < n_layer:
                 found.n_bytes[int(block)] += device_bytes(t)
                 found.names[int(block)].add(rest)
+                if rest in _FEED_FORWARD:
+                    found.feed_forward[int(block)] += t.n_bytes
+                elif rest in _EXPERTS:
+                    found.experts[int(block)] += t.n_bytes
                 if rest in ("attn_q.weight", "attn_qkv.weight"):
                     found.query_row[int(block)] = row_device_bytes(t)
         elif t.name == "token_embd.weight":
@@ -99,6 +112,8 @@ def _read_layers(gguf: GGUFFile, shape: ModelShape, tensors: _Tensors, profile: 
     width_local = _number(gguf, "attention.value_length_swa", width)
     windows = sliding_windows(gguf, n_layer)
     kept = n_layer - _number(gguf, "attention.shared_kv_layers")  # later layers use the cache of earlier ones
+    n_expert, n_used = _number(gguf, "expert_count") or 1, _number(gguf, "expert_used_count")
+    may = None if profile is None else profile.ahead
     layers = []
     for il in range(n_layer):
         names = tensors.names[il]
@@ -121,6 +136,8 @@ def _read_layers(gguf: GGUFFile, shape: ModelShape, tensors: _Tensors, profile: 
                 d_v=width_local if windows[il] else width,
                 window=windows[il],
                 n_chunk=ranked[il] if il < len(ranked) else 0,
+                feed_forward_bytes=tensors.feed_forward[il] + tensors.experts[il] * n_used // n_expert,
+                may_ahead=may is None or bool(may[il]),
                 query_row=0 if "attn_q_norm.weight" in names else tensors.query_row[il],
             )
         )

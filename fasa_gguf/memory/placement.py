@@ -12,9 +12,10 @@ from .. import runtime
 from ..errors import FasaError
 from ..params import FasaParams, parse_mode
 from ..runtime.settings import ContextSettings
+from .gpu_limit import planned
 from .host import CUDA_KERNELS, GIB, host_memory
 from .model import Model
-from .plan import Memory, estimate
+from .plan import Memory, estimate, too_small
 
 NAMES = {"device": "mode device (FASA-C)", "host": "mode host (FASA-M)"}
 
@@ -71,10 +72,12 @@ def sentence(
     loaded: bool = False,
     n_devices: int = 1,
     host_free: int | None = None,
+    tight: str = "",
 ) -> str:
     """One line for the user: the mode that auto picked, why, and what it takes.
 
     device, host: what the two modes take. free, host_free: bytes free on the GPUs and of host memory, None: not known.
+    tight: which of several GPUs has no room for its layers in mode device.
     """
     x = host if mode == "host" else device
     need = _need(x, loaded, n_devices)
@@ -91,7 +94,7 @@ def sentence(
         return f"{NAMES[mode]}: K and V lie on the GPU; {takes}"
     line = (
         f"{NAMES[mode]}: K and V, {gib(host.kv_pinned)} GiB, lie in pinned host memory, because mode device needs "
-        f"{gib(_need(device, loaded, n_devices))} GiB on the GPU; {takes}"
+        f"{gib(_need(device, loaded, n_devices))} GiB on the GPU{tight}; {takes}"
     )
     short = ""
     if need > free:
@@ -101,19 +104,25 @@ def sentence(
     return line + (f"; this may not fit {short}: `fasa-gguf plan` says which context does" if short else "")
 
 
+def _estimate(model: Model, settings: ContextSettings, params: FasaParams) -> Memory:
+    return estimate(model, settings, planned(model, settings, params)[0])
+
+
 def choose_mode(
     settings: ContextSettings,
     model: Callable[[], Model],
     arms: Sequence[FasaParams],
     loaded: bool = False,
     only: int | None = None,
+    split: Sequence[float] | None = None,
 ) -> tuple[str, str]:
     """(device or host, a line that says what auto found, or "").
 
     settings.mode: what was asked for. arms: the FASA settings that the context is for; auto plans for the largest of
     them, and is device without any. model: called only when auto has something to decide; where it raises FasaError,
     auto is device and the line says why. loaded: the weights are on the device already. only: the number of the one
-    CUDA device that is used, None: all are.
+    CUDA device that is used, None: all are, each with the layers that llama.cpp gives it. split: tensor_split, None: by
+    free memory.
     Raises FasaError when host was asked for and cannot be.
     """
     if settings.mode == "device":
@@ -129,12 +138,32 @@ def choose_mode(
     try:
         m = model()
         device, host = (
-            max((estimate(m, settings.replace(mode=mode), p) for p in arms), key=lambda x: x.device)
+            max((_estimate(m, settings.replace(mode=mode), p) for p in arms), key=lambda x: x.device)
             for mode in ("device", "host")
         )
         cuda = cuda if only is None else cuda[only : only + 1] or cuda
-        free = sum(runtime.devices.device_memory(name)[0] for name in cuda)
+        free = [runtime.devices.device_memory(name)[0] for name in cuda]
+        tight = _tight(m, settings, arms, cuda, free, split, loaded) if len(cuda) > 1 else ""
     except FasaError as e:
         return "device", f"mode device, without a plan: {e}"
-    found = pick(device, host, free, loaded, len(cuda))
-    return found, sentence(found, device, host, free, loaded, len(cuda), host_memory())
+    total = sum(free)
+    found = ("host" if tight else "device") if len(cuda) > 1 else pick(device, host, total, loaded)
+    return found, sentence(found, device, host, total, loaded, len(cuda), host_memory(), tight)
+
+
+def _tight(
+    model: Model,
+    settings: ContextSettings,
+    arms: Sequence[FasaParams],
+    cuda: Sequence[str],
+    free: Sequence[int],
+    split: Sequence[float] | None,
+    loaded: bool,
+) -> str:
+    """Which of several devices has no room for its layers in mode device, in parentheses; "" when all have."""
+    room = [n - CUDA_KERNELS for n in free]
+    for params in arms:
+        if short := too_small(model, settings.replace(mode="device"), params, room, split, loaded):
+            i, need = short
+            return f" ({cuda[i]} {gib(need + CUDA_KERNELS)} of {gib(free[i])})"
+    return ""

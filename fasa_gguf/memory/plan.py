@@ -17,8 +17,11 @@ mixture of experts has the n_ff of the experts that a token uses.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from ..errors import FasaError
 from ..gguf.cache_types import cache_type
@@ -164,8 +167,11 @@ class ContextShape:
 # ---- the scratch ----
 
 
-def compute_bytes(c: ContextShape, layers: Sequence[Layer]) -> int:
-    """llama.cpp's compute buffer by the formula at the head of this file. layers: those that attend on the device."""
+def compute_bytes(c: ContextShape, layers: Sequence[Layer], has_output: bool = True) -> int:
+    """llama.cpp's compute buffer by the formula at the head of this file. layers: those that attend on the device.
+
+    has_output: whether the logits are computed there, where they are computed on a device at all.
+    """
     m, t = c.model, c.n_ubatch
     masks = sum(2 * t * c.cells(max(x.window for x in same)) for same in _by_window(layers))
     attention = 0
@@ -176,7 +182,7 @@ def compute_bytes(c: ContextShape, layers: Sequence[Layer]) -> int:
             copies = sum(2 * n * cells for n, kind in ((k, c.settings.type_k), (v, c.settings.type_v)) if kind != "f16")
             attention = max(attention, 4 * t * (3 * m.n_embd + 2 * x.n_head * x.d_k + k + v) + copies)
     layer = masks + max(attention, 4 * t * (3 * m.n_ff + 4 * m.n_embd))
-    logits = 4 * t * (m.n_vocab + 2 * m.n_embd) if c.first_on_device <= len(m.layers) else 0
+    logits = 4 * t * (m.n_vocab + 2 * m.n_embd) if has_output and c.first_on_device <= len(m.layers) else 0
     return max(layer, logits)
 
 
@@ -232,14 +238,21 @@ def _stays_dense(c: ContextShape, params: FasaParams, layer: Layer) -> bool:
     return c.settings.mode != "host" and params.min_context > 0 and c.cells(layer.window) < params.min_context_gpu
 
 
-def estimate(model: Model, settings: ContextSettings, params: FasaParams | None = None) -> Memory:
+def estimate(
+    model: Model, settings: ContextSettings, params: FasaParams | None = None, part: range | None = None
+) -> Memory:
     """What a context takes. params None: dense. settings.mode: device or host; auto counts as device.
 
+    part: only what lies on the device that has these layers (device_layers), None: on all of them together.
     Raises FasaError when a head's values do not fill whole blocks of the cache type.
     """
     c, host = ContextShape(model, settings), settings.mode == "host"
     put = dict.fromkeys(("weights", "kv", "k_dom", "row_cache", "scratch", "kv_pinned", "kv_ram", "k_dom_ram"), 0)
+    n_layer = len(model.layers)
+    part = range(n_layer + 1) if part is None else part
     for il, x in enumerate(model.layers):
+        if il not in part:
+            continue
         on_device = il >= c.first_on_device
         attends_there = on_device and not settings.no_kv_offload
         put["weights"] += x.n_bytes if on_device else 0
@@ -249,10 +262,13 @@ def estimate(model: Model, settings: ContextSettings, params: FasaParams | None 
         if params is not None and not (attends_there and _stays_dense(c, params, x)):
             put["k_dom" if attends_there else "k_dom_ram"] += c.k_dom_bytes(params, x)
             put["scratch"] += c.dominant_rows_bytes(params, x) if attends_there and il > 0 else 0
-    attending = [] if settings.no_kv_offload else model.layers[c.first_on_device :]
-    if c.first_on_device <= len(model.layers):
-        put["weights"] += model.output_bytes
-        put["scratch"] = compute_bytes(c, attending) + pool_bytes(max(model.n_ff, model.n_embd), c.n_ubatch)
+    here = [model.layers[il] for il in part if c.first_on_device <= il < n_layer]
+    attending = [] if settings.no_kv_offload else here
+    if c.first_on_device <= n_layer and len(part):
+        put["weights"] += model.output_bytes if n_layer in part else 0
+        put["scratch"] = compute_bytes(c, attending, n_layer in part) + pool_bytes(
+            max(model.n_ff, model.n_embd), c.n_ubatch
+        )
         put["scratch"] += (stage_bytes(c, attending) if host else 0) + (WORK_BYTES if put["k_dom"] else 0)
     fetching = [x for x in attending if host and params is not None and runs_sparse(params, x)]
     if params is not None and fetching:
@@ -261,13 +277,51 @@ def estimate(model: Model, settings: ContextSettings, params: FasaParams | None 
     return Memory(**put)
 
 
+def device_layers(n_layer: int, n_gpu_layers: int, shares: Sequence[float]) -> list[range]:
+    """The layers that llama.cpp puts on each of several devices; number n_layer is the output.
+
+    shares: of the devices, as tensor_split, or their free memory. From llama_model::load_tensors.
+    """
+    n = n_layer + 1
+    count = n if n_gpu_layers < 0 else min(n_gpu_layers, n)
+    given = np.asarray(shares if any(shares) else [1] * len(shares), np.float32)
+    ends = np.cumsum(given, dtype=np.float32) / given.sum(dtype=np.float32)
+    at = np.searchsorted(ends, np.arange(count, dtype=np.float32) / np.float32(max(count, 1)), "right")
+    first = [int(np.searchsorted(at, i)) + n - count for i in range(len(shares) + 1)]
+    return [range(a, b) for a, b in itertools.pairwise(first)]
+
+
+def too_small(
+    model: Model,
+    settings: ContextSettings,
+    params: FasaParams | None,
+    free: Sequence[int],
+    split: Sequence[float] | None = None,
+    loaded: bool = False,
+) -> tuple[int, int] | None:
+    """(number, bytes needed) of the first of several devices that has no room for its layers; None: all have.
+
+    free: bytes of each. split: tensor_split, None: by free memory. loaded: the weights are there.
+    """
+    shares = [*(split or ()), *[0.0] * len(free)][: len(free)]
+    for i, part in enumerate(device_layers(len(model.layers), settings.n_gpu_layers, shares if any(shares) else free)):
+        x = estimate(model, settings, params, part)
+        need = x.context if loaded else x.device
+        if len(part) and need > free[i]:
+            return i, need
+    return None
+
+
 def largest_context(model: Model, settings: ContextSettings, params: FasaParams | None, available: Available) -> int:
     """The most tokens, over all sequences, whose context fits what is available; 0: none does."""
     step = PAD * ContextShape(model, settings).n_stream
     low, high = 0, MOST_CELLS // step
     while low < high:
         middle = (low + high + 1) // 2
-        fits = estimate(model, settings.replace(n_ctx=middle * step), params).fits(available)
+        own = settings.replace(n_ctx=middle * step)
+        fits = estimate(model, own, params).fits(available)
+        if fits and len(available.devices) > 1:
+            fits = too_small(model, own, params, available.devices) is None
         low, high = (middle, high) if fits else (low, middle - 1)
     return low * step
 

@@ -58,7 +58,7 @@ def plan_as_dict(
     model: Model, settings: ContextSettings, params: FasaParams, found: Sequence[Way], available: Available
 ) -> dict[str, Any]:
     """For JSON, in bytes and tokens. device_bytes, host_bytes: what is available; cuda_bytes: what CUDA takes."""
-    decides = {k: v for k, v in asdict(settings).items() if k not in ("n_threads", "flash_attn", "mode")}
+    decides = {k: v for k, v in asdict(settings).items() if k not in ("n_threads", "flash_attn", "mode", "n_cpu_moe")}
     return {
         "model": model.name,
         "n_ctx_train": model.n_ctx_train,

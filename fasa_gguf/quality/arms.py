@@ -112,6 +112,7 @@ def describe(
         "n_gpu_layers": settings.n_gpu_layers,
         "type_k": settings.type_k,
         "type_v": settings.type_v,
+        **({"n_ubatch": settings.n_ubatch} if settings.n_ubatch != ContextSettings().n_ubatch else {}),
     }
 
 

@@ -128,7 +128,7 @@ def _run_sample(
         out = greedy(s, prompt[-1], len(prompt) - 1, n_predict, lambda out: mark(out) == 1)
         counters = s.fasa.counters()
         reason = s.fasa.step_reason_code()
-        least = arm.params.least_above(len(prompt), reason) if arm.params else 0
+        least = arm.params.least_above(len(prompt), reason, s.fasa.gpu_limit().cells) if arm.params else 0
         if arm.params is not None and not used(counters) and not least:
             raise FasaError(f"arm {arm.name}: {not_used(reason)}")
         answers.append(

@@ -1,6 +1,7 @@
 """Every picture: a profile, needles found, a sweep, speed against depth, loss against tokens or bytes.
 
-All are PNG files. Each function raises FasaError when its file cannot be written.
+All are PNG files; the one of speed is any of PLOT_FORMATS. Each function raises FasaError when its file cannot be
+written.
 """
 
 from __future__ import annotations
@@ -107,31 +108,80 @@ def save_sweep_map(result: dict[str, Any], path: str | os.PathLike) -> None:
     _save(fig, path)
 
 
-def save_speed_plot(lines: Mapping[str, Sequence[Any]], path: str | os.PathLike, title: str) -> None:
+PLOT_FORMATS = ("svg", "png", "pdf")
+# readable on white and on black, as the background is transparent
+_INK, _DENSE = "#7f8790", "#98a0a8"
+_COLOURS = ("#e8743b", "#3d8fd6", "#2fa36b", "#b06fd0", "#c99a1b", "#d6568c")
+_STYLE = {
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "font.size": 11,
+    "svg.fonttype": "none",  # text stays text
+    "svg.hashsalt": "fasa",  # the same figures make the same file
+}
+
+
+def check_plot_path(path: str | os.PathLike) -> None:
+    """Raises FasaError when the end of the name is none of PLOT_FORMATS."""
+    end = os.path.splitext(path)[1]
+    if end.lower().lstrip(".") not in PLOT_FORMATS:
+        expected = " or ".join(f".{x}" for x in PLOT_FORMATS)
+        raise FasaError(f"--plot {os.fspath(path)}: expected a name that ends in {expected}, found {end or 'no end'}")
+
+
+def save_speed_plot(lines: Mapping[str, Sequence[Any]], path: str | os.PathLike, title: str, machine: str = "") -> None:
     """Tokens/s against depth: a line for each name, its speed.results.Result by ascending depth, with error bars of one
-    standard deviation. Dense is dashed. Raises FasaError when there is no line."""
+    standard deviation. Dense is grey and dashed. Where there is one line of FASA, its ratio to dense is written at each
+    point that ran sparse. machine: the line below the title.
+
+    The background is transparent. Raises FasaError when there is no line, and for a file that is none of PLOT_FORMATS.
+    """
+    check_plot_path(path)
     if not lines:
         raise FasaError(f"{path}: no decode result was measured, so there is nothing to draw")
     plt = _pyplot()
-    fig, ax = plt.subplots(figsize=(10, 5), layout="constrained")
+    with plt.rc_context(_STYLE):
+        fig, ax = plt.subplots(figsize=(8.3, 4.3), layout="constrained")
+        _draw_lines(ax, lines)
+        _depth_axis(ax, sorted({r.n_depth for line in lines.values() for r in line}))
+        ax.set_ylabel("decode, tokens/s")
+        ax.set_title(f"{title}\n{machine}".strip(), fontsize=11)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.grid(alpha=0.3, color=_INK)
+        fig.legend(loc="outside lower center", ncols=min(len(lines), 4), frameon=False)
+        _save(fig, path, transparent=True)
+
+
+def _draw_lines(ax: Any, lines: Mapping[str, Sequence[Any]]) -> None:
+    sparse = [name for name, line in lines.items() if line[0].params is not None]
     for name, line in lines.items():
         x, y, error = zip(*((r.n_depth, r.avg_ts, r.stddev_ts) for r in line), strict=True)
-        style = "--" if line[0].params is None else "-"
-        ax.errorbar(x, y, error, marker="o", capsize=3, label=name, linestyle=style)
-    depths = sorted({r.n_depth for line in lines.values() for r in line})
-    if depths[0] == 0:  # a logarithm has no 0: linear up to the first depth
-        ax.set_xscale("symlog", base=2, linthresh=next(filter(None, depths), 1))
-    else:
-        ax.set_xscale("log", base=2)
-    ax.set_xticks(depths, [f"{d:,}" for d in depths], rotation=30)
-    ax.minorticks_off()
+        is_sparse = name in sparse
+        style = {"color": _COLOURS[sparse.index(name) % len(_COLOURS)] if is_sparse else _DENSE, "lw": 2}
+        style |= {} if is_sparse else {"ls": "--"}
+        ax.errorbar(x, y, error, marker="o", ms=5, capsize=3, label=name, zorder=3 if is_sparse else 2, **style)
+        for r in line if len(sparse) == 1 and is_sparse else ():
+            if r.ratio and r.sparse_share:
+                at = {"xytext": (0, 9), "textcoords": "offset points", "ha": "center"}
+                ax.annotate(f"{r.ratio:.1f}x", (r.n_depth, r.avg_ts + r.stddev_ts), color=style["color"], **at)
     ax.set_ylim(bottom=0)
-    ax.set_xlabel("depth in tokens")
-    ax.set_ylabel("decode, tokens/s")
-    ax.set_title(title)
-    ax.grid(alpha=0.3)
-    fig.legend(loc="outside right upper")
-    _save(fig, path)
+    ax.margins(y=0.1)
+
+
+def _depth_axis(ax: Any, depths: Sequence[int]) -> None:
+    """Linear, or logarithmic where the depths are far apart: a logarithm has no 0, so linear up to the first depth."""
+    first = next(filter(None, depths), 1)
+    if depths[-1] > 10 * first and depths[0] == 0:
+        ax.set_xscale("symlog", base=2, linthresh=first)
+        ax.set_xlim(left=-first / 4)
+    elif depths[-1] > 10 * first:
+        ax.set_xscale("log", base=2)
+    ax.set_xticks(depths, [f"{d:,}" for d in depths], rotation=30 if len(depths) > 8 else 0)
+    ax.minorticks_off()
+    ax.set_xlabel("depth: tokens in the cache")
 
 
 def save_loss_curves(
@@ -180,9 +230,11 @@ def save_loss_curves(
     _save(fig, path)
 
 
-def _save(fig: Any, path: str | os.PathLike) -> None:
+def _save(fig: Any, path: str | os.PathLike, **kw: Any) -> None:
+    if os.fspath(path).lower().endswith(".svg"):
+        kw["metadata"] = {"Date": None}  # the same picture is the same file
     try:
-        fig.savefig(path, dpi=120)
+        fig.savefig(path, dpi=120, **kw)
     except OSError as e:
         raise FasaError(f"{path}: cannot be written: {e.strerror or e}") from None
     finally:

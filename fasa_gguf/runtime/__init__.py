@@ -1,5 +1,5 @@
 """The native library seen from Python."""
 
-from . import context, devices, interrupt, library, ops, pieces
+from . import context, devices, gpu_limit, interrupt, library, ops, overrides, pieces
 
-__all__ = ["context", "devices", "interrupt", "library", "ops", "pieces"]
+__all__ = ["context", "devices", "gpu_limit", "interrupt", "library", "ops", "overrides", "pieces"]

@@ -17,6 +17,7 @@ from ..errors import FasaError
 from ..params import SETTINGS, FasaParams
 from ..reasons import Reason
 from .attach import Attached
+from .gpu_limit import GpuLimit
 from .library import api, check, last_error, struct
 
 
@@ -79,6 +80,7 @@ class Context:
         self._process = os.getpid()
         self._inside = threading.local()  # .observer: this thread is inside one
         self._step = "auto"
+        self._without = False  # steps have no attention
         self._ffi, self._lib = api()
         self._ctx = self._ffi.cast("struct llama_context *", ctx_ptr)
         self._observer = None
@@ -147,6 +149,34 @@ class Context:
         p = struct("fasa_params")
         check(self._lib.fasa_get_params(self._ctx, p))
         return self._fromstruct(p) if p.enabled else None
+
+    def gpu_limit(self) -> GpuLimit:
+        """What min_context_gpu is: the setting, or what was measured when that is -1."""
+        limit = struct("fasa_gpu_limit")
+        check(self._lib.fasa_get_gpu_limit(self._ctx, limit))
+        return GpuLimit.of(limit)
+
+    def measured(self, params: FasaParams) -> FasaParams:
+        """`params`, which are set, with the number that a min_context_gpu of -1 means here."""
+        self.set_params(params)
+        limit = self.gpu_limit()
+        return params.replace(min_context_gpu=limit.cells) if limit.source not in ("none", "setting") else params
+
+    @contextlib.contextmanager
+    def without_attention(self) -> Iterator[None]:
+        """The steps decoded inside have no attention, for timing what it adds: what they compute means nothing.
+
+        Raises FasaError inside another one, and where the context has no cache that FASA knows.
+        """
+        if self._without:
+            raise FasaError("without_attention: it is on already")
+        self._change(lambda: self._lib.fasa_set_attention(self._ctx, 0))
+        self._without = True
+        try:
+            yield
+        finally:
+            self._without = False
+            self._change(lambda: self._lib.fasa_set_attention(self._ctx, 1))
 
     def layer_params(self, il: int) -> FasaParams | None:
         """The settings in force in one layer, with its own mass, floor and cap; None when FASA is off."""

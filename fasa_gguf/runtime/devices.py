@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import FasaError
 from .library import api, check, find_library
 from .settings import thread_count
 
@@ -72,6 +75,8 @@ def _ggml() -> tuple[Any, Any]:
         "void * ggml_backend_reg_get(size_t);"
         "const char * ggml_backend_reg_name(void *);"
         "void * ggml_backend_reg_get_proc_address(void *, const char *);"
+        "void * ggml_backend_reg_by_name(const char *);"
+        "void ggml_backend_register(void *);"
         "struct feature { const char * name; const char * value; };"  # struct ggml_backend_feature
     )
     return ffi, ffi.dlopen(str(find_library("ggml")))
@@ -100,3 +105,29 @@ def device_memory(device: str) -> tuple[int, int]:
 def cuda_devices() -> list[str]:
     """Names of the CUDA devices of this machine; none with a build that has no CUDA."""
     return [d.name for d in devices() if d.is_gpu and d.name.startswith("CUDA")]
+
+
+def add_rpc_servers(endpoints: Sequence[str]) -> None:
+    """Take the devices of llama.cpp's RPC servers ("host:port") for all models that are loaded from now on.
+
+    Layers that n_gpu_layers puts on a device go to them first. They stay until the process ends, and it ends when one
+    of the servers does. Raises FasaError when the library has no RPC or a server cannot be reached.
+    """
+    api()
+    ffi, lib = _ggml()
+    rpc = lib.ggml_backend_reg_by_name(b"RPC")
+    if not rpc:
+        raise FasaError("this library has no RPC backend; build it with `make build CMAKE_ARGS=-DGGML_RPC=ON`")
+    add = ffi.cast(
+        "void * (*)(const char *)", lib.ggml_backend_reg_get_proc_address(rpc, b"ggml_backend_rpc_add_server")
+    )
+    for endpoint in endpoints:
+        host, _, port = endpoint.rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()  # ggml would end the process
+        except (OSError, ValueError, OverflowError) as e:
+            raise FasaError(f"RPC server {endpoint!r}: expected host:port of a running ggml-rpc-server: {e}") from None
+        reg = add(endpoint.encode())
+        if not reg:
+            raise FasaError(f"RPC server {endpoint!r}: it has no devices")
+        lib.ggml_backend_register(reg)

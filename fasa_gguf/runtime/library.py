@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
 import re
 import sys
@@ -14,9 +15,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import FasaError
+from .backends import load_backends
 from .structs import LAYOUT
 
 PACKAGE = Path(__file__).parent.parent
+BINDING = PACKAGE / "binding"  # llama-cpp-python's Python files, in an installed package only
 
 
 def lib_dir() -> Path:
@@ -81,12 +84,45 @@ def check_structs(mirror: Any) -> None:
         )
 
 
+def installed_binding() -> str:
+    """The version of llama-cpp-python that is installed; "": none is."""
+    try:
+        return metadata.version("llama-cpp-python")
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+def binding_note() -> str:
+    """That another llama-cpp-python is installed than the one in use, for code that imports llama_cpp; "" if not."""
+    version, wanted = installed_binding(), upstream_version()
+    if not version or version.split("+")[0] == wanted:
+        return ""
+    return f"llama-cpp-python {version} is installed; this process uses the {wanted} that fasa_gguf brings"
+
+
+def _import_packaged() -> Any:
+    """llama_cpp from the files in BINDING, whether another one is installed or not."""
+    folder = BINDING / "llama_cpp"
+    spec = importlib.util.spec_from_file_location(
+        "llama_cpp", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = sys.modules["llama_cpp"] = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules["llama_cpp"]
+        raise
+    return module
+
+
 @functools.cache
 def load() -> Any:
     """llama_cpp with our library underneath.
 
-    Returns the module. Raises FasaError when llama_cpp was imported before with another library, when its version or
-    its structs are not those that our library was built for, or when the library is missing.
+    Returns the module: that of the installed llama-cpp-python if it is the version that our library was built for, else
+    the one that an installed fasa_gguf brings. Raises FasaError when llama_cpp was imported before with another
+    library, when there is none of that version, when its structs are others, or when the library is missing.
     """
     ours = find_library("llama")
     if "llama_cpp" in sys.modules:
@@ -97,26 +133,25 @@ def load() -> Any:
                 "llama_cpp"
             )
         check_structs(sys.modules["llama_cpp"].llama_cpp)
+        load_backends(ours.parent)
         return sys.modules["llama_cpp"]
-    wanted = upstream_version()
-    try:
-        version = metadata.version("llama-cpp-python")
-    except metadata.PackageNotFoundError:
-        raise FasaError(f"llama-cpp-python is not installed; run `pip install llama-cpp-python=={wanted}`") from None
-    if version.split("+")[0] != wanted:  # what follows a plus is a label of who built it
+    wanted, version = upstream_version(), installed_binding()
+    fits = version.split("+")[0] == wanted  # what follows a plus is a label of who built it
+    if not fits and not (BINDING / "llama_cpp").is_dir():
+        other = f"llama-cpp-python {version} is installed and {wanted} is needed"
         raise FasaError(
-            f"llama-cpp-python {version} is installed and {wanted} is needed; "
-            f"run `pip install llama-cpp-python=={wanted}`"
+            f"{other if version else 'llama-cpp-python is not installed'}; run `pip install llama-cpp-python=={wanted}`"
         )
     os.environ["LLAMA_CPP_LIB_PATH"] = str(ours.parent)
     try:
-        import llama_cpp
+        llama_cpp = importlib.import_module("llama_cpp") if fits else _import_packaged()
     except AttributeError as e:  # ctypes: a function that our library does not have
         raise FasaError(
             f"llama-cpp-python {version}: this is another one than {wanted}, whatever its number: {e}; "
             f"run `pip install --force-reinstall --no-deps llama-cpp-python=={wanted}`"
         ) from None
     check_structs(llama_cpp.llama_cpp)
+    load_backends(ours.parent)
     return llama_cpp
 
 
@@ -124,7 +159,8 @@ def _header() -> str:
     here = PACKAGE
     for path in (here / "fasa.h", here.parent / "native" / "fasa.h"):
         if path.exists():
-            return path.read_text()
+            parts = re.split(r'^#include "(fasa-\w+\.h)"$', path.read_text(), flags=re.M)
+            return "".join(path.with_name(x).read_text() if i % 2 else x for i, x in enumerate(parts))
     raise FasaError(f"{here / 'fasa.h'}: the C header is missing; run `pip install --force-reinstall fasa_gguf`")
 
 

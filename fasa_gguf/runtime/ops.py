@@ -104,6 +104,7 @@ def _op_case(
     n_threads: int = 2,
     mode: int = 0,
     row_slots: int = 0,
+    beside: int = 0,
 ) -> Any:
     """A struct fasa_op_case, without its outputs. `keep` gets the arrays that it points to."""
     ffi, _ = api()
@@ -143,6 +144,7 @@ def _op_case(
         per_head=per_head,
         mode=mode,
         row_slots=row_slots,
+        beside=beside,
         q=kept("float", q, np.float32),
         k=kept("float", k, np.float32),
         v=kept("float", v, np.float32),
@@ -250,7 +252,8 @@ def op_time(*, n_layer: int = 4, n_rep: int = 20, **case: Any) -> dict[str, floa
     """Time one layer's attention, in seconds: the fastest of n_rep runs over n_layer caches.
 
     Returns "dense" (dense flash attention), "select" (TIP and SELECT) and "fasa" (all three ops). k and v float32
-    [1, 16384, n_head_kv, head_dim] are repeated over n_kv cells. Raises FasaError.
+    [1, 16384, n_head_kv, head_dim] are repeated over n_kv cells. beside: bytes of a feed-forward's weights; "beside" is
+    then its time, and "ahead" that of the feed-forward with TIP and SELECT beside it and FAC behind. Raises FasaError.
     """
     for name in ("k", "v"):
         if case[name].shape[:2] != (1, TIME_CELLS):

@@ -26,6 +26,7 @@ _RANGES = {  # of the numbers of a context, both ends included
     "n_seq_max": (1, 256),  # LLAMA_MAX_SEQ
     "n_threads": (0, 512),  # GGML_MAX_N_THREADS
     "n_gpu_layers": (-INT_MAX - 1, INT_MAX),
+    "n_cpu_moe": (0, 512),  # LLAMA_MAX_LAYERS
 }
 
 
@@ -37,6 +38,7 @@ class ContextSettings:
     n_batch, n_ubatch: tokens per llama_decode, and per graph; a ubatch is never larger than a batch.
     n_seq_max: sequences. kv_unified: they share one buffer, instead of n_ctx / n_seq_max cells each.
     n_threads: 0 for all cores that the process may use. n_gpu_layers: the last layers of the model, -1 for all.
+    n_cpu_moe: the experts of so many layers, the first ones, stay on the CPU; the memory plan does not know of it.
     type_k, type_v: names in gguf.cache_types.CACHE_TYPES. swa_full: layers with a sliding window keep all cells.
     no_kv_offload: K and V stay in host memory and the CPU attends.
     mode: where K and V of the GPU's layers lie: device (FASA-C), host (FASA-M: pinned host memory), or auto.
@@ -48,6 +50,7 @@ class ContextSettings:
     n_seq_max: int = 1
     n_threads: int = 0
     n_gpu_layers: int = 0
+    n_cpu_moe: int = 0
     type_k: str = "f16"
     type_v: str = "f16"
     flash_attn: bool = True

@@ -250,7 +250,7 @@ class Engine:
             return True, 0
         n_kv = -(-(len(slot.tokens) + 1) // PAD) * PAD
         on_gpu = self.session.settings.n_gpu_layers != 0
-        return False, (n_kv >= p.min_context) + (on_gpu and n_kv >= p.min_context_gpu)
+        return False, (n_kv >= p.min_context) + (on_gpu and n_kv >= self.session.fasa.gpu_limit().cells)
 
     def _decode(self) -> None:
         """One token more for every sequence whose prompt was read."""

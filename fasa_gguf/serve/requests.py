@@ -11,7 +11,7 @@ from llama_cpp import LlamaGrammar
 from llama_cpp.server import types
 
 from ..errors import FasaError
-from ..params import SETTINGS, FasaParams
+from ..params import SETTINGS, FasaParams, quality_settings
 from .engine import Engine
 from .errors import ApiError
 from .sampling import Sampler, SamplingParams
@@ -43,6 +43,23 @@ class ChatRequest(types.CreateChatCompletionRequest):
     fasa: dict[str, Any] | None = None
 
 
+def _check_quality(value: Any, params: FasaParams | None) -> None:
+    """Raises ApiError for an unknown quality, and for one that the server does not run with."""
+    try:
+        wanted = quality_settings(value, "fasa")
+    except FasaError as e:
+        raise ApiError(str(e), "fasa.quality", "invalid_value") from None
+    own = {name: getattr(params, name) for name in wanted} if params else wanted
+    if own != wanted:
+        raise ApiError(
+            f"fasa.quality: this server runs with {own}, and {value} is {wanted}; settings belong to the context that "
+            'all requests share: omit it, turn FASA off for this request with {"enabled": false}, or start a server '
+            f"with --fasa-quality {value}",
+            "fasa.quality",
+            "fixed_setting",
+        )
+
+
 def check_fasa(given: Mapping[str, Any] | None, params: FasaParams | None, why_off: str) -> bool:
     """Is this request to be decoded dense. Settings belong to the context, which all requests share: a request may turn
     FASA off for itself, and may name the server's own values. Raises ApiError, which names the field."""
@@ -53,8 +70,11 @@ def check_fasa(given: Mapping[str, Any] | None, params: FasaParams | None, why_o
     rows = {row.name: row for row in SETTINGS}
     for name, value in given.items():
         field = f"fasa.{name}"
+        if name == "quality":
+            _check_quality(value, params if enabled else None)
+            continue
         if name not in rows:
-            known = ", ".join(["enabled", *rows])
+            known = ", ".join(["enabled", "quality", *rows])
             raise ApiError(f"{field}: there is no such setting; known are {known}", field, "unknown_setting")
         try:
             if isinstance(value, bool):

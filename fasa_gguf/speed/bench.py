@@ -42,6 +42,7 @@ class BenchSettings:
     n_prompt: Sequence[int] = (512,)  # tokens of the timed prefills; empty or 0: none
     n_parallel: Sequence[int] = (1,)  # sequences that decode together
     n_gpu_layers: Sequence[int] = (0,)
+    n_cpu_moe: int = 0  # layers, the first ones, whose experts stay on the CPU
     types: Sequence[tuple[str, str]] = (("f16", "f16"),)  # of the K and the V cache
     no_kv_offload: Sequence[int] = (0,)  # 1: the cache in host memory; dense only
     modes: Sequence[str] = ("device",)  # where K and V lie: on the device, or in pinned host memory (FASA only)
@@ -49,6 +50,7 @@ class BenchSettings:
     n_threads: int = 0  # 0: the physical cores that this process may use
     n_batch: int = 2048
     n_ubatch: int = 512
+    attention: bool = False  # time steps without attention too, which say what it adds
     fill: str = "auto"  # prefill, random, or auto: random from RANDOM_FILL_FROM on
 
     def check(self, arms: Mapping[str, FasaParams]) -> BenchSettings:
@@ -140,6 +142,7 @@ def _contexts(model: str | os.PathLike, settings: BenchSettings) -> Iterator[_Op
             n_ubatch=settings.n_ubatch,
             n_threads=settings.n_threads,
             n_gpu_layers=ngl,
+            n_cpu_moe=settings.n_cpu_moe,
         ) as s:
             for (k, v), (nkvo, mode), n in itertools.product(settings.types, settings.places(), settings.n_parallel):
                 found: Session | FasaError = s
@@ -153,6 +156,7 @@ def _contexts(model: str | os.PathLike, settings: BenchSettings) -> Iterator[_Op
                     found = e
                 config = {
                     "n_gpu_layers": ngl,
+                    "n_cpu_moe": settings.n_cpu_moe,
                     "type_k": k,
                     "type_v": v,
                     "no_kv_offload": bool(nkvo),
@@ -223,6 +227,7 @@ def _measure_context(
         return
     if is_offloaded:
         s.fasa.set_profile(profile)
+        here = {arm: p and s.fasa.measured(p) for arm, p in here.items()}
     timer = Timer(s, n, settings.fill, progress or (lambda what, done, total: None))
     has_read_rate = not is_host and max(depths) >= PLAIN_READ_FROM and read_rate(s.fasa, 1) is not None
     base_s = timer.empty_step(settings.n_gen) if has_read_rate else None
@@ -253,7 +258,7 @@ def _check_used(results: Sequence[Result]) -> None:
     if any(r.sparse_share for r in results):
         return
     note, params = next((r.note, r.params) for r in reversed(results) if r.params is not None)
-    least, more = params.min_context_gpu, ""
+    least, more = max(params.min_context_gpu, 0), ""
     if note == f"dense (n < {least})":
         more = f"; with all layers on a GPU use -d with {least} or more, or a smaller --fasa-min-context-gpu"
     raise FasaError(f"FASA was asked for and no step used it: {note}{more}")
@@ -276,7 +281,9 @@ def _measure(timer: Timer, settings: BenchSettings, arms: Mapping[str, FasaParam
             raise FasaError(f"FASA was asked for and no step at depth {depth} used it: {why}")
         return sample
 
+    bare_s = timer.bare_step(depth, settings.n_gen, settings.repetitions) if settings.attention else None
     for arm, samples in take_turns(arms, settings.repetitions, generate).items():
+        group[arm].bare_s = bare_s
         _set_times(group[arm], samples, before)
         _set_bytes(group[arm], samples)
     return results + set_ratios(group)

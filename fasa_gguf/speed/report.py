@@ -1,4 +1,4 @@
-"""What `bench` measured, as a table, JSON, CSV, or a picture."""
+"""What `bench` measured, as a table, JSON, CSV, or a picture; and read again from its JSON."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from ..errors import FasaError
@@ -49,6 +50,7 @@ COLUMNS: dict[str, tuple[Callable[[Result], str], str | None]] = {
     "t/s": (lambda r: f"{r.avg_ts:.2f} +- {r.stddev_ts:.2f}" if r.samples_ts else "", None),
     "ratio": (lambda r: "" if r.params is None else _number(r.ratio, "{:.2f}x"), ""),
     "vs best": (lambda r: _number(r.ratio_best, "{:.2f}x"), ""),
+    "attention ms": (lambda r: _number(r.attention_ms, "{:.3f}"), ""),
     "attended": (_attended, ""),
     "KV MiB/token": (lambda r: _number(r.kv_bytes and r.kv_bytes / MIB, "{:.2f}"), ""),
     "MiB/token": (lambda r: _number(r.token_bytes and r.token_bytes / MIB, "{:.2f}"), ""),
@@ -100,6 +102,7 @@ def as_dict(r: Result, model: str, build: str) -> dict[str, Any]:
         "samples_ts": r.samples_ts,
         "ratio": r.ratio,
         "ratio_best": r.ratio_best,
+        "attention_ms": r.attention_ms,
         "first_step_ms": r.first_step_ms,
         "ttft_ms": r.ttft_ms,
         "sparse_share": r.sparse_share,
@@ -110,12 +113,6 @@ def as_dict(r: Result, model: str, build: str) -> dict[str, Any]:
         "bytes_per_second": r.bytes_per_second,
         "copy_bytes_per_second": r.copy_rate,
         "of_copy_rate": r.of_copy_rate,
-        "kv_bytes_per_second": r.kv_rate,
-        "plain_read_bytes_per_second": r.read_rate,
-        "plain_read_ts": r.plain_ts,
-        "kv_bytes_per_second": r.kv_rate,
-        "plain_read_bytes_per_second": r.read_rate,
-        "plain_read_ts": r.plain_ts,
         "kv_bytes_per_second": r.kv_rate,
         "plain_read_bytes_per_second": r.read_rate,
         "plain_read_ts": r.plain_ts,
@@ -211,5 +208,76 @@ def plot_lines(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def save_plot(results: Sequence[Result], path: str | os.PathLike, model: str) -> None:
-    """PNG: tokens/s against depth, a line for each arm and context, with error bars of one standard deviation."""
-    save_speed_plot(plot_lines(results), path, os.path.basename(model))
+    """tokens/s against depth, a line for each arm and context, with error bars of one standard deviation; a picture of
+    the type that the end of its name says."""
+    save_speed_plot(plot_lines(results), path, f"{os.path.basename(model)}: {_caches(results)}", _machine(results))
+
+
+def _caches(results: Sequence[Result]) -> str:
+    """The cache types of all results, unless the lines name them."""
+    types = {LINE_PARTS["KV"](r) for r in results if r.n_gen and r.samples_ts}
+    return f"K and V in {types.pop()}" if len(types) == 1 else "dense and FASA"
+
+
+def _machine(results: Sequence[Result]) -> str:
+    """CPU and threads, and the GPU where layers are on it."""
+    config = next((r.config for r in results if r.config.get("cpu_info")), {})
+    gpu = config.get("gpu_info") if any(r.config.get("n_gpu_layers") for r in results) else None
+    cpu = f"{config['cpu_info']}, {config.get('n_threads', '?')} threads" if config else ""
+    return " + ".join(filter(None, [gpu, cpu]))
+
+
+# ---- read again ----
+
+
+def read_results(path: str | os.PathLike) -> tuple[list[Result], str]:
+    """(results, model) of a file that `bench -o json` or `-o jsonl` printed: what a picture needs of them.
+
+    Raises FasaError naming the file, and the field that is not as `bench` writes it.
+    """
+    try:
+        text = Path(path).read_text()
+    except (OSError, ValueError) as e:
+        raise FasaError(f"--from {path}: cannot be read: {getattr(e, 'strerror', None) or e}; check the path") from None
+    try:
+        entries = json.loads(text) if text.lstrip().startswith("[") else [json.loads(x) for x in text.splitlines() if x]
+    except ValueError as e:
+        raise FasaError(f"--from {path}: expected what `fasa-gguf bench --json` printed, found {e}") from None
+    if not entries or not all(isinstance(e, dict) for e in entries):
+        raise FasaError(f"--from {path}: expected results of `fasa-gguf bench --json`, found none")
+    return [_from_dict(e, f"--from {path}: result {i}") for i, e in enumerate(entries)], str(
+        entries[0]["model_filename"]
+    )
+
+
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "model_filename": str,
+    "arm": str,
+    "n_depth": int,
+    "n_gen": int,
+    "n_prompt": int,
+    "n_parallel": int,
+    "samples_ts": list,
+    "ratio": (int, float, type(None)),
+    "sparse_share": (int, float),
+    "fasa": (dict, type(None)),
+}
+
+
+def _from_dict(e: dict[str, Any], where: str) -> Result:
+    for name, kind in FIELDS.items():
+        if not isinstance(e.get(name, ...), kind):
+            found = repr(e[name])[:40] if name in e else "nothing"
+            expected = " or ".join("null" if k is type(None) else k.__name__ for k in _tuple(kind))
+            raise FasaError(
+                f"{where}: field {name}: expected {expected}, found {found}; measure anew with `bench --json`"
+            )
+    if not all(isinstance(x, (int, float)) for x in e["samples_ts"]):
+        raise FasaError(f"{where}: field samples_ts: expected numbers, found {str(e['samples_ts'])[:40]}")
+    params = None if e["fasa"] is None else FasaParams.from_mapping(e["fasa"], f"{where}: field fasa")
+    own = {name: e[name] for name in FIELDS if name not in ("model_filename", "fasa")}
+    return Result(**own, params=params, config={k: v for k, v in e.items() if k not in FIELDS})
+
+
+def _tuple(kind: type | tuple[type, ...]) -> tuple[type, ...]:
+    return kind if isinstance(kind, tuple) else (kind,)

@@ -122,33 +122,20 @@ class Timer:
         self.s.clear()
         return seconds
 
-    def empty_step(self, n: int) -> float:
-        """Seconds of a dense decode step with an empty cache: the mean of n, after WARM_STEPS. Leaves it empty."""
+    def bare_step(self, depth: int, n: int, repetitions: int) -> float:
+        """Seconds of a decode step after `depth` cells without attention: the mean of n in each repetition."""
         self.s.fasa.set_params(None)
-        self.s.clear()
-        self.in_cache = 0
-        for j in range(WARM_STEPS):
-            self.step(j, j)
-        start = time.perf_counter()
-        for j in range(WARM_STEPS, WARM_STEPS + n):
-            self.step(j, j)
-        seconds = (time.perf_counter() - start) / n
-        self.s.clear()
-        return seconds
-
-    def empty_step(self, n: int) -> float:
-        """Seconds of a dense decode step with an empty cache: the mean of n, after WARM_STEPS. Leaves it empty."""
-        self.s.fasa.set_params(None)
-        self.s.clear()
-        self.in_cache = 0
-        for j in range(WARM_STEPS):
-            self.step(j, j)
-        start = time.perf_counter()
-        for j in range(WARM_STEPS, WARM_STEPS + n):
-            self.step(j, j)
-        seconds = (time.perf_counter() - start) / n
-        self.s.clear()
-        return seconds
+        seconds = 0.0
+        with self.s.fasa.without_attention():
+            for _ in range(repetitions):
+                for j in range(WARM_STEPS):
+                    self.step(depth + j, j)
+                start = time.perf_counter()
+                for j in range(WARM_STEPS, WARM_STEPS + n):
+                    self.step(depth + j, j)
+                seconds += time.perf_counter() - start
+                self.rewind(depth)
+        return seconds / (n * repetitions)
 
     def prompt(self, p: FasaParams | None, depth: int, n: int) -> Sample:
         """A prefill of n tokens of sequence 0 after `depth` cells, and the first decode step after it."""

@@ -24,6 +24,6 @@ fasa_reason fasa_step_dense_reason(const fasa_params & p, bool decodes, uint32_t
     return n_kv < p.min_context ? FASA_REASON_MIN_CONTEXT : FASA_REASON_NONE;
 }
 
-bool fasa_gpu_waits(const fasa_params & p, uint32_t n_kv) {
-    return p.min_context > 0 && n_kv < p.min_context_gpu;
+bool fasa_gpu_waits(const fasa_params & p, const fasa_gpu_limit & limit, uint32_t n_kv) {
+    return p.min_context > 0 && n_kv < limit.cells;
 }

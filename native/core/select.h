@@ -85,6 +85,7 @@ inline uint64_t fasa_mass_need(float mass, int n_group) {
 
 // The largest key of every block of FASA_BLOCK cells tells where the best cells can be: most blocks are skipped whole.
 static constexpr uint32_t FASA_BLOCK = 8;
+static constexpr uint32_t FASA_FEW   = 512; // cells that are looked at first for a target mass
 
 // one list's keys
 struct fasa_keys {
@@ -148,7 +149,8 @@ struct fasa_candidates {
     std::vector<int32_t> cell;
     std::vector<uint32_t> key;
     std::vector<uint32_t> block;
-    std::vector<uint64_t> share; // only for a target mass
+    std::vector<uint64_t> share; // these two only for a target mass
+    std::vector<uint32_t> rest;
     uint32_t n = 0;
 
     // the n_best best cells and few more
@@ -187,7 +189,7 @@ struct fasa_candidates {
         const uint32_t t = fasa_find_key(key.data(), n, n_best, 0);
         uint32_t equal =
             n_best - (t == FASA_KEY_FORCED ? 0 : fasa_count(key.data(), n, t + 1)); // how many of the key t
-        for (uint32_t i = 0, m = 0; m < n_best; ++i) {
+        for (uint32_t i = 0, m = 0; m < n_best && i < n; ++i) { // fewer: of scores that are no numbers
             const uint32_t at = key[i] == t && equal > 0;
             list[m]           = cell[i];
             m += key[i] > t || at;
@@ -196,34 +198,64 @@ struct fasa_candidates {
     }
 };
 
-// How many of the best cells hold `mass`, n_most at the most: cells are taken forced first, then by score, ties to the
-// lower cell. Where the forced ones suffice, all of them: fewer are never attended.
-inline uint32_t fasa_mass_count(fasa_candidates & c, const fasa_keys & keys, int n_group, float mass, uint32_t n_most) {
-    const uint64_t need = fasa_mass_need(mass, n_group);
-    if (keys.forced_share >= need) {
-        return std::max(1u, keys.n_forced);
-    }
+// How many of the best cells hold `need` units: cells are taken forced first, then by score, ties to the lower cell.
+// 0: the candidates do not hold as much. The forced ones alone do not.
+inline uint32_t fasa_mass_count(fasa_candidates & c, const fasa_keys & keys, uint64_t need) {
     c.share.resize(c.n);
-    for (uint32_t i = 0; i < c.n; ++i) {
-        c.share[i] = c.key[i] == FASA_KEY_FORCED ? 0 : fasa_share(fasa_key_score(c.key[i]));
+    c.rest.assign(c.key.begin(), c.key.begin() + c.n);
+    uint64_t * share = c.share.data();
+    uint32_t * key   = c.rest.data();
+    uint32_t n = c.n, above = 0; // candidates that may be the last one taken; those that are taken before all of these
+    uint64_t held = keys.forced_share, sum = 0; // by the forced ones and those taken before; by the others
+    for (uint32_t i = 0; i < n; ++i) {
+        share[i] = key[i] == FASA_KEY_FORCED ? 0 : fasa_share(fasa_key_score(key[i]));
+        sum += share[i];
     }
-    const auto held = [&](uint32_t low) { // by the cells whose key is at least `low`
-        uint64_t sum = keys.forced_share;
-        for (uint32_t i = 0; i < c.n; ++i) {
-            sum += c.key[i] >= low ? c.share[i] : 0;
+    if (held + sum < need) {
+        return 0;
+    }
+    while (true) { // a round drops one side of the middle of the keys; neither side is empty
+        uint32_t low = UINT32_MAX, high = 0;
+        for (uint32_t i = 0; i < n; ++i) {
+            low  = std::min(low, key[i]);
+            high = std::max(high, key[i]);
         }
-        return sum;
-    };
-    uint32_t low = FASA_KEY_HIDDEN + 1, high = FASA_KEY_FORCED; // enough is held from low on, and not from high on
-    if (held(low) < need) {
-        return n_most;
+        if (low == high) {
+            break;
+        }
+        const uint32_t mid = low + (high - low) / 2 + 1;
+        uint64_t upper     = 0;
+        for (uint32_t i = 0; i < n; ++i) {
+            upper += key[i] >= mid ? share[i] : 0;
+        }
+        const bool is_upper = held + upper >= need;
+        uint32_t m          = 0;
+        for (uint32_t i = 0; i < n; ++i) {
+            const uint32_t k = key[i];
+            key[m]           = k;
+            share[m]         = share[i];
+            m += (k >= mid) == is_upper;
+        }
+        held += is_upper ? 0 : upper;
+        above += is_upper ? 0 : n - m;
+        n = m;
     }
-    while (high - low > 1) {
-        const uint32_t mid               = low + (high - low) / 2;
-        (held(mid) >= need ? low : high) = mid;
+    return above + (uint32_t) ((need - held + share[0] - 1) / share[0]); // equal keys have equal shares
+}
+
+// Find the candidates, and how many of them hold `mass`: n_most at the most, and where the forced ones suffice all of
+// them, since fewer are never attended. Most steps need few of n_most, so few are looked at first.
+inline uint32_t fasa_mass_find(
+    fasa_candidates & c, const fasa_keys & keys, int n_group, float mass, uint32_t n_least, uint32_t n_most) {
+    const uint64_t need = fasa_mass_need(mass, n_group);
+    const bool enough   = keys.forced_share >= need;
+    for (uint32_t n = std::max({ n_least, keys.n_forced, FASA_FEW });; n = n > n_most / 4 ? n_most : n * 4) {
+        c.find(keys, std::min(n, n_most));
+        const uint32_t count = enough ? std::max(1u, keys.n_forced) : fasa_mass_count(c, keys, need);
+        if (count > 0 || n >= n_most) {
+            return count > 0 ? std::min(count, n_most) : n_most;
+        }
     }
-    const uint64_t one = fasa_share(fasa_key_score(low)), rest = need - held(high); // equal keys have equal shares
-    return (uint32_t) std::min<uint64_t>(n_most, fasa_count(c.key.data(), c.n, high) + (rest + one - 1) / one);
 }
 
 // One selection over all cells; list has room for fasa_list_length. Returns the count.
@@ -240,10 +272,11 @@ inline uint32_t fasa_select(const fasa_keys & keys, int n_group, fasa_budget b, 
         return 0;
     }
     uint32_t n = std::min(std::max(b.mass > 0 ? b.cap : b.budget, n_forced), n_visible);
-    c.find(keys, n);
     if (b.mass > 0) {
-        const uint32_t need = fasa_mass_count(c, keys, n_group, b.mass, n);
+        const uint32_t need = fasa_mass_find(c, keys, n_group, b.mass, std::min(b.floor, n), n);
         n                   = std::min(std::max(std::clamp(need, b.floor, b.cap), n_forced), n_visible);
+    } else {
+        c.find(keys, n);
     }
     c.emit(n, list);
     return n;

@@ -4,7 +4,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
+#include <sstream>
 #include <type_traits>
 
 template <typename T>
@@ -15,8 +17,8 @@ static constexpr fasa_setting::kind fasa_kind_of() {
 }
 
 const fasa_setting FASA_SETTING_ROWS[] = {
-#define X(name, type, initial, low, high)                                                                              \
-    { #name, fasa_kind_of<type>(), offsetof(fasa_params, name), initial, low, high },
+#define X(name, type, initial, low, high, names)                                                                       \
+    { #name, fasa_kind_of<type>(), offsetof(fasa_params, name), initial, low, high, names },
     FASA_SETTINGS(X)
 #undef X
 };
@@ -45,6 +47,24 @@ void fasa_setting::set(fasa_params & p, double value) const {
         const uint32_t bits = (uint32_t) whole; // of a negative int32_t too
         memcpy(at, &bits, 4);
     }
+}
+
+std::vector<std::string> fasa_words(const char * names) {
+    std::vector<std::string> out;
+    std::istringstream in(names);
+    for (std::string word; in >> word;) {
+        out.push_back(word);
+    }
+    return out;
+}
+
+std::string fasa_setting::text(double value) const {
+    if (is_named()) {
+        return fasa_words(names).at((size_t) value);
+    }
+    char out[32];
+    snprintf(out, sizeof(out), "%.6g", value);
+    return out;
 }
 
 fasa_params fasa_params_default(void) {

@@ -4,31 +4,44 @@
 
 // clang-format off
 
-// X(name, C type, default, lowest, highest)
+// X(name, C type, default, lowest, highest, names of the values)
 #define FASA_SETTINGS(X) \
-    X(chunks, uint32_t, 0, 0, 2147483647) \
-    X(budget, uint32_t, 512, 1, 2147483647) \
-    X(mass, float, 0.0, 0, 1) \
-    X(floor, uint32_t, 64, 0, 2147483647) \
-    X(cap, uint32_t, 1024, 0, 2147483647) \
-    X(sink, uint32_t, 4, 0, 65536) \
-    X(recent, uint32_t, 32, 0, 65536) \
-    X(min_context, uint32_t, 1024, 0, 2147483647) \
-    X(min_context_gpu, uint32_t, 16384, 0, 2147483647) \
-    X(max_tokens, uint32_t, 64, 1, 2147483647) \
-    X(k_dom, int32_t, FASA_K_DOM_Q4, FASA_K_DOM_F16, FASA_K_DOM_Q4) \
-    X(per_head, uint32_t, 0, 0, 1) \
-    X(mean_budget, uint32_t, 0, 0, 2147483647) \
-    X(row_cache, int32_t, -1, -1, 2147483647) \
-    X(ahead, int32_t, FASA_AHEAD_AUTO, FASA_AHEAD_AUTO, FASA_AHEAD_ON) \
-    X(prefill, int32_t, FASA_PREFILL_AUTO, FASA_PREFILL_AUTO, FASA_PREFILL_ON) \
-    X(prefill_min_context, uint32_t, 2048, 0, 2147483647) \
-    X(prefill_tile, uint32_t, 128, 16, 1024) \
-    X(prefill_mass, float, 0.95, 0, 1) \
-    X(prefill_budget, uint32_t, 1024, 1, 2147483647) \
-    X(prefill_floor, uint32_t, 256, 1, 2147483647) \
-    X(prefill_cap, uint32_t, 4096, 1, 2147483647) \
-    X(prefill_band, uint32_t, 128, 0, 65536)
+    X(chunks, uint32_t, 0, 0, 2147483647, "") \
+    X(budget, uint32_t, 512, 1, 2147483647, "") \
+    X(mass, float, 0.0, 0, 1, "") \
+    X(floor, uint32_t, 64, 0, 2147483647, "") \
+    X(cap, uint32_t, 1024, 0, 2147483647, "") \
+    X(sink, uint32_t, 4, 0, 65536, "") \
+    X(recent, uint32_t, 32, 0, 65536, "") \
+    X(min_context, uint32_t, 1024, 0, 2147483647, "") \
+    X(min_context_gpu, int32_t, -1, -1, 2147483647, "") \
+    X(max_tokens, uint32_t, 64, 1, 2147483647, "") \
+    X(k_dom, int32_t, FASA_K_DOM_Q4, FASA_K_DOM_F16, FASA_K_DOM_Q4, "f16 q8 q4") \
+    X(per_head, uint32_t, 0, 0, 1, "") \
+    X(mean_budget, uint32_t, 0, 0, 2147483647, "") \
+    X(row_cache, int32_t, -1, -1, 2147483647, "") \
+    X(ahead, int32_t, FASA_AHEAD_AUTO, FASA_AHEAD_AUTO, FASA_AHEAD_ON, "auto off on") \
+    X(prefill, int32_t, FASA_PREFILL_AUTO, FASA_PREFILL_AUTO, FASA_PREFILL_ON, "auto off on") \
+    X(prefill_min_context, uint32_t, 2048, 0, 2147483647, "") \
+    X(prefill_tile, uint32_t, 128, 16, 1024, "") \
+    X(prefill_mass, float, 0.98, 0, 1, "") \
+    X(prefill_budget, uint32_t, 1024, 1, 2147483647, "") \
+    X(prefill_floor, uint32_t, 256, 1, 2147483647, "") \
+    X(prefill_cap, uint32_t, 4096, 1, 2147483647, "") \
+    X(prefill_band, uint32_t, 128, 0, 65536, "")
+
+#define FASA_QUALITY_NAMES "fast, balanced, careful"
+// X(quality, setting, value)
+#define FASA_QUALITIES(X) \
+    X(fast, mass, 0.9) \
+    X(fast, floor, 64) \
+    X(fast, cap, 1024) \
+    X(balanced, mass, 0.95) \
+    X(balanced, floor, 64) \
+    X(balanced, cap, 2048) \
+    X(careful, mass, 0.985) \
+    X(careful, floor, 128) \
+    X(careful, cap, 8192)
 
 // counted by: the ops, on the CPU and on a device
 // X(name, NAME)
@@ -106,6 +119,8 @@
     X(ODD_HEAD, "its head dimension is odd") \
     X(CACHE_TYPE, "its cache type cannot be read back") \
     X(NO_KERNELS, "its cache is on a device that FASA has no kernels for") \
+    X(REMOTE_BUILD, "it is on another machine, whose RPC server is not of this build of fasa_gguf") \
+    X(REMOTE_DEVICE, "it is on a device of another machine that is no CPU") \
     X(NO_CPU_OPS, "the CPU backend has no FASA ops") \
     X(NO_FLASH_ATTENTION, "flash attention is off") \
     X(TRAINING, "training") \

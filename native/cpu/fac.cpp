@@ -133,6 +133,19 @@ struct fasa_fac_work {            // one per thread: the op has no work buffer
     std::vector<float *> out;     // [heads]
 };
 
+// The cells of a list, which has room for `most`; 0: it names one that is not there. That list was not made by SELECT,
+// but came over the wire (rpc/rpc.h), and is not to be followed.
+static int64_t fasa_fac_count(const int32_t * list, int64_t most, int64_t n_kv) {
+    const int64_t n = *list++;
+    uint32_t bad    = n < 0 || n > most;
+    for (int64_t i = 0; i < n && !bad; i += 16) {
+        for (int64_t j = i; j < std::min(i + 16, n); ++j) {
+            bad |= (uint32_t) list[j] >= (uint32_t) n_kv;
+        }
+    }
+    return bad ? 0 : n;
+}
+
 // Query heads [g0, g1) of KV head h over the list that they share, for one token
 static void fasa_fac_heads(const ggml_tensor * t, const fasa_op_params & p, int64_t h, int64_t tok, int64_t s,
     int64_t g0, int64_t g1, fasa_fac_work & w) {
@@ -144,7 +157,7 @@ static void fasa_fac_heads(const ggml_tensor * t, const fasa_op_params & p, int6
     const int64_t own = n_group * t->src[0]->ne[1] / t->ne[1]; // query heads of a KV head over those that share a list
     const int32_t * list     = (const int32_t *) fasa_at(t->src[0], h * own + g0 * own / n_group, tok, s);
     const ggml_fp16_t * hide = (const ggml_fp16_t *) fasa_at(mask, tok, 0, s);
-    const int64_t n          = *list++;
+    const int64_t n          = fasa_fac_count(list++, t->src[0]->ne[0] - 1, k->ne[2]);
 
     w.logit.resize(m * n);
     w.rows.resize(FASA_ROWS * std::max(d_k, d_v));

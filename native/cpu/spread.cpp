@@ -38,10 +38,14 @@ void fasa_cpu_spread(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
         const float * in    = (const float *) ((const char *) values->data + t * values->nb[1]) + head * n_dom;
         float * out         = (float *) fasa_at(dst, head, t, 0);
         std::fill(out, out + dst->ne[0], 0.0f);
-        for (int64_t j = 0; j + 1 < n_dom && dim[j] >= 0; j += 2) {
+        const auto is_dim = [&](int32_t x) {
+            return (uint64_t) x < (uint64_t) dst->ne[0]; // not so: -1, padding
+        };
+        for (int64_t j = 0; j + 1 < n_dom && is_dim(dim[j]) && is_dim(dim[j + 1]); j += 2) {
             float c = 1.0f, s = 0.0f;
-            if (dim[j] < p.rope.n_rot) {
-                fasa_rope_at(p.rope, ((const int32_t *) pos->data)[t], p.rope.neox ? dim[j] : dim[j] / 2, ff, c, s);
+            const int pair = p.rope.neox ? dim[j] : dim[j] / 2;
+            if (dim[j] < p.rope.n_rot && pair < p.rope.n_rot / 2) {
+                fasa_rope_at(p.rope, ((const int32_t *) pos->data)[t], pair, ff, c, s);
             }
             out[dim[j]]     = in[j] * c - in[j + 1] * s;
             out[dim[j + 1]] = in[j] * s + in[j + 1] * c;

@@ -70,7 +70,7 @@ void fasa_refresh(const ggml_tensor * tip, const fasa_op_params & p, int64_t fir
                     }
                     const int32_t * dim = (const int32_t *) ((const char *) dims->data + h * dims->nb[1]);
                     for (int64_t d = 0; d < n_dom; ++d) {
-                        x[d] = dim[d] < 0 ? 0.0f : row[dim[d]];
+                        x[d] = (uint64_t) dim[d] < (uint64_t) d_k ? row[dim[d]] : 0.0f; // -1: padding
                     }
                     fasa_k_dom_write(
                         p.k_dom, n_dom, x.data(), fasa_at(k_dom, cell / FASA_TILE, h, s), cell % FASA_TILE);
@@ -106,7 +106,7 @@ struct fasa_tip_query {
                 fasa_hadamard(row.data(), d_k, p.n_hadamard);
             }
             for (int64_t d = 0; d < n_dom; ++d) {
-                x[head * n_dom + d] = dim[d] < 0 ? 0.0f : row[dim[d]] * w[d] * p.scale;
+                x[head * n_dom + d] = (uint64_t) dim[d] < (uint64_t) d_k ? row[dim[d]] * w[d] * p.scale : 0.0f;
             }
         }
         for (size_t g = 0; g < scale.size(); ++g) {

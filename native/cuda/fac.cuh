@@ -22,7 +22,7 @@ struct fasa_fac_args {
     ggml_type type_k, type_v;
     fasa_fetched fetched;
     int token0;  // of this launch
-    bool joined; // the list comes from a side stream
+    bool joined; // the list is not from a SELECT right before it in the same stream
     int n_list_len, n_list, n_head, n_shared, d;
     uint3 by_n_tps, by_n_group, by_n_chunk; // fastdiv
     float scale, soft_cap;

@@ -56,12 +56,31 @@ static fasa_reason fasa_cuda_reason_of(ggml_backend_dev_t dev, const fasa_layer_
     return REASON(device, *shape);
 }
 
+// of driver and runtime, and what else makes times differ between devices of one name
+static const char * fasa_cuda_versions(ggml_backend_dev_t dev) {
+    static thread_local char text[160];
+    int driver = 0, runtime = 0, device = -1, clock = 0, memory = 0, bus = 0;
+    (void) cudaDriverGetVersion(&driver);
+    (void) cudaRuntimeGetVersion(&runtime);
+    if (sscanf(ggml_backend_dev_name(dev), GGML_CUDA_NAME "%d", &device) == 1) {
+        (void) cudaDeviceGetAttribute(&clock, cudaDevAttrClockRate, device);
+        (void) cudaDeviceGetAttribute(&memory, cudaDevAttrMemoryClockRate, device);
+        (void) cudaDeviceGetAttribute(&bus, cudaDevAttrGlobalMemoryBusWidth, device);
+    }
+    const int n_sm = device >= 0 ? ggml_cuda_info().devices[device].nsm : 0;
+    snprintf(text, sizeof(text), "%d/%d sm=%d clock=%d memory=%d bus=%d", driver, runtime, n_sm, clock, memory, bus);
+    return text;
+}
+
 void * fasa_cuda_proc_address(const char * name) {
     if (strcmp(name, "fasa_dense_reason") == 0) {
         return (void *) fasa_cuda_reason_of<fasa_cuda_reason>;
     }
     if (strcmp(name, "fasa_tile_reason") == 0) {
         return (void *) fasa_cuda_reason_of<fasa_cuda_tile_reason>;
+    }
+    if (strcmp(name, "fasa_device_versions") == 0) {
+        return (void *) fasa_cuda_versions;
     }
     if (strcmp(name, "fasa_host_buft") == 0) {
         return (void *) fasa_cuda_host_buft;

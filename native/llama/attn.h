@@ -38,6 +38,7 @@ struct fasa_attn {
     ggml_tensor * build_staged() const;
     ggml_tensor * build_window() const;
     ggml_tensor * build_select() const;
+    void set_ahead(const fasa_foreseen & foreseen) const;
     void build_ahead(const fasa_foreseen & foreseen) const;
     bool has_room_ahead() const;
     bool can_fetch(const ggml_tensor * residual) const;

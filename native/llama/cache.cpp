@@ -1,5 +1,6 @@
 #include "llama/cache.h"
 #include "core/error.h"
+#include "llama/remote.h"
 
 #include "llama-kv-cache.h"
 #include "llama-model.h"
@@ -16,7 +17,7 @@ fasa_cache::fasa_cache(llama_kv_cache & kv)
 
 // dense attention is never the faster one where it has to copy a layer over PCIe first
 bool fasa_cache::gpu_waits(uint32_t n_kv) const {
-    return !residence.any_pinned() && fasa_gpu_waits(state->params, n_kv);
+    return !residence.any_pinned() && fasa_gpu_waits(state->params, state->gpu_limit, n_kv);
 }
 
 // by what its cache is
@@ -30,6 +31,9 @@ fasa_reason fasa_cache::cache_reason(size_t ikv) const {
     const auto dev = residence.device_of(l.il);
     if (dev == nullptr) {
         return fasa_cpu_op_get() ? FASA_REASON_NONE : FASA_REASON_NO_CPU_OPS;
+    }
+    if (fasa_is_remote(dev)) {
+        return fasa_remote_reason(dev);
     }
     if (gpu_waits(kv.get_size())) {
         return FASA_REASON_MIN_CONTEXT_GPU; // and needs no dominant keys
@@ -104,7 +108,8 @@ int fasa_cache::configure() {
         return -1;
     }
     for (size_t ikv = 0; ikv < layers.size(); ++ikv) {
-        if (layers[ikv].k_dom) {
+        if (layers[ikv].k_dom) { // for foreseen queries, where it is to select ahead; a graph says whether it can
+            layers[ikv].for_foreseen = ahead_reason(kv.layers[ikv].il, 1) == FASA_REASON_NONE;
             upload_tables(ikv);
         }
     }
@@ -120,7 +125,9 @@ void fasa_cache::add_layer(size_t ikv, contexts & ctxs) {
     if (!ctx) {
         ctx.reset(ggml_init({ (4 * layers.size() + 2) * ggml_tensor_overhead(), nullptr, true }));
         if (!ggml_backend_buft_is_host(buft)) {
-            works[buft] = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, sizeof(fasa_work));
+            const bool remote = fasa_is_remote(residence.device_of(il));
+            (remote ? counts : works)[buft] =
+                ggml_new_tensor_1d(ctx.get(), GGML_TYPE_I8, remote ? sizeof(fasa_stats) : sizeof(fasa_work));
         }
     }
     const int n_dom         = fasa_n_dom(std::min(state->params.chunks, state->known.n_chunk[il]));
@@ -128,11 +135,12 @@ void fasa_cache::add_layer(size_t ikv, contexts & ctxs) {
     const int64_t n_tile    = (kv.get_size() + FASA_TILE - 1) / FASA_TILE;
     l.k_dom                 = ggml_new_tensor_4d(
         ctx.get(), GGML_TYPE_I8, fasa_block_bytes(state->params.k_dom, n_dom), n_tile, n_head_kv, kv.n_stream);
-    l.dims        = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_dom, n_head_kv);
-    l.weight      = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_dom, n_head_kv);
-    l.source      = l.lender >= 0 ? FASA_LAYER_BORROWS : FASA_LAYER_SELECTS;
-    l.fixed.stats = &state->stats;
-    l.fixed.work  = works.count(buft) ? works[buft] : nullptr;
+    l.dims         = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_dom, n_head_kv);
+    l.weight       = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_F32, n_dom, n_head_kv);
+    l.source       = l.lender >= 0 ? FASA_LAYER_BORROWS : FASA_LAYER_SELECTS;
+    l.fixed.stats  = &state->stats;
+    l.fixed.work   = works.count(buft) ? works[buft] : nullptr;
+    l.fixed.counts = counts.count(buft) ? counts[buft] : nullptr;
     ggml_format_name(l.k_dom, "cache_k_dom_l%d", il);
 }
 
@@ -219,8 +227,7 @@ void fasa_cache::upload_tables(size_t ikv) {
     const auto rope  = kv.hparams.rope_type;
     const int layout = rope == LLAMA_ROPE_TYPE_NORM || rope == LLAMA_ROPE_TYPE_NONE ? 0 : 1;
 
-    // for foreseen queries, where it is to select ahead
-    const bool ahead     = ahead_reason(il, 1) == FASA_REASON_NONE;
+    const bool ahead     = layers[ikv].for_foreseen;
     const auto & ranking = ahead && !known.ahead_ranking.empty() ? known.ahead_ranking : known.ranking;
     const auto & weights = ahead && !known.ahead_weight.empty() ? known.ahead_weight : known.weight;
 
@@ -244,9 +251,21 @@ void fasa_cache::upload_tables(size_t ikv) {
     ggml_backend_tensor_set(layers[ikv].weight, weight.data(), 0, ggml_nbytes(layers[ikv].weight));
 }
 
+bool fasa_cache::has_ranking(int32_t il, bool for_foreseen) {
+    const bool differ = !state->known.ahead_ranking.empty() || !state->known.ahead_weight.empty();
+    return !differ || layer(il).for_foreseen == for_foreseen;
+}
+
+void fasa_cache::set_ranking(int32_t il, bool for_foreseen) {
+    layer(il).for_foreseen = for_foreseen;
+    upload_tables(kv.map_layer_ids.at(il));
+    on_changed();
+}
+
 void fasa_cache::clear() {
     layers.assign(kv.layers.size(), {});
     works.clear();
+    counts.clear();
     ctxs_bufs.clear();
 }
 
@@ -315,6 +334,14 @@ void fasa_cache::collect_counters() {
         ggml_backend_tensor_memset(work, 0, 0, sizeof(seen));
 #define X(name, NAME) s.name += seen[fasa_work::NAME];
         FASA_COUNTERS_OP(X) FASA_COUNTERS_DEVICE(X)
+#undef X
+    }
+    for (auto & [buft, count] : counts) { // a fasa_stats of the other machine's, which is of this build
+        fasa_stats seen;
+        ggml_backend_tensor_get(count, (void *) &seen, 0, sizeof(seen));
+        ggml_backend_tensor_memset(count, 0, 0, sizeof(seen));
+#define X(name, NAME) s.name += seen.name;
+        FASA_COUNTERS_OP(X)
 #undef X
     }
 }

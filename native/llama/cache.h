@@ -19,6 +19,7 @@
 class llama_kv_cache;
 class llama_kv_cache_context;
 struct llama_memory_i;
+struct llama_model;
 struct llama_ubatch;
 
 // where the cells come from that a layer attends to in a sparse step
@@ -35,6 +36,7 @@ struct fasa_layer {
     ggml_tensor * dims       = nullptr;    // i32 [n_dom, n_head_kv]
     ggml_tensor * weight     = nullptr;    // f32 [n_dom, n_head_kv]
     fasa_dominant_rows dominant;           // of W_q, where it selects ahead
+    bool for_foreseen = false;             // dims and weight, and so k_dom, are those for foreseen queries
     fasa_layer_const fixed;                // what its nodes need beside their src tensors
     fasa_reason reason = FASA_REASON_NONE; // why it is dense in every step
     fasa_reason now    = FASA_REASON_NOT_BUILT; // why it was dense in the last graph, had that been a sparse step
@@ -51,6 +53,11 @@ struct fasa_cache {
     fasa_inputs inputs;
 
     size_t n_row_layers() const; // layers that keep attended rows with the settings in `state`
+
+    // what min_context_gpu is found by: gpu-limit.cpp
+    std::map<ggml_backend_dev_t, int32_t> gpu_layers() const;
+    fasa_gpu_case gpu_case(ggml_backend_dev_t dev, int32_t il, const llama_model & model) const;
+    uint32_t n_cells() const; // of a stream
 
     // build the dominant keys for the settings in `state`, or free them; -1: fasa_error() says why
     int configure();
@@ -75,6 +82,11 @@ struct fasa_cache {
     bool gpu_waits(uint32_t n_kv) const;  // whether its layers on GPUs stay dense in a step that sees n_kv cells
     // by settings and profile: why it does not select ahead in a ubatch of n_tokens
     fasa_reason ahead_reason(int32_t il, uint32_t n_tokens);
+    // A layer has one ranking, by which k_dom is derived: the one for foreseen queries where it is to select ahead,
+    // until a graph shows that its queries cannot be foreseen. A change makes all cells stale; the devices must be
+    // idle.
+    bool has_ranking(int32_t il, bool for_foreseen); // or both are the same
+    void set_ranking(int32_t il, bool for_foreseen);
     // The dominant rows of W_q, made when they are asked for first. nullptr: they cannot be had, and the whole W_q
     // serves.
     const fasa_dominant_rows * dominant_rows(int32_t il, const fasa_query_rows & rows);
@@ -108,7 +120,8 @@ private:
     std::vector<fasa_reason> reasons, aheads; // [layers] published
 
     std::vector<std::pair<ggml_context_ptr, ggml_backend_buffer_ptr>> ctxs_bufs;
-    std::map<ggml_backend_buffer_type_t, ggml_tensor *> works; // of the devices
+    std::map<ggml_backend_buffer_type_t, ggml_tensor *> works;  // of the devices
+    std::map<ggml_backend_buffer_type_t, ggml_tensor *> counts; // of devices of other machines
 
     fasa_reason cache_reason(size_t ikv) const;
     bool is_short(uint32_t il) const;
@@ -131,6 +144,8 @@ std::vector<fasa_cache *> fasa_caches(llama_memory_i * memory);
 std::vector<fasa_cache *> fasa_caches_of(const llama_context * ctx);
 // configure all of them, in a turn; -1: FASA is off, and fasa_error() says why
 int fasa_configure(llama_context * ctx, const std::vector<fasa_cache *> & caches);
+// find state->gpu_limit for the settings in `state`
+void fasa_find_gpu_limit(const llama_context * ctx, const std::vector<fasa_cache *> & caches);
 // Wait until the devices have done what was computed. It writes nothing, unlike llama_context::synchronize, so that it
 // may run while another thread reads logits.
 void fasa_wait(const llama_context * ctx);

@@ -69,6 +69,7 @@ int fasa_configure(llama_context * ctx, const std::vector<fasa_cache *> & caches
     fasa_wait(ctx); // a device may still be at work on what goes away
     auto & state = *caches[0]->state;
     state.epoch++;
+    fasa_find_gpu_limit(ctx, caches);
     state.n_row_layers = 0;
     for (auto * cache : caches) {
         state.n_row_layers += cache->n_row_layers();

@@ -56,7 +56,7 @@ static int fasa_asked() {
             return 1;
         }
     }
-    return fasa_variable("MODE") || fasa_variable("PROFILE") ? 1 : 0;
+    return fasa_variable("MODE") || fasa_variable("PROFILE") || fasa_variable("QUALITY") ? 1 : 0;
 }
 
 bool fasa_environment_host() {
@@ -72,6 +72,20 @@ static int fasa_check_mode() {
         }
     }
     return fasa_set_error("FASA_MODE: expected auto, device or host, found '%.60s'", mode);
+}
+
+// what FASA_QUALITY stands for
+static int fasa_read_quality(fasa_changes & changes) {
+    const char * wanted = fasa_variable("QUALITY");
+#define X(name, setting, value)                                                                                        \
+    if (wanted && strcmp(wanted, #name) == 0) {                                                                        \
+        changes[#setting] = value;                                                                                     \
+    }
+    FASA_QUALITIES(X)
+#undef X
+    return wanted && changes.empty() ?
+        fasa_set_error("FASA_QUALITY: expected one of " FASA_QUALITY_NAMES ", found '%.60s'", wanted) :
+        0;
 }
 
 static int fasa_read_variables(fasa_changes & changes) {
@@ -104,9 +118,7 @@ static std::string fasa_describe(llama_context * ctx, const fasa_file_profile & 
     std::string out = "on: ";
     for (size_t i = 0; i < FASA_N_SETTINGS; ++i) {
         const auto & row = FASA_SETTING_ROWS[i];
-        char text[96];
-        snprintf(text, sizeof(text), "%s%s %.6g", i ? ", " : "", row.name, row.get(p));
-        out += strcmp(row.name, "k_dom") == 0 ? std::string(", k_dom ") + FASA_K_DOM_NAMES[p.k_dom] : text;
+        out += std::string(i ? ", " : "") + row.name + " " + row.text(row.get(p));
     }
     size_t n_ranked = 0;
     for (const uint32_t n : file.n_chunk) {
@@ -115,6 +127,15 @@ static std::string fasa_describe(llama_context * ctx, const fasa_file_profile & 
     out += "; " + std::to_string(n_ranked) + " of " + std::to_string(file.n_chunk.size()) + " layers ranked";
     if (llama_n_ctx_seq(ctx) < p.min_context) {
         out += "; every step is dense: the context is shorter than min_context";
+    }
+    fasa_gpu_limit limit = {};
+    limit.size           = sizeof(limit);
+    if (fasa_get_gpu_limit(ctx, &limit) == 0 && limit.source != FASA_LIMIT_NONE) {
+        static const char * const how[] = { "", "set", "by a probe of the GPU", "by an earlier probe of the GPU",
+            "not measured", "the context is shorter than any that a probe measures" };
+        out += limit.cells == INT32_MAX ? "; layers on a GPU never use FASA" :
+                                          "; layers on a GPU use FASA from " + std::to_string(limit.cells) + " cells";
+        out += std::string(" (") + how[limit.source] + (limit.note[0] ? std::string("; ") + limit.note : "") + ")";
     }
     fasa_model_info info = {};
     info.size            = sizeof(info);
@@ -146,11 +167,12 @@ static int fasa_enable(llama_context * ctx, const fasa_file_profile * file) {
         return fasa_set_error("%s", file->error.c_str());
     }
     fasa_params p = fasa_params_default();
-    fasa_changes given;
-    if (fasa_read_variables(given) != 0) {
+    fasa_changes quality, given;
+    if (fasa_read_quality(quality) != 0 || fasa_read_variables(given) != 0) {
         return -1;
     }
     fasa_apply(p, file->defaults);
+    fasa_apply(p, quality);
     fasa_apply(p, given);
     p.enabled               = 1;
     const auto profile      = file->as_struct();

@@ -3,12 +3,11 @@
 
 #include "gguf.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
-
-const char * const FASA_K_DOM_NAMES[3] = { "f16", "q8", "q4" };
 
 // as in fasa_gguf/profile/keys.py
 static constexpr uint64_t FASA_MAX_LAYERS = 4096, FASA_MAX_HEADS = 4096, FASA_MAX_CHUNKS = 4096;
@@ -26,14 +25,16 @@ static int fasa_check_setting(const fasa_setting & row, double value) {
 }
 
 int fasa_read_setting(const fasa_setting & row, const char * text, double & value) {
-    if (strcmp(row.name, "k_dom") == 0) {
-        for (int i = 0; i < 3; ++i) {
-            if (strcmp(text, FASA_K_DOM_NAMES[i]) == 0) {
-                value = i;
-                return 0;
-            }
+    if (row.is_named()) {
+        const auto words = fasa_words(row.names);
+        const auto found = std::find(words.begin(), words.end(), text);
+        std::string expected;
+        for (const auto & word : words) {
+            expected += (expected.empty() ? "" : ", ") + word;
         }
-        return fasa_set_error("expected f16, q8 or q4, found '%.60s'", text);
+        value = (double) (found - words.begin());
+        return found != words.end() ? 0 :
+                                      fasa_set_error("expected one of %s, found '%.60s'", expected.c_str(), text);
     }
     char * end = nullptr;
     value      = strtod(text, &end);
@@ -168,7 +169,7 @@ int fasa_file_profile::read(const gguf_context * meta) {
         return has < 0 ? -1 : fasa_missing("fasa.n_chunk");
     }
     n_chunk = chunks;
-    return read_arrays(meta) != 0 ? -1 : read_defaults(meta);
+    return read_arrays(meta) != 0 || read_ahead(meta) != 0 ? -1 : read_defaults(meta);
 }
 
 int fasa_file_profile::read_arrays(const gguf_context * meta) {
@@ -210,6 +211,25 @@ int fasa_file_profile::read_arrays(const gguf_context * meta) {
     return has;
 }
 
+int fasa_file_profile::read_ahead(const gguf_context * meta) {
+    if (fasa_array(meta, "fasa.ahead.layers", n_chunk.size(), FASA_MAX_LAYERS, 0, 1, ahead) < 0) {
+        return -1;
+    }
+    const int ranked = fasa_array(
+        meta, "fasa.ahead.ranking", ranking.size(), FASA_MAX_NUMBERS, 0, double(FASA_MAX_CHUNKS - 1), ahead_ranking);
+    if (ranked < 0) {
+        return -1;
+    }
+    const bool wanted = ranked > 0 && !weight.empty();
+    const int has     = fasa_array(
+        meta, "fasa.ahead.weight", weight.size(), FASA_MAX_NUMBERS, -FASA_F32, FASA_F32, ahead_weight);
+    return has < 0 || wanted == (has > 0) ?
+        std::min(has, 0) :
+        fasa_set_error("key fasa.ahead.weight: expected it where both fasa.ahead.ranking and fasa.weight are, and "
+                       "only there; found %s",
+            has ? "it" : "nothing");
+}
+
 int fasa_file_profile::read_defaults(const gguf_context * meta) {
     for (size_t i = 0; i < FASA_N_SETTINGS; ++i) {
         const auto & row = FASA_SETTING_ROWS[i];
@@ -224,6 +244,9 @@ int fasa_file_profile::read_defaults(const gguf_context * meta) {
             continue;
         }
         const int has = fasa_scalar(meta, key.c_str(), row.low, row.high, value);
+        if (has > 0 && row.is_named()) {
+            return fasa_set_error("key %s: expected a name, found a number", key.c_str());
+        }
         if (has < 0) {
             return -1;
         }
@@ -253,5 +276,9 @@ fasa_profile fasa_file_profile::as_struct() const {
     p.n_mean_budget    = (uint32_t) mean_budget.size();
     p.mean_budget      = mean_budget.data();
     p.mean_budget_mass = mean_budget_mass.data();
+    p.n_ahead          = (uint32_t) ahead.size();
+    p.ahead            = ahead.empty() ? nullptr : ahead.data();
+    p.ahead_ranking    = ahead_ranking.empty() ? nullptr : ahead_ranking.data();
+    p.ahead_weight     = ahead_weight.empty() ? nullptr : ahead_weight.data();
     return p;
 }

@@ -14,8 +14,6 @@ struct gguf_context;
 
 using fasa_changes = std::map<std::string, double>; // settings by name, each within its range
 
-extern const char * const FASA_K_DOM_NAMES[3]; // by enum fasa_k_dom_type
-
 // the value of a setting from text; -1: fasa_error() says what was expected
 int fasa_read_setting(const fasa_setting & row, const char * text, double & value);
 // Put them into p. Of budget, mass and mean_budget the one that is given takes the place of the others.
@@ -28,6 +26,9 @@ struct fasa_file_profile {
     uint32_t weight_k = 0;
     std::vector<float> weight, layer_miss, mean_budget_mass;
     std::vector<uint32_t> mean_budget;
+    std::vector<uint8_t> ahead; // as in fasa_profile, like the next two
+    std::vector<uint16_t> ahead_ranking;
+    std::vector<float> ahead_weight;
     double rope_base = 0; // 0: not known
     fasa_changes defaults;
 
@@ -38,5 +39,6 @@ struct fasa_file_profile {
 
 private:
     int read_arrays(const gguf_context * meta);
+    int read_ahead(const gguf_context * meta);
     int read_defaults(const gguf_context * meta);
 };

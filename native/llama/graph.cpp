@@ -251,6 +251,23 @@ ggml_tensor * fasa_attn::build_fetch(ggml_tensor * list) const {
     return on_backend(fasa_build_fetch(graph.ctx0, op));
 }
 
+// Of a layer that settings and profile have select ahead: its ranking, and the nodes if it does so in this step
+void fasa_attn::set_ahead(const fasa_foreseen & foreseen) const {
+    auto & layer     = cache->layer(il);
+    const bool known = foreseen.reason == FASA_REASON_NONE;
+    if (!cache->has_ranking(il, known)) {
+        ggml_backend_sched_synchronize(graph.sched); // a device may still read the tables
+        cache->set_ranking(il, known);
+    }
+    if (!known) {
+        layer.ahead = foreseen.reason;
+    } else if (layer.ahead == FASA_REASON_NONE && !has_room_ahead()) {
+        layer.ahead = FASA_REASON_AHEAD_ROOM;
+    } else if (layer.ahead == FASA_REASON_NONE) {
+        build_ahead(foreseen);
+    }
+}
+
 // TIP and SELECT with foreseen queries, right behind the residual that they are foreseen from: in the graph the
 // feed-forward may stand before them already.
 void fasa_attn::build_ahead(const fasa_foreseen & foreseen) const {
@@ -307,6 +324,8 @@ ggml_tensor * fasa_attn::build_fac() const {
     op.sinks           = sinks;
     op.ranges          = input->ranges;
     op.fresh           = fetched ? input->fresh : nullptr;
+    // no SELECT of its own in the same stream, which would have waited for what made q
+    op.joined          = pending != input->pending.end() || lender() != il;
     op.stream0         = stream0();
     op.scale           = kq_scale;
     op.soft_cap        = soft_cap;
@@ -339,7 +358,7 @@ static float fasa_soft_cap_of(const llm_graph_context & graph) {
 void fasa_begin_attn(const llm_graph_context & graph, const llama_kv_cache_context * mctx, ggml_tensor * q,
     ggml_tensor * kq_b, ggml_tensor * kq_mask, ggml_tensor * v_mla, float kq_scale, int il) {
     fasa_cache * cache = fasa_cache::of(mctx);
-    if (cache == nullptr || !cache->has_layer(il) || graph.cparams.training) {
+    if (cache == nullptr || !cache->has_layer(il) || graph.cparams.training || !cache->state->attends) {
         return;
     }
     const auto & state    = *cache->state;
@@ -352,19 +371,16 @@ void fasa_begin_attn(const llm_graph_context & graph, const llama_kv_cache_conte
     if (sparse) {
         layer.ahead = cache->ahead_reason(il, graph.n_tokens);
     }
-    if (!observes && (!sparse || layer.ahead != FASA_REASON_NONE)) {
+    const bool may = sparse && cache->ahead_reason(il, 1) == FASA_REASON_NONE; // in some steps, if not in this one
+    if (!observes && !may) {
         return;
     }
     const fasa_foreseen foreseen = fasa_foresee(q, cache->residence.device_of(il));
     if (observes) {
         layer.foreseen = foreseen;
     }
-    if (sparse && layer.ahead == FASA_REASON_NONE) {
-        layer.ahead =
-            foreseen.reason != FASA_REASON_NONE || attn.has_room_ahead() ? foreseen.reason : FASA_REASON_AHEAD_ROOM;
-        if (layer.ahead == FASA_REASON_NONE) {
-            attn.build_ahead(foreseen);
-        }
+    if (may) {
+        attn.set_ahead(foreseen);
     }
 }
 
@@ -382,6 +398,10 @@ ggml_tensor * fasa_build_attn(const llm_graph_context & graph, const llama_kv_ca
         attn.observe(layer.foreseen);
     }
     auto & input = attn.input;
+    if (!cache->state->attends) { // K and V are stored as usual
+        attn.begin();
+        return ggml_reshape_2d(graph.ctx0, ggml_cont(graph.ctx0, q), q->ne[0] * q->ne[1], q->ne[2]);
+    }
     if (!attn.begin()) {
         if (attn.tile_reason() == FASA_REASON_NONE) {
             return attn.build_tiles();

@@ -6,7 +6,8 @@
 #include <algorithm>
 #include <cmath>
 
-fasa_inputs::fasa_inputs(llama_kv_cache & kv) : kv(kv), stale(kv.n_stream), owed(kv.n_stream), left(kv.n_stream) {
+fasa_inputs::fasa_inputs(llama_kv_cache & kv)
+    : kv(kv), stale(kv.n_stream), owed(kv.n_stream), left(kv.n_stream), left_in(kv.n_stream) {
     all_stale();
 }
 
@@ -65,7 +66,6 @@ fasa_stale fasa_inputs::take_stale(
     uint32_t n_stream, bool some_wait, const std::vector<int32_t> & ahead, fasa_step_counts & counts) {
     const llama_seq_id s0 = *std::min_element(strm.begin(), strm.end());
     const auto now        = written();
-    const bool moved      = ahead != left_in; // a layer that selected ahead may not do so any more
     fasa_stale out;
     out.own.of.resize(n_stream);
     out.ahead.of.resize(n_stream);
@@ -80,16 +80,17 @@ fasa_stale fasa_inputs::take_stale(
         own           = stale[s0 + s].take(kv.v_cells[s0 + s].used_max_p1());
         stale[s0 + s] = {};
         cells += own.cells();
-        auto all = own;
+        const bool moved = ahead != left_in[s0 + s]; // a layer that selected ahead may not do so any more
+        auto all         = own;
         all.add(behind);
         out.ahead.of[s] = all.without(now.of[s]);
         own             = moved ? all : own;
         if (some_wait) {
             later.add(all);
         }
-        behind = ahead.empty() ? fasa_ranges{} : now.of[s];
+        behind          = ahead.empty() ? fasa_ranges{} : now.of[s];
+        left_in[s0 + s] = ahead;
     }
-    left_in = ahead;
     counts.cells_refreshed += cells;
     counts.rebuilds += cells > new_cells.size();
     return out;

@@ -67,10 +67,10 @@ struct fasa_inputs {
 private:
     llama_kv_cache & kv;
 
-    std::vector<fasa_ranges> stale; // [n_stream]
-    std::vector<fasa_ranges> owed;  // [n_stream] no longer stale, but for the layers that waited
-    std::vector<fasa_ranges> left;  // [n_stream] no longer stale, but for the layers that selected ahead
-    std::vector<int32_t> left_in;   // these layers
+    std::vector<fasa_ranges> stale;            // [n_stream]
+    std::vector<fasa_ranges> owed;             // [n_stream] no longer stale, but for the layers that waited
+    std::vector<fasa_ranges> left;             // [n_stream] no longer stale, but for the layers that selected ahead
+    std::vector<std::vector<int32_t>> left_in; // [n_stream] these layers
 
     uint32_t n_visible = 0;
     uint64_t number    = 0;

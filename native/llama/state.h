@@ -9,6 +9,14 @@
 #include <cstdint>
 #include <vector>
 
+static constexpr uint32_t FASA_LEAST_GPU_LIMIT = 2048; // cells that a probe begins at
+
+inline fasa_gpu_limit fasa_no_gpu_limit() {
+    fasa_gpu_limit limit = {};
+    limit.size           = sizeof(limit);
+    return limit;
+}
+
 // the profile that fasa_set_profile copied; empty: there is none
 struct fasa_known {
     std::vector<uint32_t> n_head_kv, n_chunk, offset; // [n_layer]; offset: where a layer begins in ranking
@@ -31,7 +39,9 @@ struct fasa_state {
     fasa_turn turn;
     std::mutex reading;
 
-    fasa_params params = fasa_params_default(); // mean_budget > 0: with the mass that it means
+    fasa_params params       = fasa_params_default(); // mean_budget > 0: with the mass that it means
+    fasa_gpu_limit gpu_limit = fasa_no_gpu_limit();
+    bool attends             = true; // false: steps are timed without attention
     fasa_known known;
     std::vector<int32_t> lender; // [n_layer] whose list a layer borrows, -1: nobody's; empty: none borrows
 

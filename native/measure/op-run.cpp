@@ -3,10 +3,10 @@
 #include "core/error.h"
 #include "core/select.h"
 #include "measure/op-case.h"
+#include "measure/threads.h"
 #include "ops/ops.h"
 
 #include "ggml-cpp.h"
-#include "ggml-cpu.h"
 
 #include <algorithm>
 #include <cmath>
@@ -40,10 +40,9 @@ int fasa_op_run_graph::init(
     if (!backend) {
         return fasa_set_error("fasa_op_case: there is no backend %s", name);
     }
-    const bool on_cpu = ggml_backend_is_cpu(backend.get());
+    const bool on_cpu = fasa_cpu_set_threads(backend.get(), given.n_threads);
     fasa_op_case c    = given;
     if (on_cpu) {
-        ggml_backend_cpu_set_n_threads(backend.get(), c.n_threads);
         c.mode = FASA_MODE_DEVICE; // host memory is the CPU's own
     }
     // room for up to two graphs, which compute makes

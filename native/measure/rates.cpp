@@ -3,11 +3,11 @@
 
 #include "core/error.h"
 #include "llama/cache.h"
+#include "measure/threads.h"
 
 #include "llama-kv-cache.h"
 
 #include "ggml-backend.h"
-#include "ggml-cpu.h"
 
 #include <algorithm>
 #include <atomic>
@@ -31,9 +31,7 @@ int fasa_copy_rate(const char * backend_name, int32_t n_threads, uint64_t bytes,
         return fasa_set_error(
             "copy rate: expected 4 to %llu bytes, found %llu", 4ull * INT32_MAX, (unsigned long long) bytes);
     }
-    if (ggml_backend_is_cpu(backend.get())) {
-        ggml_backend_cpu_set_n_threads(backend.get(), n_threads);
-    }
+    fasa_cpu_set_threads(backend.get(), n_threads);
     ggml_context_ptr ctx(ggml_init({ 8 * ggml_tensor_overhead() + ggml_graph_overhead(), nullptr, true }));
     ggml_tensor * src   = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, n);
     ggml_tensor * dst   = ggml_new_tensor_1d(ctx.get(), GGML_TYPE_F32, n);

@@ -4,8 +4,6 @@
 #include "ops/ops.h"
 #include "ops/tile.h"
 
-#include "ggml-cpu.h"
-
 #include <algorithm>
 #include <cstring>
 #include <initializer_list>
@@ -45,16 +43,19 @@ static ggml_tensor * fasa_layer_node(ggml_context * ctx, ggml_type type, const i
     ggml_tensor * t = ggml_custom_4d(
         ctx, type, ne[0], ne[1], ne[2], ne[3], args.data(), args.size(), p.fun, GGML_N_TASKS_MAX, p.userdata);
     fasa_op_set(t, p, name);
+    t->src[FASA_COUNTS_AT] = ((const fasa_layer_const *) p.userdata)->counts;
     return t;
 }
 
 static fasa_op_params fasa_layer_params(
     fasa_op_kind kind, const fasa_layer_const * layer, int32_t flags, float scale, float soft_cap) {
-    fasa_op_params p =
-        fasa_op_make(kind, const_cast<fasa_layer_const *>(layer), layer->work ? FASA_ON_DEVICE | flags : 0);
-    p.serial   = layer->serial;
-    p.scale    = scale;
-    p.soft_cap = soft_cap;
+    fasa_op_params p = fasa_op_make(kind, const_cast<fasa_layer_const *>(layer),
+        layer->work       ? FASA_ON_DEVICE | flags :
+            layer->counts ? FASA_REMOTE :
+                            0);
+    p.serial         = layer->serial;
+    p.scale          = scale;
+    p.soft_cap       = soft_cap;
     return p;
 }
 

@@ -80,7 +80,8 @@ enum fasa_op_kind {
     FASA_OP_TILE_REFRESH,
     FASA_OP_TILE_TIP,
     FASA_OP_TILE_SELECT,
-    FASA_OP_TILE_FAC
+    FASA_OP_TILE_FAC,
+    FASA_OP_ASK // no node: what a client asks a server of ggml-rpc (llama/remote.h)
 };
 
 // The softmax over all cells is put together from spans that different threads, or thread blocks, work on. A span's
@@ -187,8 +188,13 @@ struct fasa_layer_const {
     ggml_tensor * rows      = nullptr;
     // i8 [FASA_ROW_HEAD + stride, n_slot, n_head_kv, streams of the cache] or nullptr
     ggml_tensor * row_cache = nullptr;
+    // i8 [sizeof(fasa_stats)] on the other machine, where the layer is on one: its CPU counts there
+    ggml_tensor * counts    = nullptr;
     uint32_t serial         = 0;
 };
+
+// Where a node for another machine has fasa_layer_const::counts: behind the nine sources that nodes use.
+static constexpr int FASA_COUNTS_AT = GGML_MAX_SRC - 1;
 
 // Flags of fasa_op_params::flags. With FASA_ON_DEVICE one launch of SELECT computes TIP too; the TIP node's data is
 // then undefined unless FASA_SCORES_KEPT.
@@ -198,6 +204,7 @@ enum fasa_op_flags {
     FASA_SCORES_GIVEN = 4,  // the TIP node holds scores already
     FASA_FORKED       = 8,  // SELECT or FETCH: the last node of a side stream that FORK began; FAC: behind its JOIN
     FASA_FETCHED      = 16, // FAC: FETCH has brought the rows that lie in pinned host memory
+    FASA_REMOTE       = 32, // the node runs on the CPU of another machine (rpc/rpc.h); none of the others is set
 };
 
 // ggml's RoPE of a head, without what depends on position and dimension
@@ -283,7 +290,7 @@ struct fasa_fac_op {
     ggml_tensor * ranges; // i32 [2*FASA_MAX_RANGES, n_stream]
     ggml_tensor * fresh;  // i32 [1], where the list comes from FETCH; else nullptr
     int32_t stream0;      // the first of the cache's streams that k and v show
-    bool joined;          // the list comes from a side stream
+    bool joined;          // the list is not from a SELECT right before it in the same stream
     float scale;
     float soft_cap;
     const fasa_layer_const * layer;
@@ -308,6 +315,16 @@ struct fasa_layer_shape {
     int32_t n_group; // query heads of a KV head
 };
 typedef fasa_reason (*fasa_dense_reason_t)(ggml_backend_dev_t dev, const fasa_layer_shape * shape);
+
+// What a server of ggml-rpc answers to FASA_OP_ASK, in place of a tensor's size; no tensor is that large.
+static constexpr uint64_t FASA_ANSWER = 0xfa5aull << 48;
+
+constexpr uint64_t fasa_remote_answer(fasa_reason reason) {
+    return FASA_ANSWER | (uint64_t) reason;
+}
+constexpr fasa_reason fasa_remote_answered(uint64_t size) {
+    return (size >> 48) == (FASA_ANSWER >> 48) ? (fasa_reason) (size & 0xffff) : FASA_REASON_REMOTE_BUILD;
+}
 
 // The type of pinned host memory that a device reads and writes in place; a backend with kernels hands it out as
 // "fasa_host_buft". on_error gets the reason when memory cannot be pinned. nullptr: the device cannot.

@@ -156,7 +156,7 @@ def test_drop_in(tiny_profiled, tiny, capfd):
     assert "no FASA profile in" in capfd.readouterr().err
     with pytest.raises(FasaError, match="FASA needs flash attention"):
         Llama(str(tiny_profiled), fasa=on, flash_attn=False, verbose=False)
-    with pytest.raises(FasaError, match='expected "auto", "off" or FasaParams'):
+    with pytest.raises(FasaError, match='expected "auto", "off", "fast", "balanced", "careful" or FasaParams'):
         Llama(str(tiny_profiled), fasa="on")
 
 

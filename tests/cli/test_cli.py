@@ -14,6 +14,7 @@ from fasa_gguf.cli import run as cli_run
 from fasa_gguf.cli.arguments import read_params
 from fasa_gguf.gguf import shape
 from fasa_gguf.gguf.file import GGUFFile
+from fasa_gguf.params import QUALITIES
 from fasa_gguf.profile import embed
 from fasa_gguf.speed.random_model import synthetic_profile
 
@@ -101,6 +102,31 @@ def test_a_setting_is_a_flag_over_the_environment_over_the_profile(monkeypatch):
     assert read_params(a, profile)[0] == FasaParams(
         budget=7, sink=9, recent=0, k_dom="q8", chunks=2, per_head=1, ahead="off"
     )
+
+
+def test_a_quality_is_a_flag_over_the_environment(monkeypatch):
+    monkeypatch.setenv("FASA_QUALITY", "fast")
+    monkeypatch.setenv("FASA_SINK", "9")
+    profile = synthetic_profile([2], [8])
+    profile.defaults = {"budget": 100, "k_dom": "q8"}
+    read = lambda *flags: read_params(cli.parser().parse_args(["run", "m", *flags]), profile)[0]  # noqa: E731
+    own = FasaParams(budget=100, k_dom="q8", sink=9)
+    assert read() == own.replace(**QUALITIES["fast"])
+    assert read("--fasa-quality", "careful") == own.replace(**QUALITIES["careful"])
+    assert read("--fasa-quality", "careful", "--fasa-cap", "300") == own.replace(**{**QUALITIES["careful"], "cap": 300})
+    assert read("--fasa-budget", "50").mass == 0 and read("--fasa-budget", "50").budget == 50
+    with pytest.raises(FasaError, match="command line: quality: expected one of fast, balanced, careful, found 'x'"):
+        read("--fasa-quality", "x")
+    with pytest.raises(FasaError, match="--fasa-quality fast and --fasa-preset paper: expected one of them"):
+        read("--fasa-quality", "fast", "--fasa-preset", "paper")
+
+
+def test_bench_makes_an_arm_of_every_quality():
+    from fasa_gguf.cli.bench import _arms
+
+    a = cli.parser().parse_args(["bench", "m", "--fasa-quality", "fast,careful"])
+    arms = _arms(a, synthetic_profile([2], [8]))[0]
+    assert {name: p.mass for name, p in arms.items()} == {"fasa quality=fast": 0.9, "fasa quality=careful": 0.985}
 
 
 def test_errors_without_a_model(capsys, tmp_path):

@@ -146,3 +146,14 @@ def test_a_list_of_masses(capsys):
         with pytest.raises(SystemExit) as e:
             cli.main(["eval", "m", "--masses", bad])
         assert e.value.code == 2 and "expected numbers above 0, up to 1" in capsys.readouterr().err
+
+
+def test_another_ubatch_is_another_run(tiny):
+    from fasa_gguf.cli.eval import _context
+    from fasa_gguf.quality.arms import describe
+
+    sizes = {}
+    for ub in (64, 512, 1024):
+        settings = _context(cli.parser().parse_args(["eval", "m", "-ub", str(ub)]))
+        sizes[ub] = settings.n_ubatch, settings.n_batch, describe(tiny, [], None, "x", settings).get("n_ubatch")
+    assert sizes == {64: (64, 512, 64), 512: (512, 512, None), 1024: (1024, 1024, 1024)}

@@ -7,6 +7,7 @@ import re
 import shlex
 
 import pytest
+from pages import blocks, ids, subparsers
 from paths import ROOT
 
 from fasa_gguf.cli.main import parser
@@ -27,31 +28,6 @@ WORDS = (
 )
 
 
-def ids(page):
-    return str(page.relative_to(ROOT))
-
-
-def blocks(page):
-    """[(python or "", lines)] of the fenced and the indented code of a page."""
-    out, fence, language = [], None, ""
-    for line in page.read_text().split("\n"):
-        if line.startswith("```"):
-            if fence is None:
-                fence, language = [], line[3:].strip()
-            else:
-                out.append((language, fence))
-                fence = None
-        elif fence is not None:
-            fence.append(line)
-        elif line.startswith("    "):
-            if not out or out[-1][0] != "indented":
-                out.append(("indented", []))
-            out[-1][1].append(line[4:])
-        elif out and out[-1][0] == "indented":
-            out.append(("", []))
-    return out
-
-
 def commands(page):
     """Every `fasa-gguf ...` of a page: in code blocks, continued where a line is indented, and between backticks."""
     found = []
@@ -62,16 +38,10 @@ def commands(page):
             if line.startswith("    ") and found and language == "indented":
                 found[-1] += " " + line.split("  #")[0].strip()
             elif line.strip().startswith("fasa-gguf"):
-                found.append(re.split(r"\s+#", line.strip())[0])
+                found.append(re.split(r"\s+[#>|]", line.strip())[0])
     prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
     found += [" ".join(x.split()) for x in re.findall(r"`(fasa-gguf [^`]*)`", prose)]
     return [c for c in found if "..." not in c.replace('"..."', "") and "COMMAND" not in c]
-
-
-def subparsers():
-    """The parser of every command by name."""
-    action = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction))
-    return action.choices
 
 
 @pytest.mark.parametrize("page", SHOWN, ids=ids)
@@ -207,13 +177,13 @@ def test_the_key_table_is_the_profiles_keys():
     """The keys of settings are one row, which names the types that are not u32."""
     own = [(name, kind) for name, kind, _ in KEYS if not name.startswith("fasa.default.")]
     kinds = dict.fromkeys(s.gguf_type for s in SETTINGS if s.gguf_type != "u32")
-    names = {kind: [f"`{s.name}`" for s in SETTINGS if s.gguf_type == kind] for kind in kinds}
-    other = "; ".join(f"{', '.join(mine)} {kind}" for kind, mine in names.items())
+    names = {kind: [s.name for s in SETTINGS if s.gguf_type == kind] for kind in kinds}
+    other = "; ".join(f"{kind}: {', '.join(mine)}" for kind, mine in names.items())
     at = next(i for i, key in enumerate(KEYS) if key.name.startswith("fasa.default."))
     expected = [*own[:at], ("fasa.default.NAME", "u32"), *own[at:]]
     rows = table("reference/profile.md", "## Keys")
     assert [tuple(row[:2]) for row in rows] == expected
-    assert rows[at][2] == f"default; {other}"
+    assert rows[at][2] == other
 
 
 # ---- names of files ----
@@ -297,6 +267,27 @@ def test_every_flag_is_in_the_reference(name):
         for flag in action.option_strings:
             if not flag.startswith("--fasa-"):
                 assert re.search(rf"`{re.escape(flag)}[` ]", text), f"{name}: {flag}"
+
+
+def test_the_page_of_flags_is_the_parsers():
+    page = (ROOT / "docs" / "reference" / "cli.md").read_text()
+    assert page == load(ROOT / "tests" / "helpers" / "write_cli.py").page(), "run `make tables`"
+    for name, p in subparsers().items():
+        part = page.split(f"\n## {name}\n")[1].split("\n## ")[0]
+        for action in p._actions:
+            for flag in () if action.help == argparse.SUPPRESS else action.option_strings:
+                assert f"`{flag}" in part or flag in ("-h", "--help") or flag.startswith("--fasa-"), f"{name}: {flag}"
+
+
+def test_the_page_of_c_functions_is_the_headers():
+    write = load(ROOT / "tests" / "helpers" / "write_c_api.py")
+    assert (ROOT / "docs" / "reference" / "c-api.md").read_text() == write.page(), "run `make tables`"
+    names = {re.search(r"(fasa_\w+)\(", declaration).group(1) for declaration, _ in write.functions()}
+    header = (ROOT / "native" / "fasa.h").read_text()
+    assert names == set(re.findall(r"^FASA_API[^(]*?(\w+)\(", header, re.M)) and len(names) > 20
+    shown = (ROOT / "docs" / "reference" / "api.md").read_text().split("## C\n")[1]
+    for name in re.findall(r"`(fasa_\w+)(?:\(\))?`", shown):
+        assert name in header, f"api.md: {name}"
 
 
 @pytest.mark.parametrize("name", list(subparsers()))

@@ -188,6 +188,20 @@ def test_quest_bounds_a_page_from_above_and_keeps_the_filling_one():
             assert m[h, t].nonzero()[:, 0].tolist() == sorted(cells[:40])
 
 
+def test_unique_scores_a_page_by_the_mean_and_deviation_of_its_keys():
+    q, k = random_qk()
+    m = masks("unique:page=8:offset=0.5:sink=0:recent=0", q, k, 40)
+    for t in range(N_QUERY):
+        n = N_KV - N_QUERY + t + 1
+        full = n // 8
+        for h in range(4):
+            x, keys = q[h, t].double().numpy(), k[h // 2, : 8 * full].double().numpy().reshape(full, 8, 16)
+            score = keys.mean(1) @ x + 0.5 * np.sqrt(keys.var(1)) @ np.abs(x)  # [full]
+            best = np.argsort(-score, kind="stable").tolist()
+            cells = [*range(8 * full, n), *(8 * p + i for p in best for i in range(8))]
+            assert m[h, t].nonzero()[:, 0].tolist() == sorted(cells[:40])
+
+
 def test_sparq_reads_the_largest_query_dimensions():
     q, k = torch.zeros(4, N_QUERY, 16), torch.zeros(2, N_KV, 16)
     q[..., 3], q[..., 5] = 1.0, 0.1
@@ -240,6 +254,7 @@ def test_byte_models():
         ("snapkv", 0),
         ("quest", 16),
         ("quest:page=8", 32),
+        ("unique", 16),
         ("double-sparsity", 32),
         ("double-sparsity:channels=32:labels=q4", 24),
         ("fasa", 18),

@@ -4,10 +4,10 @@ import numpy as np
 from gguf import GGUFWriter
 
 
-def write_arch(path, arch, numbers, n_head_kv, tensors):
+def write_arch(path, arch, numbers, n_head_kv, tensors, zeros=()):
     """A random model of 4 layers, 4 query heads of 16, no vocabulary.
 
-    numbers: further keys; tensors: (name, rows, columns).
+    numbers: further keys; tensors: (name, rows, columns), those whose names end with one of `zeros` hold zeros.
     """
     rng = np.random.default_rng(0)
     w = GGUFWriter(path, arch)
@@ -23,9 +23,10 @@ def write_arch(path, arch, numbers, n_head_kv, tensors):
     for key, value in numbers.items():
         (w.add_uint32 if isinstance(value, int) else w.add_float32)(f"{arch}.{key}", value)
     for name, *shape in tensors:
+        scale = 0.0 if name.endswith(tuple(zeros)) else 0.2
         w.add_tensor(
             name + ".weight",
-            (rng.standard_normal(shape) * 0.2 if len(shape) > 1 else np.ones(shape)).astype(np.float32),
+            (rng.standard_normal(shape) * scale if len(shape) > 1 else np.ones(shape)).astype(np.float32),
         )
     w.write_header_to_file()
     w.write_kv_data_to_file()
@@ -74,6 +75,25 @@ def write_hybrid(path):
                 (f"blk.{i}.shortconv.out_proj", 64, 64),
             ]
     write_arch(path, "lfm2", {"attention.layer_norm_rms_epsilon": 1e-5, "shortconv.l_cache": 3}, [0, 2, 0, 2], tensors)
+
+
+def write_experts(path, still=False):
+    """qwen3moe: four experts in every layer, of which a token uses two. still: they add nothing."""
+    tensors = [("token_embd", 64, 64), ("output_norm", 64), ("output", 64, 64)]
+    for i in range(4):
+        tensors += [(f"blk.{i}.attn_norm", 64), (f"blk.{i}.ffn_norm", 64), *attention(i)]
+        tensors += [(f"blk.{i}.attn_q_norm", 16), (f"blk.{i}.attn_k_norm", 16), (f"blk.{i}.ffn_gate_inp", 4, 64)]
+        tensors += [(f"blk.{i}.ffn_{part}_exps", 4, 96, 64) for part in ("gate", "up")]
+        tensors += [(f"blk.{i}.ffn_down_exps", 4, 64, 96)]
+    numbers = {
+        "attention.layer_norm_rms_epsilon": 1e-5,
+        "attention.key_length": 16,
+        "attention.value_length": 16,
+        "expert_count": 4,
+        "expert_used_count": 2,
+        "expert_feed_forward_length": 96,
+    }
+    write_arch(path, "qwen3moe", numbers, 2, tensors, zeros=("ffn_down_exps",) if still else ())
 
 
 def write_encoder(path):

@@ -49,12 +49,16 @@ def write_tiny(
     writer=None,
     bos=1,
     feed_forward=0.2,
+    change=None,
+    experts=0,
 ):
     """A GGUF with random weights of `dtype` (f32 or f16) and a vocabulary of bytes; `arch` has the tensors of llama.
 
     words: tokens after those of bytes, from number 259 on. biases: of every layer, by name (attn_k).
     writer: arguments of GGUFWriter (splits, byte order). bos: None for a tokenizer that puts none before a text.
     feed_forward: standard deviation of ffn_down; 0: feed-forwards add nothing.
+    experts: how many each feed-forward has, two of which a token uses; 0: it has none.
+    change: a function of a matrix's name and f32 values that returns other values.
     """
     rng = np.random.default_rng(seed)
     w = GGUFWriter(path, arch, **(writer or {}))
@@ -73,17 +77,21 @@ def write_tiny(
     if rope_base:
         w.add_rope_freq_base(rope_base)
     w.add_layer_norm_rms_eps(1e-5)
+    if experts:
+        w.add_expert_count(experts)
+        w.add_expert_used_count(2)
     n_vocab = add_byte_vocabulary(w, words, bos)
     if chat_template:
         w.add_chat_template(chat_template)
 
-    def matrix(name, rows, cols, scale=0.2):
-        w.add_tensor(name + ".weight", (rng.standard_normal((rows, cols)) * scale).astype(dtype))
+    def matrix(name, *shape, scale=0.2):
+        x = rng.standard_normal(shape) * scale
+        w.add_tensor(name + ".weight", (change(name + ".weight", x) if change else x).astype(dtype))
 
     def norm(name):
         w.add_tensor(name + ".weight", np.ones(n_embd, np.float32))
 
-    matrix("token_embd", n_vocab, n_embd, 1.0)
+    matrix("token_embd", n_vocab, n_embd, scale=1.0)
     matrix("output", n_vocab, n_embd)
     norm("output_norm")
     for i in range(n_layer):
@@ -98,7 +106,13 @@ def write_tiny(
             ("ffn_up", n_ff, n_embd),
             ("ffn_down", n_embd, n_ff),
         ):
-            matrix(f"blk.{i}.{part}", rows, cols, feed_forward if part == "ffn_down" else 0.2)
+            scale = feed_forward if part == "ffn_down" else 0.2
+            if experts and part.startswith("ffn"):
+                matrix(f"blk.{i}.{part}_exps", experts, rows, cols, scale=scale)
+            else:
+                matrix(f"blk.{i}.{part}", rows, cols, scale=scale)
+        if experts:
+            matrix(f"blk.{i}.ffn_gate_inp", experts, n_embd)
         for part, bias in (biases or {}).items():
             w.add_tensor(f"blk.{i}.{part}.bias", np.asarray(bias, np.float32))
     w.write_header_to_file()

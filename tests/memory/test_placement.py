@@ -5,14 +5,16 @@ import contextlib
 import pytest
 
 from fasa_gguf import FasaError, FasaParams, runtime
+from fasa_gguf import llama as llama_module
 from fasa_gguf.cli import main as cli
 from fasa_gguf.gguf.file import GGUFFile
 from fasa_gguf.gguf.shape import model_shape
 from fasa_gguf.memory.host import CUDA_KERNELS, GIB, host_memory
 from fasa_gguf.memory.model import read_model
 from fasa_gguf.memory.placement import choose_mode, chosen_mode, pick, sentence, why_not_host
-from fasa_gguf.memory.plan import Memory, estimate
+from fasa_gguf.memory.plan import Memory, device_layers, estimate
 from fasa_gguf.profile.embed import rewrite
+from fasa_gguf.profile.profile import Profile
 from fasa_gguf.runtime.settings import ContextSettings
 from fasa_gguf.session import Session
 from fasa_gguf.speed.random_model import synthetic_profile
@@ -161,6 +163,57 @@ def test_several_gpus(gpu, tiny, monkeypatch):
     assert [choose(i) for i in (0, 1, None)] == ["device"] * 3
     gpu.free -= 1
     assert [choose(i) for i in (0, 1, None)] == ["host", "host", "device"]
+
+
+class TwoGpus:
+    """Injected devices with memories of their own."""
+
+    def __init__(self, monkeypatch, *free):
+        self.free = dict(zip(("CUDA0", "CUDA1"), free, strict=True))
+        monkeypatch.setattr(runtime.devices, "cuda_devices", lambda: list(self.free))
+        monkeypatch.setattr(runtime.devices, "device_memory", lambda name: (self.free[name], 80 * GIB))
+
+
+def test_auto_honours_the_split_and_the_memory_of_each_gpu(library, tiny, monkeypatch):
+    """Both GPUs together have room; what counts is whether each has room for its own layers."""
+    m, auto = read_model(tiny), ContextSettings(n_gpu_layers=-1, mode="auto")
+    whole = estimate(m, auto, ON).device
+    halves = [estimate(m, auto, ON, part).device for part in device_layers(3, -1, [1, 1])]
+
+    def choose(free, split=None, mode="auto"):
+        TwoGpus(monkeypatch, *[n + CUDA_KERNELS for n in free])
+        return choose_mode(auto.replace(mode=mode), lambda: m, [ON], split=split)
+
+    assert choose(halves, [1, 1])[0] == "device"
+    for i, name in enumerate(("CUDA0", "CUDA1")):
+        tight = [n - (j == i) for j, n in enumerate(halves)]
+        tight[1 - i] += whole
+        mode, line = choose(tight, [1, 1])
+        assert mode == "host" and f" GiB on the GPU ({name} " in line
+        assert choose(tight, [1, 1], "device") == ("device", "")
+        assert choose(tight, [1, 1], "host") == ("host", "")
+    assert choose([whole, 0], [1, 0])[0] == "device"  # all on the first
+    assert choose([whole, 0], [1])[0] == "device"  # as llama.cpp: what is not given is 0
+    assert choose([0, whole], [1, 0])[0] == "host"
+    assert choose([whole, whole])[0] == "device"  # by free memory
+
+
+def test_llama_passes_its_split_on(llama, profiled, monkeypatch, capfd):
+    """tensor_split of llama_cpp.Llama; with split_mode none the one device counts."""
+    TwoGpus(monkeypatch, 0, 40 * GIB)
+    kwargs = {"n_gpu_layers": -1}
+    assert (
+        llama_module._choose_mode("auto", profiled, None, ON, kwargs) == "device"
+    )  # without a profile nothing is asked
+    profile = Profile.load(profiled)
+    for given, mode in (
+        ({"tensor_split": [1, 0]}, "host"),
+        ({"tensor_split": [0, 1]}, "device"),
+        ({"split_mode": 0, "main_gpu": 0}, "host"),
+        ({"split_mode": 0, "main_gpu": 1}, "device"),
+    ):
+        assert llama_module._choose_mode("auto", profiled, profile, ON, {**kwargs, **given}) == mode, given
+    assert "CUDA0" in capfd.readouterr().err
 
 
 def test_host_memory():

@@ -17,7 +17,16 @@ from fasa_gguf.gguf.shape import model_shape
 from fasa_gguf.memory import plan
 from fasa_gguf.memory.host import GIB, MIB, Available, parse_size
 from fasa_gguf.memory.model import device_bytes, read_model
-from fasa_gguf.memory.plan import ContextShape, compute_bytes, estimate, largest_context, pool_bytes, ways
+from fasa_gguf.memory.plan import (
+    ContextShape,
+    compute_bytes,
+    device_layers,
+    estimate,
+    largest_context,
+    pool_bytes,
+    too_small,
+    ways,
+)
 from fasa_gguf.runtime.settings import ContextSettings
 from fasa_gguf.session import Session
 from fasa_gguf.speed import plan_check
@@ -254,6 +263,57 @@ def test_the_largest_context_fits_and_the_next_does_not(shape_8b, mode):
     assert largest_context(m, s, ON, Available(GIB)) == 0
 
 
+@pytest.mark.parametrize(
+    "n_layer, ngl, shares, wanted",
+    [
+        (3, -1, [1, 1], [[0, 1], [2, 3]]),  # 3 is the output
+        (3, -1, [3, 1], [[0, 1, 2], [3]]),
+        (3, -1, [1, 0], [[0, 1, 2, 3], []]),
+        (3, -1, [0, 1], [[], [0, 1, 2, 3]]),
+        (3, 2, [1, 1], [[2], [3]]),
+        (3, 1, [1, 1], [[3], []]),
+        (3, 0, [1, 1], [[], []]),
+        (32, -1, [1, 1], [list(range(17)), list(range(17, 33))]),
+        (32, -1, [1, 1, 2], [list(range(9)), list(range(9, 17)), list(range(17, 33))]),
+        (32, 99, [0, 0], [list(range(17)), list(range(17, 33))]),
+    ],
+)
+def test_layers_of_several_devices(n_layer, ngl, shares, wanted):
+    """As llama.cpp assigns them: the first device whose share ends behind the layer's place."""
+    assert [list(part) for part in device_layers(n_layer, ngl, shares)] == wanted
+
+
+@pytest.mark.parametrize("mode", ["device", "host"])
+@pytest.mark.parametrize("ngl", [-1, 20])
+def test_the_parts_of_a_plan_are_the_whole(shape_8b, mode, ngl):
+    """All but the scratch, which each device has for itself."""
+    model = read_model(shape_8b)
+    settings = gpu_settings(n_ctx=32768, mode=mode, n_gpu_layers=ngl)
+    params = FasaParams(min_context=0, budget=1024)
+    whole = estimate(model, settings, params)
+    parts = [estimate(model, settings, params, x) for x in device_layers(len(model.layers), ngl, [2, 1, 1])]
+    for name in ("weights", "kv", "k_dom", "kv_pinned", "row_cache"):
+        assert sum(getattr(x, name) for x in parts) == getattr(whole, name), name
+    assert all(0 < x.scratch <= whole.scratch for x in parts)
+    assert parts[0].scratch < parts[2].scratch  # the logits are computed where the output is
+
+
+def test_the_largest_context_fits_every_device(shape_8b):
+    """Of two GPUs with as much memory together, the uneven pair is split by its memory, as llama.cpp does."""
+    model, settings, params = read_model(shape_8b), gpu_settings(), FasaParams(min_context=0)
+    one = largest_context(model, settings, params, Available(24 * GIB))
+    even = Available(24 * GIB, devices=(12 * GIB, 12 * GIB))
+    two = largest_context(model, settings, params, even)
+    assert 0 < two < one  # a scratch on each, and layers are whole
+    parts = device_layers(len(model.layers), -1, even.devices)
+
+    def needs(n_ctx):
+        return [estimate(model, settings.replace(n_ctx=n_ctx), params, part).device for part in parts]
+
+    assert max(needs(two)) <= 12 * GIB < max(needs(two + 256))
+    assert too_small(model, settings.replace(n_ctx=two), params, even.devices, [1, 0])[0] == 0
+
+
 def test_host_memory_bounds_fasa_m(shape_8b):
     m = read_model(shape_8b)
     found = {w.name: w for w in ways(m, gpu_settings(n_ctx=32768), ON, Available(12 * GIB, 8 * GIB))}
@@ -265,7 +325,7 @@ def test_host_memory_bounds_fasa_m(shape_8b):
 
 
 def test_layers_on_a_gpu_that_wait_have_no_dominant_keys(shape_8b):
-    m, s, p = read_model(shape_8b), gpu_settings(n_ctx=8192), FasaParams()
+    m, s, p = read_model(shape_8b), gpu_settings(n_ctx=8192), FasaParams(min_context_gpu=16384)
     host = s.replace(mode="host")
     assert (
         estimate(m, s, p).k_dom == 0 < estimate(m, s.replace(n_ctx=65536), p).k_dom
@@ -345,7 +405,7 @@ def test_the_command(library, shape_8b, tiny, capsys):
     assert cli.main(["plan", str(tiny), "--json", "-ub", "64"]) == 0
     out, err = capsys.readouterr()
     found = json.loads(out)
-    assert "FASA-C: below min_context_gpu, 16,384 cells" in err
+    assert "min_context_gpu: layers on a GPU use FASA from " in err and "FASA-C: below min_context_gpu, " in err
     assert "planned as if it ranked every attention layer" in err and "give --vram, such as 12G" in err
     assert (found["n_ctx"], found["n_ubatch"], found["device_bytes"]) == (4096, 64, None)
     assert [w["name"] for w in found["ways"]] == ["dense f16", "dense q8_0", "FASA-C", "FASA-M"] and found["ways"][3][
@@ -414,3 +474,38 @@ def test_check_runs_both_modes(library, tiny, profile, monkeypatch):
     )
     with pytest.raises(FasaError, match="give -ngl, -1 for all layers"):
         plan_check.check(tiny, read_model(tiny, profile), settings.replace(n_gpu_layers=0), ON, profile, ("device",))
+
+
+def test_a_plan_has_the_limit_of_the_gpu(shape_8b, monkeypatch):
+    """What a context would find: asked with the shape of a layer that selects ahead; without a GPU a constant."""
+    from fasa_gguf.memory import gpu_limit
+    from fasa_gguf.runtime.gpu_limit import GpuLimit
+
+    m, s, asked = read_model(shape_8b), gpu_settings(n_ctx=8192), []
+
+    def find(backend, **case):
+        asked.append((backend, case))
+        return GpuLimit(10240, "probe")
+
+    monkeypatch.setattr(gpu_limit, "find_gpu_limit", find)
+    monkeypatch.setattr(gpu_limit.runtime.devices, "cuda_devices", list)
+    p, found = gpu_limit.planned(m, s, FasaParams())
+    assert (p.min_context_gpu, found.source, asked) == (16384, "default", [])
+    monkeypatch.setattr(gpu_limit.runtime.devices, "cuda_devices", lambda: ["CUDA0"])
+    p, found = gpu_limit.planned(m, s, FasaParams())
+    assert (p.min_context_gpu, found.source) == (10240, "probe") and estimate(m, s, p).k_dom == 0
+    [(backend, case)] = asked
+    assert backend == "CUDA0" and case["attended"] == 512 and case["n_forced"] == 36 and case["n_dom"] == 48
+    assert case["beside"] == m.layers[1].feed_forward_bytes > 90e6
+    gpu_limit.planned(m, s, FasaParams(ahead="off"))
+    assert asked[1][1]["beside"] == 0
+    assert gpu_limit.planned(m, s.replace(n_ctx=2048), FasaParams())[1] == GpuLimit(2048, "short")
+    for other, params in (
+        (s.replace(mode="host"), FasaParams()),
+        (s.replace(n_gpu_layers=0), FasaParams()),
+        (s.replace(no_kv_offload=True), FasaParams()),
+        (s, FasaParams(min_context=0)),
+        (s, FasaParams(min_context_gpu=5000)),
+    ):
+        assert gpu_limit.planned(m, other, params) == (params, None)
+    assert len(asked) == 2

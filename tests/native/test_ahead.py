@@ -1,10 +1,11 @@
 """Selecting ahead: the foreseen queries, the laws that lists keep, and which cells they hold."""
 
+import ctypes
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from tiny_gguf import write_tiny
 
 from fasa_gguf import FasaError, FasaParams
@@ -26,13 +27,13 @@ def open_session(model, **kw):
     return s
 
 
-def generate(s, params, n_steps=N_STEPS):
+def generate(s, params, n_steps=N_STEPS, n_vocab=259):
     """Logits of a prompt's end and n_steps steps, [1 + n_steps, n_vocab], and the counters."""
     s.fasa.set_params(params)
     s.fasa.reset_counters()
     s.clear()
     rng = np.random.default_rng(1)
-    logits = [s.decode(list(rng.integers(3, 259, N_PROMPT)), 0)]
+    logits = [s.decode(list(rng.integers(3, n_vocab, N_PROMPT)), 0)]
     for i in range(n_steps):
         logits.append(s.decode([int(logits[-1].argmax())], N_PROMPT + i))
     return np.stack(logits), s.fasa.counters()
@@ -270,6 +271,63 @@ def test_lists_made_ahead_are_never_stale(tiny, n_gpu_layers, unified, how):
         assert np.array_equal(mine[2], fresh[2]) and np.isfinite(mine[2]).all(), i
 
 
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """A LoRA adapter on the queries of layers 1 and 2. With two of them a layer's queries are not foreseen."""
+    path, rng = tmp_path_factory.mktemp("lora") / "lora.gguf", np.random.default_rng(1)
+    w = GGUFWriter(path, "llama")
+    w.add_type("adapter")
+    w.add_string("adapter.type", "lora")
+    w.add_float32("adapter.lora.alpha", 8.0)
+    for il in (1, 2):
+        for part, shape in (("a", (4, 64)), ("b", (64, 4))):
+            w.add_tensor(f"blk.{il}.attn_q.weight.lora_{part}", (rng.standard_normal(shape) * 0.1).astype(np.float32))
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    return path
+
+
+class Adapted:
+    """Two adapters of a session, which are on or off."""
+
+    def __init__(self, s, path):
+        self.s = s
+        found = [s.llama.llama_adapter_lora_init(s.model, str(path).encode()) for _ in range(2)]
+        self.adapters = (s.llama.llama_adapter_lora_p_ctypes * 2)(*found)
+
+    def __call__(self, on):
+        scales = (ctypes.c_float * 2)(1.0, 1.0)
+        assert self.s.llama.llama_set_adapters_lora(self.s.ctx, self.adapters, 2 if on else 0, scales) == 0
+
+
+@pytest.mark.parametrize("keys", [False, True], ids=["one ranking", "two rankings"])
+def test_layers_that_are_no_longer_foreseen_are_never_stale(tiny, adapter, n_gpu_layers, keys):
+    """Between two steps of a sequence that of another one may be the first in which they are not."""
+    order = [(0, 0), (0, 0), (1, 1), (0, 1), (1, 1), (0, 0), (1, 0), (0, 0), (1, 1), (1, 1), (0, 0), (1, 0)]
+    got = []
+    for invalidate in (False, True):
+        with open_session(tiny, n_gpu_layers=n_gpu_layers, n_seq_max=2, n_ctx=2048) as s:
+            if keys:
+                p, other = (synthetic_profile([2] * 3, [8] * 3, seed=seed) for seed in (3, 4))
+                s.fasa.set_profile(replace(p, ahead_ranking=other.ranking))
+            adapt, n, rows = Adapted(s, adapter), [200, 200], []
+            s.fasa.set_params(SOME.replace(budget=100, sink=1, recent=1, ahead="on"))
+            for seq in (0, 1):
+                s.decode([i * (7 + seq) % 250 + 3 for i in range(200)], 0, seq, logits="none")
+            for seq, on in order:
+                adapt(on)
+                if invalidate:
+                    s.fasa.invalidate()
+                before = s.fasa.counters()["layers_ahead"]
+                rows.append(s.decode([9 + n[seq] % 200], n[seq], seq))
+                assert s.fasa.counters()["layers_ahead"] - before == (0 if on else 2)
+                n[seq] += 1
+            got.append(np.stack(rows))
+    assert np.array_equal(*got)
+
+
 # ---- which cells a list holds ----
 
 
@@ -393,6 +451,27 @@ def test_foreseen_queries_have_a_ranking_and_weights_of_their_own(still):
         s.fasa.set_profile(replace(both, ahead=None, ahead_ranking=None, ahead_weight=None))
         assert np.array_equal(off, generate(s, params.replace(ahead="on"))[0])  # as older profiles: the same one
     assert not np.array_equal(ahead, off)
+
+
+@pytest.mark.parametrize("arch", ["still", "sliding"])
+def test_queries_that_cannot_be_foreseen_have_the_ranking_of_own_ones(request, n_gpu_layers, arch):
+    """Whatever the profile allows: of the first layer, and of every layer with attention beside the feed-forward."""
+    model = request.getfixturevalue(arch)
+    n_own = 1 if arch == "still" else 4
+    params = SOME.replace(per_head=1)
+    with open_session(model, n_gpu_layers=n_gpu_layers) as s:
+        shapes = [s.fasa.layer_shape(il) for il in range(s.fasa.model_info()["n_layer"])]
+        first, second = (
+            synthetic_profile([h[1] for h in shapes], [h[2] // 2 for h in shapes], seed=seed) for seed in (3, 4)
+        )
+        s.fasa.set_profile(replace(first, ahead_ranking=second.ranking))
+        ahead, counted = generate(s, params.replace(ahead="on"), n_vocab=60)
+        assert counted["layers_ahead"] == (len(shapes) - n_own) * N_STEPS
+        s.fasa.set_profile(replace(first, ranking=[*first.ranking[:n_own], *second.ranking[n_own:]]))
+        own, _ = generate(s, params.replace(ahead="off"), n_vocab=60)
+        s.fasa.set_profile(second)
+        other, _ = generate(s, params.replace(ahead="off"), n_vocab=60)
+    assert np.array_equal(ahead, own) and not np.array_equal(own, other)
 
 
 def test_switching_in_a_live_context_is_as_if_it_had_been_so(tiny, n_gpu_layers):

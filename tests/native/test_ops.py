@@ -163,6 +163,14 @@ def test_target_mass(library):
     run(library, mass=0.7)
 
 
+@pytest.mark.parametrize("mass", [0.05, 0.5, 0.9, 0.995, 1.0])
+def test_target_mass_of_many_cells(library, mass):
+    """Few cells are looked at first, then four times as many."""
+    for cap in (300, 1500, 5000):
+        run(library, n_kv=3000, mass=mass, cap=cap)
+    run(library, n_kv=3000, distinct=5, hidden=0, mass=mass, cap=2900)
+
+
 FRESH = {
     "one": [200],
     "several, some hidden, some of them none": [17, 255, 256, -1, 300, 301, 302, 310, -1, 332],
@@ -427,11 +435,16 @@ def test_times_of_a_layer(library):
         "n_kv": 2000,
         "n_threads": 1,
     }
-    assert min(library.ops.op_time(n_layer=2, n_rep=1, **case).values()) > 0
+    names = {"dense", "select", "fasa", "beside", "ahead"}
+    times = library.ops.op_time(n_layer=2, n_rep=1, **case)
+    assert {name for name, t in times.items() if t > 0} == names - {"beside", "ahead"} and set(times) == names
+    times = library.ops.op_time(n_layer=3, n_rep=3, beside=4 << 20, **case)
+    assert min(times.values()) > 0 and times["ahead"] > times["beside"]
     for message, wrong in [
         (r"op_time: expected k of shape \[1, 16384, n_head_kv, head_dim\], found \[1, 100, 1, 16\]", {"k": rows(100)}),
         ("n_layer .1 to 100. or n_rep .from 1. is out of range", {"n_rep": 0}),
         ("there is no backend NONE", {"backend": "NONE"}),
+        ("is timed with one token, in mode device", {"beside": 1, "q": np.zeros((1, 2, 1, 16))}),
     ]:
         with pytest.raises(FasaError, match=message):
             library.ops.op_time(**{**case, **wrong})

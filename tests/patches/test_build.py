@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -62,6 +63,54 @@ def test_flags_of_the_cpu_backend_and_what_is_installed(patched, tmp_path):
     listing = (tmp_path / "cmake_install.cmake").read_text()
     installed = {f"lib{x}.so" for x in ("llama", "ggml", "ggml-base", "ggml-cpu", "ggml-rpc")}
     assert set(re.findall(r"bin/(lib[\w-]+\.so)\"", listing)) == installed
+
+
+VARIANTS = {
+    "x64",
+    "sse42",
+    "sandybridge",
+    "ivybridge",
+    "piledriver",
+    "haswell",
+    "skylakex",
+    "cannonlake",
+    "cascadelake",
+}
+VARIANTS |= {"icelake", "cooperlake", "zen4", "alderlake", "sapphirerapids"}
+
+
+@needs_cmake
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the variants are those of x86")
+def test_every_variant_of_a_portable_build_has_our_ops_and_flags(tmp_path):
+    done = configure(tmp_path, "-DFASA_PORTABLE=ON")
+    if "could not prepare the llama.cpp source" in done.stderr:
+        pytest.skip("the pinned source is not there")
+    assert done.returncode == 0, done.stderr
+    commands = json.loads((tmp_path / "compile_commands.json").read_text())
+    ours = sorted(p.name for p in (ROOT / "native" / "cpu").glob("*.cpp"))
+    found = {}
+    for c in commands:
+        if m := re.search(r"ggml-cpu-(\w+)\.dir", c["output"]):
+            found.setdefault(m[1], []).append(c)
+    assert set(found) == VARIANTS
+    for name, mine in found.items():
+        assert sorted(Path(c["file"]).name for c in mine if "native/cpu/" in c["file"]) == ours, name
+        for command in (c["command"].split() for c in mine):
+            assert str(ROOT / "native/cpu/f16-step.h") in command and "-march=native" not in command, name
+            amx = [x for x in command if re.match("-m(no-)?amx-int8", x)]
+            assert amx[-1:] == ["-mno-amx-int8"] * supports("-mno-amx-int8"), name  # the last one holds
+            assert ("-mavx512fp16" in command) == (name == "sapphirerapids"), name
+    feats = next(c["command"] for c in commands if "ggml-cpu-sapphirerapids-feats.dir" in c["output"])
+    assert "GGML_AMX" not in feats and "GGML_AVX512_BF16" in feats  # AMX is not used, so not asked for
+    listing = (tmp_path / "cmake_install.cmake").read_text()
+    libraries = {f"lib{x}.so" for x in ("llama", "ggml", "ggml-base", *(f"ggml-cpu-{v}" for v in VARIANTS))}
+    assert set(re.findall(r"bin/(lib[\w-]+\.so)\"", listing)) == libraries
+
+
+@needs_cmake
+@pytest.mark.parametrize("option", ["FASA_TOOLS", "FASA_UPSTREAM_TESTS"])
+def test_a_portable_build_has_no_programs(option, tmp_path):
+    assert "-DFASA_PORTABLE=ON is for wheels" in configure(tmp_path, "-DFASA_PORTABLE=ON", f"-D{option}=ON").stderr
 
 
 @needs_cmake

@@ -102,11 +102,13 @@ def test_a_local_tree_is_copied_whole_without_its_builds(monkeypatch, tmp_path):
 
 
 def test_a_pin_changes_every_file_that_has_it_or_none(monkeypatch, tmp_path):
-    """On a copy: UPSTREAM and pyproject.toml."""
+    """On a copy of UPSTREAM, and another file that has the version."""
     for name, _ in Q.PINNED:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text((ROOT / name).read_text())
     old = Q.upstream()
+    (tmp_path / "pyproject.toml").write_text(f'"llama-cpp-python=={old["version"]}"\n')
+    monkeypatch.setattr(Q, "PINNED", (*Q.PINNED, ("pyproject.toml", "llama-cpp-python=={}")))
     monkeypatch.setattr(Q, "HERE", tmp_path / "patches")
     Q.write_pin(tmp_path, "9.9.9", "ab" * 32)
     assert Q.upstream() == {**old, "version": "9.9.9", "sha256": "ab" * 32}
@@ -117,6 +119,18 @@ def test_a_pin_changes_every_file_that_has_it_or_none(monkeypatch, tmp_path):
     with pytest.raises(Q.QueueError, match=r"pyproject.toml: expected 'llama-cpp-python==9.9.9', which is not there"):
         Q.write_pin(tmp_path, "9.9.10", "cd" * 32)
     assert Q.upstream()["version"] == "9.9.9"
+
+
+def test_the_binding_is_the_python_files_and_the_licence(tmp_path):
+    if not Q.cached().exists():
+        pytest.skip("the pinned sdist was not fetched here")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "stale.py").touch()
+    Q.binding(tmp_path / "out")
+    files = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*") if p.is_file()}
+    assert {"LICENSE.md", "llama_cpp/__init__.py", "llama_cpp/py.typed", "llama_cpp/server/app.py"} <= files
+    assert all(name == "LICENSE.md" or name.endswith((".py", ".typed")) for name in files) and "stale.py" not in files
+    assert "MIT License" in (tmp_path / "out" / "LICENSE.md").read_text()
 
 
 def test_the_version_stands_nowhere_else():

@@ -161,12 +161,14 @@ TELL_A_REASON = {
     "fasa_layer_ahead_code",
     "fasa_step_reason",
     "fasa_step_reason_code",
+    "fasa_prefill_reason_code",
 }
 MAY_BE_NULL = {("fasa_set_observer", 1), ("fasa_set_observer", 2)}
 
 
 def functions():
-    return re.findall(r"^FASA_API .*?\b(fasa_\w+)\(", (ROOT / "native" / "fasa.h").read_text(), re.M)
+    text = "".join(path.read_text() for path in sorted((ROOT / "native").glob("fasa*.h")))
+    return re.findall(r"^FASA_API .*?\b(fasa_\w+)\(", text, re.M)
 
 
 def test_the_lists_above_know_every_function():

@@ -231,6 +231,11 @@ def test_wrong_settings_name_the_field(server):
     fixed = error(400, ask(budget=64))
     assert fixed["code"] == "fixed_setting" and "this server runs with 48, found 64" in fixed["message"]
     assert ask(budget=48, recent=8, enabled=True)().choices
+    wrong = error(400, ask(quality="best"))
+    assert (wrong["param"], wrong["code"]) == ("fasa.quality", "invalid_value") and "found 'best'" in wrong["message"]
+    fixed = error(400, ask(quality="careful"))
+    assert fixed["code"] == "fixed_setting" and "start a server with --fasa-quality careful" in fixed["message"]
+    assert ask(quality="careful", enabled=False)().choices
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import pytest
 from tiny_gguf import write_tiny
 
+from fasa_gguf import FasaError
 from fasa_gguf.cli import main as cli
 from fasa_gguf.session import Session
 
@@ -42,3 +43,20 @@ def test_run_prints_every_piece_whole(wordy, capsys, monkeypatch):
     monkeypatch.setattr(Llama, "generate", lambda self, tokens, **kwargs: iter(TOKENS))
     assert cli.main(["run", str(wordy), "-p", "x", "-c", "256", "-n", str(len(TOKENS)), "--no-fasa"]) == 0
     assert capsys.readouterr().out == "".join(WORDS) + "\n"
+
+
+def test_a_model_without_a_vocabulary_reads_no_text(library, sliding, capsys):
+    """llama.cpp would end the process."""
+    with (
+        Session(sliding, n_ctx=256, n_threads=1) as s,
+        pytest.raises(FasaError, match=r"gguf: this model has no vocab"),
+    ):
+        s.tokenize("a")
+    assert cli.main(["calibrate", str(sliding), "-c", "256"]) == 1
+    assert "this model has no vocabulary, so it reads no text" in capsys.readouterr().err
+    from fasa_gguf import Llama
+
+    llm = Llama(str(sliding), n_ctx=256, n_threads=1, verbose=False, fasa="off")
+    with pytest.raises(FasaError, match=r"gguf: this model has no vocabulary"):
+        llm.create_completion("a", max_tokens=1)
+    llm.close()

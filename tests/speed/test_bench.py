@@ -114,6 +114,16 @@ def test_bytes_and_tokens_of_a_result(library, tiny, profile):
     assert 0 < dense.of_copy_rate < 1e3
 
 
+def test_what_attention_adds_to_a_step(library, tiny, profile):
+    """Steps without attention are of the same depth, and leave nothing behind."""
+    plain = run(tiny, QUICK, profile)
+    results = run(tiny, replace(QUICK, attention=True), profile)
+    assert [r.attention_ms for r in plain] == [None, None]
+    for before, r in zip(plain, results, strict=True):
+        assert r.bare_s > 0 and r.attention_ms == pytest.approx(1000 * (1 / r.avg_ts - r.bare_s))
+        assert (r.kv_bytes, r.tokens_attended) == (before.kv_bytes, before.tokens_attended)
+
+
 def test_dense_beside_a_plain_read(library, tiny, profile, monkeypatch):
     asked = []
     monkeypatch.setattr(b, "PLAIN_READ_FROM", 200)
@@ -483,6 +493,7 @@ def test_random_weights_have_no_mass(monkeypatch, capsys, profiled):
     err = capsys.readouterr().err
     assert (
         err.count("\n") == 1
-        and "--fasa-mass with --shape: the attention of random weights is spread evenly, so a target mass means nothing"
+        and "--fasa-mass and --fasa-quality with --shape: the attention of random weights is spread evenly, so a "
+        "target mass means nothing"
         in err
     )

@@ -3,11 +3,13 @@
 import csv
 import io
 import json
+import re
 
 import pytest
 from benching import ON, planted
 
 from fasa_gguf import FasaError
+from fasa_gguf.cli import main as cli
 from fasa_gguf.speed import report
 from fasa_gguf.speed.results import Result
 
@@ -163,7 +165,6 @@ def test_the_lines_of_the_picture():
 
 
 def test_the_picture(tmp_path):
-    pytest.importorskip("matplotlib")
     for results in (planted(1.5, 2.0), planted(1.5, 2.0)[2:]):  # with depth 0 and without
         path = tmp_path / "plot.png"
         report.save_plot(results, path, "model.gguf")
@@ -172,6 +173,96 @@ def test_the_picture(tmp_path):
         report.save_plot(results, "/nowhere/p.png", "model.gguf")
     with pytest.raises(FasaError, match="no decode result was measured, so there is nothing to draw"):
         report.save_plot([], tmp_path / "p.png", "model.gguf")
+    with pytest.raises(
+        FasaError, match=r"--plot p\.bmp: expected a name that ends in \.svg or \.png or \.pdf, found \.bmp"
+    ):
+        report.save_plot(results, "p.bmp", "model.gguf")
+
+
+def texts(svg):
+    """The texts of an SVG, in its order."""
+    return re.findall(r"<text [^>]*>([^<]*)</text>", svg.read_text())
+
+
+def test_the_picture_says_what_it_shows(tmp_path):
+    """Axes with units, model, cache type, machine, arms; the ratio where FASA ran."""
+    config = {"cpu_info": "A CPU", "gpu_info": "A GPU", "n_threads": 3, "type_k": "q8_0", "type_v": "q8_0"}
+    results, path = figures(planted(None, 1.5, 2.0), **config), tmp_path / "plot.svg"
+    report.save_plot(results, path, "folder/model.gguf")
+    shown = texts(path)
+    assert {"decode, tokens/s", "depth: tokens in the cache", "dense", "fasa", "0", "100", "200"} <= set(shown)
+    assert {"model.gguf: K and V in q8_0", "A CPU, 3 threads"} <= set(shown)  # the GPU had no layers
+    assert [x for x in shown if x.endswith("x")] == ["1.5x", "2.0x"]  # at depth 0 both were dense
+    report.save_plot(figures(results, **config, n_gpu_layers=99), tmp_path / "gpu.svg", "model.gguf")
+    assert "A GPU + A CPU, 3 threads" in texts(tmp_path / "gpu.svg")
+
+
+def test_the_picture_suits_light_and_dark_pages(tmp_path):
+    """No background, and no colour near white or black."""
+    report.save_plot(planted(1.5, 2.0), tmp_path / "p.svg", "model.gguf")
+    svg = (tmp_path / "p.svg").read_text()
+    colours = set(re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})", svg))
+    assert colours and all(90 < sum(int(c[i : i + 2], 16) for i in (1, 3, 5)) / 3 < 190 for c in colours), colours
+    report.save_plot(planted(1.5, 2.0), tmp_path / "again.svg", "model.gguf")
+    assert (tmp_path / "again.svg").read_text() == svg  # no date, no random ids
+
+
+def test_results_are_read_again(library, tmp_path):
+    """What a picture shows is the same from the JSON as from the measurement."""
+    results = figures(planted(None, 1.5), type_k="f16", n_gpu_layers=0, n_threads=2, cpu_info="A CPU")
+    for output in ("json", "jsonl"):
+        path = tmp_path / f"bench.{output}"
+        path.write_text(report.format_results(results, "model.gguf", output))
+        again, model = report.read_results(path)
+        assert model == "model.gguf"
+        for r, first in zip(again, results, strict=True):
+            for name in ("arm", "n_depth", "n_gen", "n_parallel", "samples_ts", "ratio", "sparse_share", "params"):
+                assert getattr(r, name) == getattr(first, name), name
+        report.save_plot(results, tmp_path / "a.svg", "model.gguf")
+        report.save_plot(again, tmp_path / "b.svg", model)
+        assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "text, why",
+    [
+        ("", "expected results of `fasa-gguf bench --json`, found none"),
+        ("[]", "expected results of `fasa-gguf bench --json`, found none"),
+        ("| a | table |", "expected what `fasa-gguf bench --json` printed, found Expecting value"),
+        ("[1]", "expected results of `fasa-gguf bench --json`, found none"),
+        ('[{"model_filename": "m"}]', "result 0: field arm: expected str, found nothing; measure anew"),
+        ('{"model_filename": "m", "arm": 3}', "result 0: field arm: expected str, found 3; measure anew"),
+    ],
+)
+def test_a_file_that_bench_did_not_write_is_refused(tmp_path, text, why):
+    path = tmp_path / "bench.json"
+    path.write_text(text)
+    with pytest.raises(FasaError, match=re.escape(f"--from {path}: {why}")):
+        report.read_results(path)
+
+
+def test_wrong_samples_and_no_file_are_refused(library, tmp_path):
+    entry = report.as_json(planted(1.5), "m.gguf")[1] | {"samples_ts": ["fast"]}
+    (tmp_path / "bench.json").write_text(json.dumps([entry]))
+    with pytest.raises(FasaError, match="field samples_ts: expected numbers, found"):
+        report.read_results(tmp_path / "bench.json")
+    with pytest.raises(FasaError, match=r"--from /nowhere/b\.json: cannot be read: No such file"):
+        report.read_results("/nowhere/b.json")
+
+
+def test_bench_draws_an_earlier_run(library, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bench.json").write_text(report.format_results(planted(1.5, 2.0), "model.gguf", "json"))
+    assert cli.main(["bench", "--plot", "speed.svg", "--from", "bench.json"]) == 0
+    assert capsys.readouterr() == ("", "picture: speed.svg\n") and "fasa" in texts(tmp_path / "speed.svg")
+    for flags, why in (
+        (["--from", "bench.json"], "give the picture's name with --plot"),
+        (["model.gguf", "--from", "bench.json", "--plot", "p.svg"], "no model is measured; omit MODEL and --shape"),
+        (["nowhere.gguf", "--plot", "p.bmp"], "expected a name that ends in .svg or .png or .pdf, found .bmp"),
+        (["nowhere.gguf", "--plot", "p"], "expected a name that ends in .svg or .png or .pdf, found no end"),
+    ):
+        assert cli.main(["bench", *flags]) == 1
+        assert why in capsys.readouterr().err
 
 
 def test_a_dense_row_far_below_a_plain_read_says_so():
