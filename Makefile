@@ -7,6 +7,7 @@ PIP    := $(PY) -m pip install -q --disable-pip-version-check
 CMAKE  := $(VENV)/bin/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(VENV)/bin/ninja \
           -DPython3_EXECUTABLE=$(CURDIR)/$(PY)
 PIN    := $(shell sed -n 's/^version = //p' patches/UPSTREAM)
+APPS   := build/apps
 MODEL  := models/cache/SmolLM2-135M-Instruct.Q4_1.gguf
 
 help:
@@ -19,6 +20,10 @@ help:
 	@echo 'make binding-tests  the own tests of the pinned llama-cpp-python, with FASA off and on'
 	@echo 'make app-tests  langchain, llama-index, the server of llama-cpp-python and `serve`, with FASA'
 	@echo 'make thread-tests  settings and statistics during a decode, under the thread sanitizer'
+	@echo 'make sanitize  ops, laws, API and cache under the sanitizers of addresses, undefined behaviour and threads'
+	@echo 'make fuzz FUZZ_SECONDS=3600  foreign files, profiles and calls of the C interface, made up by libFuzzer'
+	@echo 'make soak   32 clients on `serve` for ten minutes: no mixed answers, flat memory'
+	@echo 'make kills  kill `embed-profile` 200 times'
 	@echo 'make sdist  the source package, into dist'
 	@echo 'make wheel  a package for all x86 CPUs, into dist, tested in a fresh environment; make wheel-cuda: its backend'
 	@echo 'make check  does the patch queue apply'
@@ -57,6 +62,7 @@ ifeq ($(origin CMAKE_ARGS),undefined)
 CMAKE_ARGS := $(shell cat build/native/fasa-cmake-args 2>/dev/null)
 endif
 export FASA_CMAKE_ARGS = $(CMAKE_ARGS)
+comma := ,
 # $(call configure,folder,options)
 configure = if [ ! -f $(1)/build.ninja ] || [ "$$(cat $(1)/fasa-cmake-args 2>&1)" != "$$FASA_CMAKE_ARGS" ]; then \
 	    $(CMAKE) --fresh -S . -B $(1) $(2) $(CMAKE_ARGS) && printf '%s\n' "$$FASA_CMAKE_ARGS" > $(1)/fasa-cmake-args; fi
@@ -97,12 +103,59 @@ thread-tests: $(VENV)/.ready
 	$(VENV)/bin/cmake --build build/threads -j $(JOBS) --target llama
 	$(PY) -m pytest -q -rs tests/native/test_threads.py
 
+# The tests of ops, laws, API and cache, in a Python that the sanitizers of addresses and of undefined behaviour watch:
+# first our code with them, then all of it with the one for threads, whose waiting for each other it must see.
+SANITIZED := tests/native/test_ops.py tests/native/test_laws.py tests/native/test_lists.py tests/native/test_steps.py \
+             tests/native/test_fill.py tests/native/test_windows.py tests/native/test_sanitized.py tests/runtime \
+             tests/profile/test_profile.py tests/session tests/test_closing.py
+sanitize: stock
+	@$(call configure,build/address,-DFASA_SANITIZE=address$(comma)undefined)
+	$(VENV)/bin/cmake --build build/address -j $(JOBS) --target llama
+	$(PY) tests/helpers/sanitized.py address build/address/bin $(SANITIZED)
+	@$(call configure,build/threads,$(THREAD_FLAGS))
+	$(VENV)/bin/cmake --build build/threads -j $(JOBS) --target llama
+	$(PY) tests/helpers/sanitized.py thread build/threads/bin $(SANITIZED)
+
+# Our C code that takes foreign bytes, compiled with libFuzzer and the sanitizers, in front of the library of
+# `make build`: a program's own functions go before those of its libraries. Python's side runs under atheris.
+FUZZ_SECONDS ?= 3600
+CLANG = $(firstword $(shell command -v clang++ clang++-19 clang++-18 clang++-16 clang++-14) clang++)
+FUZZED := $(wildcard native/core/*.cpp) \
+          $(patsubst %,native/llama/%.cpp,api environment file-profile inputs profile steps)
+FUZZ_SOURCE = build/native/llama.cpp-src
+FUZZ_FLAGS  = -std=c++17 -O1 -g1 -fPIC -DNDEBUG -fsanitize=address,undefined -fno-sanitize=function,vptr \
+              -fno-sanitize-recover=undefined '-DFASA_VERSION="fuzz"' '-DFASA_UPSTREAM_VERSION="fuzz"' \
+              '-DFASA_PATCHES="fuzz"' -DGGML_SHARED -DLLAMA_SHARED -Inative \
+              $(addprefix -I$(FUZZ_SOURCE)/,include src ggml/include ggml/src)
+build/fuzz/%.o: native/%.cpp $(wildcard native/*.h native/*/*.h)
+	@mkdir -p $(@D)
+	$(CLANG) $(FUZZ_FLAGS) -fsanitize=fuzzer-no-link -c $< -o $@
+build/fuzz/fuzz-%: build/fuzz/fuzz/%.o $(FUZZED:native/%.cpp=build/fuzz/%.o)
+	$(CLANG) -fsanitize=address,undefined,fuzzer -rdynamic $^ -o $@ -Lfasa_gguf/lib -lllama -lggml -lggml-cpu \
+	    -lggml-base '-Wl,-rpath,$(CURDIR)/fasa_gguf/lib'
+build/fuzz-venv/.ready: $(VENV)/.ready
+	$(PY) -m venv --clear build/fuzz-venv
+	$(call behind,build/fuzz-venv)
+	build/fuzz-venv/bin/python -m pip install -q --disable-pip-version-check 'atheris>=3'
+	@touch $@
+fuzz: build build/fuzz-venv/.ready
+	$(MAKE) build/fuzz/fuzz-profile build/fuzz/fuzz-calls
+	$(PY) tests/fuzz/run.py $(FUZZ_SECONDS)
+
+soak: build $(APPS)/.ready
+	$(APPS)/bin/python tests/helpers/soak_serve.py --clients 32 --minutes 10
+
+kills: build
+	KILLS=200 $(PY) -m pytest -q -s tests/profile/test_kills.py
+
+# $(call behind,folder): the environment there finds what .venv has
+behind = $(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	    > "$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth"
+
 # What apps import, in an environment of its own behind which .venv lies: llama-cpp-python counts as installed there.
-APPS := build/apps
 $(APPS)/.ready: $(VENV)/.ready
 	$(PY) -m venv --clear $(APPS)
-	$(PY) -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
-	    > "$$($(APPS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/behind.pth"
+	$(call behind,$(APPS))
 	$(APPS)/bin/python -m pip install -q --disable-pip-version-check \
 	    --only-binary llama-cpp-python llama-cpp-python==$(PIN) 'scipy>=1.10' 'langchain-community>=0.4' \
 	    'llama-index-llms-llama-cpp>=0.7' 'openai>=2' 'httpx>=0.24' 'uvicorn>=0.22' 'fastapi>=0.100' \
@@ -202,5 +255,5 @@ tables: $(VENV)/.ready
 compare: $(VENV)/.ready
 	$(PY) tests/helpers/compare_checkouts.py $(OTHER)
 
-.PHONY: help build stock tools upstream-tests binding-tests app-tests thread-tests demo test check lint format tables \
-        compare sdist wheel wheel-test wheel-cuda cuda-check
+.PHONY: help build stock tools upstream-tests binding-tests app-tests thread-tests sanitize fuzz soak kills demo \
+        test check lint format tables compare sdist wheel wheel-test wheel-cuda cuda-check

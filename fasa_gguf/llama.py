@@ -135,6 +135,7 @@ class Llama(Mended):
     _profile_default: Profile | None = None
     _foreign_callers = False  # after enable(): flash_attn=False is then the caller's default and says nothing
     _fasa: runtime.context.Context | None = None
+    _context: runtime.context.Context | None = None  # the same, also while the model closes
     _step = ""  # what generate() evaluates next: "first", "prompt", "decode"; "": eval() was called by someone else
     _fasa_profile: Profile | None = None
 
@@ -170,7 +171,8 @@ class Llama(Mended):
         with runtime.context.kv_mode(self._fasa_mode), runtime.interrupt.deferred() as self._stopped:
             super().__init__(model_path, **kwargs)
         self._model.__class__ = _Model
-        self._fasa = runtime.context.Context(ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value or 0)
+        pointer = ctypes.cast(self._ctx.ctx, ctypes.c_void_p).value or 0
+        self._fasa = self._context = runtime.context.Context(pointer, "this model is closed")
         if self._fasa_mode == "host" and (why := runtime.context.not_pinned(self._fasa)):
             self.close()
             raise FasaError(f"{model_path}: {why}")
@@ -184,8 +186,7 @@ class Llama(Mended):
 
     @model_params.setter
     def model_params(self, params: Any) -> None:
-        stopped = self._stopped
-        params.progress_callback = _llama_cpp.llama_progress_callback(lambda _progress, _user: not stopped())
+        params.progress_callback = runtime.loading.callback(_llama_cpp, self._stopped)
         self._model_params = params
 
     def _open_profile(
@@ -362,8 +363,11 @@ class Llama(Mended):
 
     def close(self) -> None:
         """Free the model and its context."""
-        self._fasa = None  # its context is freed next
+        self._fasa = None  # an answer that another thread writes ends with its next step
         super().close()
+
+    def _retire(self, wait: bool) -> bool:
+        return self._context is None or self._context.close(wait)
 
     def __getstate__(self) -> dict[str, Any]:
         return {

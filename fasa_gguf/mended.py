@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import logging
 import os
 import sys
@@ -66,19 +67,41 @@ class _Closed:
         raise FasaError("this model is closed")
 
 
+class _CheckedSampler(_llama_cpp._internals.LlamaSampler):  # type: ignore[name-defined]
+    """llama_cpp's, for grammars and logits processors. Raises FasaError where they leave no token.
+
+    llama.cpp would end the process, or sample a token that is hidden.
+    """
+
+    def sample(self, ctx: Any, idx: int = -1) -> int:
+        logits = _llama_cpp.llama_get_logits_ith(ctx.ctx, idx)
+        row = np.ctypeslib.as_array(logits, (ctx.model.n_vocab(),))
+        members = runtime.sampling.chain_members(_llama_cpp, self.sampler)
+        token = runtime.sampling.sample_checked(_llama_cpp, members, row)
+        if token is None:
+            raise FasaError(
+                "no token can come next: the grammar leads nowhere, or it and the logits processors hide all tokens; "
+                "expected a grammar of which every rule ends in text that the model's tokens can spell"
+            )
+        return token
+
+
 class Mended(_Base):
     """llama_cpp.Llama; see the module."""
 
     _calls: Any  # an RLock, held during a call, or a step of a stream; taken before Context.turn
+    _asked: Any  # a Gate: inside, the model is asked for what needs no step; taken after _calls
     input_ids: Any
     scores: Any
     _run: object = None  # the generation that the cache belongs to
+    _sampler: Any
     _completing = False  # its tokens become a completion
     _full = False  # it was ended by the end of the context
 
     def __new__(cls, *_args: Any, **_kwargs: Any) -> Mended:
         self = super().__new__(cls)
-        self._calls, self._stack = threading.RLock(), contextlib.ExitStack()  # close() needs them when __init__ raises
+        self._calls, self._asked = threading.RLock(), runtime.gate.Gate()
+        self._stack = contextlib.ExitStack()  # close() needs all three when __init__ raises
         return cast(Mended, self)
 
     def __init__(self, model_path: str, **kwargs: Any) -> None:
@@ -157,7 +180,7 @@ class Mended(_Base):
     # ---- sampling ----
 
     def sample(self, *args: Any, **kwargs: Any) -> int:
-        """llama_cpp.Llama.sample. Raises what a logits processor raised."""
+        """llama_cpp.Llama.sample. Raises what a logits processor raised, and FasaError when no token can come next."""
         self._check_usable()
         if self.n_tokens == 0:
             raise FasaError(
@@ -166,11 +189,20 @@ class Mended(_Base):
             )
         if self._requires_eval:  # of a state that was loaded: its logits are not in it
             self._evaluate_last()
-        token: int = super().sample(*args, **kwargs)
+        before = self._sampler
+        try:
+            token: int = super().sample(*args, **kwargs)
+        except FasaError:
+            self._sampler = before  # llama_cpp keeps its own for one call otherwise
+            self._raise_kept()
+            raise
+        self._raise_kept()
+        return token
+
+    def _raise_kept(self) -> None:
         raised, self._raised = self._raised, None
         if raised is not None:
-            raise raised
-        return token
+            raise raised from None
 
     def _evaluate_last(self) -> None:
         if self._is_recurrent or self._is_hybrid:
@@ -186,7 +218,10 @@ class Mended(_Base):
             self._check_grammar(kwargs["grammar"])
         if kwargs.get("logits_processor") is not None:
             kwargs["logits_processor"] = [self._keeping(kwargs["logits_processor"])]
-        return super()._init_sampler(*args, **kwargs)
+        sampler = super()._init_sampler(*args, **kwargs)
+        if kwargs.get("grammar") is not None or kwargs.get("logits_processor") is not None:
+            sampler.__class__ = _CheckedSampler
+        return sampler
 
     def _check_grammar(self, grammar: Any) -> None:
         """llama_cpp would use the null pointer that a bad grammar gives."""
@@ -280,13 +315,32 @@ class Mended(_Base):
 
     def close(self) -> None:
         """Free the model and its context; waits for the step that another thread is in."""
-        # as the interpreter ends, a thread that holds it does not go on
-        if self._calls.acquire(blocking=not sys.is_finalizing()):
-            try:
-                super().close()
-                self._ctx = self._model = self.tokenizer_ = _Closed()
-            finally:
-                self._calls.release()
+        wait = not sys.is_finalizing()  # as the interpreter ends, a thread that holds a lock does not go on
+        if not self._calls.acquire(blocking=wait):
+            return
+        try:
+            if self._retire(wait) and self._asked.acquire(blocking=wait):
+                try:
+                    super().close()
+                    self._ctx = self._model = self.tokenizer_ = _Closed()
+                finally:
+                    self._asked.release()
+        finally:
+            self._calls.release()
+
+    def _retire(self, _wait: bool) -> bool:
+        """Nobody uses the context from now on. False: somebody does, and is not waited for."""
+        return True
+
+    def save_state(self) -> Any:
+        """llama_cpp.Llama.save_state, between two steps."""
+        with self._calls:
+            return super().save_state()
+
+    def reset(self) -> None:
+        """llama_cpp.Llama.reset, between two steps."""
+        with self._calls:
+            super().reset()
 
     # ---- chat templates ----
 
@@ -311,3 +365,22 @@ class Mended(_Base):
             self.chat_format or self.chat_handler
         ):
             _say(f"{self.model_path}: its chat template cannot be read: {why}; chats need a chat_format")
+
+
+def _asking(name: str) -> Any:
+    """A method of llama_cpp.Llama that asks the model, which is not freed meanwhile."""
+    original = getattr(_Base, name)
+
+    @functools.wraps(original)
+    def ask(self: Mended, *args: Any, **kwargs: Any) -> Any:
+        with self._asked:
+            return original(self, *args, **kwargs)
+
+    return ask
+
+
+for _name in (
+    *("tokenize", "detokenize", "token_bos", "token_eos", "token_nl"),
+    *("n_ctx", "n_embd", "n_vocab", "pooling_type"),
+):
+    setattr(Mended, _name, _asking(_name))

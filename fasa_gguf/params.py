@@ -189,7 +189,7 @@ class FasaParams:
         choices=PREFILL,
     )
     prefill_min_context: int = _row(
-        2048, "cells", "with prefill auto, a ubatch of a prompt that sees fewer cells than this is dense"
+        1024, "cells", "with prefill auto, a ubatch of a prompt that sees fewer cells than this is dense"
     )
     prefill_tile: int = _row(
         128, "tokens", "tokens of a prompt that share a list of cells per KV head", low=16, high=1024

@@ -103,6 +103,7 @@ class Reason(IntEnum):
     AHEAD_OFF = "selecting ahead is off", "use --fasa-ahead on"
     AHEAD_AUTO = "it is on the CPU, where selecting ahead saves no time", "use --fasa-ahead on"
     AHEAD_TOKENS = "the step has several tokens, with which selecting ahead is slower", "use --fasa-ahead on"
+    AHEAD_LONG = "selecting among so many cells takes longer than the feed-forward beside it", "use --fasa-ahead on"
     AHEAD_BORROWS = "it borrows its list"
     AHEAD_PROFILE = "the profile says that foreseen queries lose too much there"
     AHEAD_FIRST = "no block lies before it"

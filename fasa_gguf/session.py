@@ -67,7 +67,8 @@ class Session:
 
     Attributes: settings, the ContextSettings in force; mode, device or host; n_ctx, tokens over all sequences; n_batch,
     tokens per llama_decode, at most n_ctx, and n_ubatch in an encoder; n_vocab, n_ctx_train; abort, asked between the
-    nodes of a graph whether to end the decode: instead of llama_set_abort_callback, which Ctrl-C uses; None: never.
+    nodes of a graph whether to end the decode: instead of llama_set_abort_callback, which Ctrl-C uses; None: never;
+    used, a Gate: another thread that has a pointer of ours is inside, and `close` waits for it.
     Raises FasaError when the model cannot be loaded or the context cannot be made.
     """
 
@@ -93,9 +94,11 @@ class Session:
         self.settings = (settings or ContextSettings()).replace(**changes)
         self.mode = ""
         self.abort = None
+        self.used = runtime.gate.Gate()
         self._arms, self._profile = arms, profile
         self._model: Any = None
         self._ctx: Any = None
+        self._fasa: runtime.context.Context | None = None
         quiet()
         check_path(model_path)
         if not os.path.exists(model_path):
@@ -109,7 +112,7 @@ class Session:
         params.tensor_buft_overrides = overrides and ctypes.addressof(overrides)
         try:
             with runtime.interrupt.deferred() as stopped:
-                params.progress_callback = llama.llama_progress_callback(lambda _progress, _user: not stopped())
+                params.progress_callback = runtime.loading.callback(llama, stopped)
                 self._model = llama.llama_model_load_from_file(os.fsencode(model_path), params)
             if not self._model:
                 raise FasaError(f"{model_path}: llama.cpp cannot load this model: {last_log()}")
@@ -145,8 +148,9 @@ class Session:
         self.n_ctx, self.n_batch = self.llama.llama_n_ctx(self.ctx), self.llama.llama_n_batch(self.ctx)
         if not self.memory:  # without a KV cache (an encoder) every token sees the others of its ubatch only
             self.n_batch = min(self.n_batch, self.llama.llama_n_ubatch(self.ctx))
-        self._fasa = runtime.context.Context(ctypes.cast(self.ctx, ctypes.c_void_p).value or 0)
-        if self.mode == "host" and (why := runtime.context.not_pinned(self._fasa)):
+        pointer = ctypes.cast(self.ctx, ctypes.c_void_p).value or 0
+        self._fasa = runtime.context.Context(pointer, f"{self.path}: this context is closed")
+        if self.mode == "host" and (why := runtime.context.not_pinned(self.fasa)):
             self.free_context()
             raise FasaError(f"{self.path}: {why}")
 
@@ -176,8 +180,12 @@ class Session:
         """Free the context; the model stays loaded, and `reopen` makes another one."""
         ctx, self._ctx = self._ctx, None
         if ctx:
+            if self._fasa:
+                self._fasa.close()
             with runtime.interrupt.deferred():
+                self.used.acquire()
                 self.llama.llama_free(ctx)
+                self.used.release()
 
     def __enter__(self) -> Session:
         return self
@@ -191,7 +199,9 @@ class Session:
         model, self._model = self._model, None
         if model:
             with runtime.interrupt.deferred():
+                self.used.acquire()
                 self.llama.llama_model_free(model)
+                self.used.release()
 
     # llama.cpp does not survive a pointer that was freed
 
@@ -214,6 +224,7 @@ class Session:
     def fasa(self) -> runtime.context.Context:
         """FASA's side of the context: profile, settings, counters, observer."""
         self._live(self._ctx)
+        assert self._fasa is not None
         return self._fasa
 
     @property
@@ -238,17 +249,20 @@ class Session:
         room = len(data) + 8
         for _ in range(2):  # a negative count says how much room is needed
             out = (ctypes.c_int32 * room)()
-            n = self.llama.llama_tokenize(self.vocab, data, len(data), out, room, bos, special)
+            with self.used:
+                n = self.llama.llama_tokenize(self.vocab, data, len(data), out, room, bos, special)
             if n >= 0 or n == -(2**31):
                 break
             room = -n
         if n < 0:
             raise FasaError(f"{self.path}: the text cannot be tokenized; does this model have a vocabulary?")
-        return runtime.pieces.one_bos(self.llama, self.vocab, list(out[:n]))
+        with self.used:
+            return runtime.pieces.one_bos(self.llama, self.vocab, list(out[:n]))
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         """The text of tokens; special tokens by name, bytes that are no UTF-8 replaced."""
-        return runtime.pieces.token_bytes(self.llama, self.vocab, tokens, True).decode("utf-8", "replace")
+        with self.used:
+            return runtime.pieces.token_bytes(self.llama, self.vocab, tokens, True).decode("utf-8", "replace")
 
     def decode_batch(self, items: Sequence[tuple[int, int, int, bool]]) -> None:
         """One llama_decode of (token, position, sequence, wants logits) items, at most n_batch.

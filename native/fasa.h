@@ -242,15 +242,17 @@ enum fasa_reason {
     FASA_REASON_AHEAD_OFF             = 44, // selecting ahead is off
     FASA_REASON_AHEAD_AUTO            = 45, // it is on the CPU, where selecting ahead saves no time
     FASA_REASON_AHEAD_TOKENS          = 46, // the step has several tokens, with which selecting ahead is slower
-    FASA_REASON_AHEAD_BORROWS         = 47, // it borrows its list
-    FASA_REASON_AHEAD_PROFILE         = 48, // the profile says that foreseen queries lose too much there
-    FASA_REASON_AHEAD_FIRST           = 49, // no block lies before it
+    // selecting among so many cells takes longer than the feed-forward beside it
+    FASA_REASON_AHEAD_LONG            = 47,
+    FASA_REASON_AHEAD_BORROWS         = 48, // it borrows its list
+    FASA_REASON_AHEAD_PROFILE         = 49, // the profile says that foreseen queries lose too much there
+    FASA_REASON_AHEAD_FIRST           = 50, // no block lies before it
     // no feed-forward lies between the attention or other block before it and its queries
-    FASA_REASON_AHEAD_NO_FEED_FORWARD = 50,
-    FASA_REASON_AHEAD_UNKNOWN         = 51, // how its queries follow from the layer before is not recognised
-    FASA_REASON_AHEAD_DEVICE          = 52, // the feed-forward before it runs on another device
+    FASA_REASON_AHEAD_NO_FEED_FORWARD = 51,
+    FASA_REASON_AHEAD_UNKNOWN         = 52, // how its queries follow from the layer before is not recognised
+    FASA_REASON_AHEAD_DEVICE          = 53, // the feed-forward before it runs on another device
     // its rows on the device have no room for a list with all tokens of the batch
-    FASA_REASON_AHEAD_ROOM            = 53,
+    FASA_REASON_AHEAD_ROOM            = 54,
 };
 // end reasons
 

@@ -11,7 +11,7 @@ from .arguments import AddCommand
 SHELLS = ("bash", "zsh", "fish")
 # whose values are paths; of other arguments the shell proposes what they may be
 PATHS = {"model", "model_flag", "file", "profile", "output", "output_model", "hf", "against", "png", "plot", "measured"}
-PATHS |= {"records", "save_records", "journal", "resume"}
+PATHS |= {"records", "save_records", "journal", "resume", "chat_template_file"}
 
 
 def _actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import FasaError
+from ..runtime import loading
 from . import bench, completion, doctor, eval, plan, profile, quality, run, serve
 from .arguments import Run
-from .progress import stop_progress
+from .progress import loading_bar, stop_progress
 
 
 def parser() -> argparse.ArgumentParser:
@@ -40,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     without = getattr(a, "shape", None) or getattr(a, "measured", None) or not getattr(a, "needs_model", True)
     if a.model is None and not without:
         ap.error(f"{a.command}: MODEL is missing")
+    loading.report = loading_bar()
     try:
         status = a.run(a) or 0
         sys.stdout.flush()
@@ -57,4 +59,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("fasa-gguf: interrupted", file=sys.stderr)
         return 130
     finally:
+        loading.report = None
         stop_progress()

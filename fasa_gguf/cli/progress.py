@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 PAUSE = 30.0  # seconds between lines
+QUICK = 2.0  # seconds that loading a model may take without a bar
 
 
 class _Lines:
@@ -73,5 +74,22 @@ def progress_bar() -> Callable[[str, int, int], None]:
         bars[what].update(done - bars[what].n)
         if done >= total:
             bars.pop(what).close()
+
+    return report
+
+
+def loading_bar() -> Callable[[int, int], None]:
+    """A callback (done, total) for models that are loaded, which shows what takes longer than QUICK seconds."""
+    start, bar = 0.0, None
+
+    def report(done: int, total: int) -> None:
+        nonlocal start, bar
+        now = time.monotonic()
+        if done == 0 or not start:
+            start, bar = now, None
+        if bar is None and now - start > QUICK and done < total:
+            bar = progress_bar()
+        if bar is not None:
+            bar("loading the model", done, total)
 
     return report

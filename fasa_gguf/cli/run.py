@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import codecs
 import contextlib
+import functools
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..counters import read_share
@@ -32,6 +34,7 @@ from .arguments import (
     read_text,
     whole,
 )
+from .chat import Template, converse, messages_of
 from .progress import progress_bar, stop_progress
 
 
@@ -98,60 +101,82 @@ def _is_end(llm: Any, token: int) -> bool:
     return bool(library.load().llama_vocab_is_eog(llm._model.vocab, token))
 
 
-def _stream(llm: Any, tokens: list[int], n_predict: int, temp: float) -> tuple[int, float, float]:
-    """Print at most n_predict tokens as they come. Returns (tokens, seconds to the first, seconds after it)."""
+@dataclass
+class Written:
+    """What was read and written so far, in one answer or several."""
+
+    n_prompt: int = 0  # tokens of prompts
+    n_reused: int = 0  # of them, those that were in the cache
+    prompt_s: float = 0.0  # to the first token of each answer
+    n: int = 0  # tokens written
+    n_answers: int = 0  # with at least one token
+    decode_s: float = 0.0  # after the first token of each
+
+
+def _stream(llm: Any, tokens: list[int], n_predict: int, temp: float, w: Written) -> Generator[str, None, None]:
+    """Write at most n_predict tokens, and give out their text as it comes."""
     text = codecs.getincrementaldecoder("utf-8")("replace")  # a character may be several tokens
-    start = first = end = time.perf_counter()
-    n = n_read = 0
-    bar = progress_bar()
+    reused = min(_in_common(llm.input_ids[: llm.n_tokens], tokens), len(tokens) - 1)
+    w.n_prompt, w.n_reused = w.n_prompt + len(tokens), w.n_reused + reused
+    n_read = 0
+    total, bar, last = len(tokens) - reused, progress_bar(), time.perf_counter()
 
     def decoded(n_tokens: int) -> None:
         nonlocal n_read
-        if n_read < len(tokens):
+        if n_read < total:
             n_read += n_tokens
-            bar("reading the prompt", n_read, len(tokens))
+            bar("reading the prompt", min(n_read, total), total)
 
     llm._ctx.decoded = decoded
-    bar("reading the prompt", 0, len(tokens))
-    for token in llm.generate(tokens, temp=temp):
-        end = time.perf_counter()
+    bar("reading the prompt", 0, total)
+    for n, token in enumerate(llm.generate(tokens, temp=temp), 1):
+        now = time.perf_counter()
         stop_progress()
-        first, n = (end, 1) if n == 0 else (first, n + 1)
+        w.n, w.n_answers = w.n + 1, w.n_answers + (n == 1)
+        w.prompt_s, w.decode_s = w.prompt_s + (n == 1) * (now - last), w.decode_s + (n > 1) * (now - last)
+        last = now
         if _is_end(llm, token):
             break
-        print(text.decode(llm.detokenize([token])), end="", flush=True)
+        yield text.decode(llm.detokenize([token]))
         if n == n_predict:
             break
-    print(text.decode(b"", True))
-    return n, first - start, end - first
+    yield text.decode(b"", True)
 
 
-def _chat(llm: Any, model: str, prompt: str, system: str | None) -> str:
-    """The prompt as the model's chat template has it, up to where the answer begins. Raises FasaError."""
-    from jinja2 import TemplateError
-    from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+def _in_common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two lists begin with in common."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
-    template = llm.metadata.get("tokenizer.chat_template")
-    if why := llm.unreadable_templates.get("tokenizer.chat_template"):
-        raise FasaError(f"{model}: its chat template cannot be read: {why}; omit --chat")
-    if template is None:
-        raise FasaError(f"{model}: this model has no chat template; omit --chat")
-    bos, eos = (llm._model.token_get_text(t) if t >= 0 else "" for t in (llm.token_bos(), llm.token_eos()))
-    messages: Any = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": prompt})
+
+def _room(llm: Any, a: argparse.Namespace, tokens: list[int]) -> int:
+    room: int = llm.n_ctx() - len(tokens)
+    return min(a.n_predict, room) if a.n_predict > 0 else room
+
+
+def _answer(llm: Any, a: argparse.Namespace, template: Template, w: Written, messages: Any) -> tuple[str, bool]:
+    """(what was written, whether Ctrl-C ended it) of one turn; it is printed as it comes."""
+    parts: list[str] = []
+    tokens = _tokens(llm, template.prompt(messages), max(a.n_predict, 256), "the conversation")
+    stream = _stream(llm, tokens, _room(llm, a, tokens), a.temp, w)
     try:
-        return str(Jinja2ChatFormatter(template, eos, bos)(messages=messages).prompt)
-    except (TemplateError, ValueError, TypeError) as e:
-        raise FasaError(f"{model}: its chat template does not take these messages: {e}") from None
+        for part in stream:
+            parts.append(part)
+            print(part, end="", flush=True)
+    except KeyboardInterrupt:
+        stop_progress()
+        stream.close()
+        return "".join(parts), True
+    finally:
+        print(flush=True)
+    return "".join(parts), False
 
 
-def _tokenize(llm: Any, a: argparse.Namespace, prompt: str) -> list[int]:
-    """The tokens of the prompt, with one BOS at most before it. Raises FasaError when they do not fit."""
-    text = _chat(llm, a.model, prompt, a.system) if a.chat else prompt
+def _tokens(llm: Any, text: str, n_more: int, what: str) -> list[int]:
+    """The tokens of a text, with one BOS at most before it. Raises FasaError when they do not fit."""
     tokens = one_bos(library.load(), llm._model.vocab, llm.tokenize(text.encode(), special=True))
     if len(tokens) >= llm.n_ctx():
-        enough = len(tokens) + max(a.n_predict, 256)
-        raise FasaError(f"the prompt has {len(tokens)} tokens and the context {llm.n_ctx()}; use -c {enough}")
+        enough = len(tokens) + n_more
+        raise FasaError(f"{what} has {len(tokens)} tokens and the context {llm.n_ctx()}; use -c {enough}")
     return tokens
 
 
@@ -166,25 +191,52 @@ def _context_size(a: argparse.Namespace) -> int:
     return -(-size // 256) * 256
 
 
+def _check_arguments(a: argparse.Namespace, prompt: str) -> None:
+    if not prompt and not a.conversation:
+        raise FasaError("nothing to run: give -p PROMPT or -f FILE")
+    for flag, value in (
+        ("--system", a.system),
+        ("--chat-template", a.chat_template),
+        ("--chat-template-file", a.chat_template_file),
+    ):
+        if value is not None and not (a.chat or a.conversation):
+            raise FasaError(f"{flag} is for --chat and -cnv; add one of them")
+    if a.chat_template and a.chat_template_file:
+        raise FasaError("--chat-template and --chat-template-file: expected one of them, found both")
+
+
 def cmd_run(a: argparse.Namespace) -> None:
     prompt = (read_text(a.file) if a.file else "") + (a.prompt or "")
-    if not prompt:
-        raise FasaError("nothing to run: give -p PROMPT or -f FILE")
-    if a.system is not None and not a.chat:
-        raise FasaError("--system is for --chat; add it")
+    _check_arguments(a, prompt)
     llm, must = _load(a)
     trained = llm._model.n_ctx_train()
     if a.ctx_size and a.ctx_size > trained:
         note(f"-c {a.ctx_size}: the model was trained on {trained} tokens; text beyond them may be nonsense")
-    tokens = _tokenize(llm, a, prompt)
-    room = llm.n_ctx() - len(tokens)
-    n, prompt_s, decode_s = _stream(llm, tokens, min(a.n_predict, room) if a.n_predict > 0 else room, a.temp)
+    template = Template(llm, a) if a.chat or a.conversation else None
+    w = Written()
+    if a.conversation:
+        assert template is not None
+        converse(a, prompt, functools.partial(_answer, llm, a, template, w))
+    else:
+        if template is not None:
+            prompt = template.prompt([*messages_of(a), {"role": "user", "content": prompt}])
+        tokens = _tokens(llm, prompt, max(a.n_predict, 256), "the prompt")
+        for part in _stream(llm, tokens, _room(llm, a, tokens), a.temp, w):
+            print(part, end="", flush=True)
+        print()
+    _report(llm, a, w, must)
+
+
+def _report(llm: Any, a: argparse.Namespace, w: Written, must: bool) -> None:
+    """What was read and written, and what FASA did. Raises FasaError when it was a must and did nothing."""
     stats = llm.fasa_stats()
-    print(summary(stats, len(tokens), prompt_s, n, decode_s), file=sys.stderr)
+    if w.n_prompt:
+        read = w.n_prompt - w.n_reused
+        print(summary(stats, read, w.prompt_s, w.n, w.decode_s, w.n_reused, w.n_answers), file=sys.stderr)
     if a.verbose:
         print("\n".join(layer_lines(stats["layer_reasons"], a.model)), file=sys.stderr)
-    if must and not stats["steps_sparse"]:
-        raise FasaError(not_used(stats["step_reason_code"], _why_dense(stats, n)))
+    if must and w.n_prompt and not stats["steps_sparse"]:
+        raise FasaError(not_used(stats["step_reason_code"], _why_dense(stats, w.n)))
 
 
 def _why_dense(stats: dict[str, Any], n: int) -> str:
@@ -207,10 +259,23 @@ def layer_lines(reasons: Sequence[str | None], model: str) -> list[str]:
     return lines + describe_windows(sliding_windows(GGUFFile(model), len(reasons)))
 
 
-def summary(stats: dict[str, Any], n_prompt: int, prompt_s: float, n: int, decode_s: float) -> str:
-    """One line about a run: n tokens in decode_s seconds after the first of them."""
+def summary(
+    stats: dict[str, Any],
+    n_prompt: int,
+    prompt_s: float,
+    n: int,
+    decode_s: float,
+    n_reused: int = 0,
+    n_answers: int = 1,
+) -> str:
+    """One line about a run: n tokens of n_answers, in decode_s seconds after the first of each.
+
+    n_prompt: tokens that were read; n_reused: those that were in the cache.
+    """
     line = f"prompt {n_prompt} tokens in {prompt_s:.1f} s ({n_prompt / max(prompt_s, 1e-9):.1f} t/s)"
-    line += f"; {n} tokens at {(n - 1) / decode_s:.1f} t/s" if n > 1 and decode_s > 0 else f"; {n} tokens"
+    line += f", {n_reused} reused" if n_reused else ""
+    line += f"; {n} tokens"
+    line += f" at {(n - n_answers) / decode_s:.1f} t/s" if n > n_answers and decode_s > 0 else ""
     if not stats["steps_sparse"]:
         return f"{line}; dense: {_why_dense(stats, n)}"
     if stats.get("bytes_kv_host"):
@@ -243,7 +308,14 @@ def add_commands(command: AddCommand) -> None:
     p.add_argument("-b", "--batch-size", type=whole(1), default=512, help="tokens per prefill batch")
     p.add_argument("-ub", "--ubatch-size", type=whole(1), default=512, help="tokens computed at once in prefill")
     p.add_argument("--chat", action="store_true", help="put the prompt into the model's chat template, as the user's")
-    p.add_argument("--system", metavar="TEXT", help="system message for --chat")
+    p.add_argument(
+        "-cnv", "--conversation", action="store_true", help="chat: turns from standard input, after -p if it is given"
+    )
+    p.add_argument(
+        "-sys", "--system-prompt", "--system", dest="system", metavar="TEXT", help="system message of a chat"
+    )
+    p.add_argument("--chat-template", metavar="NAME", help="one of llama.cpp's templates by name [the model's]")
+    p.add_argument("--chat-template-file", metavar="FILE", help="a Jinja template in a file [the model's]")
     p.add_argument("--temp", type=float, default=0.0, help="temperature; 0: greedy")
     p.add_argument("-v", "--verbose", action="store_true", help="what each layer did, and which have a sliding window")
     p.add_argument("--no-fasa", action="store_true", help="dense")

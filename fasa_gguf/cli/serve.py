@@ -155,6 +155,7 @@ def _run(a: argparse.Namespace, session: Session, params: FasaParams | None, why
     from ..serve.api import Server, create_app
     from ..serve.chat import Chats
     from ..serve.engine import Engine
+    from ..serve.limits import Limits, default_body, protocol
     from ..serve.metrics import Metrics
 
     chats = Chats(session, a.chat_format)
@@ -162,9 +163,13 @@ def _run(a: argparse.Namespace, session: Session, params: FasaParams | None, why
         note(chats.why_not)
     engine = Engine(session, params, a.queue, a.cache_ram * 2**20)
     key = a.api_key or os.environ.get("FASA_API_KEY") or None
-    app = create_app(Server(engine, chats, Metrics(engine), a.alias or Path(a.model).name, key, why_off))
+    body = a.max_body * 2**20 or default_body(engine.n_ctx)
+    limits = Limits(body, a.receive_timeout, a.max_connections)
+    app = create_app(Server(engine, chats, Metrics(engine), limits, a.alias or Path(a.model).name, key, why_off))
     logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of clients that went away
-    config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        app, http=protocol(limits), ws="none", log_level="warning", access_log=False, timeout_graceful_shutdown=5
+    )
     host, port = sock.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     before = signal.signal(signal.SIGTERM, _end)  # uvicorn hands the signal on when it has ended
@@ -205,6 +210,21 @@ def add_commands(command: AddCommand) -> None:
         type=whole(0),
         default=1024,
         help="MiB of host memory for prompts that no slot holds; 0: none [1024]",
+    )
+    p.add_argument(
+        "--max-body",
+        type=whole(0),
+        default=0,
+        metavar="MIB",
+        help="MiB that a request may have [64 bytes a token of a slot's context, at least 1 MiB]",
+    )
+    p.add_argument("--max-connections", type=whole(1), default=512, help="connections that may be open [512]")
+    p.add_argument(
+        "--receive-timeout",
+        type=whole(1),
+        default=30,
+        metavar="SECONDS",
+        help="seconds in which a request must have arrived [30]",
     )
     p.add_argument("--alias", help="name of the model in /v1/models [the file's name]")
     p.add_argument("--api-key", help="key that clients must send [FASA_API_KEY, or none]")

@@ -1,5 +1,17 @@
 """The native library seen from Python."""
 
-from . import context, devices, gpu_limit, interrupt, library, ops, overrides, pieces
+from . import context, devices, gate, gpu_limit, interrupt, library, loading, ops, overrides, pieces, sampling
 
-__all__ = ["context", "devices", "gpu_limit", "interrupt", "library", "ops", "overrides", "pieces"]
+__all__ = [
+    "context",
+    "devices",
+    "gate",
+    "gpu_limit",
+    "interrupt",
+    "library",
+    "loading",
+    "ops",
+    "overrides",
+    "pieces",
+    "sampling",
+]

@@ -72,26 +72,58 @@ class Context:
     """FASA's side of a llama_context: profile, settings, counters, observer. `ctx_ptr` is its address.
 
     Whoever decodes with the context holds `turn` meanwhile. What changes what a decode uses (settings, profile, lists,
-    observer, counters set to zero) waits for it; what only reads does not.
+    observer, counters set to zero) waits for it; what only reads does not. Whoever frees the context calls `close`
+    before. Every call after that raises FasaError, which says `closed`.
     """
 
-    def __init__(self, ctx_ptr: int) -> None:
+    def __init__(self, ctx_ptr: int, closed: str = "this context is closed") -> None:
         self.turn = threading.RLock()
+        self._used = threading.RLock()  # held while the library has the pointer; taken after `turn`
+        self._closed = closed
         self._process = os.getpid()
         self._inside = threading.local()  # .observer: this thread is inside one
         self._step = "auto"
         self._without = False  # steps have no attention
         self._ffi, self._lib = api()
-        self._ctx = self._ffi.cast("struct llama_context *", ctx_ptr)
+        self._ctx = self._ffi.cast("struct llama_context *", ctx_ptr)  # None: closed
         self._observer = None
         self._observer_error: BaseException | None = None
 
-    def _change(self, code: Callable[[], int]) -> None:
+    def close(self, wait: bool = True) -> bool:
+        """The context is freed next: waits for the decode and the calls that use it, and refuses later ones.
+
+        wait: False returns False, and nothing is closed, when some thread uses it.
+        """
+        if not self.turn.acquire(blocking=wait):
+            return False
+        try:
+            if not self._used.acquire(blocking=wait):
+                return False
+            self._ctx = None
+            self._used.release()
+            return True
+        finally:
+            self.turn.release()
+
+    @contextlib.contextmanager
+    def _use(self) -> Iterator[Any]:
+        """The pointer, which is not freed inside. Raises FasaError when it was."""
+        with self._used:
+            if self._ctx is None:
+                raise FasaError(self._closed)
+            yield self._ctx
+
+    def _call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What a function of the library returns, which takes the context first."""
+        with self._use() as ctx:
+            return function(ctx, *args)
+
+    def _change(self, function: Callable[..., int], *args: Any) -> None:
         """Call what changes the context, between two decodes. Raises FasaError, also inside an observer."""
         if getattr(self._inside, "observer", False):
             raise FasaError("an observer runs inside a decode, which a change would have to wait for; change it later")
-        with self.turn:
-            check(code())
+        with self.turn, self._use() as ctx:
+            check(function(ctx, *args))
 
     def check_process(self, n_threads: int) -> None:
         """FasaError in a process forked after the context was made: its threads of computation are not there."""
@@ -116,13 +148,14 @@ class Context:
         if kind not in STEPS:
             raise FasaError(f"step kind {kind!r}: expected one of {', '.join(STEPS)}")
         with self.turn:
+            self._call(self._lib.fasa_set_step, STEPS.index(kind))  # fails where nothing is ever sparse
             before, self._step = self._step, kind
-            self._lib.fasa_set_step(self._ctx, STEPS.index(kind))  # fails where nothing is ever sparse
             try:
                 yield
             finally:
                 self._step = before
-                self._lib.fasa_set_step(self._ctx, STEPS.index(before))
+                if self._ctx is not None:
+                    self._call(self._lib.fasa_set_step, STEPS.index(before))
 
     def set_profile(self, profile: Any) -> None:
         """Attach a Profile, which may be made by hand.
@@ -131,7 +164,7 @@ class Context:
         than the shape, a value out of range.
         """
         attached = Attached(profile)  # owns the arrays, so it must outlive the call
-        self._change(lambda: self._lib.fasa_set_profile(self._ctx, attached.struct))
+        self._change(self._lib.fasa_set_profile, attached.struct)
 
     def set_params(self, params: FasaParams | None) -> None:
         """Turn FASA on with these settings, or off with None; the context stays live."""
@@ -142,18 +175,18 @@ class Context:
             for row in SETTINGS:
                 value = getattr(params, row.name)
                 setattr(p, row.name, row.choices.index(value) if row.choices else value)
-        self._change(lambda: self._lib.fasa_set_params(self._ctx, p))
+        self._change(self._lib.fasa_set_params, p)
 
     def params(self) -> FasaParams | None:
         """The settings in force; None when FASA is off."""
         p = struct("fasa_params")
-        check(self._lib.fasa_get_params(self._ctx, p))
+        check(self._call(self._lib.fasa_get_params, p))
         return self._fromstruct(p) if p.enabled else None
 
     def gpu_limit(self) -> GpuLimit:
         """What min_context_gpu is: the setting, or what was measured when that is -1."""
         limit = struct("fasa_gpu_limit")
-        check(self._lib.fasa_get_gpu_limit(self._ctx, limit))
+        check(self._call(self._lib.fasa_get_gpu_limit, limit))
         return GpuLimit.of(limit)
 
     def measured(self, params: FasaParams) -> FasaParams:
@@ -170,23 +203,25 @@ class Context:
         """
         if self._without:
             raise FasaError("without_attention: it is on already")
-        self._change(lambda: self._lib.fasa_set_attention(self._ctx, 0))
+        self._change(self._lib.fasa_set_attention, 0)
         self._without = True
         try:
             yield
         finally:
             self._without = False
-            self._change(lambda: self._lib.fasa_set_attention(self._ctx, 1))
+            self._change(self._lib.fasa_set_attention, 1)
 
     def layer_params(self, il: int) -> FasaParams | None:
         """The settings in force in one layer, with its own mass, floor and cap; None when FASA is off."""
         p = struct("fasa_params")
-        check(self._lib.fasa_get_layer_params(self._ctx, il, p))
+        check(self._call(self._lib.fasa_get_layer_params, il, p))
         return self._fromstruct(p) if p.enabled else None
 
     @staticmethod
     def _fromstruct(p: Any) -> FasaParams:
         values = {row.name: getattr(p, row.name) for row in SETTINGS}
+        # C has floats: the shortest number that is this one, 0.9 and not 0.8999999761581421
+        values |= {row.name: float(str(np.float32(values[row.name]))) for row in SETTINGS if row.kind is float}
         return FasaParams(
             **{row.name: row.choices[values[row.name]] if row.choices else values[row.name] for row in SETTINGS}
         )
@@ -194,20 +229,20 @@ class Context:
     def counters(self) -> dict[str, int]:
         """struct fasa_counters by name; what each counts is in fasa_gguf/counters.py."""
         c = struct("fasa_counters")
-        check(self._lib.fasa_get_counters(self._ctx, c))
+        check(self._call(self._lib.fasa_get_counters, c))
         return {row.name: getattr(c, row.name) for row in COUNTERS}
 
     def reset_counters(self) -> None:
         """All counters but the memory sizes go to zero."""
-        self._change(lambda: self._lib.fasa_reset_counters(self._ctx))
+        self._change(self._lib.fasa_reset_counters)
 
     def invalidate(self) -> None:
         """Mark all dominant keys stale: the next sparse step derives them anew from the stored K."""
-        self._change(lambda: self._lib.fasa_invalidate(self._ctx))
+        self._change(self._lib.fasa_invalidate)
 
     def fill_random(self, n_cells: int, seed: int = 0) -> None:
         """Give every sequence `n_cells` cells of random K and V instead of what it has (fasa_fill_random)."""
-        self._change(lambda: self._lib.fasa_fill_random(self._ctx, n_cells, seed))
+        self._change(self._lib.fasa_fill_random, n_cells, seed)
 
     def read_rate(self, n_cells: int) -> float:
         """Bytes per second at which the context's threads read the first n_cells cells of K and V of every sequence.
@@ -215,7 +250,7 @@ class Context:
         Nothing else is done with them. Raises FasaError where the cache is in device memory.
         """
         rate = self._ffi.new("double *")
-        check(self._lib.fasa_read_rate(self._ctx, n_cells, rate))
+        check(self._call(self._lib.fasa_read_rate, n_cells, rate))
         return rate[0]
 
     def host_rates(self, n_cells: int, n_rows: int, between: int) -> tuple[float, float, float]:
@@ -226,7 +261,7 @@ class Context:
         else. fetch: the same by the kernel that fetches rows for attention. Raises FasaError.
         """
         rates = struct("fasa_rates")
-        check(self._lib.fasa_host_rates(self._ctx, n_cells, n_rows, between, rates))
+        check(self._call(self._lib.fasa_host_rates, n_cells, n_rows, between, rates))
         return rates.copy, rates.gather, rates.fetch
 
     def borrow_list(self, il: int, lender: int | None) -> None:
@@ -235,17 +270,17 @@ class Context:
         The borrower is dense where its lender is. Stays so until the next call for this layer. Raises FasaError when
         FASA is off, the lender does not select, or the two differ in heads, cache or device.
         """
-        self._change(lambda: self._lib.fasa_borrow_list(self._ctx, il, -1 if lender is None else lender))
+        self._change(self._lib.fasa_borrow_list, il, -1 if lender is None else lender)
 
     def layer_reason_codes(self) -> list[Reason]:
         """Per layer, why it stays dense in a sparse step; NONE where it runs sparse."""
         n_layer = self.model_info()["n_layer"]
-        return [Reason(self._lib.fasa_layer_reason_code(self._ctx, il)) for il in range(n_layer)]
+        return [Reason(self._call(self._lib.fasa_layer_reason_code, il)) for il in range(n_layer)]
 
     def layer_ahead_codes(self) -> list[Reason]:
         """Per layer, why it selects with its own queries; NONE where it selects ahead in a sparse step."""
         n_layer = self.model_info()["n_layer"]
-        return [Reason(self._lib.fasa_layer_ahead_code(self._ctx, il)) for il in range(n_layer)]
+        return [Reason(self._call(self._lib.fasa_layer_ahead_code, il)) for il in range(n_layer)]
 
     def layer_reasons(self) -> list[str | None]:
         """The texts of layer_reason_codes; None where a layer runs sparse."""
@@ -253,7 +288,7 @@ class Context:
 
     def step_reason_code(self) -> Reason:
         """Why the last ubatch was dense as a whole; NONE when it was sparse."""
-        return Reason(self._lib.fasa_step_reason_code(self._ctx))
+        return Reason(self._call(self._lib.fasa_step_reason_code))
 
     def step_reason(self) -> str:
         """The text of step_reason_code; "" when the ubatch was sparse."""
@@ -261,18 +296,18 @@ class Context:
 
     def prefill_reason_code(self) -> Reason:
         """Why the last ubatch of a prompt, or a layer in it, was dense; NONE when all of it was sparse."""
-        return Reason(self._lib.fasa_prefill_reason_code(self._ctx))
+        return Reason(self._call(self._lib.fasa_prefill_reason_code))
 
     def model_info(self) -> dict[str, Any]:
         """n_layer, rope_layout (0 NORM, 1 NEOX, -1 none), rope_base, rope_scale, is_mla."""
         i = struct("fasa_model_info")
-        check(self._lib.fasa_get_model_info(self._ctx, i))
+        check(self._call(self._lib.fasa_get_model_info, i))
         return {name: getattr(i, name) for name, _ in self._ffi.typeof("fasa_model_info").fields if name != "size"}
 
     def layer_shape(self, il: int) -> tuple[int, int, int, int]:
         """(n_head, n_head_kv, head_dim, n_rot) of one layer; n_head_kv is 0 where there is no attention."""
         out = self._ffi.new("int32_t[4]")
-        check(self._lib.fasa_get_layer_shape(self._ctx, il, out))
+        check(self._call(self._lib.fasa_get_layer_shape, il, out))
         return tuple(out)
 
     def observe(self, fn: Callable[[Observation], None] | None) -> None:
@@ -281,7 +316,7 @@ class Context:
         An exception in fn does not stop the decode: it is kept, and `raise_observed` raises it.
         """
         if fn is None:
-            self._change(lambda: self._lib.fasa_set_observer(self._ctx, self._ffi.NULL, self._ffi.NULL))
+            self._change(self._lib.fasa_set_observer, self._ffi.NULL, self._ffi.NULL)
             self._observer = None
             return
 
@@ -310,7 +345,7 @@ class Context:
                 self._inside.observer = False
 
         callback = self._ffi.callback("fasa_observer", call)
-        self._change(lambda: self._lib.fasa_set_observer(self._ctx, callback, self._ffi.NULL))
+        self._change(self._lib.fasa_set_observer, callback, self._ffi.NULL)
         self._observer = callback
 
     def raise_observed(self) -> None:

@@ -27,6 +27,7 @@ from ..runtime import pieces
 from . import chat, slots
 from .engine import Engine
 from .errors import ApiError, server_error
+from .limits import Bodies, Limits, tokenize_within
 from .metrics import Metrics
 from .requests import (
     ChatRequest,
@@ -48,6 +49,7 @@ class Server:
     engine: Engine
     chats: chat.Chats
     metrics: Metrics
+    limits: Limits
     name: str
     api_key: str | None = None
     why_off: str = ""
@@ -324,13 +326,13 @@ async def get_models(server: ServerOf) -> Response:
 
 @router.post("/extras/tokenize", summary="Tokenize", tags=["Extras"])
 async def tokenize(server: ServerOf, body: types.TokenizeInputRequest) -> types.TokenizeInputResponse:
-    tokens = await run_in_threadpool(server.engine.session.tokenize, body.input)
+    tokens = await run_in_threadpool(tokenize_within, server.engine.session, body.input, "input")
     return types.TokenizeInputResponse(tokens=tokens)
 
 
 @router.post("/extras/tokenize/count", summary="Tokenize Count", tags=["Extras"])
 async def count_query_tokens(server: ServerOf, body: types.TokenizeInputRequest) -> types.TokenizeInputCountResponse:
-    tokens = await run_in_threadpool(server.engine.session.tokenize, body.input)
+    tokens = await run_in_threadpool(tokenize_within, server.engine.session, body.input, "input")
     return types.TokenizeInputCountResponse(count=len(tokens))
 
 
@@ -339,7 +341,8 @@ async def detokenize(server: ServerOf, body: types.DetokenizeInputRequest) -> ty
     session = server.engine.session
     if wrong := [t for t in body.tokens if not 0 <= t < session.n_vocab]:
         raise ApiError(f"tokens: expected 0 to {session.n_vocab - 1}, found {wrong[0]}", "tokens", "invalid_value")
-    text = pieces.token_bytes(session.llama, session.vocab, body.tokens, False)
+    with session.used:
+        text = pieces.token_bytes(session.llama, session.vocab, body.tokens, False)
     return types.DetokenizeInputResponse(text=text.decode("utf-8", "replace"))
 
 
@@ -362,6 +365,7 @@ def create_app(server: Server) -> FastAPI:
     """The application."""
     app = FastAPI(title="fasa-gguf serve", version=__version__)
     app.state.server = server
+    app.add_middleware(Bodies, limits=server.limits)
     app.add_middleware(
         CORSMiddleware, allow_origins=["*"], allow_credentials=True, allow_methods=["*"], allow_headers=["*"]
     )

@@ -12,6 +12,7 @@ from llama_cpp import llama_chat_format as formats
 
 from ..session import Session
 from .errors import ApiError
+from .limits import tokenize_within
 from .requests import ChatRequest, grammar_of_schema, stop_list
 
 
@@ -31,7 +32,7 @@ class _Llama:
         self._session = session
 
     def tokenize(self, text: bytes, add_bos: bool = True, special: bool = False) -> list[int]:
-        return self._session.tokenize(text.decode(), add_bos, special)
+        return tokenize_within(self._session, text.decode(), "messages", add_bos, special)
 
     def create_completion(self, **arguments: Any) -> Any:
         raise _Made(arguments)
@@ -106,10 +107,12 @@ class Chats:
             )
         except _Made as made:
             found = made.arguments
-        except (TemplateError, ValueError, TypeError, KeyError, AttributeError) as e:
+        except ApiError:
+            raise
+        except (TemplateError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
             raise ApiError(f"messages: the model's chat template does not take them: {e}", "messages") from None
         prompt = found["prompt"]
-        tokens = self._session.tokenize(prompt) if isinstance(prompt, str) else list(prompt)
+        tokens = tokenize_within(self._session, prompt, "messages") if isinstance(prompt, str) else list(prompt)
         return ChatPrompt(tokens, [s for s in stop_list(found["stop"]) if s], grammar, tool["name"] if tool else None)
 
 

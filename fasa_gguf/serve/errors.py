@@ -30,7 +30,7 @@ def server_error(message: str, code: str | None = None, status: int = 500) -> Ap
     return ApiError(message, code=code, status=status, type="server_error")
 
 
-def too_long(n_prompt: int, n_ctx: int, param: str) -> ApiError:
+def too_long(n_prompt: int | str, n_ctx: int, param: str) -> ApiError:
     return ApiError(
         f"This model's maximum context length is {n_ctx} tokens, and the prompt has {n_prompt}; expected at most "
         f"{n_ctx - 1}. Shorten it, or start the server with a larger -c",

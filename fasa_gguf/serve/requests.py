@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,10 +15,13 @@ from ..errors import FasaError
 from ..params import SETTINGS, FasaParams, quality_settings
 from .engine import Engine
 from .errors import ApiError
+from .limits import check_grammar, check_stops, tokenize_within
 from .sampling import Sampler, SamplingParams
 from .slots import Event, Request
 
 MOST_LOGPROBS = 100
+MOST_REPEATS = 1000  # of a JSON schema's items and characters; a grammar spells them out
+REPEATS = ("minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties")
 SAMPLED = tuple(name for name in SamplingParams.__dataclass_fields__ if name not in ("seed", "logit_bias", "grammar"))
 
 
@@ -99,15 +103,32 @@ def check_fasa(given: Mapping[str, Any] | None, params: FasaParams | None, why_o
 def grammar_of_schema(schema: Any, param: str) -> str:
     """GBNF for a JSON schema. Raises ApiError for one that llama_cpp cannot convert."""
     try:
-        return str(LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)._grammar)
+        _check_repeats(schema)
+        grammar = str(LlamaGrammar.from_json_schema(json.dumps(schema), verbose=False)._grammar)
+        check_grammar(grammar, param)
+        return grammar
     except Exception as e:  # its converter raises whatever comes
         raise ApiError(
             f"{param}: this JSON schema cannot be made into a grammar: {e or type(e).__name__}", param
         ) from None
 
 
+def _check_repeats(schema: Any) -> None:
+    """Raises ValueError for a schema that repeats something so often that its grammar would not fit into memory."""
+    todo = [schema]
+    while todo:
+        found = todo.pop()
+        for name in REPEATS if isinstance(found, dict) else ():
+            value = found.get(name)
+            if isinstance(value, (int, float)) and not value <= MOST_REPEATS:
+                raise ValueError(f"expected {name} of at most {MOST_REPEATS}, found {value}")
+        todo += found.values() if isinstance(found, dict) else found if isinstance(found, list) else []
+
+
 def check_common(body: Any) -> None:
-    """What neither llama_cpp's types nor we serve, and would be lost silently."""
+    """What neither llama_cpp's types nor we serve, and would be lost silently; what takes too much."""
+    check_stops(stop_list(body.stop))
+    check_grammar(body.grammar or "")
     for name in ("n", "best_of"):
         if getattr(body, name, None) not in (None, 1):
             raise ApiError(
@@ -129,9 +150,9 @@ def token_biases(engine: Engine, body: Any) -> dict[int, float]:
     for key, bias in (body.logit_bias or {}).items():
         if body.logit_bias_type == "tokens":
             out |= dict.fromkeys(engine.session.tokenize(key, bos=False), bias)
-        elif not key.isascii() or not key.isdigit():
+        elif not key.isascii() or not key.isdigit() or len(key) > 10:
             raise ApiError(
-                f'logit_bias: expected a token\'s number, found {key!r}; logit_bias_type "tokens" takes texts',
+                f'logit_bias: expected a token\'s number, found {key[:40]!r}; logit_bias_type "tokens" takes texts',
                 "logit_bias",
             )
         else:
@@ -153,6 +174,9 @@ def make_request(
 ) -> Request:
     """The request of a checked body. max_tokens None or 0: until the context is full."""
     given = {name: value for name in SAMPLED if (value := getattr(body, name)) is not None}
+    for name, value in given.items():
+        if not math.isfinite(value):  # JSON has no such numbers; Python reads them
+            raise ApiError(f"{name}: expected a finite number, found {value}", name, "invalid_value")
     seed = secrets.randbits(32) if body.seed is None else body.seed % 2**32
     sampling = SamplingParams(**given, seed=seed, logit_bias=token_biases(engine, body), grammar=grammar)
     if grammar and body.min_tokens:
@@ -184,7 +208,7 @@ def completion_prompt(engine: Engine, prompt: Any) -> tuple[list[int], str]:
         if wrong := [t for t in prompt if not 0 <= t < session.n_vocab]:
             raise ApiError(f"prompt: expected tokens from 0 to {session.n_vocab - 1}, found {wrong[0]}", "prompt")
         return list(prompt), session.detokenize(prompt)
-    tokens = session.tokenize(prompt)
+    tokens = tokenize_within(session, prompt, "prompt")
     if not tokens and (bos := engine.llama.llama_vocab_bos(session.vocab)) >= 0:
         tokens = [bos]
     return tokens, prompt

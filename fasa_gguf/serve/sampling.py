@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +11,7 @@ from llama_cpp import LlamaGrammar
 from llama_cpp._internals import LlamaSampler
 
 from ..runtime import library
+from ..runtime.sampling import sample_checked
 from ..session import Session
 from .errors import ApiError
 
@@ -46,8 +46,9 @@ class Sampler:
 
     def __init__(self, session: Session, p: SamplingParams) -> None:
         self._session, self._llama = session, library.load()
-        self._chain = _chain(session, p)
-        self._grammar = _grammar(session, p.grammar) if p.grammar else None
+        with session.used:
+            self._chain = _chain(session, p)
+            self._grammar = _grammar(session, p.grammar) if p.grammar else None
 
     def close(self) -> None:
         """Free llama.cpp's side now: the wrappers are circles, which wait for the collector."""
@@ -60,26 +61,7 @@ class Sampler:
         if self._grammar is None:
             return int(self._llama.llama_sampler_sample(self._chain.sampler, self._session.ctx, i))
         logits = np.ctypeslib.as_array(self._llama.llama_get_logits_ith(self._session.ctx, i), (self._session.n_vocab,))
-        return self._by_grammar(self._grammar, logits)
-
-    def _by_grammar(self, grammar: Any, logits: np.ndarray) -> int | None:
-        """llama.cpp ends the process when it accepts a token that the grammar hides."""
-        llama = self._llama
-        data = np.zeros(len(logits), [("id", np.int32), ("logit", np.float32), ("p", np.float32)])
-        data["id"], data["logit"] = np.arange(len(logits)), logits
-        found = llama.llama_token_data_array()
-        found.data = data.ctypes.data_as(ctypes.POINTER(llama.llama_token_data))
-        found.size, found.selected, found.sorted = len(data), -1, False
-        llama.llama_sampler_apply(grammar.sampler, ctypes.byref(found))
-        if not np.isfinite(data["logit"]).any():
-            return None
-        llama.llama_sampler_apply(self._chain.sampler, ctypes.byref(found))
-        if not (0 <= found.selected < found.size and math.isfinite(data["logit"][found.selected])):
-            return None
-        token = int(data["id"][found.selected])
-        for sampler in (grammar, self._chain):
-            llama.llama_sampler_accept(sampler.sampler, token)
-        return token
+        return sample_checked(self._llama, [self._grammar.sampler, self._chain.sampler], logits)
 
 
 def _chain(session: Session, p: SamplingParams) -> Any:

@@ -12,8 +12,9 @@
 #include <thread>
 #include <vector>
 
-// not under the thread sanitizer, which starts only after a clone was chosen
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__)
+// not under the sanitizers of threads and addresses, which start only after a clone was chosen
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_THREAD__) &&                \
+    !defined(__SANITIZE_ADDRESS__)
 #    define FASA_CLONES __attribute__((target_clones("avx512f", "arch=haswell", "default")))
 #else
 #    define FASA_CLONES

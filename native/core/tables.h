@@ -22,7 +22,7 @@
     X(row_cache, int32_t, -1, -1, 2147483647, "") \
     X(ahead, int32_t, FASA_AHEAD_AUTO, FASA_AHEAD_AUTO, FASA_AHEAD_ON, "auto off on") \
     X(prefill, int32_t, FASA_PREFILL_AUTO, FASA_PREFILL_AUTO, FASA_PREFILL_ON, "auto off on") \
-    X(prefill_min_context, uint32_t, 2048, 0, 2147483647, "") \
+    X(prefill_min_context, uint32_t, 1024, 0, 2147483647, "") \
     X(prefill_tile, uint32_t, 128, 16, 1024, "") \
     X(prefill_mass, float, 0.98, 0, 1, "") \
     X(prefill_budget, uint32_t, 1024, 1, 2147483647, "") \
@@ -140,6 +140,7 @@
     X(AHEAD_OFF, "selecting ahead is off") \
     X(AHEAD_AUTO, "it is on the CPU, where selecting ahead saves no time") \
     X(AHEAD_TOKENS, "the step has several tokens, with which selecting ahead is slower") \
+    X(AHEAD_LONG, "selecting among so many cells takes longer than the feed-forward beside it") \
     X(AHEAD_BORROWS, "it borrows its list") \
     X(AHEAD_PROFILE, "the profile says that foreseen queries lose too much there") \
     X(AHEAD_FIRST, "no block lies before it") \

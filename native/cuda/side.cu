@@ -64,11 +64,21 @@ static void fasa_divide_memory(int device, bool as_select) {
     }
 }
 
-// with GGML_CUDA_GRAPH_OPT=1 ggml-cuda has branches of its own, on the same streams
+// with GGML_CUDA_GRAPH_OPT=1 ggml-cuda has moved the nodes of its own branches in between
 static bool fasa_may_fork() {
     static const char * env = getenv("GGML_CUDA_GRAPH_OPT");
     static const bool may   = env == nullptr || atoi(env) != 1;
     return may;
+}
+
+// ggml-cuda's branches know nothing of what our nodes read besides their sources: a graph with such nodes has none
+static void fasa_drop_branches(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph) {
+    auto & branches = ctx.stream_context();
+    for (int i = 0; i < graph->n_nodes && !branches.concurrent_events.empty(); ++i) {
+        if (fasa_op_get(graph->nodes[i])) {
+            branches.reset();
+        }
+    }
 }
 
 static bool fasa_forks(const ggml_cgraph * graph) {
@@ -85,6 +95,7 @@ void fasa_cuda_begin(ggml_backend_cuda_context & ctx, const ggml_cgraph * graph)
     fasa_computing.graph = graph;
     fasa_computing.at    = 0;
     auto & side          = fasa_computing.of[ctx.device];
+    fasa_drop_branches(ctx, graph);
     const bool forks     = fasa_may_fork() && fasa_forks(graph);
     fasa_divide_memory(ctx.device, forks);
     if (forks && side.begin == nullptr) {

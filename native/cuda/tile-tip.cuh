@@ -21,10 +21,10 @@
 
 static constexpr int TILE_WARPS = 8;
 #ifndef FASA_TILE_POLY_SUMS
-#    define FASA_TILE_POLY_SUMS 3
+#    define FASA_TILE_POLY_SUMS 2
 #endif
 #ifndef FASA_TILE_POLY_POOL
-#    define FASA_TILE_POLY_POOL 3
+#    define FASA_TILE_POLY_POOL 2
 #endif
 static constexpr int POLY_SUMS = FASA_TILE_POLY_SUMS, POLY_POOL = FASA_TILE_POLY_POOL; // of eight rows, by polynomial
 static constexpr int ROWS_STEP = 64; // of which there are whole ones in memory

@@ -109,7 +109,7 @@ int fasa_cache::configure() {
     }
     for (size_t ikv = 0; ikv < layers.size(); ++ikv) {
         if (layers[ikv].k_dom) { // for foreseen queries, where it is to select ahead; a graph says whether it can
-            layers[ikv].for_foreseen = ahead_reason(kv.layers[ikv].il, 1) == FASA_REASON_NONE;
+            layers[ikv].for_foreseen = ahead_reason(kv.layers[ikv].il, 1, 0) == FASA_REASON_NONE;
             upload_tables(ikv);
         }
     }
@@ -456,8 +456,9 @@ int32_t fasa_cache::n_hadamard() const {
 
 // ---- reasons ----
 
-// auto: where there is a side stream for it. The feed-forward of several tokens leaves less room beside it.
-fasa_reason fasa_cache::ahead_reason(int32_t il, uint32_t n_tokens) {
+// auto: where there is a side stream for it. The feed-forward of several tokens leaves less room beside it, and behind
+// a short one SELECT of many cells goes on, slower than alone (docs/lab/gpu.md).
+fasa_reason fasa_cache::ahead_reason(int32_t il, uint32_t n_tokens, uint32_t n_kv) {
     const int32_t setting = state->params.ahead;
     const auto & l        = layer(il);
     if (setting == FASA_AHEAD_OFF) {
@@ -468,6 +469,11 @@ fasa_reason fasa_cache::ahead_reason(int32_t il, uint32_t n_tokens) {
     }
     if (setting == FASA_AHEAD_AUTO && n_tokens > 1) {
         return FASA_REASON_AHEAD_TOKENS;
+    }
+    const uint64_t beside = fasa_feed_forward_bytes(kv.model, il);
+    if (setting == FASA_AHEAD_AUTO && l.k_dom && beside > 0 &&
+        ggml_nbytes(l.k_dom) * n_kv / (kv.get_size() * kv.n_stream) > beside) {
+        return FASA_REASON_AHEAD_LONG;
     }
     if (l.source != FASA_LAYER_SELECTS) {
         return FASA_REASON_AHEAD_BORROWS;

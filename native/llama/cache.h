@@ -44,6 +44,9 @@ struct fasa_layer {
     fasa_foreseen foreseen;                     // of the graph being built, for an observer
 };
 
+// bytes of the weights that a feed-forward of one token reads
+uint64_t fasa_feed_forward_bytes(const llama_model & model, uint32_t il);
+
 struct fasa_cache {
     fasa_cache(llama_kv_cache & kv);
 
@@ -80,8 +83,8 @@ struct fasa_cache {
     bool is_shared(int32_t il) const;     // another layer attends to the same K and V
     ggml_tensor * work(int32_t il) const; // what counts on its device; nullptr: nothing runs sparse there
     bool gpu_waits(uint32_t n_kv) const;  // whether its layers on GPUs stay dense in a step that sees n_kv cells
-    // by settings and profile: why it does not select ahead in a ubatch of n_tokens
-    fasa_reason ahead_reason(int32_t il, uint32_t n_tokens);
+    // by settings and profile: why it does not select ahead in a ubatch of n_tokens that sees n_kv cells
+    fasa_reason ahead_reason(int32_t il, uint32_t n_tokens, uint32_t n_kv);
     // A layer has one ranking, by which k_dom is derived: the one for foreseen queries where it is to select ahead,
     // until a graph shows that its queries cannot be foreseen. A change makes all cells stale; the devices must be
     // idle.

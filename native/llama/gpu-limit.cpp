@@ -11,8 +11,7 @@
 
 #include <algorithm>
 
-// bytes of the weights that a feed-forward of one token reads
-static uint64_t fasa_feed_forward_bytes(const llama_model & model, uint32_t il) {
+uint64_t fasa_feed_forward_bytes(const llama_model & model, uint32_t il) {
     const auto & l     = model.layers[il];
     const auto n_bytes = [](const ggml_tensor * t) {
         return t ? ggml_nbytes(t) : 0;

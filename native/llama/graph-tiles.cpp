@@ -52,8 +52,7 @@ ggml_tensor * fasa_attn::build_tiles() const {
     auto & layer = cache->layer(il);
     input->n_tiled++;
     if (input->tiles.view == nullptr) {
-        input->tiles.view =
-            on_backend(fasa_build_tile_view(graph.ctx0, kq_mask, input->tiles.tiles, layer.fixed.work != nullptr));
+        input->tiles.view = on_backend(fasa_build_tile_view(graph.ctx0, kq_mask, input->tiles.tiles, &layer.fixed));
     }
     if (lender() == il) {
         fasa_select_op op = select_op();

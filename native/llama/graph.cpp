@@ -369,9 +369,9 @@ void fasa_begin_attn(const llm_graph_context & graph, const llama_kv_cache_conte
     const bool sparse     = attn.begin();
     auto & layer          = cache->layer(il);
     if (sparse) {
-        layer.ahead = cache->ahead_reason(il, graph.n_tokens);
+        layer.ahead = cache->ahead_reason(il, graph.n_tokens, cache->inputs.n_kv());
     }
-    const bool may = sparse && cache->ahead_reason(il, 1) == FASA_REASON_NONE; // in some steps, if not in this one
+    const bool may = sparse && cache->ahead_reason(il, 1, 0) == FASA_REASON_NONE; // in some steps, if not in this one
     if (!observes && !may) {
         return;
     }

@@ -96,7 +96,7 @@ int fasa_tile_run_graph::build(const fasa_tile_case & c) {
     layer.select.layer = &layer.fixed;
     in.tiles           = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 2 + (int64_t) c.tile_size, c.n_tile);
     in.forced          = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, c.op->n_forced, c.n_tile);
-    in.view            = fasa_build_tile_view(ctx.get(), layer.select.mask, in.tiles, layer.fixed.work != nullptr);
+    in.view            = fasa_build_tile_view(ctx.get(), layer.select.mask, in.tiles, &layer.fixed);
     select             = fasa_build_tile_select(ctx.get(), layer.select, in);
     tip                = select->src[0];
     layer.build_fac(ctx.get(), select); // fills layer.fac

@@ -172,10 +172,11 @@ ggml_tensor * fasa_build_join(
 
 // ---- sparse prefill ----
 
-ggml_tensor * fasa_build_tile_view(ggml_context * ctx, ggml_tensor * mask, ggml_tensor * tiles, bool on_device) {
+ggml_tensor * fasa_build_tile_view(
+    ggml_context * ctx, ggml_tensor * mask, ggml_tensor * tiles, const fasa_layer_const * layer) {
     const int64_t ne[4] = { fasa_n_span(mask->ne[0]) * FASA_SPAN, tiles->ne[1], 1, 1 };
     return fasa_layer_node(ctx, GGML_TYPE_I8, ne, { mask, tiles },
-        fasa_op_make(FASA_OP_TILE_VIEW, nullptr, on_device ? FASA_ON_DEVICE : 0), "fasa_tile_view");
+        fasa_layer_params(FASA_OP_TILE_VIEW, layer, 0, 0.0f, 0.0f), "fasa_tile_view");
 }
 
 ggml_tensor * fasa_build_tile_select(ggml_context * ctx, const fasa_select_op & op, const fasa_tile_inputs & in) {

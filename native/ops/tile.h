@@ -60,7 +60,9 @@ struct fasa_tile_inputs {
     ggml_tensor * view;   // VIEW
 };
 
-ggml_tensor * fasa_build_tile_view(ggml_context * ctx, ggml_tensor * mask, ggml_tensor * tiles, bool on_device = false);
+// layer: any of those that use it
+ggml_tensor * fasa_build_tile_view(
+    ggml_context * ctx, ggml_tensor * mask, ggml_tensor * tiles, const fasa_layer_const * layer);
 // SELECT; its src[0] is TIP, whose src[0] is REFRESH. op.params has the budget, mass, floor and cap of a tile.
 ggml_tensor * fasa_build_tile_select(ggml_context * ctx, const fasa_select_op & op, const fasa_tile_inputs & in);
 ggml_tensor * fasa_build_tile_fac(ggml_context * ctx, const fasa_fac_op & op, const fasa_tile_inputs & in);

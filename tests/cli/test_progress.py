@@ -109,3 +109,21 @@ def test_every_long_command(library, embedded, text, tmp_path, capfd, name):
     assert main([w.format(m=embedded, t=tmp_path / "t.txt", d=tmp_path) for w in words]) == 0
     assert any(re.search(f"^fasa-gguf: .*({said}).* of ", line) for line in lines(capfd))
     assert not progress._speaking  # nothing speaks on behind the command's end
+
+
+def test_a_model_that_loads_slowly_shows_how_far(monkeypatch, library, tiny):
+    """Of a quick one nothing is shown; llama.cpp tells both the drop-in and a session."""
+    from fasa_gguf.runtime import loading
+    from fasa_gguf.session import Session
+
+    clock, shown, seen = [0.0], [], []
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(progress, "progress_bar", lambda: lambda what, done, total: shown.append((what, done, total)))
+    report = progress.loading_bar()
+    for seconds, done in ((0, 0), (1, 300), (1.9, 1000), (10, 0), (11, 100), (12.5, 600), (13, 1000), (20, 0), (21, 5)):
+        clock[0] = 100.0 + seconds
+        report(done, 1000)
+    assert shown == [("loading the model", 600, 1000), ("loading the model", 1000, 1000)]
+    monkeypatch.setattr(loading, "report", lambda done, total: seen.append(done / total))
+    Session(tiny, n_ctx=256).close()
+    assert seen[-1] == 1 and seen == sorted(seen)

@@ -1,6 +1,13 @@
-"""`run` on prompts as people have them: BOS, chat templates, folders, contexts beyond the training length."""
+"""`run` on prompts as people have them: BOS, chats, folders, contexts beyond the training length."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
+from paths import ROOT
 from tiny_gguf import write_tiny
 
 from fasa_gguf import FasaError
@@ -64,11 +71,99 @@ def test_chat_uses_the_models_template(run):
 
 def test_chat_that_cannot_be(run, tiny):
     code, _, err = run("-p", "hi", "--system", "x")
-    assert code == 1 and "error: --system is for --chat; add it" in err
+    assert code == 1 and "error: --system is for --chat and -cnv; add one of them" in err
     code, _, err = run("--chat", "-p", "hi", model=str(tiny))
-    assert code == 1 and "tiny.gguf: this model has no chat template; omit --chat" in err
+    assert code == 1 and "tiny.gguf: this model has no chat template; give one with --chat-template NAME or" in err
     code, _, err = run("--chat", "-p", "hi", "--system", "no")
     assert code == 1 and "chatty.gguf: its chat template does not take these messages: no such system" in err
+
+
+def test_chat_templates_by_name_and_from_a_file(run, tiny, tmp_path):
+    _, tokens, _ = run("--chat", "-p", "hi", "-sys", "Be brief.", "--chat-template", "chatml", model=str(tiny))
+    want = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"
+    assert text_of(tokens) == want.strip()
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}<{{ m.content }}>{% endfor %}")
+    _, tokens, _ = run("--chat", "-p", "hi", "--chat-template-file", str(tmp_path / "own.jinja"))
+    assert text_of(tokens) == "<hi>"
+    code, _, err = run("--chat", "-p", "hi", "--chat-template", "nothing")
+    assert code == 1 and "error: --chat-template nothing: expected one of " in err and ", chatml, " in err
+    code, _, err = run("-p", "hi", "--chat-template", "chatml")
+    assert code == 1 and "error: --chat-template is for --chat and -cnv; add one of them" in err
+    both = ["--chat-template", "chatml", "--chat-template-file", str(tmp_path / "own.jinja")]
+    assert "expected one of them, found both" in run("--chat", "-p", "hi", *both)[2]
+    (tmp_path / "bad.jinja").write_text("{% for %}")
+    code, _, err = run("--chat", "-p", "hi", "--chat-template-file", str(tmp_path / "bad.jinja"))
+    assert code == 1 and "bad.jinja: this chat template cannot be read: " in err and "(line 1)" in err
+
+
+@pytest.fixture
+def chat(chatty, monkeypatch, capsys):
+    """(exit status, tokens of each turn's prompt, stdout, stderr) of `run -cnv` with these lines on stdin."""
+    from fasa_gguf import Llama
+
+    def call(lines, *argv, answer=None, model=chatty):
+        prompts, generate = [], Llama.generate
+
+        def seen(self, tokens, **kw):
+            prompts.append(list(tokens))
+            return iter(answer) if answer is not None else generate(self, tokens, **kw)
+
+        monkeypatch.setattr(Llama, "generate", seen)
+        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        code = cli.main(["run", model, "-t", "1", "-cnv", *argv])
+        monkeypatch.setattr(Llama, "generate", generate)
+        found = capsys.readouterr()
+        return code, prompts, found.out, found.err
+
+    return call
+
+
+def test_a_conversation(chat, tiny):
+    yes = [3 + ord(c) for c in "yes"]
+    code, prompts, out, _ = chat("one\n\ntwo\n/exit\nthree\n", "-sys", "Be brief.", answer=[*yes, 2])
+    assert code == 0 and out == "yes\nyes\n"
+    assert text_of(prompts[0]) == "[system]Be brief.[user]one[assistant]"
+    assert text_of(prompts[1]) == "[system]Be brief.[user]one[assistant]yes[user]two[assistant]" and len(prompts) == 2
+    _, prompts, _, _ = chat("two\n", "-p", "one", answer=yes)
+    assert [text_of(p) for p in prompts] == ["[user]one[assistant]", "[user]one[assistant]yes[user]two[assistant]"]
+    assert chat("", answer=yes)[:3] == (0, [], "")
+    code, prompts, _, err = chat("x" * 600 + "\n", answer=yes)
+    assert code == 1 and "the conversation has " in err and "and the context 512; use -c" in err
+    code, _, _, err = chat("hi\n", model=str(tiny))
+    assert code == 1 and "this model has no chat template" in err
+
+
+def test_a_turn_reuses_those_before(chat):
+    code, prompts, _, err = chat("one " * 30 + "\ntwo\n", "-n", "4", "-c", "512")
+    n_reused = int(err.split(" reused")[0].split()[-1])
+    assert code == 0 and len(prompts) == 2 and n_reused >= len(prompts[0]) - 1
+    assert f"prompt {len(prompts[0]) + len(prompts[1]) - n_reused} tokens in " in err and "; 8 tokens at " in err
+
+
+def test_ctrl_c_ends_an_answer_and_then_the_chat(chatty):
+    code = (
+        "import sys, time\nfrom fasa_gguf import Llama\nfrom fasa_gguf.cli.main import main\n"
+        "def never_ends(self, tokens, **kw):\n    while True:\n        time.sleep(0.01)\n        yield 68\n"
+        "Llama.generate = never_ends\nsys.exit(main(['run', sys.argv[1], '-t', '1', '-cnv', '-n', '-1']))"
+    )
+    command = [sys.executable, "-c", code, chatty]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    process.stdin.write(b"hello\n")
+    process.stdin.flush()
+    assert os.read(process.stdout.fileno(), 1)
+    process.send_signal(signal.SIGINT)
+    while b"the answer was ended" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 0 and b"prompt " in err and b"Traceback" not in err, err
 
 
 def test_a_context_above_the_training_length(run):

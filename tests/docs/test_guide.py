@@ -58,6 +58,7 @@ SNIPPETS_NOT_RUN = {
     "OpenAI(": "needs a server that runs; tests/serve/test_api.py sends such requests",
     'fasa_mode="host"': "needs a GPU; tests/native/test_cuda_mode.py",
     "stats = llm.": "a part of one; tests/test_llama.py has the counters",
+    "add_rpc_servers": "needs GGML_RPC=ON and a server; tests/native/test_rpc.py",
     "fasa_gguf.enable()": "changes llama_cpp for the whole process; tests/apps/test_frameworks.py calls it",
 }
 PROGRAMS = r"fasa-gguf|make|pip|python3?|git|curl|cmake|cibuildwheel|docker|\S+/bin/\S+"

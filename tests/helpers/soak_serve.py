@@ -1,8 +1,9 @@
 """Clients of every kind against `fasa-gguf serve`, for minutes: no mixed answers, no lost ones, flat memory.
 
-python tests/helpers/soak_serve.py MODEL [--clients 32] [--minutes 10] [--threads 2]
+python tests/helpers/soak_serve.py [MODEL] [--clients 32] [--minutes 10] [--threads 2] [--cache-ram 64]
 
-Needs httpx. Exit status 1: it failed.
+MODEL: by default a random one. Needs httpx. Memory is the server's without its prefix cache, which has a limit of its
+own. Exit status 1: it failed.
 """
 
 import argparse
@@ -10,9 +11,11 @@ import json
 import random
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import httpx
 from apps import environment
@@ -56,6 +59,10 @@ class Soak:
         out = self.post(prompt=" ".join(rng.choices(WORDS, k=5000)))
         return out.status_code == 400 and out.json()["error"]["code"] == "context_length_exceeded", out.text
 
+    def too_large(self, _rng, _number):
+        out = self.post(prompt="x" * 2**21)
+        return out.status_code == 413 and out.json()["error"]["code"] == "request_too_large", out.text
+
     def malformed(self, rng, _number):
         out = self.post(prompt="x", **rng.choice([{"temperature": "hot"}, {"fasa": {"budget": -1}}, {"n": 3}]))
         return out.status_code == 400 and set(out.json()["error"]) == {"message", "type", "param", "code"}, out.text
@@ -74,6 +81,7 @@ class Soak:
     def client(self, number):
         rng = random.Random(number)
         kinds = [self.own, self.own, self.same, self.same, self.stream, self.leaves, self.oversized, self.malformed]
+        kinds += [self.own, self.same, self.too_large]
         while not self.stop:
             kind = rng.choice(kinds)
             try:
@@ -91,26 +99,55 @@ def rss(pid):
         return int(next(line for line in f if line.startswith("VmRSS")).split()[1]) // 1024
 
 
+def prefix_cache(url):
+    """MiB of the server's prefix cache."""
+    page = httpx.get(url.removesuffix("/v1") + "/metrics", timeout=60).text
+    line = next(line for line in page.splitlines() if line.startswith("fasa_gguf_prefix_cache_bytes "))
+    return float(line.split()[1]) / 2**20
+
+
+def make_model(folder):
+    from tiny_gguf import write_tiny
+
+    from fasa_gguf.gguf.file import GGUFFile
+    from fasa_gguf.gguf.shape import model_shape
+    from fasa_gguf.speed.random_model import synthetic_profile
+
+    path = Path(folder) / "model.gguf"
+    write_tiny(path)
+    synthetic_profile(*model_shape(GGUFFile(path)), seed=2).save(path.with_suffix(".fasa.json"))
+    return path
+
+
 def main():
     ap = argparse.ArgumentParser(description=__doc__)
-    ap.add_argument("model")
+    ap.add_argument("model", nargs="?")
     ap.add_argument("--clients", type=int, default=32)
     ap.add_argument("--minutes", type=float, default=10)
     ap.add_argument("--threads", default="2")
+    ap.add_argument("--cache-ram", default="64")
     a = ap.parse_args()
-    flags = ["--port", "0", "-t", a.threads, "-c", "2048", "--cache-ram", "64"]
-    command = [sys.executable, "-m", "fasa_gguf", "serve", a.model, *flags]
+    with tempfile.TemporaryDirectory() as folder:
+        return run(a, a.model or make_model(folder))
+
+
+def run(a, model):
+    flags = ["--port", "0", "-t", a.threads, "-c", "2048", "--cache-ram", a.cache_ram, "--max-body", "1"]
+    command = [sys.executable, "-m", "fasa_gguf", "serve", str(model), *flags]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(), cwd=ROOT)
     line = next(line for line in server.stdout if line.startswith("listening on "))
     soak = Soak(line.split()[-1])
     threads = [threading.Thread(target=soak.client, args=(i,)) for i in range(a.clients)]
     for t in threads:
         t.start()
-    sizes, end = [], time.monotonic() + 60 * a.minutes
-    while time.monotonic() < end and server.poll() is None:
+    sizes, begin = [], time.monotonic()
+    print("seconds  requests  wrong  MiB  of them prefix cache", flush=True)
+    while time.monotonic() < begin + 60 * a.minutes and server.poll() is None:
         time.sleep(min(15, 6 * a.minutes))
-        sizes.append(rss(server.pid))
-        print(f"{sum(soak.seen.values())} requests, {len(soak.wrong)} wrong, {sizes[-1]} MiB", flush=True)
+        cached, size = prefix_cache(soak.url), rss(server.pid)
+        sizes.append(size - cached)
+        seconds, n = int(time.monotonic() - begin), sum(soak.seen.values())
+        print(f"{seconds:7}  {n:8}  {len(soak.wrong):5}  {size:3}  {cached:.0f}", flush=True)
     soak.stop = True
     for t in threads:
         t.join()
@@ -119,7 +156,8 @@ def main():
     code = server.wait(60)
     third = len(sizes) // 3
     early, late = max(sizes[third : 2 * third] or sizes), max(sizes[2 * third :])
-    print(dict(soak.seen), f"exit {code}", health, f"MiB in the second third {early}, in the last {late}")
+    print(dict(soak.seen), f"exit {code}", health)
+    print(f"MiB without the prefix cache: at most {early:.0f} in the second third, {late:.0f} in the last")
     for kind, what in soak.wrong[:5]:
         print("WRONG", kind, what)
     return int(bool(soak.wrong or code or health["slots_busy"] or late > 1.05 * early + 8))

@@ -68,7 +68,7 @@ def test_a_new_row_reaches_the_header_and_the_library(generate, monkeypatch):
     monkeypatch.setattr(generate, "SETTINGS", (*SETTINGS, row))
     texts = generate.texts()
     assert "    // cells, from 1 to 9: a test\n    uint32_t stride;\n} fasa_params;" in texts[generate.HEADER]
-    assert "    X(stride, uint32_t, 3, 1, 9)\n" in texts[generate.TABLES]
+    assert '    X(stride, uint32_t, 3, 1, 9, "")\n' in texts[generate.TABLES]
 
 
 def test_documented_blocks_are_replaced(generate):

@@ -65,6 +65,28 @@ def test_the_log_probability_of_each_token(make, profile, tmp_path, bos):
     assert n >= 6 and np.allclose(got["token_logprobs"], best, atol=1e-4) and sparse_steps(llm) >= 5
 
 
+@pytest.mark.parametrize("temperature", [0, 1.0, -1.0])
+@pytest.mark.parametrize("begin", ["from fasa_gguf import Llama", "fasa_gguf.enable(ON)\nfrom llama_cpp import Llama"])
+def test_a_grammar_that_leads_nowhere(profiled, begin, temperature):
+    """ggml-org/llama.cpp#11591: the process ends where a grammar leaves no token. The answer ends with a sentence, a
+    stream after what it wrote, and the model goes on; hidden tokens never come out."""
+    code = (
+        "import sys; sys.path.insert(0, 'tests/helpers')\nfrom reported import ON, streamed, text_of\n"
+        "import fasa_gguf\n"
+        f"{begin}\nfrom fasa_gguf import FasaError\nfrom llama_cpp import LlamaGrammar, LogitsProcessorList\n"
+        "llm = Llama(sys.argv[1], n_threads=1, verbose=False, n_ctx=512)\nwant = text_of(llm, 'a' * 200)\n"
+        "hidden = LogitsProcessorList([lambda ids, scores: scores - float('inf')])\n"
+        "for bad in ('root ::= \"ab\" [b-a]', 'root ::= \"a\" x\\nx ::= [b-a]', hidden):\n"
+        "    own = {'logits_processor': bad} if bad is hidden else {'grammar': LlamaGrammar.from_string(bad)}\n"
+        "    for ask in (text_of, streamed):\n"
+        f"        try: print(ask(llm, 'a' * 200, temperature={temperature}, top_k=5, **own))\n"
+        "        except FasaError as e: print(str(e).startswith('no token can come next: the grammar leads nowhere'))\n"
+        "print(text_of(llm, 'a' * 200) == want)"
+    )
+    run = python(code, profiled)
+    assert run.returncode == 0 and run.stdout.split() == ["True"] * 7, run.stdout + run.stderr[-500:]
+
+
 def test_a_grammar_that_cannot_be_parsed(profiled):
     """abetlen/llama-cpp-python#615: "error parsing grammar file: parsed_grammar.rules is empty". It is refused with a
     sentence, where llama_cpp now uses a null pointer, and the model goes on."""

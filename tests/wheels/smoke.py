@@ -158,7 +158,7 @@ def main():
             check_drop_in(Path(folder), gpu)
     if not a.no_doctor:
         text = shell(COMMAND, "doctor")
-        tests = re.findall(r"^.*\b(?:ok|note|failed)\b.*$", text, re.M)
+        tests = re.findall(r"^(?:ok|note|FAILED) .*$", text, re.M)
         print("\n".join(tests))
 
 
