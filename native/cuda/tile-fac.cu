@@ -5,9 +5,9 @@
 //   k, v   f16 [d, n_pad, 1, pairs]; n_pad: the longest list's length, in whole steps of flash attention
 //   mask   f16 [n_pad, T rounded up, 1, pairs], -inf behind a list's end
 //
-// Flash attention looks at the mask and leaves out what is behind the end of a list. It needs the last step whole, so
-// that has zeros. An attention sink is such a row of zeros, right behind the list, and its logit stands in the mask:
-// one query head after the other then, since those of a pair have the mask in common.
+// Flash attention looks at the mask and leaves out most of what is behind the end of a list, but not all: there are
+// zeros. An attention sink is such a row of zeros, right behind the list, and its logit stands in the mask: one query
+// head after the other then, since those of a pair have the mask in common.
 
 #include "core/select.h"
 #include "cuda/device.cuh"
@@ -38,7 +38,6 @@ struct fasa_tile_fac_args {
     const float * sinks;                                                 // [n_head] or nullptr
     int n_len, n_list, n_group, n_per_kv, n_head, d, n_pad, size, tile0; // size: T, rounded up; tile0: of this turn
     int64_t out_pair, out_t, out_g;                                      // of `out`, from each to the next, in values
-    bool whole;                                                          // all of n_pad is read
 };
 
 static constexpr int GATHER_THREADS = 256;
@@ -48,7 +47,7 @@ static __global__ void __launch_bounds__(GATHER_THREADS) fasa_tile_gather_kernel
     ggml_cuda_pdl_sync();
     const int pair = blockIdx.y, tile = a.tile0 + pair / a.n_list, list = pair % a.n_list, h = list / a.n_per_kv;
     const int32_t * cells = a.list + ((int64_t) tile * a.n_list + list) * a.n_len;
-    const int n = *cells++, n_rows = a.whole ? a.n_pad : max(1, (n + !!a.sinks + FAC_STEP - 1) / FAC_STEP) * FAC_STEP;
+    const int n = *cells++, n_rows = a.n_pad;
     const int units = a.d / 8, s = a.tiles.stream(tile);
     for (int u = blockIdx.x * GATHER_THREADS + threadIdx.x; u < n_rows * units * 2; u += gridDim.x * GATHER_THREADS) {
         const bool is_v = u >= n_rows * units;
@@ -224,7 +223,8 @@ void fasa_cuda_tile_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, cons
     a.n_group               = a.n_head / a.n_list;
     a.n_per_kv              = a.n_list / k->ne[1];
     a.d                     = k->ne[0];
-    a.n_pad                 = (a.n_len - 1 + FAC_STEP - 1) / FAC_STEP * FAC_STEP;
+    a.sinks                 = dst->src[5] ? (const float *) dst->src[5]->data : nullptr;
+    a.n_pad                 = (a.n_len - 1 + !!a.sinks + FAC_STEP - 1) / FAC_STEP * FAC_STEP;
     a.size                  = (tiles->ne[0] - 2 + FAC_TOKENS - 1) / FAC_TOKENS * FAC_TOKENS;
 
     const size_t row = a.d * sizeof(half), bytes = a.n_list * (size_t) a.n_pad * (2 * row + a.size * sizeof(half));
@@ -242,7 +242,6 @@ void fasa_cuda_tile_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, cons
         const auto blocks = [](int64_t n) {
             return (n + GATHER_THREADS - 1) / GATHER_THREADS;
         };
-        a.whole = n_pair == 1; // flash attention looks at the masks of several sequences only
         const dim3 move(blocks((int64_t) a.size * a.n_group * a.d / 4), n_pair);
         fasa_tile_move_kernel<true><<<move, GATHER_THREADS, 0, stream>>>(a);
         fasa_tile_gather_kernel<<<dim3(std::min<int64_t>(blocks(units), 64), n_pair), GATHER_THREADS, 0, stream>>>(a);

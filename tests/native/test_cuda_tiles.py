@@ -1,8 +1,8 @@
 """The CUDA kernels of sparse prefill against the CPU ops: scores, lists index for index on equal scores, outputs.
 
 They need a device. Tolerances: scores 0.5% of the largest (8-bit values times their scale are rounded to f16, some
-exponentials are a polynomial's) and 0.2% of their sum; outputs 2e-3 of the largest (llama.cpp's flash attention, in
-f16). A key whose value lies on a rounding boundary may fall to either side.
+exponentials are a polynomial's) and 0.2% of their sum; outputs 5e-3 of the largest (llama.cpp's flash attention, in
+f16; 2e-2 where logits are hundreds). A key whose value lies on a rounding boundary may fall to either side.
 """
 
 import numpy as np
@@ -107,7 +107,9 @@ def compare(library, cuda, **kw):
     for a, n in zip(own["list"].reshape(-1, own["list"].shape[-1]), own["count"].ravel(), strict=True):
         assert (np.diff(a[:n]) > 0).all() and (a[:n] >= 0).all() and (a[n:] == -1).all()
     assert np.isfinite(got["out"]).all()
-    assert np.abs(got["out"] - cpu["out"]).max() <= 2e-3 * max(1, np.abs(cpu["out"]).max())
+    assert np.abs(got["out"] - cpu["out"]).max() <= (2e-2 if kw.get("hot", 0) > 5 else 5e-3) * max(
+        1, np.abs(cpu["out"]).max()
+    )
     return got
 
 
@@ -254,8 +256,9 @@ def test_a_prompt_attends_to_its_budget(logits):
 
 def test_the_same_on_the_cpu(logits):
     """Lists differ where estimates do, by a cell or two of a hundred."""
-    got, gpu = logits(ON)
-    expected, cpu = logits(ON, n_gpu_layers=0)
+    on = ON.replace(budget=4096)
+    got, gpu = logits(on)
+    expected, cpu = logits(on, n_gpu_layers=0)
     a, b = gpu.fasa.counters(), cpu.fasa.counters()
     assert a["prefill_attended"] == b["prefill_attended"] and a["prefill_visible"] == b["prefill_visible"]
     assert np.abs(got - expected).max() <= 0.05 * np.abs(expected).max()
