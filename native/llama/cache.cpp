@@ -398,12 +398,7 @@ bool fasa_cache::on_apply(const llama_kv_cache_context & mctx) {
         return false;
     }
     if (is_first) {
-        state->now         = {};
-        state->now.active  = true;
-        state->now.decodes = state->kinds.decodes(mctx.ubatches[mctx.i_cur], kv, state->params.max_tokens);
-        if (state->params.enabled && !state->now.decodes) {
-            state->now.tiles = fasa_tiles_of(mctx.ubatches[mctx.i_cur], state->params.prefill_tile);
-        }
+        fasa_begin_ubatch(*state, mctx.ubatches[mctx.i_cur], kv);
     }
     inputs.begin(sinfo.strm, sinfo.idxs, mctx.n_kv);
     return true;

@@ -82,3 +82,6 @@ struct fasa_state {
 
     int32_t lender_of(uint32_t il) const { return il < lender.size() ? lender[il] : -1; }
 };
+
+// a ubatch, whose cells are placed in kv, is about to be computed: what it is, and the tiles of a prompt
+void fasa_begin_ubatch(fasa_state & state, const llama_ubatch & ubatch, const llama_kv_cache & kv);

@@ -1,4 +1,4 @@
-#include "llama/steps.h"
+#include "llama/state.h"
 
 #include "llama-batch.h"
 #include "llama-kv-cache.h"
@@ -48,10 +48,20 @@ bool fasa_steps::decodes(const llama_ubatch & ubatch, const llama_kv_cache & kv,
     return all;
 }
 
-std::vector<fasa_tile> fasa_tiles_of(const llama_ubatch & ubatch, uint32_t size) {
+static std::vector<fasa_tile> fasa_tiles_of(const llama_ubatch & ubatch, uint32_t size) {
     std::vector<int32_t> seq(ubatch.n_tokens);
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         seq[i] = ubatch.seq_id[i][0];
     }
     return fasa_make_tiles(ubatch.pos, seq.data(), ubatch.n_tokens, size);
+}
+
+void fasa_begin_ubatch(fasa_state & state, const llama_ubatch & ubatch, const llama_kv_cache & kv) {
+    auto & now  = state.now;
+    now         = {};
+    now.active  = true;
+    now.decodes = state.kinds.decodes(ubatch, kv, state.params.max_tokens);
+    if (state.params.enabled && !now.decodes) {
+        now.tiles = fasa_tiles_of(ubatch, state.params.prefill_tile);
+    }
 }

@@ -61,9 +61,6 @@ private:
                                               // token: beyond it the sequence is not the one that was seen
 };
 
-// the tiles of a prompt's ubatch
-std::vector<fasa_tile> fasa_tiles_of(const llama_ubatch & ubatch, uint32_t size);
-
 // a ubatch while it is computed
 struct fasa_pending {
     bool active              = false; // false: a graph that is built now only reserves memory
