@@ -185,7 +185,7 @@ class FasaParams:
     prefill: str = _row(
         "auto",
         "auto, off or on",
-        "process prompts sparsely, in layers on the CPU; auto: from prefill_min_context cells on",
+        "process prompts sparsely; auto: in layers on the CPU, from prefill_min_context cells on",
         choices=PREFILL,
     )
     prefill_min_context: int = _row(

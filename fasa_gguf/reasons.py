@@ -47,7 +47,8 @@ class Reason(IntEnum):
     PREFILL_SHORT = "the ubatch has fewer than 32 tokens of a sequence"
     PREFILL_EMBEDDINGS = "embeddings are computed"
     PREFILL_OBSERVED = "an observer sees queries and keys, as in calibration"
-    PREFILL_DEVICE = "the layer's cache is on a device, where prompts are dense"
+    PREFILL_DEVICE = "its attention runs on a GPU, where prefill auto is dense", "use --fasa-prefill on"
+    PREFILL_HEAD_DIM = "the GPU's flash attention does not know its head dimension"
     PREFILL_WINDOW = "the layer has a sliding window"
 
     # of a layer: its place in the model

@@ -41,7 +41,7 @@ enum fasa_ahead_type {
 
 // whether prompts are processed sparsely
 enum fasa_prefill_type {
-    FASA_PREFILL_AUTO = 0, // from prefill_min_context cells on
+    FASA_PREFILL_AUTO = 0, // on the CPU, from prefill_min_context cells on
     FASA_PREFILL_OFF  = 1,
     FASA_PREFILL_ON   = 2,
 };
@@ -126,7 +126,7 @@ typedef struct fasa_params {
     // enum fasa_ahead_type: select a layer's tokens while the feed-forward before it runs, by foreseen queries; auto:
     // on a GPU, in steps of one token, where the dominant keys are no more bytes than the feed-forward
     int32_t ahead;
-    // enum fasa_prefill_type: process prompts sparsely, in layers on the CPU; auto: from prefill_min_context cells on
+    // enum fasa_prefill_type: process prompts sparsely; auto: in layers on the CPU, from prefill_min_context cells on
     int32_t prefill;
     // cells, from 0: with prefill auto, a ubatch of a prompt that sees fewer cells than this is dense
     uint32_t prefill_min_context;
@@ -202,56 +202,57 @@ enum fasa_reason {
     FASA_REASON_PREFILL_SHORT         = 10, // the ubatch has fewer than 32 tokens of a sequence
     FASA_REASON_PREFILL_EMBEDDINGS    = 11, // embeddings are computed
     FASA_REASON_PREFILL_OBSERVED      = 12, // an observer sees queries and keys, as in calibration
-    FASA_REASON_PREFILL_DEVICE        = 13, // the layer's cache is on a device, where prompts are dense
-    FASA_REASON_PREFILL_WINDOW        = 14, // the layer has a sliding window
-    FASA_REASON_NO_SUCH_LAYER         = 15, // no such layer
-    FASA_REASON_NO_CACHE              = 16, // it has no KV cache that FASA knows
+    FASA_REASON_PREFILL_DEVICE        = 13, // its attention runs on a GPU, where prefill auto is dense
+    FASA_REASON_PREFILL_HEAD_DIM      = 14, // the GPU's flash attention does not know its head dimension
+    FASA_REASON_PREFILL_WINDOW        = 15, // the layer has a sliding window
+    FASA_REASON_NO_SUCH_LAYER         = 16, // no such layer
+    FASA_REASON_NO_CACHE              = 17, // it has no KV cache that FASA knows
     // no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its attention by another
     // path
-    FASA_REASON_NOT_BUILT             = 17,
-    FASA_REASON_SMALL_WINDOW          = 18, // its sliding window is not longer than what it would attend
-    FASA_REASON_NOT_RANKED            = 19, // the profile has no ranking for it
-    FASA_REASON_LENDER_DENSE          = 20, // the layer whose list it borrows is dense
-    FASA_REASON_SHARED_CACHE          = 21, // its cache is shared with another context
-    FASA_REASON_LATENT                = 22, // multi-head latent attention has no keys per head
-    FASA_REASON_ODD_HEAD              = 23, // its head dimension is odd
-    FASA_REASON_CACHE_TYPE            = 24, // its cache type cannot be read back
-    FASA_REASON_NO_KERNELS            = 25, // its cache is on a device that FASA has no kernels for
+    FASA_REASON_NOT_BUILT             = 18,
+    FASA_REASON_SMALL_WINDOW          = 19, // its sliding window is not longer than what it would attend
+    FASA_REASON_NOT_RANKED            = 20, // the profile has no ranking for it
+    FASA_REASON_LENDER_DENSE          = 21, // the layer whose list it borrows is dense
+    FASA_REASON_SHARED_CACHE          = 22, // its cache is shared with another context
+    FASA_REASON_LATENT                = 23, // multi-head latent attention has no keys per head
+    FASA_REASON_ODD_HEAD              = 24, // its head dimension is odd
+    FASA_REASON_CACHE_TYPE            = 25, // its cache type cannot be read back
+    FASA_REASON_NO_KERNELS            = 26, // its cache is on a device that FASA has no kernels for
     // it is on another machine, whose RPC server is not of this build of fasa_gguf
-    FASA_REASON_REMOTE_BUILD          = 26,
-    FASA_REASON_REMOTE_DEVICE         = 27, // it is on a device of another machine that is no CPU
-    FASA_REASON_NO_CPU_OPS            = 28, // the CPU backend has no FASA ops
-    FASA_REASON_NO_FLASH_ATTENTION    = 29, // flash attention is off
-    FASA_REASON_TRAINING              = 30, // training
-    FASA_REASON_NOT_CAUSAL            = 31, // its attention is not causal
-    FASA_REASON_BIAS                  = 32, // its attention has a bias
-    FASA_REASON_ALIBI                 = 33, // ALiBi moves the scores
-    FASA_REASON_QUERY_TYPE            = 34, // its queries are not f32
-    FASA_REASON_QUERY_HEADS           = 35, // its query heads are no multiple of its KV heads
-    FASA_REASON_MASK_TYPE             = 36, // its mask is not f16
-    FASA_REASON_MASK_COMPUTED         = 37, // its mask is computed
-    FASA_REASON_CUDA_DEVICE           = 38, // its device is not one of CUDA's
+    FASA_REASON_REMOTE_BUILD          = 27,
+    FASA_REASON_REMOTE_DEVICE         = 28, // it is on a device of another machine that is no CPU
+    FASA_REASON_NO_CPU_OPS            = 29, // the CPU backend has no FASA ops
+    FASA_REASON_NO_FLASH_ATTENTION    = 30, // flash attention is off
+    FASA_REASON_TRAINING              = 31, // training
+    FASA_REASON_NOT_CAUSAL            = 32, // its attention is not causal
+    FASA_REASON_BIAS                  = 33, // its attention has a bias
+    FASA_REASON_ALIBI                 = 34, // ALiBi moves the scores
+    FASA_REASON_QUERY_TYPE            = 35, // its queries are not f32
+    FASA_REASON_QUERY_HEADS           = 36, // its query heads are no multiple of its KV heads
+    FASA_REASON_MASK_TYPE             = 37, // its mask is not f16
+    FASA_REASON_MASK_COMPUTED         = 38, // its mask is computed
+    FASA_REASON_CUDA_DEVICE           = 39, // its device is not one of CUDA's
     // its GPU has no FASA kernels: they need an NVIDIA GPU of compute capability 7.5 or later
-    FASA_REASON_CUDA_CAPABILITY       = 39,
+    FASA_REASON_CUDA_CAPABILITY       = 40,
     // the CUDA kernels read caches in f32, f16, bf16, q8_0 and q4_0, and this one has another type
-    FASA_REASON_CUDA_CACHE_TYPE       = 40,
+    FASA_REASON_CUDA_CACHE_TYPE       = 41,
     // the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256
-    FASA_REASON_CUDA_HEAD_DIM         = 41,
-    FASA_REASON_CUDA_GROUP            = 42, // more than 128 query heads share a KV head
-    FASA_REASON_AHEAD_OFF             = 43, // selecting ahead is off
-    FASA_REASON_AHEAD_AUTO            = 44, // it is on the CPU, where selecting ahead saves no time
-    FASA_REASON_AHEAD_TOKENS          = 45, // the step has several tokens, with which selecting ahead is slower
+    FASA_REASON_CUDA_HEAD_DIM         = 42,
+    FASA_REASON_CUDA_GROUP            = 43, // more than 128 query heads share a KV head
+    FASA_REASON_AHEAD_OFF             = 44, // selecting ahead is off
+    FASA_REASON_AHEAD_AUTO            = 45, // it is on the CPU, where selecting ahead saves no time
+    FASA_REASON_AHEAD_TOKENS          = 46, // the step has several tokens, with which selecting ahead is slower
     // selecting among so many cells takes longer than the feed-forward beside it
-    FASA_REASON_AHEAD_LONG            = 46,
-    FASA_REASON_AHEAD_BORROWS         = 47, // it borrows its list
-    FASA_REASON_AHEAD_PROFILE         = 48, // the profile says that foreseen queries lose too much there
-    FASA_REASON_AHEAD_FIRST           = 49, // no block lies before it
+    FASA_REASON_AHEAD_LONG            = 47,
+    FASA_REASON_AHEAD_BORROWS         = 48, // it borrows its list
+    FASA_REASON_AHEAD_PROFILE         = 49, // the profile says that foreseen queries lose too much there
+    FASA_REASON_AHEAD_FIRST           = 50, // no block lies before it
     // no feed-forward lies between the attention or other block before it and its queries
-    FASA_REASON_AHEAD_NO_FEED_FORWARD = 50,
-    FASA_REASON_AHEAD_UNKNOWN         = 51, // how its queries follow from the layer before is not recognised
-    FASA_REASON_AHEAD_DEVICE          = 52, // the feed-forward before it runs on another device
+    FASA_REASON_AHEAD_NO_FEED_FORWARD = 51,
+    FASA_REASON_AHEAD_UNKNOWN         = 52, // how its queries follow from the layer before is not recognised
+    FASA_REASON_AHEAD_DEVICE          = 53, // the feed-forward before it runs on another device
     // its rows on the device have no room for a list with all tokens of the batch
-    FASA_REASON_AHEAD_ROOM            = 53,
+    FASA_REASON_AHEAD_ROOM            = 54,
 };
 // end reasons
 
@@ -435,9 +436,9 @@ typedef struct fasa_op_case {
 } fasa_op_case;
 FASA_API int fasa_op_run(const fasa_op_case * test);
 
-// The same of sparse prefill, on the CPU, for tests against fasa_gguf/reference_prefill.py. op->forced is
-// [n_tile, n_forced], op->out_count [n_tile, n_list], op->out_list [n_tile, n_list, length]; backend, fresh cells, a
-// given list and out_est are ignored.
+// The same of sparse prefill, for tests against fasa_gguf/reference_prefill.py. op->forced is [n_tile, n_forced],
+// op->out_count [n_tile, n_list], op->out_list [n_tile, n_list, length]; fresh cells, a given list and out_est are
+// ignored.
 typedef struct fasa_tile_case {
     uint64_t size;
     const fasa_op_case * op;
@@ -445,7 +446,8 @@ typedef struct fasa_tile_case {
     int32_t tile_size;
     const int32_t * tiles; // [n_tile, 2 + tile_size] of each its stream, the number of its tokens, and their numbers in
                            // [n_stream, n_tokens]
-    float * out_score;     // [n_tile, n_head, n_kv] the softmaxes of a tile's queries, added up, times 2^60
+    float * out_score;     // [n_tile, n_head, n_kv] the softmaxes of a tile's queries, added up, times 2^60; of a device
+                           // those of a list's heads together, as its first head's, and 0 as the others'
 } fasa_tile_case;
 FASA_API int fasa_tile_run(const fasa_tile_case * test);
 

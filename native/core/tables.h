@@ -104,7 +104,8 @@
     X(PREFILL_SHORT, "the ubatch has fewer than 32 tokens of a sequence") \
     X(PREFILL_EMBEDDINGS, "embeddings are computed") \
     X(PREFILL_OBSERVED, "an observer sees queries and keys, as in calibration") \
-    X(PREFILL_DEVICE, "the layer's cache is on a device, where prompts are dense") \
+    X(PREFILL_DEVICE, "its attention runs on a GPU, where prefill auto is dense") \
+    X(PREFILL_HEAD_DIM, "the GPU's flash attention does not know its head dimension") \
     X(PREFILL_WINDOW, "the layer has a sliding window") \
     X(NO_SUCH_LAYER, "no such layer") \
     X(NO_CACHE, "it has no KV cache that FASA knows") \

@@ -32,13 +32,28 @@ static fasa_reason fasa_cuda_reason(int device, const fasa_layer_shape & s) {
     return FASA_REASON_NONE;
 }
 
+// FAC of a prompt's tiles is llama.cpp's flash attention over gathered rows
+static fasa_reason fasa_cuda_tile_reason(int device, const fasa_layer_shape & s) {
+    const auto reason = fasa_cuda_reason(device, s);
+    if (reason != FASA_REASON_NONE) {
+        return reason;
+    }
+    for (const int d : { 64, 80, 96, 112, 128, 256 }) {
+        if (s.n_embd_head_k == d) {
+            return FASA_REASON_NONE;
+        }
+    }
+    return FASA_REASON_PREFILL_HEAD_DIM;
+}
+
 // type: fasa_dense_reason_t
-static fasa_reason fasa_cuda_dense_reason(ggml_backend_dev_t dev, const fasa_layer_shape * shape) {
+template <fasa_reason (*REASON)(int device, const fasa_layer_shape & shape)>
+static fasa_reason fasa_cuda_reason_of(ggml_backend_dev_t dev, const fasa_layer_shape * shape) {
     int device = -1;
     if (sscanf(ggml_backend_dev_name(dev), GGML_CUDA_NAME "%d", &device) != 1) {
         return FASA_REASON_CUDA_DEVICE;
     }
-    return fasa_cuda_reason(device, *shape);
+    return REASON(device, *shape);
 }
 
 // of driver and runtime, and what else makes times differ between devices of one name
@@ -59,7 +74,10 @@ static const char * fasa_cuda_versions(ggml_backend_dev_t dev) {
 
 void * fasa_cuda_proc_address(const char * name) {
     if (strcmp(name, "fasa_dense_reason") == 0) {
-        return (void *) fasa_cuda_dense_reason;
+        return (void *) fasa_cuda_reason_of<fasa_cuda_reason>;
+    }
+    if (strcmp(name, "fasa_tile_reason") == 0) {
+        return (void *) fasa_cuda_reason_of<fasa_cuda_tile_reason>;
     }
     if (strcmp(name, "fasa_device_versions") == 0) {
         return (void *) fasa_cuda_versions;
@@ -77,6 +95,11 @@ bool fasa_cuda_supported(int device, const ggml_tensor * op) {
     const fasa_op_params * p = fasa_op_get(op);
     if (p == nullptr || p->kind == FASA_OP_OBSERVE || !p->flags) {
         return false;
+    }
+    if (p->kind == FASA_OP_TILE_FAC) {
+        const ggml_tensor *k = op->src[2], *v = op->src[3];
+        const fasa_layer_shape s = { k->type, v->type, k->ne[0], v->ne[0], int32_t(op->ne[1] / k->ne[1]) };
+        return fasa_cuda_tile_reason(device, s) == FASA_REASON_NONE;
     }
     if (p->kind != FASA_OP_TIP && p->kind != FASA_OP_SELECT && p->kind != FASA_OP_FAC) {
         return true; // whatever the shapes are
@@ -116,6 +139,11 @@ bool fasa_cuda_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         case FASA_OP_JOIN: fasa_cuda_join(ctx); return true;
         case FASA_OP_FAC: fasa_cuda_fac(ctx, dst, *p); return true;
         case FASA_OP_STAGE: fasa_cuda_stage(ctx, dst); return true;
+        case FASA_OP_TILE_VIEW: fasa_cuda_tile_view(ctx, dst); return true;
+        case FASA_OP_TILE_REFRESH: fasa_cuda_tile_refresh(ctx, dst, *p); return true;
+        case FASA_OP_TILE_TIP: fasa_cuda_tile_tip(ctx, dst, *p); return true;
+        case FASA_OP_TILE_SELECT: fasa_cuda_tile_select(ctx, dst, *p); return true;
+        case FASA_OP_TILE_FAC: fasa_cuda_tile_fac(ctx, dst, *p); return true;
         case FASA_OP_AHEAD: fasa_cuda_ahead(ctx, dst); return true;
         default: return false;
     }

@@ -9,6 +9,24 @@
 
 #include <algorithm>
 
+// why a layer whose cache is on a device, or in its pinned memory, is dense
+static fasa_reason fasa_device_tile_reason(const fasa_attn & a, ggml_backend_dev_t dev) {
+    const auto & params = a.cache->state->params;
+    if (params.prefill == FASA_PREFILL_AUTO || a.cache->layer(a.il).fixed.work == nullptr) {
+        return FASA_REASON_PREFILL_DEVICE;
+    }
+    const int64_t d = a.k->ne[0];
+    if (a.soft_cap > 0 && d != 128 && d != 256) { // those that llama.cpp's flash attention caps
+        return FASA_REASON_PREFILL_HEAD_DIM;
+    }
+    const auto reason = fasa_device_proc<fasa_dense_reason_t>(dev, "fasa_tile_reason");
+    if (reason == nullptr) {
+        return FASA_REASON_NO_KERNELS;
+    }
+    const fasa_layer_shape shape = { a.k->type, a.v->type, d, a.v->ne[0], int32_t(a.q->ne[1] / a.k->ne[1]) };
+    return reason(dev, &shape);
+}
+
 fasa_reason fasa_attn::tile_reason() const {
     if (input->prefill_reason_of_step != FASA_REASON_NONE) {
         return input->prefill_reason_of_step;
@@ -17,8 +35,11 @@ fasa_reason fasa_attn::tile_reason() const {
     if (layer.reason != FASA_REASON_NONE) {
         return layer.reason;
     }
-    if (layer.fixed.work || cache->residence.device_of(il)) {
-        return FASA_REASON_PREFILL_DEVICE;
+    if (const auto dev = cache->residence.device_of(il)) {
+        const auto reason = fasa_device_tile_reason(*this, dev);
+        if (reason != FASA_REASON_NONE) {
+            return reason;
+        }
     }
     if (graph.hparams.is_swa(il)) {
         return FASA_REASON_PREFILL_WINDOW;
@@ -48,6 +69,7 @@ ggml_tensor * fasa_attn::build_tiles() const {
     op.v              = v;
     op.mask           = kq_mask;
     op.sinks          = sinks;
+    op.ranges         = input->ranges;
     op.stream0        = stream0();
     op.scale          = kq_scale;
     op.soft_cap       = soft_cap;

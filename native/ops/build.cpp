@@ -181,17 +181,19 @@ ggml_tensor * fasa_build_tile_view(
 
 ggml_tensor * fasa_build_tile_select(ggml_context * ctx, const fasa_select_op & op, const fasa_tile_inputs & in) {
     const int64_t n_kv = op.k->ne[2], n_head_kv = op.k->ne[1], n_head = op.q->ne[1], n_tile = in.tiles->ne[1];
+    const int64_t n_list = op.params.per_head ? n_head : n_head_kv, n_dom = op.dims->ne[0];
+    const bool on_device = op.layer->work != nullptr;
 
     fasa_op_params p      = fasa_layer_params(FASA_OP_TILE_REFRESH, op.layer, 0, 0.0f, 0.0f);
     p.k_dom               = op.k_dom_type;
     p.n_hadamard          = op.n_hadamard;
     ggml_tensor * refresh = fasa_layer_node(ctx, GGML_TYPE_I8,
-        { fasa_rows_16_bytes(op.dims->ne[0]), (n_kv + 15) / 16, n_head_kv, op.k->ne[3] },
+        { on_device ? fasa_tile_pad(n_dom) * 32 : fasa_rows_16_bytes(n_dom), (n_kv + 15) / 16, n_head_kv, op.k->ne[3] },
         { op.k_dom, op.k, op.ranges, op.q, op.dims }, p, "fasa_tile_refresh");
 
     p                 = fasa_layer_params(FASA_OP_TILE_TIP, op.layer, 0, op.scale, op.soft_cap);
     p.n_hadamard      = op.n_hadamard;
-    ggml_tensor * tip = fasa_layer_node(ctx, GGML_TYPE_F32, { n_kv, n_head, n_tile, 1 },
+    ggml_tensor * tip = fasa_layer_node(ctx, GGML_TYPE_F32, { n_kv, on_device ? n_list : n_head, n_tile, 1 },
         { refresh, op.q, op.dims, op.weight, op.mask, in.tiles, in.view }, p, "fasa_tile_tip");
 
     p                    = fasa_layer_params(FASA_OP_TILE_SELECT, op.layer, 0, 0.0f, 0.0f);
@@ -200,15 +202,17 @@ ggml_tensor * fasa_build_tile_select(ggml_context * ctx, const fasa_select_op & 
     p.floor              = op.params.floor;
     p.cap                = op.params.cap;
     const int64_t length = fasa_list_length(op.params, in.forced->ne[0], n_kv);
-    return fasa_layer_node(ctx, GGML_TYPE_I32, { 1 + length, op.params.per_head ? n_head : n_head_kv, n_tile, 1 },
-        { tip, in.forced, in.tiles, in.view }, p, "fasa_tile_select");
+    return fasa_layer_node(ctx, GGML_TYPE_I32, { 1 + length, n_list, n_tile, 1 }, { tip, in.forced, in.tiles, in.view },
+        p, "fasa_tile_select");
 }
 
 ggml_tensor * fasa_build_tile_fac(ggml_context * ctx, const fasa_fac_op & op, const fasa_tile_inputs & in) {
-    const fasa_op_params p = fasa_layer_params(FASA_OP_TILE_FAC, op.layer, 0, op.scale, op.soft_cap);
-    const int64_t ne[4]    = { op.v->ne[0], op.q->ne[1], op.mask->ne[1], op.mask->ne[3] };
-    return fasa_layer_node(ctx, GGML_TYPE_F32, ne, { op.list, op.q, op.k, op.v, op.mask, op.sinks, in.tiles, in.view },
-        p, "fasa_tile_fac");
+    fasa_op_params p    = fasa_layer_params(FASA_OP_TILE_FAC, op.layer, 0, op.scale, op.soft_cap);
+    p.stream0           = op.stream0;
+    const int64_t ne[4] = { op.v->ne[0], op.q->ne[1], op.mask->ne[1], op.mask->ne[3] };
+    return fasa_layer_node(ctx, GGML_TYPE_F32, ne,
+        { op.list, op.q, op.k, op.v, op.mask, op.sinks, in.tiles, in.view, op.layer->rows ? op.ranges : nullptr }, p,
+        "fasa_tile_fac");
 }
 
 ggml_tensor * fasa_build_observe(ggml_context * ctx, ggml_tensor * q, ggml_tensor * k, ggml_tensor * q_ahead,

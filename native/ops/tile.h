@@ -1,6 +1,6 @@
 #pragma once
 
-// The nodes of sparse prefill, on the CPU. A tile is up to T tokens of one sequence; a tile and a KV head (a query head
+// The nodes of sparse prefill. A tile is up to T tokens of one sequence; a tile and a KV head (a query head
 // with per_head) share a list of cells. Definition: fasa_gguf/reference_prefill.py.
 //
 // `tiles` i32 [2 + T, n_tile]: of every tile its stream, the number of its tokens, and their numbers in the ubatch.
@@ -17,9 +17,12 @@
 //   SELECT   the cells that a tile attends
 //     dst    i32 [1 + length, n_list, n_tile]: the count, then the cells, ascending
 //     src    TIP, forced i32 [n_forced, n_tile] (-1: none), tiles, VIEW
+//            On a device REFRESH has f16 [fasa_tile_pad, 16 cells] instead of 16 cells' rows, and TIP f32 [n_kv,
+//            n_list, n_tile], the heads of a list added up; SELECT writes keys over TIP's scores.
 //   FAC      exact attention of a tile over its list
 //     dst    f32 [d_v, n_head, n_tps, n_stream]
-//     src    the list, q, k, v, mask, sinks f32 [n_head] or none, tiles, VIEW
+//     src    the list, q, k, v, mask, sinks f32 [n_head] or none, tiles, VIEW; where k and v lie in pinned host memory
+//            (FASA-M) also ranges, whose cells fall out of the row cache
 
 #include "ops/ops.h"
 
@@ -43,6 +46,11 @@ inline fasa_tile_ref fasa_tile_at(const ggml_tensor * tiles, int64_t i) {
 // 16 cells of REFRESH: u8 value[n_dom/4][16][4], 128 stands for 0; then f32 scale[16]
 constexpr int64_t fasa_rows_16_bytes(int64_t n_dom) {
     return n_dom * 16 + 64;
+}
+
+// on a device: the dominant dimensions of a cell, with zeros up to a number that there are kernels for
+constexpr int64_t fasa_tile_pad(int64_t n_dom) {
+    return n_dom <= 64 ? (n_dom + 15) / 16 * 16 : n_dom <= 96 ? 96 : n_dom <= 128 ? 128 : 256;
 }
 
 // what the nodes of one graph share

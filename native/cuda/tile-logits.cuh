@@ -1,0 +1,198 @@
+#pragma once
+
+// Logits of a tile's queries by the tensor cores, and their exponentials, for cuda/tile-tip.cuh.
+
+#include "cuda/k-dom.cuh"
+#include "cuda/nodes.cuh"
+#include "cuda/tile.cuh"
+
+static constexpr int TILE_WARPS = 8;
+#ifndef FASA_TILE_POLY_SUMS
+#    define FASA_TILE_POLY_SUMS 2
+#endif
+#ifndef FASA_TILE_POLY_POOL
+#    define FASA_TILE_POLY_POOL 2
+#endif
+static constexpr int POLY_SUMS = FASA_TILE_POLY_SUMS, POLY_POOL = FASA_TILE_POLY_POOL; // of eight rows, by polynomial
+static constexpr int ROWS_STEP = 64; // of which there are whole ones in memory
+
+struct fasa_tile_tip_args {
+    const char * keys; // REFRESH: f16 [n_pad, cells, n_head_kv, n_stream]
+    int64_t keys_nb2, keys_nb3;
+    const char * q;
+    int64_t q_nb1, q_nb2;
+    const int32_t * dims;
+    const float * weight;
+    const int8_t * view;
+    int64_t n_view;
+    fasa_tile_mask mask;
+    fasa_tiles_ref tiles;
+    half * rows;   // [pair][n_row/16][16*n_pad], as fasa_tile_row_at says
+    float2 * part; // [pair][n_part][n_row] largest logit (to base 2), sum
+    float2 * norm; // [pair][n_row] what a logit is raised by, and 2 to that; -inf: no such row
+    int * fast;    // [pair][n_row/NORM_THREADS] whether 2^logit is a number in all of these rows
+    float * dst;   // [pair][n_kv]
+    int n_kv, n_cell, n_list, n_group, n_per_kv, d, n_dom, n_hadamard, n_row, n_part;
+    float scale, soft_cap;
+};
+
+// a pair
+struct fasa_tile_pair {
+    int tile, list, h, stream, n; // n: rows that there are
+
+    __device__ fasa_tile_pair(const fasa_tile_tip_args & a, int pair) {
+        tile = pair / a.n_list, list = pair % a.n_list, h = list / a.n_per_kv;
+        stream = a.tiles.stream(tile), n = a.tiles.count(tile) * a.n_group;
+    }
+};
+
+// ---- rows: a warp makes one ----
+
+// Rows lie as threads have them, 16 rows and a step after the other: [step][lane][8]. Where dimension j of row r is
+static __device__ __forceinline__ int fasa_tile_row_at(int r, int j, int n_step) {
+    const int c = j / (4 * n_step), s = j % (4 * n_step) / 4, lane = r % 8 * 4 + c;
+    return (s * 32 + lane) * 8 + j % 4 / 2 * 4 + r / 8 * 2 + j % 2;
+}
+
+static __global__ void __launch_bounds__(32 * TILE_WARPS) fasa_tile_rows_kernel(const fasa_tile_tip_args a, int n_pad) {
+    extern __shared__ float smem[]; // [TILE_WARPS][d]
+    ggml_cuda_pdl_sync();
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, r = blockIdx.x * TILE_WARPS + warp, pair = blockIdx.y;
+    if (r >= a.n_row) {
+        return;
+    }
+    const fasa_tile_pair at(a, pair);
+    float * row = smem + warp * a.d;
+    half * out  = a.rows + ((int64_t) pair * a.n_row + r / 16 * 16) * n_pad;
+    float x[MAX_DIM / 32], most = 0.0f;
+    if (r < at.n) {
+        const int head  = at.list * a.n_group + r % a.n_group;
+        const float * q = (const float *) (a.q + a.tiles.token(at.tile, r / a.n_group) * a.q_nb2 + head * a.q_nb1);
+        for (int i = lane; i < a.d; i += 32) {
+            row[i] = q[i];
+        }
+        __syncwarp();
+        if (a.n_hadamard > 0) {
+            fasa_hadamard(row, a.d, a.n_hadamard);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < MAX_DIM / 32; ++i) {
+        const int j   = lane + 32 * i;
+        const int dim = r < at.n && j < a.n_dom ? a.dims[at.h * a.n_dom + j] : -1;
+        x[i]          = dim < 0 ? 0.0f : row[dim] * a.weight[at.h * a.n_dom + j] * a.scale;
+        most          = fmaxf(most, fabsf(x[i]));
+    }
+    most             = fasa_warp_max(most);
+    const float step = __fdiv_rn(most, 127.0f), inv = step > 0.0f ? __fdiv_rn(1.0f, step) : 0.0f;
+    const float by = a.soft_cap > 0.0f ? step : step * LOG2E; // a capped logit is made one to base 2 afterwards
+#pragma unroll
+    for (int i = 0; i < MAX_DIM / 32; ++i) {
+        if (lane + 32 * i < n_pad) {
+            out[fasa_tile_row_at(r % 16, lane + 32 * i, n_pad / 16)] = __float2half_rn(rintf(x[i] * inv) * by);
+        }
+    }
+}
+
+// ---- logits ----
+
+// a cell as a thread has it: 4 dimensions a step
+template <int KS>
+struct fasa_tile_key {
+    uint2 x[KS];
+
+    __device__ __forceinline__ void load(const half * key) {
+        const half * at = key + threadIdx.x % 4 * (4 * KS);
+        if constexpr (KS % 2 == 0) {
+#pragma unroll
+            for (int i = 0; i < KS / 2; ++i) {
+                const uint4 v = ((const uint4 *) at)[i];
+                x[2 * i] = make_uint2(v.x, v.y), x[2 * i + 1] = make_uint2(v.z, v.w);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < KS; ++i) {
+                x[i] = ((const uint2 *) at)[i];
+            }
+        }
+    }
+};
+
+// 16 rows
+template <int KS>
+struct fasa_tile_16 {
+    uint4 x[KS];
+
+    __device__ __forceinline__ void load(const half * rows) {
+#pragma unroll
+        for (int s = 0; s < KS; ++s) {
+            x[s] = ((const uint4 *) rows)[s * 32 + threadIdx.x % 32];
+        }
+    }
+    // y: the products
+    __device__ __forceinline__ void dot(float (&y)[4], const fasa_tile_key<KS> & cell) const {
+        fasa_mma_first(y, x[0], cell.x[0]);
+#pragma unroll
+        for (int s = 1; s < KS; ++s) {
+            fasa_mma(y, { x[s].x, x[s].y, x[s].z, x[s].w }, cell.x[s].x, cell.x[s].y);
+        }
+    }
+};
+
+// 2^(x + by) for -127 < x + by < 128, 0 below and inf above; shift: (127 + by)/255. In 2^n * (1 + f), 1 + f is put
+// right by a polynomial; relative error below 0.0035
+static __device__ __forceinline__ float fasa_exp2_poly(float x, float shift) {
+    float t, m;
+    asm("fma.rn.ftz.sat.f32 %0, %1, %2, %3;" : "=f"(t) : "f"(x), "f"(1.0f / 255), "f"(shift));
+    const uint32_t z = __float_as_uint(t * (255 * 0x1p14f) + 0x1p23f) << 9;
+    asm("lop3.b32 %0, %1, 0x007fffff, %2, 0xea;" : "=f"(m) : "r"(z), "f"(1.0f)); // the mantissa, with 1's exponent
+    return __uint_as_float(z) * ((m * 0.23369418f - 0.69417286f) * m + 1.45702398f);
+}
+
+// What a warp's cells [first, first + n) are in the eyes of a tile; n: a multiple of 32
+struct fasa_tile_seen {
+    bool any, all;
+
+    __device__ __forceinline__ fasa_tile_seen(const int8_t * view, int first, int n) {
+        any = false, all = true;
+        for (int i = 0; i < n; i += 32) {
+            const int8_t x = view[first + i + threadIdx.x % 32];
+            any            = __any_sync(0xffffffff, x != FASA_SEEN_BY_NONE) || any;
+            all            = __all_sync(0xffffffff, x == FASA_SEEN_BY_ALL) && all;
+        }
+    }
+};
+
+// What the mask adds to the logits of rows r and r + 8. ALL: nothing
+template <bool ALL>
+struct fasa_tile_hides {
+    const half * row[2]; // nullptr: there is no such row
+
+    __device__ __forceinline__ fasa_tile_hides(const fasa_tile_tip_args & a, const fasa_tile_pair & at, int r) {
+        if constexpr (!ALL) {
+#pragma unroll
+            for (int u = 0; u < 2; ++u) {
+                row[u] =
+                    r + 8 * u < at.n ? a.mask.row(a.tiles.token(at.tile, (r + 8 * u) / a.n_group), at.stream) : nullptr;
+            }
+        }
+    }
+
+    // cells `cell` and `cell` + 1
+    __device__ __forceinline__ void add(int cell, int n_kv, float (&y)[4]) const {
+        if constexpr (!ALL) {
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const float x = row[i / 2] && cell + i % 2 < n_kv ? __half2float(row[i / 2][cell + i % 2]) : -INFINITY;
+                y[i]          = x == -INFINITY ? x : y[i] + x * LOG2E; // it may be anything, NaN too
+            }
+        }
+    }
+};
+
+static __device__ __forceinline__ void fasa_tile_cap(float soft_cap, float (&y)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        y[i] = fasa_soft_cap(y[i], soft_cap) * LOG2E;
+    }
+}

@@ -1,0 +1,46 @@
+#pragma once
+
+// What the kernels of sparse prefill share (ops/tile.h). A pair is a tile and a list of it: query heads [head0, head0 +
+// n_group) of a KV head. Its rows are its tokens' query heads, row t*n_group + g.
+
+#include "cuda/device.cuh"
+#include "ops/tile.h"
+
+// `tiles` of a graph, in device memory
+struct fasa_tiles_ref {
+    const int32_t * data;
+    int stride; // 2 + T
+
+    fasa_tiles_ref(const ggml_tensor * t) : data((const int32_t *) t->data), stride(t->nb[1] / sizeof(int32_t)) {}
+
+    __device__ __forceinline__ int stream(int i) const { return data[i * stride]; }
+    __device__ __forceinline__ int count(int i) const { return data[i * stride + 1]; }
+    __device__ __forceinline__ int token(int i, int t) const { return data[i * stride + 2 + t]; }
+};
+
+// the mask as the tiles see it: [n_kv, n_tps, 1, n_stream]
+struct fasa_tile_mask {
+    const char * data;
+    int64_t nb1, nb3;
+    int n_tps;
+
+    fasa_tile_mask(const ggml_tensor * m)
+        : data((const char *) m->data), nb1(m->nb[1]), nb3(m->nb[3]), n_tps(m->ne[1]) {}
+
+    __device__ __forceinline__ const half * row(int token, int stream) const {
+        return (const half *) (data + token % n_tps * nb1 + stream * nb3);
+    }
+};
+
+// fasa_mma with sums that begin at 0
+static __device__ __forceinline__ void fasa_mma_first(float (&y)[4], const uint4 & a, uint2 b) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, "
+        "%10, %10};"
+        : "=f"(y[0]), "=f"(y[1]), "=f"(y[2]), "=f"(y[3])
+        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y), "f"(0.0f));
+#else
+    y[0] = y[1] = y[2] = y[3] = 0.0f;
+    fasa_mma(y, { a.x, a.y, a.z, a.w }, b.x, b.y);
+#endif
+}
