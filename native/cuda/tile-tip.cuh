@@ -32,7 +32,8 @@ struct fasa_tile_sums {
     static constexpr int MT = KS <= 2 ? 4 : KS <= 4 ? 2 : 1, NT = 4, CELLS = 8 * NT;
     uint32_t rows[MT][KS][4];
     fasa_tile_key<KS> cells[NT];
-    float base[MT][2], sum[MT][2]; // of rows g and g + 8: what a logit is raised by, sum of 2^(t - TILE_EXP_SHIFT)
+    float base[MT][4]; // of rows g (twice) and g + 8 (twice): what a logit is raised by, as products begin
+    float sum[MT][2];  // of rows g and g + 8: of 2^(t - TILE_EXP_SHIFT)
 
     __device__ __forceinline__ void load(const half * from) {
 #pragma unroll
@@ -42,7 +43,7 @@ struct fasa_tile_sums {
                 const uint4 x = ((const uint4 *) from)[(m * KS + s) * 32 + threadIdx.x % 32];
                 rows[m][s][0] = x.x, rows[m][s][1] = x.z, rows[m][s][2] = x.y, rows[m][s][3] = x.w;
             }
-            base[m][0] = base[m][1] = SUMS_BASE; // also of rows that do not exist: their values are 0
+            base[m][0] = base[m][1] = base[m][2] = base[m][3] = SUMS_BASE; // also of rows that do not exist, all 0
             sum[m][0] = sum[m][1] = 0.0f;
         }
     }
@@ -51,70 +52,63 @@ struct fasa_tile_sums {
     template <bool ALL>
     __device__ __forceinline__ void logits(const fasa_tile_tip_args & a, const fasa_tile_hides<ALL> & hides, int m,
         int n, int cell0, float (&t)[4]) const {
-        const float b[2] = { CAP ? 0.0f : base[m][0], CAP ? 0.0f : base[m][1] };
-        fasa_tile_dot<KS>(t, { b[0], b[0], b[1], b[1] }, rows[m], cells[n].x);
         if constexpr (CAP) {
+            fasa_tile_dot<KS>(t, { 0.0f, 0.0f, 0.0f, 0.0f }, rows[m], cells[n].x);
             fasa_tile_cap(a.soft_cap, t);
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                t[i] += base[m][i / 2];
+                t[i] += base[m][i];
             }
+        } else {
+            fasa_tile_dot<KS>(t, base[m], rows[m], cells[n].x);
         }
         hides.add(cell0 + 8 * n + threadIdx.x % 4 * 2, a.n_kv, t);
     }
 
-    // part: the cells' sums. Whether all logits were below the windows' upper ends
+    // part: the cells' sums; beyond: a bit of TILE_BEYOND is set where a logit was above its window
     template <bool ALL>
-    __device__ __forceinline__ bool exponentials(
-        const fasa_tile_tip_args & a, const fasa_tile_pair & at, int row0, int cell0, float (&part)[MT][2]) const {
-        uint32_t beyond = 0;
+    __device__ __forceinline__ void exponentials(const fasa_tile_tip_args & a, const fasa_tile_hides<ALL> & hides,
+        int m, int cell0, float (&part)[2], uint32_t & beyond) const {
+        float c[4] = {};
 #pragma unroll
-        for (int m = 0; m < MT; ++m) {
-            const fasa_tile_hides<ALL> hides(a, at, row0 + 16 * m + threadIdx.x % 32 / 4);
-            float c[4] = {};
+        for (int n = 0; n < NT; n += 2) {
+            uint32_t steps[4];
 #pragma unroll
-            for (int n = 0; n < NT; n += 2) {
-                uint32_t steps[4];
+            for (int i = 0; i < 2; ++i) {
+                float t[4];
+                logits<ALL>(a, hides, m, n + i, cell0, t);
 #pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    float t[4];
-                    logits<ALL>(a, hides, m, n + i, cell0, t);
-#pragma unroll
-                    for (int u = 0; u < 2; ++u) {
-                        steps[2 * i + u] = fasa_tile_steps(t[2 * u], t[2 * u + 1]);
-                        beyond |= fasa_tile_beyond(steps[2 * i + u]);
-                    }
+                for (int u = 0; u < 2; ++u) {
+                    steps[2 * i + u] = fasa_tile_steps(t[2 * u], t[2 * u + 1]);
+                    beyond |= fasa_tile_beyond(steps[2 * i + u]);
                 }
-                fasa_tile_sum(c, steps);
             }
-            part[m][0] = c[0], part[m][1] = c[2];
+            fasa_tile_sum(c, steps);
         }
-        return !__any_sync(0xffffffff, beyond & TILE_BEYOND);
+        part[0] = c[0], part[1] = c[2];
     }
 
     // windows that are SUMS_ROOM above the cells' largest logits, where that is higher
     template <bool ALL>
     __device__ __forceinline__ void raise(
-        const fasa_tile_tip_args & a, const fasa_tile_pair & at, int row0, int cell0) {
+        const fasa_tile_tip_args & a, const fasa_tile_hides<ALL> & hides, int m, int cell0) {
+        float top[2] = { -INFINITY, -INFINITY };
 #pragma unroll
-        for (int m = 0; m < MT; ++m) {
-            const fasa_tile_hides<ALL> hides(a, at, row0 + 16 * m + threadIdx.x % 32 / 4);
-            float top[2] = { -INFINITY, -INFINITY };
+        for (int n = 0; n < NT; ++n) {
+            float t[4];
+            logits<ALL>(a, hides, m, n, cell0, t);
+            top[0] = fmaxf(top[0], fmaxf(t[0], t[1]));
+            top[1] = fmaxf(top[1], fmaxf(t[2], t[3]));
+        }
 #pragma unroll
-            for (int n = 0; n < NT; ++n) {
-                float t[4];
-                logits<ALL>(a, hides, m, n, cell0, t);
-                top[0] = fmaxf(top[0], fmaxf(t[0], t[1]));
-                top[1] = fmaxf(top[1], fmaxf(t[2], t[3]));
-            }
-#pragma unroll
-            for (int u = 0; u < 2; ++u) {
-                top[u]         = fmaxf(top[u], __shfl_xor_sync(0xffffffff, top[u], 1));
-                top[u]         = fmaxf(top[u], __shfl_xor_sync(0xffffffff, top[u], 2));
-                const float by = fmaxf(0.0f, ceilf(top[u] - (TILE_WINDOW - SUMS_ROOM)));
-                base[m][u] -= by;
-                sum[m][u] *= fasa_exp2(-by);
-            }
+        for (int u = 0; u < 2; ++u) {
+            top[u]         = fmaxf(top[u], __shfl_xor_sync(0xffffffff, top[u], 1));
+            top[u]         = fmaxf(top[u], __shfl_xor_sync(0xffffffff, top[u], 2));
+            const float by = fmaxf(0.0f, ceilf(top[u] - (TILE_WINDOW - SUMS_ROOM)));
+            base[m][2 * u] -= by;
+            base[m][2 * u + 1] -=
+                __shfl_xor_sync(0xffffffff, by, 1); // the same, but the compiler makes no copies of it
+            sum[m][u] *= fasa_exp2(-by);
         }
     }
 
@@ -129,36 +123,60 @@ struct fasa_tile_sums {
         }
     }
 
-    __device__ __forceinline__ void add(const float (&part)[MT][2]) {
+    // CELLS cells from cell0 on that all rows see. Whether that is done: if not, windows were moved, and it is to be
+    // done again. last: it is done anyway, or NaN would never be.
+    __device__ __forceinline__ bool add_all(
+        const fasa_tile_tip_args & a, const fasa_tile_pair & at, int row0, int cell0, const half * keys, bool last) {
+        const fasa_tile_hides<true> hides(a, at, row0);
+        float part[MT][2];
+        uint32_t beyond = 0;
+        load_cells<true>(keys, cell0, a.n_cell);
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-            sum[m][0] += part[m][0], sum[m][1] += part[m][1];
+            exponentials<true>(a, hides, m, cell0, part[m], beyond);
+        }
+        const bool done = !__any_sync(0xffffffff, beyond & TILE_BEYOND && !last);
+        if (done) {
+#pragma unroll
+            for (int m = 0; m < MT; ++m) {
+                sum[m][0] += part[m][0], sum[m][1] += part[m][1];
+            }
+        } else {
+#pragma unroll
+            for (int m = 0; m < MT; ++m) {
+                raise<true>(a, hides, m, cell0);
+            }
+        }
+        return done;
+    }
+
+    // the same of cells that some rows see
+    __device__ __forceinline__ void add_some(
+        const fasa_tile_tip_args & a, const fasa_tile_pair & at, int row0, int cell0, const half * keys) {
+        load_cells<false>(keys, cell0, a.n_cell);
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            const fasa_tile_hides<false> hides(a, at, row0 + 16 * m + threadIdx.x % 32 / 4);
+            float part[2];
+            uint32_t beyond = 0;
+            raise<false>(a, hides, m, cell0);
+            exponentials<false>(a, hides, m, cell0, part, beyond);
+            sum[m][0] += part[0], sum[m][1] += part[1];
         }
     }
 
     // the chunks [first, last) of CELLS cells
     __device__ __forceinline__ void run(const fasa_tile_tip_args & a, const fasa_tile_pair & at, int row0, int first,
         int last, const half * keys, const int8_t * view) {
-        float part[MT][2];
-        int raised = -1; // the last chunk for which windows were moved: once, or NaN would end in a loop
+        bool again = false;
 #pragma unroll 1
-        for (int i = first; i < last;) {
+        for (int i = first; i < last; i += !again) {
             const fasa_tile_seen seen(view, i * CELLS, CELLS);
             if (seen.all) {
-                load_cells<true>(keys, i * CELLS, a.n_cell);
-                if (!exponentials<true>(a, at, row0, i * CELLS, part) && raised != i) {
-                    raise<true>(a, at, row0, i * CELLS);
-                    raised = i;
-                    continue;
-                }
-                add(part);
+                again = !add_all(a, at, row0, i * CELLS, keys, again);
             } else if (seen.any) {
-                load_cells<false>(keys, i * CELLS, a.n_cell);
-                raise<false>(a, at, row0, i * CELLS);
-                exponentials<false>(a, at, row0, i * CELLS, part);
-                add(part);
+                add_some(a, at, row0, i * CELLS, keys);
             }
-            ++i;
         }
     }
 
@@ -169,7 +187,7 @@ struct fasa_tile_sums {
 #pragma unroll
                 for (int u = 0; u < 2; ++u) {
                     part[16 * m + 8 * u + threadIdx.x % 32 / 4] =
-                        make_float2(sum[m][u] > 0.0f ? TILE_EXP_SHIFT - base[m][u] : -INFINITY, sum[m][u]);
+                        make_float2(sum[m][u] > 0.0f ? TILE_EXP_SHIFT - base[m][2 * u] : -INFINITY, sum[m][u]);
                 }
             }
         }
@@ -177,7 +195,8 @@ struct fasa_tile_sums {
 };
 
 template <int KS, bool CAP>
-static __global__ void __launch_bounds__(32 * TILE_WARPS, 2) fasa_tile_sums_kernel(const fasa_tile_tip_args a) {
+static __global__ void __launch_bounds__(32 * TILE_WARPS, KS <= 6 ? 2 : 1) fasa_tile_sums_kernel(
+    const fasa_tile_tip_args a) {
     typedef fasa_tile_sums<KS, CAP> sums;
     const int n_rows = a.n_row / (16 * sums::MT), unit = blockIdx.y * TILE_WARPS + threadIdx.x / 32;
     const int row0 = unit % n_rows * (16 * sums::MT), part = unit / n_rows, pair = blockIdx.x;
@@ -288,6 +307,15 @@ struct fasa_tile_pool {
         const uint4 * row_at    = (const uint4 *) rows + threadIdx.x % 32;
         const float4 * base_at  = (const float4 *) base + threadIdx.x % 4;
         const uint2 * factor_at = (const uint2 *) factor + threadIdx.x % 4;
+        if constexpr (!ALL || KS > 4) { // as few registers as that takes
+#pragma unroll 1
+            for (int row0 = 0; row0 < at.n; row0 += 16, row_at += 32 * KS, base_at += 8, factor_at += 4) {
+                fragment f;
+                f.load(row_at, base_at, factor_at);
+                add<ALL>(a, at, row0, cell0, f);
+            }
+            return;
+        }
         fragment f[2]; // there are whole ROWS_STEPs
         f[0].load(row_at, base_at, factor_at);
 #pragma unroll 1
