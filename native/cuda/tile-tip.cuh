@@ -123,31 +123,31 @@ struct fasa_tile_sums {
         }
     }
 
-    // CELLS cells from cell0 on that all rows see. Whether that is done: if not, windows were moved, and it is to be
-    // done again. last: it is done anyway, or NaN would never be.
-    __device__ __forceinline__ bool add_all(
-        const fasa_tile_tip_args & a, const fasa_tile_pair & at, int row0, int cell0, const half * keys, bool last) {
+    // CELLS cells from cell0 on that all rows see
+    __device__ __forceinline__ void add_all(
+        const fasa_tile_tip_args & a, const fasa_tile_pair & at, int row0, int cell0, const half * keys) {
         const fasa_tile_hides<true> hides(a, at, row0);
         float part[MT][2];
-        uint32_t beyond = 0;
+        uint32_t beyond[MT] = {}, any = 0;
         load_cells<true>(keys, cell0, a.n_cell);
 #pragma unroll
         for (int m = 0; m < MT; ++m) {
-            exponentials<true>(a, hides, m, cell0, part[m], beyond);
+            exponentials<true>(a, hides, m, cell0, part[m], beyond[m]);
+            any |= beyond[m];
         }
-        const bool done = !__any_sync(0xffffffff, beyond & TILE_BEYOND && !last);
-        if (done) {
+        if (__any_sync(0xffffffff, any & TILE_BEYOND)) {
 #pragma unroll
             for (int m = 0; m < MT; ++m) {
-                sum[m][0] += part[m][0], sum[m][1] += part[m][1];
-            }
-        } else {
-#pragma unroll
-            for (int m = 0; m < MT; ++m) {
-                raise<true>(a, hides, m, cell0);
+                if (__any_sync(0xffffffff, beyond[m] & TILE_BEYOND)) {
+                    raise<true>(a, hides, m, cell0);
+                    exponentials<true>(a, hides, m, cell0, part[m], beyond[m]);
+                }
             }
         }
-        return done;
+#pragma unroll
+        for (int m = 0; m < MT; ++m) {
+            sum[m][0] += part[m][0], sum[m][1] += part[m][1];
+        }
     }
 
     // the same of cells that some rows see
@@ -168,12 +168,11 @@ struct fasa_tile_sums {
     // the chunks [first, last) of CELLS cells
     __device__ __forceinline__ void run(const fasa_tile_tip_args & a, const fasa_tile_pair & at, int row0, int first,
         int last, const half * keys, const int8_t * view) {
-        bool again = false;
 #pragma unroll 1
-        for (int i = first; i < last; i += !again) {
+        for (int i = first; i < last; ++i) {
             const fasa_tile_seen seen(view, i * CELLS, CELLS);
             if (seen.all) {
-                again = !add_all(a, at, row0, i * CELLS, keys, again);
+                add_all(a, at, row0, i * CELLS, keys);
             } else if (seen.any) {
                 add_some(a, at, row0, i * CELLS, keys);
             }
