@@ -163,6 +163,8 @@ def _eval_answers(a: argparse.Namespace, text: str | None, arms: list[Arm]) -> N
 
     places = a.question if a.task == "needle" and a.question else []
     numbers = ruler.Numbers(*(getattr(a, name) for name in NUMBERS)) if a.task == "ruler" else ruler.Numbers()
+    if places and a.n_predict:
+        raise FasaError("--n-predict: nothing is written with --question; omit one of the two")
     if a.task == "ruler" and a.records and numbers.given():
         raise FasaError(f"--{next(iter(numbers.given())).replace('_', '-')} makes records; omit it, or --records")
     own_prompt = a.own_prompt or bool(places)  # where the answer stands in the prompt, the prompt is all there is

@@ -168,3 +168,29 @@ def test_the_command(library, profiled, tmp_path, capsys):
     assert all(r["arms"][1]["counters"]["steps_prefill_sparse"] for r in out["samples"])
     assert cli.main(argv) == 0 and "needle_edge" in capsys.readouterr().out  # from the file
     assert len((tmp_path / "r.jsonl").read_text().splitlines()) == 3
+    assert cli.main([*argv, "-n", "4"]) == 1
+    assert "--n-predict: nothing is written with --question; omit one of the two" in capsys.readouterr().err
+
+
+def test_other_numbers_by_the_command(library, profiled, tmp_path, capsys):
+    argv = [
+        "eval",
+        profiled,
+        "-t",
+        "1",
+        "--task",
+        "ruler",
+        "--tasks",
+        "niah_multivalue",
+        "--lengths",
+        "1600",
+        "-n",
+        "2",
+    ]
+    argv += ["--samples", "1", "--num-needle-v", "2"]
+    assert cli.main([*argv, "--json", "--save-records", str(tmp_path / "r.jsonl")]) == 0
+    out = json.loads(capsys.readouterr().out)
+    assert out["rows"][0]["numbers"] == {"num_needle_v": 2} and len(out["samples"][0]["outputs"]) == 2
+    assert cli.main(argv) == 0 and "niah_multivalue at 1600: num_needle_v 2" in capsys.readouterr().out
+    assert cli.main([*argv, "--records", str(tmp_path / "r.jsonl")]) == 1
+    assert "--num-needle-v makes records; omit it, or --records" in capsys.readouterr().err
