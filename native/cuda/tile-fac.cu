@@ -81,12 +81,12 @@ static __global__ void __launch_bounds__(GATHER_THREADS) fasa_tile_gather_mask_k
     __syncthreads();
     const int lane = threadIdx.x % 32;
     const int4 low = ((const int4 *) first)[2 * lane], high = ((const int4 *) first)[2 * lane + 1];
-    half * out = a.mask_to + (int64_t) pair * a.size * a.n_pad + blockIdx.x * FAC_STEP + 8 * lane;
+    half * out     = a.mask_to + (int64_t) pair * a.size * a.n_pad + blockIdx.x * FAC_STEP + 8 * lane;
     const auto two = [](int x, int y, int pos) { // 0 or -inf
         return (x <= pos ? 0u : 0xfc00u) | (y <= pos ? 0u : 0xfc000000u);
     };
     for (int t = threadIdx.x / 32; t < a.size; t += GATHER_THREADS / 32) {
-        const int pos = t < count ? a.tiles.pos(tile, t) : -1;
+        const int pos                            = t < count ? a.tiles.pos(tile, t) : -1;
         *(uint4 *) (out + (int64_t) t * a.n_pad) = make_uint4(
             two(low.x, low.y, pos), two(low.z, low.w, pos), two(high.x, high.y, pos), two(high.z, high.w, pos));
     }
@@ -199,20 +199,19 @@ static void fasa_tile_attend(
 
 void fasa_cuda_tile_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p) {
     const ggml_tensor *list = dst->src[0], *q = dst->src[1], *k = dst->src[2], *v = dst->src[3], *tiles = dst->src[6];
-    fasa_tile_fac_args a    = { (const int32_t *) list->data, (const char *) q->data, (const char *) k->data,
+    fasa_tile_fac_args a = { (const int32_t *) list->data, (const char *) q->data, (const char *) k->data,
         (const char *) v->data, (int64_t) q->nb[1], (int64_t) q->nb[2], (int64_t) k->nb[1], (int64_t) k->nb[2],
         (int64_t) k->nb[3], (int64_t) v->nb[1], (int64_t) v->nb[2], (int64_t) v->nb[3], k->type, v->type,
-        fasa_tile_mask(dst->src[4]), fasa_tiles_ref(tiles),
-        (float *) dst->data };
-    a.n_len                 = list->ne[0];
-    a.n_list                = list->ne[1];
-    a.n_head                = dst->ne[1];
-    a.n_group               = a.n_head / a.n_list;
-    a.n_per_kv              = a.n_list / k->ne[1];
-    a.d                     = k->ne[0];
-    a.sinks                 = dst->src[5] ? (const float *) dst->src[5]->data : nullptr;
-    a.n_pad                 = (a.n_len - 1 + !!a.sinks + FAC_STEP - 1) / FAC_STEP * FAC_STEP;
-    a.size                  = (fasa_tile_size(tiles) + FAC_TOKENS - 1) / FAC_TOKENS * FAC_TOKENS;
+        fasa_tile_mask(dst->src[4]), fasa_tiles_ref(tiles), (float *) dst->data };
+    a.n_len              = list->ne[0];
+    a.n_list             = list->ne[1];
+    a.n_head             = dst->ne[1];
+    a.n_group            = a.n_head / a.n_list;
+    a.n_per_kv           = a.n_list / k->ne[1];
+    a.d                  = k->ne[0];
+    a.sinks              = dst->src[5] ? (const float *) dst->src[5]->data : nullptr;
+    a.n_pad              = (a.n_len - 1 + !!a.sinks + FAC_STEP - 1) / FAC_STEP * FAC_STEP;
+    a.size               = (fasa_tile_size(tiles) + FAC_TOKENS - 1) / FAC_TOKENS * FAC_TOKENS;
 
     const size_t row = a.d * sizeof(half), bytes = a.n_list * (size_t) a.n_pad * (2 * row + a.size * sizeof(half));
     const int64_t n_tile = tiles->ne[1], turn = std::min<int64_t>(n_tile, std::max<size_t>(1, FAC_ROOM / bytes));

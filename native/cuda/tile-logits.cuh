@@ -183,8 +183,8 @@ struct fasa_tile_hides {
     // cells `cell`, an even number, and `cell` + 1; VIEW and positions go on to a whole span behind the last cell
     __device__ __forceinline__ void add(int cell, int /* n_kv */, float (&y)[4]) const {
         if constexpr (!ALL) {
-            const char2 seen = *(const char2 *) (view + cell);
-            const int2 at    = *(const int2 *) (cell_pos + cell);
+            const char2 seen   = *(const char2 *) (view + cell);
+            const int2 at      = *(const int2 *) (cell_pos + cell);
             const int first[2] = { seen.x == FASA_SEEN_BY_NONE ? INT_MAX : at.x,
                 seen.y == FASA_SEEN_BY_NONE ? INT_MAX : at.y };
 #pragma unroll

@@ -109,10 +109,10 @@ void llm_graph_input_fasa::set_input(const llama_ubatch * ubatch) {
     write(tiles.forced, [&](int32_t * to) {
         inputs.set_tile_forced(to, tiles.forced->ne[0], state.now.tiles, state.params.sink, state.params.prefill_band);
     });
-    write_in_place(tiles.view,
-        [&](void * to) { inputs.set_tile_view((int8_t *) to, tiles.view->ne[0], state.now.tiles); });
-    write_in_place(tiles.cell_pos,
-        [&](void * to) { inputs.set_cell_pos((int32_t *) to, tiles.cell_pos->ne[0], n_stream); });
+    write_in_place(
+        tiles.view, [&](void * to) { inputs.set_tile_view((int8_t *) to, tiles.view->ne[0], state.now.tiles); });
+    write_in_place(
+        tiles.cell_pos, [&](void * to) { inputs.set_cell_pos((int32_t *) to, tiles.cell_pos->ne[0], n_stream); });
     auto & now = state.now;
     now.counts.layers_sparse += n_sparse;
     now.counts.layers_ahead += ahead.size();

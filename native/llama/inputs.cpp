@@ -114,8 +114,8 @@ bool fasa_inputs::set_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool
         return true;
     }
     const int64_t n_kv = mask->ne[0];
-    if (!ggml_backend_buffer_is_host(mask->buffer) || !enabled || !causal || mask->type != GGML_TYPE_F16 || kv.swa_type != LLAMA_SWA_TYPE_NONE ||
-        kv.hparams.use_alibi || ubatch.is_pos_2d()) {
+    if (!ggml_backend_buffer_is_host(mask->buffer) || !enabled || !causal || mask->type != GGML_TYPE_F16 ||
+        kv.swa_type != LLAMA_SWA_TYPE_NONE || kv.hparams.use_alibi || ubatch.is_pos_2d()) {
         return false;
     }
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {

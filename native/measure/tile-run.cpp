@@ -17,8 +17,7 @@
 static int fasa_tile_check(const fasa_tile_case & c) {
     const fasa_op_case & op = *c.op;
     if (fasa_check_given(c.tiles, "tiles") != 0 || fasa_check_given(c.cell_pos, "cell_pos") != 0 ||
-        fasa_check_given(c.own, "own") != 0 ||
-        fasa_check_range("n_tile", c.n_tile, 1, 1 << 20) != 0 ||
+        fasa_check_given(c.own, "own") != 0 || fasa_check_range("n_tile", c.n_tile, 1, 1 << 20) != 0 ||
         fasa_check_range("tile_size", c.tile_size, 1, 1 << 20) != 0) {
         return -1;
     }
@@ -104,7 +103,7 @@ void fasa_tile_run_graph::write_view(const fasa_tile_case & c) const {
     std::vector<int8_t> view(ggml_nelements(in.view), FASA_SEEN_BY_NONE);
     for (int64_t i = 0; i < c.n_tile; ++i) {
         const int32_t *tile = c.tiles + i * (2 + 2 * (int64_t) c.tile_size), *at = tile + 2 + c.tile_size,
-                      *of = c.cell_pos + tile[0] * n_kv;
+                      *of        = c.cell_pos + tile[0] * n_kv;
         const auto [first, last] = std::minmax_element(at, at + tile[1]);
         for (int64_t j = 0; tile[1] > 0 && j < n_kv; ++j) {
             view[i * n_row + j] =
@@ -116,14 +115,14 @@ void fasa_tile_run_graph::write_view(const fasa_tile_case & c) const {
 }
 
 int fasa_tile_run_graph::build(const fasa_tile_case & c) {
-    layer.select.layer = &layer.fixed;
+    layer.select.layer  = &layer.fixed;
     const int64_t n_row = fasa_n_span(c.op->n_kv) * FASA_SPAN;
-    in.tiles           = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 2 + 2 * (int64_t) c.tile_size, c.n_tile);
-    in.forced          = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, c.op->n_forced, c.n_tile);
-    in.view            = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I8, n_row, c.n_tile);
-    in.cell_pos        = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_row, c.op->n_stream);
-    select             = fasa_build_tile_select(ctx.get(), layer.select, in);
-    tip                = select->src[0];
+    in.tiles            = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 2 + 2 * (int64_t) c.tile_size, c.n_tile);
+    in.forced           = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, c.op->n_forced, c.n_tile);
+    in.view             = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I8, n_row, c.n_tile);
+    in.cell_pos         = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_row, c.op->n_stream);
+    select              = fasa_build_tile_select(ctx.get(), layer.select, in);
+    tip                 = select->src[0];
     layer.build_fac(ctx.get(), select); // fills layer.fac
     fac = fasa_build_tile_fac(ctx.get(), layer.fac, in);
     for (ggml_tensor * t : { tip->src[0], tip, select, fac }) {

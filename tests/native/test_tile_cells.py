@@ -116,7 +116,7 @@ def test_graphs_that_are_used_again(request, model, layers):
 
     rows = []
     for params in (ALL, OFF):
-        with Session(path, n_ctx=2048, n_threads=1, n_ubatch=64, **F32) as s:
+        with Session(path, n_ctx=2048, n_threads=1, n_ubatch=64, swa_full=False, **F32) as s:
             s.fasa.set_profile(synthetic_profile([h[0] for h in shapes], [8 if h[0] else 0 for h in shapes], seed=2))
             s.fasa.set_params(params)
             rows.append(s.decode(tokens_of(800), 0, logits="all"))
