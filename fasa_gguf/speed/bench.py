@@ -231,6 +231,9 @@ def _measure_context(
     timer = Timer(s, n, settings.fill, progress or (lambda what, done, total: None))
     has_read_rate = not is_host and max(depths) >= PLAIN_READ_FROM and read_rate(s.fasa, 1) is not None
     base_s = timer.empty_step(settings.n_gen) if has_read_rate else None
+    # with a cache in device memory the copy rate says enough
+    on_cpu = not is_host and (config["n_gpu_layers"] == 0 or not is_offloaded or not runtime.devices.cuda_devices())
+    base_s = timer.empty_step(settings.n_gen) if on_cpu and max(depths) >= PLAIN_READ_FROM else None
     for depth in depths:
         group = _measure(timer, settings, here, depth)
         for r in group:

@@ -137,6 +137,20 @@ class Timer:
                 self.rewind(depth)
         return seconds / (n * repetitions)
 
+    def empty_step(self, n: int) -> float:
+        """Seconds of a dense decode step with an empty cache: the mean of n, after WARM_STEPS. Leaves it empty."""
+        self.s.fasa.set_params(None)
+        self.s.clear()
+        self.in_cache = 0
+        for j in range(WARM_STEPS):
+            self.step(j, j)
+        start = time.perf_counter()
+        for j in range(WARM_STEPS, WARM_STEPS + n):
+            self.step(j, j)
+        seconds = (time.perf_counter() - start) / n
+        self.s.clear()
+        return seconds
+
     def prompt(self, p: FasaParams | None, depth: int, n: int) -> Sample:
         """A prefill of n tokens of sequence 0 after `depth` cells, and the first decode step after it."""
         self.s.fasa.set_params(p)
