@@ -182,8 +182,7 @@ int fasa_op_time_run::set_inputs(
 
 static int fasa_op_time_case(const fasa_op_case * c, int32_t n_layer, int32_t n_rep, fasa_op_times * times) {
     ggml_type type_k, type_v;
-    if (fasa_op_check(c, type_k, type_v) != 0 || fasa_check_given(c->mask, "mask") != 0 ||
-        fasa_check_size(times, "fasa_op_times") != 0) {
+    if (fasa_op_check(c, type_k, type_v) != 0 || fasa_check_size(times, "fasa_op_times") != 0) {
         return -1;
     }
     if (n_layer < 1 || n_layer > 100 || n_rep < 1) {
