@@ -438,19 +438,16 @@ typedef struct fasa_op_case {
 FASA_API int fasa_op_run(const fasa_op_case * test);
 
 // The same of sparse prefill, for tests against fasa_gguf/reference_prefill.py. op->forced is [n_tile, n_forced],
-// op->out_count [n_tile, n_list], op->out_list [n_tile, n_list, length]; mask, fresh cells, a given list and out_est
-// are ignored. A query sees the cells of its tile's sequence up to its own position.
+// op->out_count [n_tile, n_list], op->out_list [n_tile, n_list, length]; mask, fresh, list, out_est: unused.
 typedef struct fasa_tile_case {
     uint64_t size;
     const fasa_op_case * op;
-    int32_t n_tile;
-    int32_t tile_size;
-    const int32_t * tiles; // [n_tile, 2 + 2*tile_size] of each its stream, the number of its tokens, their numbers in
-                           // [n_stream, n_tokens], and from 2 + tile_size on their positions
+    int32_t n_tile, tile_size;
+    const int32_t * tiles;    // [n_tile, 2 + 2*tile_size] as in ops/tile.h, tokens by number in [n_stream, n_tokens]
     const int32_t * cell_pos; // [n_stream, n_kv] the position of every cell, -1: it is empty
     const uint8_t * own;      // [n_tile, n_kv] not 0: the cell is of the tile's sequence
-    float * out_score; // [n_tile, n_head, n_kv] the softmaxes of a tile's queries, added up, times 2^60; of a device
-                       // those of a list's heads together, as its first head's, and 0 as the others'
+    // [n_tile, n_head, n_kv] the softmaxes of a tile's queries, added up, times 2^60; of a device a list's together
+    float * out_score;
 } fasa_tile_case;
 FASA_API int fasa_tile_run(const fasa_tile_case * test);
 
