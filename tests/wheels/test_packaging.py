@@ -58,6 +58,13 @@ def test_the_cuda_package_is_of_the_same_version():
     assert main["project"]["optional-dependencies"]["cuda"] == [f"fasa-gguf-cuda=={version}"]
 
 
+def test_the_cuda_package_links_only_what_it_depends_on():
+    """llama.cpp links NCCL wherever it finds it."""
+    cuda = project("native/wheel/pyproject.toml")
+    needs = " ".join(cuda["project"]["dependencies"])
+    assert "nvidia-nccl" in needs or "-DGGML_CUDA_NCCL=OFF" in cuda["tool"]["scikit-build"]["cmake"]["args"]
+
+
 def test_the_install_page_names_what_there_is():
     page = (ROOT / "docs" / "guide" / "install.md").read_text()
     extras = set(re.findall(r"\[(\w+)\]'", page))
