@@ -10,10 +10,10 @@
 set -euo pipefail
 python=${PYTHON:-python3}
 
-# A fresh environment build/$1 with these packages. pip is DIR's: a Python may lack it.
+# A fresh environment build/$1 with these packages. pip is DIR's: that Python may lack it.
 environment() {
     "$python" -m venv --clear --without-pip "build/$1"
-    "build/$1/bin/python" "$folder"/pip-*.whl/pip install -q --no-index --find-links "$folder" "${@:2}"
+    "build/$1/bin/python" "$pip" install -q --no-index --find-links "$folder" "${@:2}"
 }
 
 case ${1:-}${3:+ ok} in
@@ -33,6 +33,7 @@ case ${1:-}${3:+ ok} in
     ;;
 "build ok")
     folder=$(cd "$2" && pwd)
+    pip=$(echo "$folder"/pip-*.whl)/pip # Python runs a wheel's package as it lies
     export PIP_NO_INDEX=1 # where the checkout is another one, its source would be fetched
     mkdir -p build/wheel-cuda-objects
     tar -C build/wheel-cuda-objects -xJf "$folder/tree.tar.xz"
@@ -43,7 +44,7 @@ case ${1:-}${3:+ ok} in
     ls -l dist
     environment offline-env fasa_gguf
     # CUDA's libraries are the machine's
-    build/offline-env/bin/python "$folder"/pip-*.whl/pip install -q --no-deps dist/fasa_gguf_cuda-*.whl
+    build/offline-env/bin/python "$pip" install -q --no-deps dist/fasa_gguf_cuda-*.whl
     build/offline-env/bin/python tests/wheels/smoke.py --gpu
     ;;
 *)

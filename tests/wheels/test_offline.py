@@ -63,6 +63,7 @@ def test_the_build_asks_no_index(checkout):
     assert done.returncode == 0, done.stderr
     assert (checkout / "build" / "wheel-cuda-objects" / "llama.cpp-src" / ".fasa-prepared").exists()
     assert {index for index, _, _ in calls} == {"1"}
+    assert sum(f"{checkout}/away/pip-1-py3-none-any.whl/pip install" in c for _, _, c in calls) == 3
     building = next(x for x in calls if "pip wheel" in x[2])
     assert building[1] == "-DCMAKE_CUDA_ARCHITECTURES=90-real" and "--no-build-isolation" in building[2]
     assert calls[-1][2] == "tests/wheels/smoke.py --gpu"
