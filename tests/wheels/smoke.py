@@ -135,6 +135,10 @@ def check_gpu():
 
     found = devices.cuda_devices()
     check(found, "no CUDA device")
+    if backends.cuda_facts():
+        folder = backends._cuda_package()
+        lacking = [x for x in ("LICENSE", "LICENSE.llama.cpp") if not (folder / x).exists()]
+        check(not lacking, f"{folder} lacks {', '.join(lacking)}")
     names = [d.description for d in devices.devices() if d.is_gpu]
     say("cuda", f"{', '.join(names)}; {backends.cuda_facts() or 'linked'}")
     for name in ("libggml-cuda", "libcudart", "libcublas"):

@@ -65,6 +65,20 @@ def test_the_cuda_package_links_only_what_it_depends_on():
     assert "nvidia-nccl" in needs or "-DGGML_CUDA_NCCL=OFF" in cuda["tool"]["scikit-build"]["cmake"]["args"]
 
 
+@pytest.mark.parametrize("name", ["pyproject.toml", "native/wheel/pyproject.toml"])
+def test_a_wheel_brings_the_licences(name):
+    """A pattern that leads out of the package's folder matches nothing, and nothing is said of it."""
+    patterns = project(name)["tool"]["scikit-build"]["wheel"]["license-files"]
+    folder = (ROOT / name).parent
+    assert all(".." not in x and (folder / x).exists() for x in patterns)
+    if not patterns:
+        installed = re.findall(
+            r"install\(FILES [^)]*DESTINATION fasa_gguf_cuda[^)]*\)", (ROOT / "CMakeLists.txt").read_text()
+        )
+        assert len(installed) == 1 and {"LICENSE", "cuda"} <= set(re.split(r"[\s()]+", installed[0]))
+        assert "LICENSE.llama.cpp" in installed[0]
+
+
 def test_the_install_page_names_what_there_is():
     page = (ROOT / "docs" / "guide" / "install.md").read_text()
     extras = set(re.findall(r"\[(\w+)\]'", page))
