@@ -122,6 +122,8 @@ def cmd_bench(a: argparse.Namespace) -> None:
 
     try:
         if a.find_crossover:
+            if not settings.n_gen:
+                raise FasaError("--find-crossover looks at decode steps; give -n 1 or more")
             if len(arms) > 1:
                 raise FasaError("--find-crossover looks for one depth; give every --fasa setting one value")
             settings = settings if a.n_depth else replace(settings, depths=CROSSOVER_DEPTHS)
@@ -153,7 +155,7 @@ def _plot_measured(a: argparse.Namespace) -> None:
 
 def _add_measurement_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("-d", "--n-depth", type=comma_list(0), help="comma list of cache depths in tokens [0,4096,8192]")
-    p.add_argument("-n", "--n-gen", type=whole(1), default=32, help="tokens per sequence and repetition [32]")
+    p.add_argument("-n", "--n-gen", type=whole(0), default=32, help="tokens per sequence and repetition; 0: none [32]")
     p.add_argument(
         "-p",
         "--n-prompt",

@@ -14,6 +14,7 @@ from ..params import FasaParams
 from ..profile.find import require_profile
 from ..profile.profile import Profile
 from ..quality.arms import Arm, parse_arms
+from ..quality.questions import PLACES
 from ..runtime.settings import ContextSettings
 from .arguments import (
     AddCommand,
@@ -30,6 +31,8 @@ from .arguments import (
 )
 from .progress import progress_bar
 
+NUMBERS = ("num_needle_k", "num_needle_v", "num_needle_q", "num_chains", "num_hops")  # of ruler.Numbers
+
 # the flags that only some tasks take, with their defaults
 TASK_FLAGS: dict[str, dict[str, Any]] = {
     "ppl": {"windows": 10, "window": 4096, "score": 384, "score_batch": 1, "dense_steps": False, "own_prompt": False},
@@ -41,6 +44,7 @@ TASK_FLAGS: dict[str, dict[str, Any]] = {
         "raw": False,
         "n_predict": 0,
         "own_prompt": False,
+        **dict.fromkeys(NUMBERS, 0),
         "records": None,
         "save_records": None,
     },
@@ -52,10 +56,19 @@ TASK_FLAGS: dict[str, dict[str, Any]] = {
         "raw": False,
         "n_predict": 0,
         "own_prompt": False,
+        "question": None,
         "png": None,
     },
     "long": {"windows": 1, "window": 2048, "n_predict": 2000},
 }
+
+
+def places(text: str) -> list[str]:
+    """A comma list of places of a question."""
+    names = text.split(",")
+    if bad := [name for name in names if name not in PLACES]:
+        raise argparse.ArgumentTypeError(f"expected a comma list of {', '.join(PLACES)}, found {bad[0]!r}")
+    return names
 
 
 def _apply_task_flags(a: argparse.Namespace) -> None:
@@ -146,10 +159,19 @@ def _eval_answers(a: argparse.Namespace, text: str | None, arms: list[Arm]) -> N
     from ..quality import ruler, tasks
     from ..quality.answers import format_answers
     from ..quality.needles import format_needles, needle_grid, needle_questions
+    from ..quality.questions import format_questions, shared_tile
 
-    settings = tasks.TaskSettings(text, a.seed, a.raw, a.n_predict, a.own_prompt, _context(a))
+    places = a.question if a.task == "needle" and a.question else []
+    numbers = ruler.Numbers(*(getattr(a, name) for name in NUMBERS)) if a.task == "ruler" else ruler.Numbers()
+    if places and a.n_predict:
+        raise FasaError("--n-predict: nothing is written with --question; omit one of the two")
+    if a.task == "ruler" and a.records and numbers.given():
+        raise FasaError(f"--{next(iter(numbers.given())).replace('_', '-')} makes records; omit it, or --records")
+    own_prompt = a.own_prompt or bool(places)  # where the answer stands in the prompt, the prompt is all there is
+    settings = tasks.TaskSettings(text, a.seed, a.raw, a.n_predict, own_prompt, _context(a), numbers)
     if a.task == "needle":
-        questions = needle_questions(a.lengths, a.depths, a.samples)
+        tile = shared_tile(arms) if places else 0
+        questions = needle_questions(a.lengths, a.depths, a.samples, places=places, tile=tile)
     elif a.records:
         questions = tasks.record_questions(a.model, ruler.read_records(a.records), settings)
     else:
@@ -168,7 +190,7 @@ def _eval_answers(a: argparse.Namespace, text: str | None, arms: list[Arm]) -> N
 
         save_needle_map(out["grid"], a.png)
         print(f"needle map: {a.png}", file=sys.stderr)
-    _print(a, out, format_needles(out["rows"], out["grid"]))
+    _print(a, out, format_questions(out["rows"]) if places else format_needles(out["rows"], out["grid"]))
 
 
 def _add_flags_of_all_tasks(p: argparse.ArgumentParser) -> None:
@@ -191,7 +213,7 @@ def _add_flags_of_all_tasks(p: argparse.ArgumentParser) -> None:
         "--arms",
         metavar="TEXT",
         help="arms with settings of their own, such as 'mass=0.9,cap=4096;mass=0.9,floor=16'; "
-        "profile=FILE is one too, and `dense` alone is dense step by step",
+        "profile=FILE is one too, ubatch=N is of the arm's own prompt, `dense` alone is dense step by step",
     )
     p.add_argument(
         "--resume", metavar="FILE.jsonl", help="keep every finished sample here, and skip those that are there"
@@ -214,7 +236,10 @@ def _add_flags_of_some_tasks(p: argparse.ArgumentParser) -> None:
         help="ppl: scored tokens that a FASA arm decodes at once, as drafts are: the same figures, sooner [1]",
     )
     p.add_argument(
-        "--dense-steps", action="store_true", default=None, help="ppl: decode the dense arm token by token too"
+        "--dense-steps",
+        action="store_true",
+        default=None,
+        help="ppl: decode dense as the other arms, token by token or --score-batch at a time",
     )
     p.add_argument(
         "--own-prompt",
@@ -229,7 +254,22 @@ def _add_flags_of_some_tasks(p: argparse.ArgumentParser) -> None:
         type=comma_list(64),
         help="ruler, needle: comma list of tokens, prompt and answer [4096; 1000,2000,4000,7000]",
     )
+    for flag, what in (
+        ("--num-needle-k", "keys, of niah_multikey_1"),
+        ("--num-needle-v", "values of a key, of niah_multivalue"),
+        ("--num-needle-q", "keys that are asked for, of niah_multiquery"),
+        ("--num-chains", "chains, of vt, the first of which is asked for"),
+        ("--num-hops", "assignments of a chain after its first, of vt"),
+    ):
+        p.add_argument(flag, type=whole(1), metavar="N", help=f"ruler: {what} [RULER's]")
     p.add_argument("--depths", type=whole(1), help="needle: depths from 0 to 100%% [5]")
+    p.add_argument(
+        "--question",
+        type=places,
+        metavar="PLACES",
+        help="needle: comma list of end, middle and edge: where in the prompt the question stands, its answer behind "
+        "it (implies --own-prompt)",
+    )
     p.add_argument("--samples", type=whole(1), help="ruler: per task and length [10]; needle: per cell [1]")
     p.add_argument("--seed", type=whole(0), help="ruler, needle: another seed, other samples [42]")
     p.add_argument("--raw", action="store_true", default=None, help="ruler, needle: no chat template")

@@ -44,7 +44,28 @@ def _arm_figures(samples: Sequence[dict[str, Any]], i: int) -> dict[str, Any]:
         **{k: c[k] for k in COUNTERS[:4]},
         "tokens_attended": c["tokens_attended"] / c["lists"] if c["lists"] else None,
         "kv_read_share": read_share(c) if c["lists"] else 1.0,
+        "prefill_share": _prefill_share(samples, i),
+        **_logp_figures(samples, i),
     }
+
+
+def _prefill_share(samples: Sequence[dict[str, Any]], i: int) -> float | None:
+    """Cells that arm i's own sparse prompts attended, as a share of dense's; None: there were none."""
+    attended, visible = (
+        sum(r["arms"][i]["counters"].get(k, 0) for r in samples) for k in ("prefill_attended", "prefill_visible")
+    )
+    return attended / visible if visible else None
+
+
+def _logp_figures(samples: Sequence[dict[str, Any]], i: int) -> dict[str, float | None]:
+    """Of answers that stand in the prompt: their mean log probability, the mean paired difference to dense, its
+    standard error over samples."""
+    if samples[0]["arms"][i].get("logp") is None:
+        return {"logp": None, "logp_diff": None, "logp_diff_se": None}
+    logp, dense = (np.array([r["arms"][j]["logp"] for r in samples]) for j in (i, 0))
+    diff = logp - dense
+    se = float(diff.std(ddof=1)) / math.sqrt(len(diff)) if len(diff) > 1 else 0.0
+    return {"logp": float(logp.mean()), "logp_diff": float(diff.mean()), "logp_diff_se": se}
 
 
 def _figures(task: str, length: int | None, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -58,11 +79,11 @@ def _figures(task: str, length: int | None, samples: Sequence[dict[str, Any]]) -
     }
 
 
-def summarize(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def summarize(samples: Sequence[dict[str, Any]], numbers: ruler.Numbers | None = None) -> list[dict[str, Any]]:
     """The results of each length and task: n, n_prompt (mean tokens) and the arms' figures, dense first.
 
     A result 'mean' stands for several tasks of a length, one with length None for everything; tasks and lengths weigh
-    the same in them.
+    the same in them. numbers: of needles and chains, which a result names where they are not RULER's.
     """
     results, lengths = [], sorted({r["length"] for r in samples})
     for length in lengths:
@@ -71,7 +92,10 @@ def summarize(samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         results += [_figures(name, length, [r for r in here if r["task"] == name]) for name in names]
         if len(names) > 1:
             results.append(_figures("mean", length, here))
-    return results + ([_figures("mean", None, samples)] if len(lengths) > 1 else [])
+    results += [_figures("mean", None, samples)] if len(lengths) > 1 else []
+    for r in results:
+        r["numbers"] = numbers.changed(r["task"]) if numbers else {}
+    return results
 
 
 def format_answers(results: Sequence[dict[str, Any]]) -> str:
@@ -102,6 +126,8 @@ def notes(results: Sequence[dict[str, Any]]) -> list[str]:
         task = ruler.TASKS.get(r["task"])
         if r["haystack"] == "noise" and task is not None and task.haystack == "essay":
             out.append(f"{r['task']} at {r['length']}: no text was given (-f), the haystack is RULER's noise")
+        if changed := (r.get("numbers") or {}):
+            out.append(f"{r['task']} at {r['length']}: {', '.join(f'{k} {n}' for k, n in changed.items())}")
         if r["task"] == "mean":
             continue
         for a in r["arms"][1:]:
@@ -111,4 +137,7 @@ def notes(results: Sequence[dict[str, Any]]) -> list[str]:
                 out.append(f"{where}: {a['steps_dense']} of {steps} steps were dense")
             if (share := dense_share(a)) > 0:
                 out.append(f"{where}: {100 * share:.0f}% of the layers were dense")
+    for a in results[-1]["arms"]:  # of all tasks and lengths
+        if a["prefill_share"] is not None:
+            out.append(f"{a['arm']}: its prompts attended {100 * a['prefill_share']:.0f}% of the cells")
     return out

@@ -9,15 +9,27 @@ import numpy as np
 
 from ..report.columns import columns
 from .answers import format_answers
+from .questions import PLACES
 from .tasks import Question
 
 
 def needle_questions(
-    lengths: Sequence[int], n_depths: int = 5, samples: int = 1, task: str = "niah_single_2"
+    lengths: Sequence[int],
+    n_depths: int = 5,
+    samples: int = 1,
+    task: str = "niah_single_2",
+    places: Sequence[str] = (),
+    tile: int = 0,
 ) -> list[Question]:
-    """A grid of single needles: n_depths depths from 0 to 1, `samples` in every cell."""
+    """A grid of single needles: n_depths depths from 0 to 1, `samples` in every cell.
+
+    places: the questions stand there in the prompt (questions.PLACES), which has tiles of `tile` tokens.
+    """
     depths = [0.5] if n_depths == 1 else [round(i / (n_depths - 1), 4) for i in range(n_depths)]
-    return [Question(task, length, i, depth) for length in lengths for depth in depths for i in range(samples)]
+    cells = [(length, depth, i) for length in lengths for depth in depths for i in range(samples)]
+    if not places:
+        return [Question(task, length, i, depth) for length, depth, i in cells]
+    return [Question(PLACES[p], length, i, depth, place=p, tile=tile) for p in places for length, depth, i in cells]
 
 
 def needle_grid(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

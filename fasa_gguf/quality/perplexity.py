@@ -5,7 +5,7 @@ The prefix of every window is prefilled dense, once for all arms, or with `own_p
 step; the scored tail is forgotten between arms. The dense arm takes its tail as one batch (of a large vocabulary,
 LOGITS bytes of it at a time), which is the same attention up to rounding: for one token on several threads upstream
 sums f16 values in f16, for a batch in f32, and a quantised model's products differ too. `batched_dense=False` decodes
-it step by step. Figures as llama-perplexity defines them.
+it as the arms decode: step by step, or score_batch tokens at a time. Figures as llama-perplexity defines them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from ..report.columns import columns
 from ..runtime.machine import Machine
 from ..runtime.settings import ContextSettings
 from ..session import Session
-from .arms import Arm, ArmSwitch, Progress, dense_share, describe, describe_arm, needed_profile
+from .arms import Arm, ArmSwitch, Progress, check_ubatches, dense_share, describe, describe_arm, needed_profile
 from .journal import Journal, text_print
 from .text import cut_windows
 
@@ -42,9 +42,9 @@ class WindowSettings:
     windows: int = 10
     window: int = 4096  # tokens
     score: int = 384  # last tokens of a window that are decoded and scored
-    batched_dense: bool = True  # dense decodes the tail as one batch; False: token by token
+    batched_dense: bool = True  # dense decodes the tail as one batch; False: score_batch tokens at a time, as the arms
     own_prompt: bool = False  # every arm processes the prefix with its own settings, sparsely where `prefill` says so
-    score_batch: int = 1  # tokens that a FASA arm decodes at once, each with lists of its own, as drafts are
+    score_batch: int = 1  # tokens that an arm decodes at once, each with lists of its own, as drafts are
 
     def check(self) -> WindowSettings:
         """Returns self, or raises FasaError naming the first setting that is out of range."""
@@ -65,7 +65,9 @@ class WindowSettings:
             "batched_dense": self.batched_dense,
         }
         out |= {"own_prompt": True} if self.own_prompt else {}
-        return out | ({"score_batch": self.score_batch} if self.score_batch > 1 else {})
+        if self.score_batch > 1:
+            out |= {"score_batch": self.score_batch} | ({} if self.batched_dense else {"dense_batch": self.score_batch})
+        return out
 
 
 @dataclass
@@ -199,7 +201,7 @@ def _score_window(
     s.decode(tokens[:prefix], 0, logits="none")
     tail, target = tokens[prefix:-1], np.array(tokens[prefix + 1 :])
     rewind, dense = s.rewinder(prefix), _Rows(s.n_vocab)
-    at_once = max(LOGITS // dense.n_bytes, 1) if windows.batched_dense else 1
+    at_once = max(LOGITS // dense.n_bytes, 1) if windows.batched_dense else windows.score_batch
     for row in s.decode_rows(tail, prefix, n=at_once):
         dense.add(log_softmax(row))
     for arm in arms:
@@ -209,13 +211,13 @@ def _score_window(
         else:
             if windows.own_prompt:
                 switch.use(arm)
-                s.clear()
-                s.decode(tokens[:prefix], 0, logits="none")
+                arm.read_prompt(s, tokens[:prefix])
             else:
                 rewind()
                 switch.use(arm)
             with s.fasa.step_kind("decode"):
-                rows = s.decode_rows(tail, prefix, n=windows.score_batch if arm.params else 1)
+                as_dense = arm.params is None and windows.batched_dense  # shows the noise of decoding by steps
+                rows = s.decode_rows(tail, prefix, n=1 if as_dense else windows.score_batch)
                 parts = [
                     score_tokens(dense[i][None], log_softmax(row)[None], target[i : i + 1])
                     for i, row in enumerate(rows)
@@ -302,6 +304,7 @@ def evaluate(
     """
     windows = (windows or WindowSettings()).check()
     settings = (settings or ContextSettings(mode="auto")).replace(n_ctx=windows.window)
+    check_ubatches(arms, windows.own_prompt, settings)
     most = windows.score_batch
     arms = [
         a if a.params is None else replace(a, params=a.params.replace(max_tokens=max(a.params.max_tokens, most)))

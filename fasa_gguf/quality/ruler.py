@@ -22,7 +22,7 @@ import re
 import string
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,8 @@ class Task:
     n_key: int = 1
     n_value: int = 1
     n_query: int = 1
+    n_chain: int = 1
+    n_hop: int = 4
 
 
 TASKS = {
@@ -89,6 +91,45 @@ TASKS = {
     "cwe": Task("cwe", 120),
     "fwe": Task("fwe", 50),
 }
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers of RULER's configuration, by its names; 0: the task's own.
+
+    A number of needles changes the tasks that have more than one of that kind, so num_needle_k 2 changes
+    niah_multikey_1 and not niah_single_1. num_chains and num_hops are of vt.
+    """
+
+    num_needle_k: int = 0
+    num_needle_v: int = 0
+    num_needle_q: int = 0
+    num_chains: int = 0
+    num_hops: int = 0
+
+    def given(self) -> dict[str, int]:
+        """Those that are not the tasks' own, by name."""
+        return {name: n for name, n in self.__dict__.items() if n}
+
+    def apply(self, task: Task) -> Task:
+        """The task with these numbers."""
+        if task.kind == "vt":
+            return replace(task, n_chain=self.num_chains or task.n_chain, n_hop=self.num_hops or task.n_hop)
+        return replace(
+            task,
+            n_key=self.num_needle_k or task.n_key if task.n_key > 1 else 1,
+            n_value=self.num_needle_v or task.n_value if task.n_value > 1 else 1,
+            n_query=self.num_needle_q or task.n_query if task.n_query > 1 else 1,
+        )
+
+    def changed(self, name: str) -> dict[str, int]:
+        """Those that make this task another than RULER's, by their names there; {} for an unknown task."""
+        if name not in TASKS:
+            return {}
+        own, task = TASKS[name], self.apply(TASKS[name])
+        fields = {"n_key": "num_needle_k", "n_value": "num_needle_v", "n_query": "num_needle_q"}
+        fields |= {"n_chain": "num_chains", "n_hop": "num_hops"}
+        return {fields[f]: getattr(task, f) for f in fields if getattr(task, f) != getattr(own, f)}
 
 
 # ---- metric ----
@@ -125,7 +166,7 @@ def _nonsense(rng: random.Random) -> str:
     return "".join(rng.choice("bdfgklmnprstvz") + rng.choice("aeiou") for _ in range(3))
 
 
-def _drawer(kind: str, rng: random.Random) -> Iterator[str]:
+def drawer(kind: str, rng: random.Random) -> Iterator[str]:
     """Endless distinct values: numbers of 7 digits, words (two, hyphened) or uuids."""
     return _distinct(
         {
@@ -168,7 +209,7 @@ def _haystack(
 ) -> tuple[Callable[[int], list[str]], str]:
     """(sentences by size, what joins them). An essay without a text is noise."""
     if task.haystack == "needle":
-        keys, values = _drawer(task.key, rng), _drawer(task.value, rng)
+        keys, values = drawer(task.key, rng), drawer(task.value, rng)
         pairs = ((k, v) for k, v in zip(keys, values, strict=False) if k not in taken and v not in taken)
         fillers = _Endless(NEEDLE.format(kind=task.value, key=k, value=v) for k, v in pairs)
         return fillers.first, "\n"
@@ -189,8 +230,8 @@ def _haystack(
 def _niah(task: Task, rng: random.Random, words: Sequence[str] | None, depths: Sequence[float] | None) -> Build:
     n_key = max(task.n_key, task.n_query)
     text = " ".join(words or ())
-    fresh = (v for v in _drawer(task.value, rng) if v not in text)
-    names = (k for k in _drawer(task.key, rng) if k not in text)
+    fresh = (v for v in drawer(task.value, rng) if v not in text)
+    names = (k for k in drawer(task.key, rng) if k not in text)
     keys = [next(names) for _ in range(n_key)]
     values = [[next(fresh) for _ in range(task.n_value)] for _ in keys]
     needles = [NEEDLE.format(kind=task.value, key=k, value=v) for k, vs in zip(keys, values, strict=True) for v in vs]
@@ -213,13 +254,19 @@ def _niah(task: Task, rng: random.Random, words: Sequence[str] | None, depths: S
     return build
 
 
-def _chain(rng: random.Random, letters: int, n_hops: int = 4) -> Build:
-    """One chain of assignments in noise; a variable has that many letters."""
+def _chain(rng: random.Random, letters: int, n_chain: int = 1, n_hop: int = 4) -> Build:
+    """Chains of assignments in noise, the first of which is asked for; a variable has that many letters."""
     names = _distinct(lambda: "".join(rng.choices(string.ascii_uppercase, k=letters)))
-    chain = [next(names) for _ in range(n_hops + 1)]
-    value = str(rng.randint(10000, 99999))
-    lines = [f"VAR {chain[0]} = {value}"] + [f"VAR {b} = VAR {a} " for a, b in itertools.pairwise(chain)]
-    depths = sorted(rng.random() for _ in lines)
+    values = _distinct(lambda: str(rng.randint(10000, 99999)))
+    needles, chain, value = [], [], ""
+    for i in range(n_chain):
+        one, start = [next(names) for _ in range(n_hop + 1)], next(values)
+        if i == 0:
+            chain, value = one, start
+        lines = [f"VAR {one[0]} = {start}"] + [f"VAR {b} = VAR {a} " for a, b in itertools.pairwise(one)]
+        needles += list(zip(sorted(rng.random() for _ in lines), lines, strict=True))
+    needles.sort(key=lambda needle: needle[0])  # every chain stays in its order
+    depths, lines = [d for d, _ in needles], [line for _, line in needles]
 
     def build(size: int) -> Parts:
         context = " ".join(_insert([NOISE + "\n"] * size, lines, depths)).replace(". \n", ".\n")
@@ -228,12 +275,12 @@ def _chain(rng: random.Random, letters: int, n_hops: int = 4) -> Build:
     return build
 
 
-def _vt(rng: random.Random, count: Count, length: int) -> Build:
-    """The chain after an answered example of at most 500 tokens (a third of a short prompt), as RULER has it."""
-    shot = _chain(rng, 3)
+def _vt(task: Task, rng: random.Random, count: Count, length: int) -> Build:
+    """The chains after an answered example of at most 500 tokens (a third of a short prompt), as RULER has it."""
+    shot = _chain(rng, 3, task.n_chain, task.n_hop)
     text, prefix, chain = shot(_fit(shot, count, min(500, length // 3), "vt (its example)"))
     example = f"{text}{prefix} {' '.join(chain)}\n\n\n\n"
-    main = _chain(rng, 5)
+    main = _chain(rng, 5, task.n_chain, task.n_hop)
 
     def build(size: int) -> Parts:
         text, prefix, outputs = main(size)
@@ -312,14 +359,15 @@ def make_record(
     words: Sequence[str] | None = None,
     depth: float | None = None,
     n_predict: int = 0,
+    numbers: Numbers = Numbers(),
 ) -> dict[str, Any]:
     """Sample `index` of a task, at most `length` tokens with its answer.
 
     count: tokens of a prompt; words: the essay haystack, None is noise; depth: where every needle goes, 0 to 1, None
-    draws it; n_predict: tokens for the answer, 0 is the task's own. The same arguments give the same record. Raises
-    FasaError for an unknown task and for a length that the task does not fit in.
+    draws it; n_predict: tokens for the answer, 0 is the task's own; numbers: of needles and chains. The same arguments
+    give the same record. Raises FasaError for an unknown task and for a length that the task does not fit in.
     """
-    task = check_task(name)
+    task = numbers.apply(check_task(name))
     n_predict = n_predict or task.n_predict
     room, key = length - n_predict, f"{seed}/{name}/{length}/{index}" + ("" if depth is None else f"/{depth:g}")
     extra: dict[str, Any] = {} if depth is None else {"depth": depth}
@@ -332,7 +380,7 @@ def make_record(
             None if depth is None else [depth] * (max(task.n_key, task.n_query) * task.n_value),
         )
     elif task.kind == "vt":
-        build = _vt(random.Random(key), count, room)
+        build = _vt(task, random.Random(key), count, room)
     elif task.kind == "fwe":
         build = _fwe(random.Random(key), length)
     else:

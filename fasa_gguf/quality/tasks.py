@@ -17,22 +17,23 @@ from typing import Any
 from .. import runtime
 from ..errors import FasaError
 from ..profile.profile import Profile
-from ..reasons import not_used
+from ..reasons import Reason, not_used
 from ..runtime.settings import ContextSettings
 from ..session import Session
 from . import ruler
 from .answers import summarize
-from .arms import Arm, ArmSwitch, Progress, describe, needed_profile
+from .arms import Arm, ArmSwitch, Progress, check_ubatches, describe, needed_profile, prompt_reason
 from .journal import Journal, text_print
 from .prompts import Prompter, greedy
+from .questions import place_question, run_placed
 
 
 @dataclass(frozen=True)
 class TaskSettings:
     """How to run, whatever the task. text: the essay haystack; n_predict: 0 is the task's own; raw: no chat template.
 
-    own_prompt: every arm processes the prompt with its own settings. context: of the session; its n_ctx becomes what
-    the prompts need."""
+    own_prompt: every arm processes the prompt with its own settings. numbers: of needles and chains. context: of the
+    session; its n_ctx becomes what the prompts need."""
 
     text: str | None = field(default=None, repr=False)
     seed: int = 42
@@ -40,6 +41,7 @@ class TaskSettings:
     n_predict: int = 0
     own_prompt: bool = False
     context: ContextSettings = field(default_factory=lambda: ContextSettings(mode="auto"))
+    numbers: ruler.Numbers = field(default_factory=ruler.Numbers)
 
     def session(
         self, model: str | os.PathLike, n_ctx: int, arms: Sequence[Arm] = (), profile: Profile | None = None
@@ -51,7 +53,7 @@ class TaskSettings:
     def describe(self, model: str | os.PathLike, arms: Sequence[Arm], profile: Profile | None) -> dict[str, Any]:
         """What a finished sample depends on besides its key."""
         own = {"seed": self.seed, "raw": self.raw, "n_predict": self.n_predict}
-        own |= {"own_prompt": True} if self.own_prompt else {}
+        own |= ({"own_prompt": True} if self.own_prompt else {}) | self.numbers.given()
         return describe(model, arms, profile, self.text, self.context) | own
 
     def words(self) -> list[str] | None:
@@ -61,19 +63,24 @@ class TaskSettings:
 
 @dataclass(frozen=True)
 class Question:
-    """One sample to run: made by ruler.make_record, or a `record` that was read. length: tokens with the answer."""
+    """One sample to run: made by ruler.make_record, or a `record` that was read. length: tokens with the answer.
+
+    place: where in the prompt a needle's question stands (questions.PLACES), with respect to tiles of `tile` tokens.
+    """
 
     task: str
     length: int
     index: int
     depth: float | None = None
     record: dict[str, Any] | None = None
+    place: str = ""
+    tile: int = 0
 
     @property
     def key(self) -> str:
         """Its name in a journal."""
         what = text_print(repr(self.record)) if self.record else "none" if self.depth is None else f"{self.depth:g}"
-        return f"{self.task}/{self.length}/{what}/{self.index}"
+        return f"{self.task}/{self.length}/{what}/{self.index}" + (f"/{self.tile}" if self.place else "")
 
     def make_record(
         self, prompter: Prompter, settings: TaskSettings, words: Sequence[str] | None = None
@@ -88,6 +95,7 @@ class Question:
             words,
             self.depth,
             settings.n_predict,
+            settings.numbers,
         )
 
 
@@ -117,11 +125,10 @@ def _run_sample(
     s.clear()
     s.decode(prompt[:-1], 0, logits="none")
     rewind, answers = s.rewinder(len(prompt) - 1), []
-    for arm in [Arm("dense"), *arms]:
-        if own_prompt and arm.params:
+    for i, arm in enumerate([Arm("dense"), *arms]):
+        if own_prompt and i:
             switch.use(arm)
-            s.clear()
-            s.decode(prompt[:-1], 0, logits="none")
+            arm.read_prompt(s, prompt[:-1])
         else:
             rewind()
             switch.use(arm)
@@ -137,8 +144,10 @@ def _run_sample(
                 "text": s.detokenize(out),
                 "n_tokens": len(out),
                 "score": mark(out),
+                "logp": None,
                 "counters": counters,
                 "min_context": least or arm.params.min_context if arm.params else None,
+                "prefill_reason": prompt_reason(s, arm) if own_prompt else None,
             }
         )
     return {
@@ -147,6 +156,8 @@ def _run_sample(
         "haystack": record.get("haystack"),
         "n_prompt": len(prompt),
         "outputs": record["outputs"],
+        "asked_at": None,
+        "answer_at": None,
         "arms": answers,
     }
 
@@ -159,9 +170,11 @@ def _refuse_unused(arm: Arm, least: int) -> None:
     )
 
 
-def _check_lengths(arms: Sequence[Arm], longest: int) -> None:
-    """Before a run: an arm that asks for FASA must reach its min_context somewhere."""
+def _check_lengths(arms: Sequence[Arm], longest: int, own_prompt: bool) -> None:
+    """Before a run: an arm that asks for FASA must reach its min_context somewhere, or process its prompts sparsely."""
     for arm in arms:
+        if own_prompt and arm.params and arm.params.prefill != "off":
+            continue
         if arm.params and -(-longest // 256) * 256 < arm.params.min_context:
             _refuse_unused(arm, arm.params.min_context)
 
@@ -170,7 +183,32 @@ def _check_used(arms: Sequence[Arm], samples: Sequence[dict[str, Any]]) -> None:
     """After a run: an arm that asks for FASA must have run a sparse step somewhere."""
     for i, arm in enumerate(arms, 1):
         if arm.params and not any(used(r["arms"][i]["counters"]) for r in samples):
+            if reason := samples[-1]["arms"][i].get("prefill_reason"):
+                raise FasaError(f"arm {arm.name}: {not_used(Reason[reason])}")
             _refuse_unused(arm, max(r["arms"][i]["min_context"] for r in samples))
+
+
+def _place_and_run(
+    question: Question,
+    prompter: Prompter,
+    switch: ArmSwitch,
+    arms: Sequence[Arm],
+    seed: int,
+    words: Sequence[str] | None,
+) -> dict[str, Any]:
+    """The sample of a question inside a prompt."""
+    q = question
+    placed = place_question(prompter, q.place, q.length, q.index, q.depth or 0.0, q.tile, seed, words)
+    return {
+        "task": q.task,
+        "index": q.index,
+        "haystack": placed.haystack,
+        "n_prompt": len(placed.tokens),
+        "outputs": [placed.value],
+        "asked_at": placed.asked,
+        "answer_at": placed.at,
+        "arms": run_placed(switch, arms, placed),
+    }
 
 
 def run_questions(
@@ -189,13 +227,15 @@ def run_questions(
     no sparse step, and when `resume` was begun with other settings.
     """
     settings = settings or TaskSettings()
-    for name in {q.task for q in questions if not q.record}:  # before anything is run
+    for name in {q.task for q in questions if not q.record and not q.place}:  # before anything is run
         ruler.check_task(name)
     if not questions:
         raise FasaError("nothing to evaluate: no samples were asked for")
     profile = needed_profile(model, arms, profile)
     longest = max(q.length for q in questions)
-    _check_lengths(arms, longest)
+    if not all(q.place for q in questions):  # a question inside the prompt asks for no decoding
+        _check_lengths(arms, longest, settings.own_prompt)
+    check_ubatches(arms, settings.own_prompt, settings.context)
     words = settings.words()
     journal = Journal(resume, {"task": "ruler", **settings.describe(model, arms, profile)})
     samples = []
@@ -207,7 +247,10 @@ def run_questions(
         prompter, switch = Prompter(s, settings.raw), ArmSwitch(s, profile)
         for n, question in enumerate(questions):
             sample = journal.get(question.key)
-            if sample is None:
+            if sample is None and question.place:
+                sample = _place_and_run(question, prompter, switch, arms, settings.seed, words)
+                journal.add(question.key, sample)
+            elif sample is None:
                 record = question.make_record(prompter, settings, words)
                 prompt = prompter(record["input"], record["answer_prefix"])
                 n_predict = settings.n_predict or predicts(question.task)
@@ -230,7 +273,7 @@ def result(
     """Everything for --json: the config, the summary as `rows`, and every sample."""
     described = settings.describe(model, arms, needed_profile(model, arms, profile))
     config = {**described, "llama_cpp_python": runtime.library.upstream_version()}
-    return {"config": config, "rows": summarize(samples), "samples": list(samples)}
+    return {"config": config, "rows": summarize(samples, settings.numbers), "samples": list(samples)}
 
 
 # ---- records ----

@@ -21,6 +21,7 @@ from ..memory.placement import why_not_host
 from ..params import FasaParams
 from ..profile.find import require_profile
 from ..profile.profile import Profile
+from ..reasons import Reason
 from ..runtime.machine import Machine
 from ..session import Session
 from .results import Result, dense_layers, set_ratio_best, set_ratios
@@ -38,7 +39,7 @@ class BenchSettings:
     """
 
     depths: Sequence[int] = (0, 4096, 8192)  # tokens in the cache of every sequence
-    n_gen: int = 32  # tokens per sequence and repetition
+    n_gen: int = 32  # tokens per sequence and repetition; 0: prompts only
     n_prompt: Sequence[int] = (512,)  # tokens of the timed prefills; empty or 0: none
     n_parallel: Sequence[int] = (1,)  # sequences that decode together
     n_gpu_layers: Sequence[int] = (0,)
@@ -55,8 +56,10 @@ class BenchSettings:
 
     def check(self, arms: Mapping[str, FasaParams]) -> BenchSettings:
         """Returns self, or raises FasaError in one sentence: values out of range, or nothing that FASA could run in."""
-        if not self.depths or min(self.depths) < 0 or self.n_gen < 1 or self.repetitions < 1:
-            raise FasaError("-d, -n and -r: expected depths from 0, and at least 1 token and 1 repetition")
+        if not self.depths or min(self.depths) < 0 or self.n_gen < 0 or self.repetitions < 1:
+            raise FasaError("-d, -n and -r: expected depths and tokens from 0, and at least 1 repetition")
+        if not self.n_gen and not max(self.n_prompt, default=0):
+            raise FasaError("-n 0 and -p 0: nothing to measure; give tokens to generate (-n), a prompt (-p), or both")
         if min(self.n_parallel, default=0) < 1 or min(self.n_prompt, default=0) < 0:
             raise FasaError("-np and -p: expected at least 1 sequence, and prompts from 0 tokens")
         if self.fill not in ("auto", "prefill", "random"):
@@ -71,7 +74,7 @@ class BenchSettings:
         if all(self.no_kv_offload):
             raise FasaError("-nkvo 1 is measured dense only, and FASA has nothing to run in; give -nkvo 0,1")
         for arm, p in arms.items():
-            if max(self.depths) < p.min_context:
+            if self.n_gen and max(self.depths) < p.min_context:
                 raise FasaError(
                     f"{arm}: every depth of -d is below min_context, and every step would be dense; use -d with "
                     f"{p.min_context} or more, or a smaller --fasa-min-context"
@@ -219,8 +222,9 @@ def _measure_context(
     here: dict[str, FasaParams | None] = {**({} if is_host else {"dense": None}), **(arms if is_offloaded else {})}
     if isinstance(s, FasaError):
         note = f"not measured: {str(s).removeprefix(f'{model}: ')}"
+        n_prompt = 0 if settings.n_gen else max(settings.n_prompt)
         yield [
-            Result(arm, d, settings.n_gen, note=note, params=p, n_parallel=n, config=config)
+            Result(arm, d, settings.n_gen, n_prompt, note=note, params=p, n_parallel=n, config=config)
             for d in depths
             for arm, p in here.items()
         ]
@@ -229,11 +233,10 @@ def _measure_context(
         s.fasa.set_profile(profile)
         here = {arm: p and s.fasa.measured(p) for arm, p in here.items()}
     timer = Timer(s, n, settings.fill, progress or (lambda what, done, total: None))
-    has_read_rate = not is_host and max(depths) >= PLAIN_READ_FROM and read_rate(s.fasa, 1) is not None
+    has_read_rate = (
+        settings.n_gen and not is_host and max(depths) >= PLAIN_READ_FROM and read_rate(s.fasa, 1) is not None
+    )
     base_s = timer.empty_step(settings.n_gen) if has_read_rate else None
-    # with a cache in device memory the copy rate says enough
-    on_cpu = not is_host and (config["n_gpu_layers"] == 0 or not is_offloaded or not runtime.devices.cuda_devices())
-    base_s = timer.empty_step(settings.n_gen) if on_cpu and max(depths) >= PLAIN_READ_FROM else None
     for depth in depths:
         group = _measure(timer, settings, here, depth)
         for r in group:
@@ -267,6 +270,8 @@ def _measure(timer: Timer, settings: BenchSettings, arms: Mapping[str, FasaParam
     before = timer.prefill_s if filled == "prefill" else None
     prompts = [n for n in settings.n_prompt if n and timer.n == 1]
     results = [r for n in prompts for r in _measure_prompt(timer, settings, arms, depth, n, filled, before)]
+    if not settings.n_gen:
+        return results
     group = {
         arm: Result(arm, depth, settings.n_gen, n_parallel=timer.n, fill=filled, params=p) for arm, p in arms.items()
     }
@@ -297,17 +302,21 @@ def _measure_prompt(
 ) -> list[Result]:
     """The results of one prefill of n_prompt tokens."""
     group = {arm: Result(arm, depth, 0, n_prompt, fill=filled, params=p) for arm, p in arms.items()}
-    samples = take_turns(arms, settings.repetitions, lambda p, warm: timer.prompt(p, depth, n_prompt))
-    for arm, mine in samples.items():
+
+    def process(p: FasaParams | None, warm: bool) -> Sample:
+        return timer.prompt(p, depth, min(n_prompt, settings.n_batch) if warm else n_prompt)
+
+    for arm, mine in take_turns(arms, settings.repetitions, process).items():
         _set_times(group[arm], mine, before)
-        _set_tiles(group[arm], merge([x.counters for x in mine]))
+        _set_tiles(group[arm], merge([x.counters for x in mine]), mine[-1].reason)
     return set_ratios(group)
 
 
-def _set_tiles(r: Result, c: Mapping[str, int]) -> None:
-    """What a prompt's tiles attended; nothing where all of them were dense."""
+def _set_tiles(r: Result, c: Mapping[str, int], reason: Reason) -> None:
+    """What a prompt's tiles attended, or why all of them were dense."""
     sparse, dense = c["tiles_sparse"], c["tiles_dense"]
     if not sparse:
+        r.note = f"prompt dense: {reason.text}" if r.params is not None and reason != Reason.PREFILL_OFF else ""
         return
     r.sparse_share = sparse / (sparse + dense)
     r.note = f"{100 * c['prefill_attended'] / c['prefill_visible']:.0f}% of the cells attended"

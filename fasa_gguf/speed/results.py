@@ -14,8 +14,6 @@ from .traffic import Figures
 
 SLOW_READ = 1 / 3  # of the rate of a plain read: below it, dense attention is not bound by memory
 
-SLOW_READ = 1 / 3  # of the rate of a plain read: below it, dense attention is not bound by memory
-
 
 @dataclass
 class Result:
@@ -31,8 +29,6 @@ class Result:
     weight_bytes: int | None = None  # of weights read per step; None: not known
     base_s: float | None = None  # dense: seconds of a decode step with an empty cache; None: not measured
     bare_s: float | None = None  # seconds of a decode step without attention; None: not measured
-    read_rate: float | None = None  # dense: bytes/s at which the threads read K and V; None: not measured
-    base_s: float | None = None  # dense: seconds of a decode step with an empty cache; None: not measured
     read_rate: float | None = None  # dense: bytes/s at which the threads read K and V; None: not measured
     copy_rate: float | None = None  # bytes/s of the one device that holds weights and cache; None: there are several
     sparse_share: float = 0.0  # of the steps
@@ -85,31 +81,6 @@ class Result:
         if self.bare_s is None or self.avg_ts is None:
             return None
         return 1000 * (self.n_parallel / self.avg_ts - self.bare_s)
-
-    @property
-    def kv_rate(self) -> float | None:
-        """Bytes/s at which dense attention reads K and V: over the time by which the depth lengthens a step.
-
-        None where that is less than a quarter of the step, which is noise.
-        """
-        if self.base_s is None or self.kv_bytes is None or self.avg_ts is None:
-            return None
-        step_s = self.n_parallel / self.avg_ts
-        return self.n_parallel * self.kv_bytes / (step_s - self.base_s) if self.base_s < 0.75 * step_s else None
-
-    @property
-    def plain_ts(self) -> float | None:
-        """Tokens/s if dense attention took no longer than a plain read of the same K and V."""
-        if self.base_s is None or self.kv_bytes is None or not self.read_rate:
-            return None
-        return self.n_parallel / (self.base_s + self.n_parallel * self.kv_bytes / self.read_rate)
-
-    @property
-    def slow_read(self) -> str:
-        """For the note of a dense result: that it reads the cache slowly, or ""."""
-        if self.kv_rate is None or not self.read_rate or self.kv_rate >= SLOW_READ * self.read_rate:
-            return ""
-        return f"dense reads the cache at {self.kv_rate / 1e9:.2g} GB/s, a plain read at {self.read_rate / 1e9:.2g}"
 
     @property
     def kv_rate(self) -> float | None:

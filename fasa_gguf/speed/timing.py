@@ -137,20 +137,6 @@ class Timer:
                 self.rewind(depth)
         return seconds / (n * repetitions)
 
-    def empty_step(self, n: int) -> float:
-        """Seconds of a dense decode step with an empty cache: the mean of n, after WARM_STEPS. Leaves it empty."""
-        self.s.fasa.set_params(None)
-        self.s.clear()
-        self.in_cache = 0
-        for j in range(WARM_STEPS):
-            self.step(j, j)
-        start = time.perf_counter()
-        for j in range(WARM_STEPS, WARM_STEPS + n):
-            self.step(j, j)
-        seconds = (time.perf_counter() - start) / n
-        self.s.clear()
-        return seconds
-
     def prompt(self, p: FasaParams | None, depth: int, n: int) -> Sample:
         """A prefill of n tokens of sequence 0 after `depth` cells, and the first decode step after it."""
         self.s.fasa.set_params(p)
@@ -159,12 +145,13 @@ class Timer:
         self.s.decode(self.tokens[depth : depth + n], depth)
         self.s.synchronize()
         seconds = time.perf_counter() - start
-        counters = self.s.fasa.counters()
+        counters, reason = self.s.fasa.counters(), self.s.fasa.prefill_reason_code()
+        now = time.perf_counter()
         self.step(depth + n, 0)
-        first = time.perf_counter() - start - seconds
+        first = time.perf_counter() - now
         self.look()
         self.rewind(depth)
-        return Sample(n / seconds, counters, first, Reason.NONE, prompt_s=seconds)
+        return Sample(n / seconds, counters, first, reason, prompt_s=seconds)
 
 
 def take_turns(

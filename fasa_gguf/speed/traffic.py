@@ -12,7 +12,6 @@ from ..gguf.file import U16, U32, GGUFFile
 from ..runtime.devices import Device
 
 PLAIN_READ_FROM = 1024  # tokens of depth from which dense attention is compared with a plain read of the cache
-PLAIN_READ_FROM = 1024  # tokens of depth from which dense attention is compared with a plain read of the cache
 COPY_BYTES = 512 << 20  # of the copy that gives a device's rate: beyond its caches
 SIZES = ("bytes_k_dom", "bytes_kv", "bytes_kv_host", "bytes_row_cache")  # counters that are sizes, not sums
 

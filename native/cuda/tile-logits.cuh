@@ -1,20 +1,13 @@
 #pragma once
 
-// Logits of a tile's queries by the tensor cores, and their exponentials, for cuda/tile-tip.cuh.
+// Logits of a tile's queries by the tensor cores, for cuda/tile-tip.cuh.
 
 #include "cuda/k-dom.cuh"
 #include "cuda/nodes.cuh"
 #include "cuda/tile.cuh"
 
 static constexpr int TILE_WARPS = 8;
-#ifndef FASA_TILE_POLY_SUMS
-#    define FASA_TILE_POLY_SUMS 2
-#endif
-#ifndef FASA_TILE_POLY_POOL
-#    define FASA_TILE_POLY_POOL 2
-#endif
-static constexpr int POLY_SUMS = FASA_TILE_POLY_SUMS, POLY_POOL = FASA_TILE_POLY_POOL; // of eight rows, by polynomial
-static constexpr int ROWS_STEP = 64; // of which there are whole ones in memory
+static constexpr int ROWS_STEP  = 64; // of which there are whole ones in memory
 
 struct fasa_tile_tip_args {
     const char * keys; // REFRESH: f16 [n_pad, cells, n_head_kv, n_stream]
@@ -28,9 +21,9 @@ struct fasa_tile_tip_args {
     fasa_tile_mask mask;
     fasa_tiles_ref tiles;
     half * rows;   // [pair][n_row/16][16*n_pad], as fasa_tile_row_at says
-    float2 * part; // [pair][n_part][n_row] largest logit (to base 2), sum
-    float2 * norm; // [pair][n_row] what a logit is raised by, and 2 to that; -inf: no such row
-    int * fast;    // [pair][n_row/NORM_THREADS] whether 2^logit is a number in all of these rows
+    float2 * part; // [pair][n_part][n_row] the sum of 2^logit is y * 2^x
+    float * base;  // [pair][n_row/16][32] what a logit is raised by, as fasa_tile_base_at says
+    half * factor; // [pair][n_row/16][16] what its exponential is multiplied with, as fasa_tile_factor_at says
     float * dst;   // [pair][n_kv]
     int n_kv, n_cell, n_list, n_group, n_per_kv, d, n_dom, n_hadamard, n_row, n_part;
     float scale, soft_cap;
@@ -51,7 +44,16 @@ struct fasa_tile_pair {
 // Rows lie as threads have them, 16 rows and a step after the other: [step][lane][8]. Where dimension j of row r is
 static __device__ __forceinline__ int fasa_tile_row_at(int r, int j, int n_step) {
     const int c = j / (4 * n_step), s = j % (4 * n_step) / 4, lane = r % 8 * 4 + c;
-    return (s * 32 + lane) * 8 + j % 4 / 2 * 4 + r / 8 * 2 + j % 2;
+    return (s * 32 + lane) * 8 + r / 8 * 4 + j % 4;
+}
+
+// What a row has of its own, [half of the rows][c][4] and [c][half of the rows][2]: a base lies there twice, here and
+// two later
+static __device__ __forceinline__ int fasa_tile_base_at(int r) {
+    return r / 2 * 4 + r % 2;
+}
+static __device__ __forceinline__ int fasa_tile_factor_at(int r) {
+    return r % 8 / 2 * 4 + r / 8 * 2 + r % 2;
 }
 
 static __global__ void __launch_bounds__(32 * TILE_WARPS) fasa_tile_rows_kernel(const fasa_tile_tip_args a, int n_pad) {
@@ -118,35 +120,15 @@ struct fasa_tile_key {
     }
 };
 
-// 16 rows
+// y = from + 16 rows (sums) or cells (pool) times 8 cells or rows
 template <int KS>
-struct fasa_tile_16 {
-    uint4 x[KS];
-
-    __device__ __forceinline__ void load(const half * rows) {
+static __device__ __forceinline__ void fasa_tile_dot(
+    float (&y)[4], const float (&from)[4], const uint32_t (&a)[KS][4], const uint2 (&b)[KS]) {
+    fasa_mma_from(y, from, a[0], b[0]);
 #pragma unroll
-        for (int s = 0; s < KS; ++s) {
-            x[s] = ((const uint4 *) rows)[s * 32 + threadIdx.x % 32];
-        }
+    for (int s = 1; s < KS; ++s) {
+        fasa_mma(y, a[s], b[s].x, b[s].y);
     }
-    // y: the products
-    __device__ __forceinline__ void dot(float (&y)[4], const fasa_tile_key<KS> & cell) const {
-        fasa_mma_first(y, x[0], cell.x[0]);
-#pragma unroll
-        for (int s = 1; s < KS; ++s) {
-            fasa_mma(y, { x[s].x, x[s].y, x[s].z, x[s].w }, cell.x[s].x, cell.x[s].y);
-        }
-    }
-};
-
-// 2^(x + by) for -127 < x + by < 128, 0 below and inf above; shift: (127 + by)/255. In 2^n * (1 + f), 1 + f is put
-// right by a polynomial; relative error below 0.0035
-static __device__ __forceinline__ float fasa_exp2_poly(float x, float shift) {
-    float t, m;
-    asm("fma.rn.ftz.sat.f32 %0, %1, %2, %3;" : "=f"(t) : "f"(x), "f"(1.0f / 255), "f"(shift));
-    const uint32_t z = __float_as_uint(t * (255 * 0x1p14f) + 0x1p23f) << 9;
-    asm("lop3.b32 %0, %1, 0x007fffff, %2, 0xea;" : "=f"(m) : "r"(z), "f"(1.0f)); // the mantissa, with 1's exponent
-    return __uint_as_float(z) * ((m * 0.23369418f - 0.69417286f) * m + 1.45702398f);
 }
 
 // What a warp's cells [first, first + n) are in the eyes of a tile; n: a multiple of 32

@@ -32,15 +32,17 @@ struct fasa_tile_mask {
     }
 };
 
-// fasa_mma with sums that begin at 0
-static __device__ __forceinline__ void fasa_mma_first(float (&y)[4], const uint4 & a, uint2 b) {
+// y = from + a b, as fasa_mma has them, of 16 between
+static __device__ __forceinline__ void fasa_mma_from(
+    float (&y)[4], const float (&from)[4], const uint32_t (&a)[4], uint2 b) {
 #if __CUDA_ARCH__ >= 800
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %10, "
-        "%10, %10};"
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, "
+        "%12, %13};"
         : "=f"(y[0]), "=f"(y[1]), "=f"(y[2]), "=f"(y[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b.x), "r"(b.y), "f"(0.0f));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y), "f"(from[0]), "f"(from[1]), "f"(from[2]),
+        "f"(from[3]));
 #else
-    y[0] = y[1] = y[2] = y[3] = 0.0f;
-    fasa_mma(y, { a.x, a.y, a.z, a.w }, b.x, b.y);
+    y[0] = from[0], y[1] = from[1], y[2] = from[2], y[3] = from[3];
+    fasa_mma(y, a, b.x, b.y);
 #endif
 }

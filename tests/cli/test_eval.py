@@ -132,6 +132,8 @@ def test_a_model_without_a_profile_whose_arms_name_one(library, tiny, profile, t
         (["--depths", "3"], "--depths is for --task needle, not for --task ppl; omit it"),
         (["--task", "needle", "--score", "3"], "--score is for --task ppl, not for --task needle"),
         (["--task", "long", "--seed", "3"], "--seed is for --task ruler and --task needle, not for --task long"),
+        (["--task", "needle", "--num-hops", "1"], "--num-hops is for --task ruler, not for --task needle; omit it"),
+        (["--question", "end"], "--question is for --task needle, not for --task ppl; omit it"),
         ([], "--task ppl needs a text; give -f FILE"),
         (["--task", "long"], "--task long needs a text; give -f FILE"),
     ],

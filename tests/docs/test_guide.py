@@ -45,6 +45,7 @@ SHORTER = {
     r"fasa-gguf calibrate-layers .*": "--windows 1 --window 1024 --score 16 --masses 0.9 --budgets 64,256 --group 9",
     r"fasa-gguf (calibrate|embed-profile) [^-]*(-f .*|--chunks .*|-o .*)?": "-c 1024",
     r"fasa-gguf eval .*--task ruler.*": "--samples 1 --tasks niah_single_1 --lengths 1200 -n 4",
+    r"fasa-gguf eval .*--question.*": "--samples 1 --lengths 1200 --depths 1",
     r"fasa-gguf eval .*--task needle.*": "--samples 1 --lengths 1200 --depths 1 -n 4",
     r"fasa-gguf eval .*--task long.*": "-n 8 --windows 1 --window 1200",
     r"fasa-gguf eval .*": "--windows 2 --window 1024 --score 16",

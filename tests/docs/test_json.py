@@ -15,7 +15,7 @@ from fasa_gguf.speed.random_model import synthetic_profile
 from fasa_gguf.speed.results import Result
 
 PAGE = (ROOT / "docs" / "reference" / "json.md").read_text()
-WHOLE = {"fasa", "counters", "config"}  # objects that the page explains as one
+WHOLE = {"fasa", "counters", "config", "numbers"}  # objects that the page explains as one
 EVAL = "eval model.gguf -t 1 -f text.txt"
 
 

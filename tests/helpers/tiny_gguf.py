@@ -145,3 +145,8 @@ def insert(model, out, *entries):
     head += b"".join([kv.raw for kv in g.kv.values()] + list(entries)) + g.info_raw
     out.write_bytes(head + bytes(-len(head) % g.alignment) + model.read_bytes()[g.data_offset :])
     return out
+
+
+def text_entry(key, value):
+    """A packed metadata string."""
+    return struct.pack("<Q", len(key)) + key.encode() + struct.pack("<IQ", 8, len(value)) + value.encode()

@@ -1,8 +1,10 @@
 """The CUDA kernels of sparse prefill against the CPU ops: scores, lists index for index on equal scores, outputs.
 
-They need a device. Tolerances: scores 0.5% of the largest (8-bit values times their scale are rounded to f16, some
-exponentials are a polynomial's) and 0.2% of their sum; outputs 5e-3 of the largest (llama.cpp's flash attention, in
-f16; 2e-2 where logits are hundreds). A key whose value lies on a rounding boundary may fall to either side.
+They need a device. Tolerances: a score 3% of itself and 1% of the largest, and 1.5% of all on average (exponentials are
+linear between powers of two, tests/native/test_tile_exponentials.py; a row alone may be off by 7%); the sum of all
+0.2%; a list of such scores holds 0.998 of what it could by the CPU's, and is within 1% as long where a mass decides;
+outputs 5e-3 of the largest (llama.cpp's flash attention, in f16; 2e-2 where logits are hundreds). A key whose value
+lies on a rounding boundary may fall to either side.
 """
 
 import numpy as np
@@ -99,8 +101,18 @@ def compare(library, cuda, **kw):
     far = np.abs(shared[0] - shared[1])
     assert np.isfinite(shared[1]).all()
     assert (shared[1][shared[0] == 0] < 1e-6).all()
-    assert (far <= 5e-3 * shared[0] + 0.01 * shared[0].max()).all()
-    assert far.sum() <= 3e-3 * shared[0].sum()
+    assert (far <= 0.03 * shared[0] + 0.01 * shared[0].max()).all()
+    assert far.sum() <= 0.015 * shared[0].sum()
+    assert abs(shared[1].sum() / shared[0].sum() - 1) <= 2e-3
+    for i, j in np.ndindex(*cpu["count"].shape):
+        held = [shared[0][i, j, x["list"][i, j, : x["count"][i, j]]].sum() for x in (cpu, own)]
+        assert held[1] >= 0.998 * held[0]
+    assert (np.abs(own["count"] - cpu["count"]) <= (0.01 * cpu["count"] + 1 if c.get("mass") else 0)).all()
+    if kw.get("equal"):  # whatever column a cell is in
+        for i, tile in enumerate(c["tiles"]):
+            mask = c["mask"][tile[0], tile[2 : 2 + tile[1]] % c["q"].shape[1]]
+            scores = shared[1][i][:, np.isfinite(mask).all(0)]
+            assert (scores == scores[:, :1]).all()
 
     assert (got["count"] == cpu["count"]).all()
     assert (got["list"] == cpu["list"]).all()

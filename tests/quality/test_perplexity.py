@@ -178,6 +178,9 @@ def test_arms_by_text(profile):
     arms = parse_arms(
         "mass=0.9,cap=4096; mean_budget=99 ;budget=30,floor=2;profile=x.json,k_dom=q8;dense", settings, "p "
     )
+    cut, both = parse_arms("dense,ubatch=256;mass=0.9,ubatch=64", lambda path: (ON, profile), "p ")
+    assert (cut.name, cut.params, cut.ubatch) == ("dense,ubatch=256", None, 256)
+    assert (both.name, both.params, both.ubatch) == ("p mass=0.9,ubatch=64", ON.replace(mass=0.9), 64)
     assert [a.name for a in arms] == [
         "p mass=0.9,cap=4096",
         "p mean_budget=99",
@@ -202,6 +205,9 @@ def test_arms_by_text(profile):
         ("mass=x", "arm 'mass=x': setting mass: expected share, 0 to 1, found 'x'"),
         ("mass=0.9,cap=3", "settings floor and cap: expected 1 <= floor <= cap, found 64 and 3"),
         ("mass=0.9,mean_budget=9", "settings mass and mean_budget"),
+        ("dense,ubatch=x", "arm 'dense,ubatch=x': ubatch: expected a whole number of tokens from 1, found 'x'"),
+        ("dense,ubatch=0", "ubatch: expected a whole number of tokens from 1, found '0'"),
+        ("dense,mass=0.9", "arm 'dense,mass=0.9': dense takes ubatch=N only, found mass; omit one of the two"),
     ):
         with pytest.raises(FasaError, match=message):
             parse_arms(bad, settings)

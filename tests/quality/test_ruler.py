@@ -160,6 +160,45 @@ def test_variables_form_one_chain():
     )
 
 
+def test_other_numbers_of_needles():
+    numbers = ruler.Numbers(num_needle_k=2, num_needle_v=3, num_needle_q=2)
+    for name, planted, asked, answers in (
+        ("niah_multikey_1", 2, 1, 1),
+        ("niah_multivalue", 3, 1, 3),
+        ("niah_multiquery", 2, 2, 2),
+        ("niah_single_2", 1, 1, 1),  # a task with one of everything keeps it
+    ):
+        r = make_record(name, 0, 3000, count, words=WORDS, numbers=numbers)
+        assert len(needles(r)) == planted and len(r["outputs"]) == answers
+        assert len(re.findall(r"[a-z]{6}-[a-z]{6}", r["answer_prefix"])) == asked
+        assert make_record(name, 0, 3000, count, words=WORDS, numbers=ruler.Numbers()) == make_record(
+            name, 0, 3000, count, words=WORDS
+        )
+    assert numbers.changed("niah_multivalue") == {"num_needle_v": 3} and numbers.changed("niah_single_2") == {}
+    assert numbers.changed("qa_1") == {} and numbers.given() == {
+        "num_needle_k": 2,
+        "num_needle_v": 3,
+        "num_needle_q": 2,
+    }
+
+
+def test_other_numbers_of_chains():
+    numbers = ruler.Numbers(num_chains=3, num_hops=2)
+    r = make_record("vt", 0, 3000, count, numbers=numbers)
+    _, text = r["input"].split("\n\n\n\n")
+    lines = re.findall(r"VAR ([A-Z]{5}) = (?:VAR )?(\w+)", text)
+    value = re.search(r"assigned the value (\d+) in the text above\.$", text)[1]
+    chains: dict[str, list[str]] = {}
+    for name, source in lines:  # in order, so that one reading suffices
+        if source.isdigit():
+            chains[source] = [name]
+        else:
+            next(c for c in chains.values() if c[-1] == source).append(name)
+    assert [len(c) for c in chains.values()] == [3, 3, 3] and chains[value] == r["outputs"]
+    assert "text above, 3 variables are assgined" in r["answer_prefix"]
+    assert numbers.changed("vt") == {"num_chains": 3, "num_hops": 2} and numbers.changed("cwe") == {}
+
+
 @pytest.mark.parametrize("length, common, other, form", [(2000, 6, 1, "6/1"), (5000, 30, 3, "30/3")])
 def test_common_words(length, common, other, form):
     r = make_record("cwe", 0, length, count)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from tiny_gguf import insert
+from tiny_gguf import insert, text_entry
 
 from fasa_gguf import FasaError, FasaParams
 from fasa_gguf.calibrate.gguf import default_corpus
@@ -29,13 +29,6 @@ QUESTIONS = [Question("niah_single_2", 700, i) for i in range(2)]
 @pytest.fixture(scope="module")
 def profile(tiny):
     return synthetic_profile(*shape.model_shape(GGUFFile(tiny)))
-
-
-def text_entry(key, value):
-    """A packed metadata string."""
-    import struct
-
-    return struct.pack("<Q", len(key)) + key.encode() + struct.pack("<IQ", 8, len(value)) + value.encode()
 
 
 # ---- the runner ----
