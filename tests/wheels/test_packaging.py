@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -134,6 +135,22 @@ def test_a_package_uses_the_installed_binding_of_its_version(library, tmp_path):
 
 
 # ---- backends ----
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="no nm")
+def test_libllama_calls_nothing_of_a_backend(library):
+    """In a wheel the backends are loaded when the program runs, after libllama: by then it must have all it needs."""
+
+    def names(what, path):
+        out = subprocess.run(["nm", "-D", what, path], capture_output=True, text=True, check=True).stdout
+        return {line.split()[-1] for line in out.splitlines() if re.search(r" [TDBU] (ggml|fasa)_", line)}
+
+    folder = lib.lib_dir()
+    needed = names("--undefined-only", folder / "libllama.so")
+    assert "ggml_backend_dev_type" in needed
+    assert needed <= names("--defined-only", folder / "libggml.so") | names(
+        "--defined-only", folder / "libggml-base.so"
+    )
 
 
 class Ggml:
