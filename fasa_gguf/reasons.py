@@ -46,6 +46,7 @@ class Reason(IntEnum):
     )
     PREFILL_SHORT = "the ubatch has fewer than 32 tokens of a sequence"
     PREFILL_EMBEDDINGS = "embeddings are computed"
+    PREFILL_POSITIONS = "tokens of the ubatch share a position, as those of an image do"
     PREFILL_OBSERVED = "an observer sees queries and keys, as in calibration"
     PREFILL_DEVICE = "its attention runs on a GPU, where prefill auto is dense", "use --fasa-prefill on"
     PREFILL_HEAD_DIM = "the GPU's flash attention does not know its head dimension"

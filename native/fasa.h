@@ -201,58 +201,59 @@ enum fasa_reason {
     FASA_REASON_PREFILL_MIN_CONTEXT   = 9,  // the prompt is shorter than prefill_min_context so far
     FASA_REASON_PREFILL_SHORT         = 10, // the ubatch has fewer than 32 tokens of a sequence
     FASA_REASON_PREFILL_EMBEDDINGS    = 11, // embeddings are computed
-    FASA_REASON_PREFILL_OBSERVED      = 12, // an observer sees queries and keys, as in calibration
-    FASA_REASON_PREFILL_DEVICE        = 13, // its attention runs on a GPU, where prefill auto is dense
-    FASA_REASON_PREFILL_HEAD_DIM      = 14, // the GPU's flash attention does not know its head dimension
-    FASA_REASON_PREFILL_WINDOW        = 15, // the layer has a sliding window
-    FASA_REASON_NO_SUCH_LAYER         = 16, // no such layer
-    FASA_REASON_NO_CACHE              = 17, // it has no KV cache that FASA knows
+    FASA_REASON_PREFILL_POSITIONS     = 12, // tokens of the ubatch share a position, as those of an image do
+    FASA_REASON_PREFILL_OBSERVED      = 13, // an observer sees queries and keys, as in calibration
+    FASA_REASON_PREFILL_DEVICE        = 14, // its attention runs on a GPU, where prefill auto is dense
+    FASA_REASON_PREFILL_HEAD_DIM      = 15, // the GPU's flash attention does not know its head dimension
+    FASA_REASON_PREFILL_WINDOW        = 16, // the layer has a sliding window
+    FASA_REASON_NO_SUCH_LAYER         = 17, // no such layer
+    FASA_REASON_NO_CACHE              = 18, // it has no KV cache that FASA knows
     // no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its attention by another
     // path
-    FASA_REASON_NOT_BUILT             = 18,
-    FASA_REASON_SMALL_WINDOW          = 19, // its sliding window is not longer than what it would attend
-    FASA_REASON_NOT_RANKED            = 20, // the profile has no ranking for it
-    FASA_REASON_LENDER_DENSE          = 21, // the layer whose list it borrows is dense
-    FASA_REASON_SHARED_CACHE          = 22, // its cache is shared with another context
-    FASA_REASON_LATENT                = 23, // multi-head latent attention has no keys per head
-    FASA_REASON_ODD_HEAD              = 24, // its head dimension is odd
-    FASA_REASON_CACHE_TYPE            = 25, // its cache type cannot be read back
-    FASA_REASON_NO_KERNELS            = 26, // its cache is on a device that FASA has no kernels for
+    FASA_REASON_NOT_BUILT             = 19,
+    FASA_REASON_SMALL_WINDOW          = 20, // its sliding window is not longer than what it would attend
+    FASA_REASON_NOT_RANKED            = 21, // the profile has no ranking for it
+    FASA_REASON_LENDER_DENSE          = 22, // the layer whose list it borrows is dense
+    FASA_REASON_SHARED_CACHE          = 23, // its cache is shared with another context
+    FASA_REASON_LATENT                = 24, // multi-head latent attention has no keys per head
+    FASA_REASON_ODD_HEAD              = 25, // its head dimension is odd
+    FASA_REASON_CACHE_TYPE            = 26, // its cache type cannot be read back
+    FASA_REASON_NO_KERNELS            = 27, // its cache is on a device that FASA has no kernels for
     // it is on another machine, whose RPC server is not of this build of fasa_gguf
-    FASA_REASON_REMOTE_BUILD          = 27,
-    FASA_REASON_REMOTE_DEVICE         = 28, // it is on a device of another machine that is no CPU
-    FASA_REASON_NO_CPU_OPS            = 29, // the CPU backend has no FASA ops
-    FASA_REASON_NO_FLASH_ATTENTION    = 30, // flash attention is off
-    FASA_REASON_TRAINING              = 31, // training
-    FASA_REASON_NOT_CAUSAL            = 32, // its attention is not causal
-    FASA_REASON_BIAS                  = 33, // its attention has a bias
-    FASA_REASON_ALIBI                 = 34, // ALiBi moves the scores
-    FASA_REASON_QUERY_TYPE            = 35, // its queries are not f32
-    FASA_REASON_QUERY_HEADS           = 36, // its query heads are no multiple of its KV heads
-    FASA_REASON_MASK_TYPE             = 37, // its mask is not f16
-    FASA_REASON_MASK_COMPUTED         = 38, // its mask is computed
-    FASA_REASON_CUDA_DEVICE           = 39, // its device is not one of CUDA's
+    FASA_REASON_REMOTE_BUILD          = 28,
+    FASA_REASON_REMOTE_DEVICE         = 29, // it is on a device of another machine that is no CPU
+    FASA_REASON_NO_CPU_OPS            = 30, // the CPU backend has no FASA ops
+    FASA_REASON_NO_FLASH_ATTENTION    = 31, // flash attention is off
+    FASA_REASON_TRAINING              = 32, // training
+    FASA_REASON_NOT_CAUSAL            = 33, // its attention is not causal
+    FASA_REASON_BIAS                  = 34, // its attention has a bias
+    FASA_REASON_ALIBI                 = 35, // ALiBi moves the scores
+    FASA_REASON_QUERY_TYPE            = 36, // its queries are not f32
+    FASA_REASON_QUERY_HEADS           = 37, // its query heads are no multiple of its KV heads
+    FASA_REASON_MASK_TYPE             = 38, // its mask is not f16
+    FASA_REASON_MASK_COMPUTED         = 39, // its mask is computed
+    FASA_REASON_CUDA_DEVICE           = 40, // its device is not one of CUDA's
     // its GPU has no FASA kernels: they need an NVIDIA GPU of compute capability 7.5 or later
-    FASA_REASON_CUDA_CAPABILITY       = 40,
+    FASA_REASON_CUDA_CAPABILITY       = 41,
     // the CUDA kernels read caches in f32, f16, bf16, q8_0 and q4_0, and this one has another type
-    FASA_REASON_CUDA_CACHE_TYPE       = 41,
+    FASA_REASON_CUDA_CACHE_TYPE       = 42,
     // the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256
-    FASA_REASON_CUDA_HEAD_DIM         = 42,
-    FASA_REASON_CUDA_GROUP            = 43, // more than 128 query heads share a KV head
-    FASA_REASON_AHEAD_OFF             = 44, // selecting ahead is off
-    FASA_REASON_AHEAD_AUTO            = 45, // it is on the CPU, where selecting ahead saves no time
-    FASA_REASON_AHEAD_TOKENS          = 46, // the step has several tokens, with which selecting ahead is slower
+    FASA_REASON_CUDA_HEAD_DIM         = 43,
+    FASA_REASON_CUDA_GROUP            = 44, // more than 128 query heads share a KV head
+    FASA_REASON_AHEAD_OFF             = 45, // selecting ahead is off
+    FASA_REASON_AHEAD_AUTO            = 46, // it is on the CPU, where selecting ahead saves no time
+    FASA_REASON_AHEAD_TOKENS          = 47, // the step has several tokens, with which selecting ahead is slower
     // selecting among so many cells takes longer than the feed-forward beside it
-    FASA_REASON_AHEAD_LONG            = 47,
-    FASA_REASON_AHEAD_BORROWS         = 48, // it borrows its list
-    FASA_REASON_AHEAD_PROFILE         = 49, // the profile says that foreseen queries lose too much there
-    FASA_REASON_AHEAD_FIRST           = 50, // no block lies before it
+    FASA_REASON_AHEAD_LONG            = 48,
+    FASA_REASON_AHEAD_BORROWS         = 49, // it borrows its list
+    FASA_REASON_AHEAD_PROFILE         = 50, // the profile says that foreseen queries lose too much there
+    FASA_REASON_AHEAD_FIRST           = 51, // no block lies before it
     // no feed-forward lies between the attention or other block before it and its queries
-    FASA_REASON_AHEAD_NO_FEED_FORWARD = 51,
-    FASA_REASON_AHEAD_UNKNOWN         = 52, // how its queries follow from the layer before is not recognised
-    FASA_REASON_AHEAD_DEVICE          = 53, // the feed-forward before it runs on another device
+    FASA_REASON_AHEAD_NO_FEED_FORWARD = 52,
+    FASA_REASON_AHEAD_UNKNOWN         = 53, // how its queries follow from the layer before is not recognised
+    FASA_REASON_AHEAD_DEVICE          = 54, // the feed-forward before it runs on another device
     // its rows on the device have no room for a list with all tokens of the batch
-    FASA_REASON_AHEAD_ROOM            = 54,
+    FASA_REASON_AHEAD_ROOM            = 55,
 };
 // end reasons
 
@@ -437,17 +438,16 @@ typedef struct fasa_op_case {
 FASA_API int fasa_op_run(const fasa_op_case * test);
 
 // The same of sparse prefill, for tests against fasa_gguf/reference_prefill.py. op->forced is [n_tile, n_forced],
-// op->out_count [n_tile, n_list], op->out_list [n_tile, n_list, length]; fresh cells, a given list and out_est are
-// ignored.
+// op->out_count [n_tile, n_list], op->out_list [n_tile, n_list, length]; mask, fresh, list, out_est: unused.
 typedef struct fasa_tile_case {
     uint64_t size;
     const fasa_op_case * op;
-    int32_t n_tile;
-    int32_t tile_size;
-    const int32_t * tiles; // [n_tile, 2 + tile_size] of each its stream, the number of its tokens, and their numbers in
-                           // [n_stream, n_tokens]
-    float * out_score;     // [n_tile, n_head, n_kv] the softmaxes of a tile's queries, added up, times 2^60; of a device
-                           // those of a list's heads together, as its first head's, and 0 as the others'
+    int32_t n_tile, tile_size;
+    const int32_t * tiles;    // [n_tile, 2 + 2*tile_size] as in ops/tile.h, tokens by number in [n_stream, n_tokens]
+    const int32_t * cell_pos; // [n_stream, n_kv] the position of every cell, -1: it is empty
+    const uint8_t * own;      // [n_tile, n_kv] not 0: the cell is of the tile's sequence
+    // [n_tile, n_head, n_kv] the softmaxes of a tile's queries, added up, times 2^60; of a device a list's together
+    float * out_score;
 } fasa_tile_case;
 FASA_API int fasa_tile_run(const fasa_tile_case * test);
 

@@ -216,7 +216,9 @@ def op_run(*, q: np.ndarray, v: np.ndarray, **case: Any) -> dict[str, np.ndarray
     return out
 
 
-def tile_run(*, q: np.ndarray, v: np.ndarray, tiles: np.ndarray, **case: Any) -> dict[str, np.ndarray]:
+def tile_run(
+    *, q: np.ndarray, v: np.ndarray, tiles: np.ndarray, cell_pos: np.ndarray, own: np.ndarray, **case: Any
+) -> dict[str, np.ndarray]:
     """Run the ops of sparse prefill of one layer on host arrays, whose shapes are those of struct fasa_tile_case.
 
     Returns score (not times 2^60), count, list and out. Raises FasaError.
@@ -236,10 +238,13 @@ def tile_run(*, q: np.ndarray, v: np.ndarray, tiles: np.ndarray, **case: Any) ->
         pointer, _ = array("float" if name == "out" else "int32_t", out[name], out[name].dtype)
         setattr(c, field, pointer)
     p_tiles, _tiles = array("int32_t", tiles, np.int32)
+    p_pos, _pos = array("int32_t", cell_pos, np.int32)
+    p_own, _own = array("uint8_t", own, np.uint8)
     p_score, _score = array("float", out["score"], np.float32)
     test = struct(
-        "fasa_tile_case", op=c, n_tile=len(tiles), tile_size=tiles.shape[1] - 2, tiles=p_tiles, out_score=p_score
-    )
+        "fasa_tile_case", op=c, n_tile=len(tiles), tile_size=(tiles.shape[1] - 2) // 2, tiles=p_tiles, cell_pos=p_pos,
+        own=p_own, out_score=p_score,
+    )  # fmt: skip
     check(api()[1].fasa_tile_run(test))
     out["score"] *= np.float32(2.0**-60)
     return out

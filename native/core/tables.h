@@ -103,6 +103,7 @@
     X(PREFILL_MIN_CONTEXT, "the prompt is shorter than prefill_min_context so far") \
     X(PREFILL_SHORT, "the ubatch has fewer than 32 tokens of a sequence") \
     X(PREFILL_EMBEDDINGS, "embeddings are computed") \
+    X(PREFILL_POSITIONS, "tokens of the ubatch share a position, as those of an image do") \
     X(PREFILL_OBSERVED, "an observer sees queries and keys, as in calibration") \
     X(PREFILL_DEVICE, "its attention runs on a GPU, where prefill auto is dense") \
     X(PREFILL_HEAD_DIM, "the GPU's flash attention does not know its head dimension") \

@@ -13,9 +13,16 @@
 // prompt, which callers may evaluate alone, stays dense
 static constexpr uint32_t FASA_TILE_LEAST = 32;
 
+// of a cell, in the eyes of a tile
+enum fasa_seen : int8_t {
+    FASA_SEEN_BY_NONE = 0,
+    FASA_SEEN_BY_ALL  = 1,
+    FASA_SEEN_BY_SOME = 2, // the queries whose position is not below the cell's
+};
+
 struct fasa_tile {
     int32_t seq;                 // sequence
-    int32_t first;               // lowest position
+    int32_t first, last;         // lowest and highest position
     std::vector<int32_t> tokens; // numbers in the ubatch
 };
 
@@ -30,13 +37,19 @@ inline std::vector<fasa_tile> fasa_make_tiles(const int32_t * pos, const int32_t
         const uint32_t part    = count[{ seq[i], quotient }]++ / size;
         const auto at          = found.try_emplace({ seq[i], quotient, part }, tiles.size());
         if (at.second) {
-            tiles.push_back({ seq[i], pos[i], {} });
+            tiles.push_back({ seq[i], pos[i], pos[i], {} });
         }
         auto & tile = tiles[at.first->second];
         tile.first  = std::min(tile.first, pos[i]);
+        tile.last   = std::max(tile.last, pos[i]);
         tile.tokens.push_back((int32_t) i);
     }
     return tiles;
+}
+
+// What a tile whose positions are from `first` to `last` sees of a cell of its sequence at `pos`
+inline fasa_seen fasa_seen_at(int32_t pos, int32_t first, int32_t last) {
+    return pos <= first ? FASA_SEEN_BY_ALL : pos <= last ? FASA_SEEN_BY_SOME : FASA_SEEN_BY_NONE;
 }
 
 // the most tiles that n tokens of n_seq sequences are, where they share no positions

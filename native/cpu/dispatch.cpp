@@ -14,7 +14,6 @@ extern "C" void fasa_cpu_op(ggml_tensor * dst, int ith, int nth, void * userdata
         case FASA_OP_FAC: fasa_cpu_fac(dst, p, ith, nth); break;
         case FASA_OP_OBSERVE: fasa_cpu_observe(dst, p, ith); break;
         case FASA_OP_SPREAD: fasa_cpu_spread(dst, p, ith, nth); break;
-        case FASA_OP_TILE_VIEW: fasa_cpu_tile_view(dst, ith, nth); break;
         case FASA_OP_TILE_REFRESH: fasa_cpu_tile_refresh(dst, p, ith, nth); break;
         case FASA_OP_TILE_TIP: fasa_cpu_tile_tip(dst, p, ith, nth); break;
         case FASA_OP_TILE_SELECT: fasa_cpu_tile_select(dst, p, ith, nth); break;

@@ -9,7 +9,6 @@ void fasa_cpu_select(ggml_tensor * dst, const fasa_op_params & p, int ith, int n
 void fasa_cpu_fac(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth);
 void fasa_cpu_observe(ggml_tensor * dst, const fasa_op_params & p, int ith);
 void fasa_cpu_spread(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth);
-void fasa_cpu_tile_view(ggml_tensor * dst, int ith, int nth);
 void fasa_cpu_tile_refresh(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth);
 void fasa_cpu_tile_tip(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth);
 void fasa_cpu_tile_select(ggml_tensor * dst, const fasa_op_params & p, int ith, int nth);

@@ -121,21 +121,19 @@ static void fasa_tile_fac_read(
     }
 }
 
-// soft-capping and the mask, on scores of n_cell cells
-static void fasa_tile_fac_see(const ggml_tensor * mask, const int8_t * view, const fasa_tile_ref & tile, float soft_cap,
+// soft-capping, and what a query does not see, on scores of n_cell cells
+static void fasa_tile_fac_see(const int32_t * cell_pos, const fasa_tile_ref & tile, float soft_cap,
     const int32_t * list, int64_t n_cell, fasa_tile_fac_work & w) {
+    const int32_t first = *std::min_element(tile.pos, tile.pos + tile.count);
     for (int64_t c = 0; soft_cap > 0 && c < n_cell * w.n; c += 16) {
         const fasa_f32x16 x = fasa_soft_cap(fasa_load<fasa_f32x16>(w.score.data() + c), soft_cap);
         memcpy(w.score.data() + c, &x, sizeof(x));
     }
     for (int64_t c = 0; c < n_cell; ++c) {
-        if (view[list[c]] == FASA_SEEN_BY_ALL) {
-            continue;
-        }
-        float * x = w.score.data() + c * w.n;
-        for (int32_t i = 0; i < tile.count; ++i) {
-            const ggml_fp16_t * row = (const ggml_fp16_t *) fasa_at(mask, tile.token[i] % mask->ne[1], 0, tile.stream);
-            x[i] += GGML_CPU_FP16_TO_FP32(row[list[c]]);
+        const int32_t pos = cell_pos[list[c]];
+        float * x         = w.score.data() + c * w.n;
+        for (int32_t i = 0; pos > first && i < tile.count; ++i) {
+            x[i] = pos <= tile.pos[i] ? x[i] : -INFINITY;
         }
     }
 }
@@ -188,9 +186,9 @@ static void fasa_tile_fac_end(
 
 static void fasa_tile_fac_head(
     ggml_tensor * dst, const fasa_op_params & p, int64_t tile_i, int64_t head, fasa_tile_fac_work & w) {
-    const ggml_tensor *lists = dst->src[0], *k = dst->src[2], *v = dst->src[3], *mask = dst->src[4],
-                      *sinks = dst->src[5], *view = dst->src[7];
+    const ggml_tensor *lists = dst->src[0], *k = dst->src[2], *v = dst->src[3], *sinks = dst->src[5];
     const fasa_tile_ref tile = fasa_tile_at(dst->src[6], tile_i);
+    const auto * cell_pos    = (const int32_t *) fasa_at(dst->src[4], tile.stream, 0, 0);
     const int64_t n_head = dst->ne[1], h = head / (n_head / k->ne[1]), d_k = k->ne[0], d_v = v->ne[0];
 
     const int32_t * list = (const int32_t *) fasa_at(lists, head / (n_head / lists->ne[1]), tile_i, 0);
@@ -200,7 +198,7 @@ static void fasa_tile_fac_head(
         const int64_t n_cell = std::min(FASA_FAC_CELLS, n - i);
         fasa_tile_fac_read(k, h, tile.stream, list + i, n_cell, list + n, w.rows.data());
         fasa_gemm<false>(w.rows.data(), d_k, 1, w.q.data(), w.n, d_k, n_cell, w.score.data());
-        fasa_tile_fac_see(mask, (const int8_t *) fasa_at(view, tile_i, 0, 0), tile, p.soft_cap, list + i, n_cell, w);
+        fasa_tile_fac_see(cell_pos, tile, p.soft_cap, list + i, n_cell, w);
         fasa_tile_fac_softmax(n_cell, d_v, w);
         fasa_tile_fac_read(v, h, tile.stream, list + i, n_cell, list + n, w.rows.data());
         fasa_gemm<true>(w.rows.data(), 1, d_v, w.score.data(), w.n, n_cell, d_v, w.out.data());

@@ -1,4 +1,4 @@
-// TIP of sparse prefill: VIEW, REFRESH and TIP of ops/tile.h. Definition: tile_estimate and tile_score of
+// TIP of sparse prefill: REFRESH and TIP of ops/tile.h. Definition: tile_estimate and tile_score of
 // fasa_gguf/reference_prefill.py.
 
 #include "core/select.h"
@@ -12,37 +12,6 @@
 #include <cstring>
 #include <memory>
 #include <vector>
-
-// ---- VIEW ----
-
-// of the n cells from `cell` on
-static void fasa_view_part(
-    const ggml_tensor * mask, const fasa_tile_ref & tile, int64_t cell, int64_t n, int8_t * out) {
-    const int64_t n_tps     = mask->ne[1];
-    uint16_t any[FASA_SPAN] = {}, all[FASA_SPAN]; // all: nonzero where the mask adds something; any: not -inf for one
-    std::fill(all, all + FASA_SPAN, 0);
-    for (int32_t t = 0; t < tile.count; ++t) {
-        const uint16_t * row = (const uint16_t *) fasa_at(mask, tile.token[t] % n_tps, 0, tile.stream) + cell;
-        for (int64_t c = 0; c < n; ++c) {
-            any[c] |= row[c] ^ 0xfc00; // -inf
-            all[c] |= row[c] & 0x7fff; // 0 of either sign
-        }
-    }
-    for (int64_t c = 0; c < n; ++c) {
-        out[c] = any[c] == 0 ? FASA_SEEN_BY_NONE : all[c] == 0 ? FASA_SEEN_BY_ALL : FASA_SEEN_BY_SOME;
-    }
-    std::fill(out + n, out + FASA_SPAN, FASA_SEEN_BY_NONE);
-}
-
-void fasa_cpu_tile_view(ggml_tensor * dst, int ith, int nth) {
-    const ggml_tensor *mask = dst->src[0], *tiles = dst->src[1];
-    const int64_t n_kv = mask->ne[0], n_span = fasa_n_span(n_kv);
-    for (int64_t i = ith; i < n_span * dst->ne[1]; i += nth) {
-        const int64_t tile = i / n_span, cell = i % n_span * FASA_SPAN;
-        fasa_view_part(mask, fasa_tile_at(tiles, tile), cell, std::min<int64_t>(FASA_SPAN, n_kv - cell),
-            (int8_t *) fasa_at(dst, tile, 0, 0) + cell);
-    }
-}
 
 // ---- REFRESH ----
 
@@ -231,21 +200,23 @@ static inline fasa_f32x16 fasa_exp2(fasa_f32x16 x, float e) {
 #endif
 }
 
-// logits x [n, rounded up to 16] of one query over n cells, in place, as it sees them: soft-capped and hidden
-static void fasa_tile_see(float * x, int64_t n, float soft_cap, const ggml_fp16_t * mask) {
+// Logits x [n] of one query over n cells, a multiple of 16, in place, as it sees them: soft-capped and hidden. first:
+// from which position on a query sees each cell; nullptr: it sees all of them
+static void fasa_tile_see(float * x, int64_t n, float soft_cap, const int32_t * first, int32_t pos) {
     for (int64_t c = 0; c < n; c += 16) {
         fasa_f32x16 v = fasa_load<fasa_f32x16>(x + c);
         v             = soft_cap > 0 ? fasa_soft_cap(v, soft_cap) : v;
-        if (mask) {
-            ggml_fp16_t last[16];
-            if (c + 16 > n) {
-                std::fill(last, last + 16, (ggml_fp16_t) 0xfc00); // -inf
-                memcpy(last, mask + c, (n - c) * sizeof(ggml_fp16_t));
-            }
-            const fasa_f32x16 h = fasa_f32_f16(c + 16 > n ? last : mask + c);
-            v                   = h > FASA_FRESH ? v + h : h; // v may be anything, NaN too
+        if (first) {
+            v = fasa_load<fasa_i32x16>(first + c) <= pos ? v : fasa_f32x16{} - INFINITY; // v may be anything, NaN too
         }
         memcpy(x + c, &v, sizeof(v));
+    }
+}
+
+// first [n]: from which position on a query of the tile sees each of n cells
+static void fasa_tile_first(const int8_t * view, const int32_t * cell_pos, int64_t n, int32_t * first) {
+    for (int64_t c = 0; c < n; ++c) {
+        first[c] = view[c] == FASA_SEEN_BY_NONE ? INT32_MAX : cell_pos[c];
     }
 }
 
@@ -317,13 +288,15 @@ static void fasa_tile_states(const int8_t * view, int64_t n_kv, std::vector<int8
 }
 
 // the exponentials of the queries from row r on, with the exponents and sums of their spans
-static void fasa_tile_rows(const ggml_tensor * dst, const fasa_op_params & p, const fasa_tile_ref & tile, int64_t h,
-    int64_t r, fasa_tile_tip_work & w) {
-    constexpr int R         = FASA_ROWS_AT_ONCE;
-    const ggml_tensor *rows = dst->src[0], *mask = dst->src[4];
+static void fasa_tile_rows(const ggml_tensor * dst, const fasa_op_params & p, const fasa_tile_ref & tile,
+    const int8_t * view, int64_t h, int64_t r, fasa_tile_tip_work & w) {
+    constexpr int R          = FASA_ROWS_AT_ONCE;
+    const ggml_tensor * rows = dst->src[0];
+    const auto * cell_pos    = (const int32_t *) fasa_at(dst->src[4], tile.stream, 0, 0);
     const int64_t n_kv = dst->ne[0], n_span = w.state.size(), stride = n_span * FASA_SPAN + 2 * n_span;
     const int n_dom = dst->src[2]->ne[0];
     alignas(64) float x[R * FASA_SPAN];
+    alignas(64) int32_t first[FASA_SPAN];
     for (int64_t i = 0; i < n_span; ++i) {
         const int64_t cell = i * FASA_SPAN, n = std::min<int64_t>(FASA_SPAN, n_kv - cell), n_16 = (n + 15) / 16;
         float * e = w.e.data() + n_span * FASA_SPAN + i;
@@ -335,15 +308,15 @@ static void fasa_tile_rows(const ggml_tensor * dst, const fasa_op_params & p, co
             continue;
         }
         fasa_tile_dots(fasa_at(rows, cell / 16, h, tile.stream), n_16, n_dom, w, r, x);
+        const bool some = w.state[i] == FASA_SEEN_BY_SOME;
+        if (some) {
+            fasa_tile_first(view + cell, cell_pos + cell, n_16 * 16, first);
+        }
         for (int m = 0; m < R; ++m) {
-            const bool is_row = r + m < tile.count, masked = w.state[i] == FASA_SEEN_BY_SOME;
-            const ggml_fp16_t * hide = !is_row || !masked ?
-                nullptr :
-                (const ggml_fp16_t *) fasa_at(mask, tile.token[r + m] % mask->ne[1], 0, tile.stream) + cell;
-            if (!is_row) {
+            if (r + m >= tile.count) {
                 std::fill(x + m * FASA_SPAN, x + m * FASA_SPAN + n_16 * 16, -INFINITY);
-            } else if (hide || p.soft_cap > 0) {
-                fasa_tile_see(x + m * FASA_SPAN, n, p.soft_cap, hide);
+            } else if (some || p.soft_cap > 0) {
+                fasa_tile_see(x + m * FASA_SPAN, n_16 * 16, p.soft_cap, some ? first : nullptr, tile.pos[r + m]);
             }
             fasa_tile_span(
                 x + m * FASA_SPAN, n_16 * 16, w.e.data() + m * stride + cell, e + m * stride, e + m * stride + n_span);
@@ -356,13 +329,14 @@ static void fasa_tile_head(
     constexpr int R          = FASA_ROWS_AT_ONCE;
     const fasa_tile_ref tile = fasa_tile_at(dst->src[5], tile_i);
     const int64_t n_kv = dst->ne[0], n_span = fasa_n_span(n_kv), h = head / (dst->ne[1] / dst->src[2]->ne[1]);
-    fasa_tile_states((const int8_t *) fasa_at(dst->src[6], tile_i, 0, 0), n_kv, w.state);
+    const auto * view = (const int8_t *) fasa_at(dst->src[6], tile_i, 0, 0);
+    fasa_tile_states(view, n_kv, w.state);
     fasa_tile_queries(dst, p, tile, head, w);
     w.e.resize(R * (n_span * FASA_SPAN + 2 * n_span));
     w.factor.resize(R * n_span);
     w.pool.assign(n_span * FASA_SPAN, 0.0f);
     for (int64_t r = 0; r < tile.count; r += R) {
-        fasa_tile_rows(dst, p, tile, h, r, w);
+        fasa_tile_rows(dst, p, tile, view, h, r, w);
         fasa_tile_pool(n_kv, n_span, w);
     }
     memcpy(fasa_at(dst, head, tile_i, 0), w.pool.data(), n_kv * sizeof(float));

@@ -139,7 +139,6 @@ bool fasa_cuda_forward(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
         case FASA_OP_JOIN: fasa_cuda_join(ctx); return true;
         case FASA_OP_FAC: fasa_cuda_fac(ctx, dst, *p); return true;
         case FASA_OP_STAGE: fasa_cuda_stage(ctx, dst); return true;
-        case FASA_OP_TILE_VIEW: fasa_cuda_tile_view(ctx, dst); return true;
         case FASA_OP_TILE_REFRESH: fasa_cuda_tile_refresh(ctx, dst, *p); return true;
         case FASA_OP_TILE_TIP: fasa_cuda_tile_tip(ctx, dst, *p); return true;
         case FASA_OP_TILE_SELECT: fasa_cuda_tile_select(ctx, dst, *p); return true;

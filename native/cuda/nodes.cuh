@@ -11,8 +11,7 @@ void fasa_cuda_select(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const 
 void fasa_cuda_select_side(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
 void fasa_cuda_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
 
-// sparse prefill (ops/tile.h): VIEW and REFRESH (cuda/tile-keys.cu), TIP, SELECT, FAC (cuda/tile-*.cu)
-void fasa_cuda_tile_view(ggml_backend_cuda_context & ctx, ggml_tensor * dst);
+// sparse prefill (ops/tile.h): REFRESH (cuda/tile-keys.cu), TIP, SELECT, FAC (cuda/tile-*.cu)
 void fasa_cuda_tile_refresh(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
 void fasa_cuda_tile_tip(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);
 void fasa_cuda_tile_select(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p);

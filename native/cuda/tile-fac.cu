@@ -28,8 +28,6 @@ struct fasa_tile_fac_args {
     const char *q, *k, *v;
     int64_t q_nb1, q_nb2, k_nb1, k_nb2, k_nb3, v_nb1, v_nb2, v_nb3;
     ggml_type type_k, type_v;
-    const int8_t * view;
-    int64_t n_view;
     fasa_tile_mask mask;
     fasa_tiles_ref tiles;
     float * dst; // [n_tokens][n_head][d]
@@ -70,37 +68,27 @@ static __global__ void __launch_bounds__(GATHER_THREADS) fasa_tile_gather_kernel
     }
 }
 
-// the mask of the lists' cells; a thread has two of them, for every token
+// The mask of the lists' cells. A block has FAC_STEP of them, whose positions it reads once, a warp every eighth token,
+// a thread eight cells.
 static __global__ void __launch_bounds__(GATHER_THREADS) fasa_tile_gather_mask_kernel(const fasa_tile_fac_args a) {
+    static_assert(GATHER_THREADS == FAC_STEP && FAC_STEP == 32 * 8, "a thread reads one position, a warp has all");
+    __shared__ __align__(16) int first[FAC_STEP]; // from which position on a query sees the cell
     ggml_cuda_pdl_sync();
     const int pair = blockIdx.y, tile = a.tile0 + pair / a.n_list, list = pair % a.n_list;
-    const int i = 2 * (blockIdx.x * GATHER_THREADS + threadIdx.x);
-    if (i >= a.n_pad) {
-        return;
-    }
     const int32_t * cells = a.list + ((int64_t) tile * a.n_list + list) * a.n_len;
-    const int n = *cells++, s = a.tiles.stream(tile), count = a.tiles.count(tile);
-    int cell[2];
-    bool some[2];
-    half2 all;
-#pragma unroll
-    for (int u = 0; u < 2; ++u) {
-        cell[u]                  = i + u < n ? cells[i + u] : -1;
-        some[u]                  = cell[u] >= 0 && a.view[tile * a.n_view + cell[u]] != FASA_SEEN_BY_ALL;
-        const half x             = __float2half(cell[u] >= 0 ? 0.0f : -INFINITY);
-        (u == 0 ? all.x : all.y) = x;
-    }
-    half2 * out = (half2 *) (a.mask_to + (int64_t) pair * a.size * a.n_pad + i);
-    for (int t = 0; t < a.size; ++t, out += a.n_pad / 2) {
-        half2 x = all;
-        if (t >= count) {
-            x = __half2half2(__float2half(-INFINITY));
-        } else if (some[0] || some[1]) {
-            const half * row = a.mask.row(a.tiles.token(tile, t), s);
-            x.x              = some[0] ? row[cell[0]] : x.x;
-            x.y              = some[1] ? row[cell[1]] : x.y;
-        }
-        *out = x;
+    const int n = *cells++, i = blockIdx.x * FAC_STEP + threadIdx.x, count = a.tiles.count(tile);
+    first[threadIdx.x] = i < n ? a.mask.row(a.tiles.stream(tile))[cells[i]] : INT_MAX;
+    __syncthreads();
+    const int lane = threadIdx.x % 32;
+    const int4 low = ((const int4 *) first)[2 * lane], high = ((const int4 *) first)[2 * lane + 1];
+    half * out     = a.mask_to + (int64_t) pair * a.size * a.n_pad + blockIdx.x * FAC_STEP + 8 * lane;
+    const auto two = [](int x, int y, int pos) { // 0 or -inf
+        return (x <= pos ? 0u : 0xfc00u) | (y <= pos ? 0u : 0xfc000000u);
+    };
+    for (int t = threadIdx.x / 32; t < a.size; t += GATHER_THREADS / 32) {
+        const int pos                            = t < count ? a.tiles.pos(tile, t) : -1;
+        *(uint4 *) (out + (int64_t) t * a.n_pad) = make_uint4(
+            two(low.x, low.y, pos), two(low.z, low.w, pos), two(high.x, high.y, pos), two(high.z, high.w, pos));
     }
 }
 
@@ -155,7 +143,7 @@ static __global__ void fasa_tile_drop_kernel(
 }
 
 static void fasa_tile_drop(ggml_backend_cuda_context & ctx, const ggml_tensor * dst, int stream0) {
-    const ggml_tensor *cache = fasa_op_layer(dst).row_cache, *ranges = dst->src[8];
+    const ggml_tensor *cache = fasa_op_layer(dst).row_cache, *ranges = dst->src[7];
     if (cache == nullptr || ranges == nullptr) {
         return;
     }
@@ -210,22 +198,20 @@ static void fasa_tile_attend(
 }
 
 void fasa_cuda_tile_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, const fasa_op_params & p) {
-    const ggml_tensor *list = dst->src[0], *q = dst->src[1], *k = dst->src[2], *v = dst->src[3], *tiles = dst->src[6],
-                      *view = dst->src[7];
-    fasa_tile_fac_args a    = { (const int32_t *) list->data, (const char *) q->data, (const char *) k->data,
+    const ggml_tensor *list = dst->src[0], *q = dst->src[1], *k = dst->src[2], *v = dst->src[3], *tiles = dst->src[6];
+    fasa_tile_fac_args a = { (const int32_t *) list->data, (const char *) q->data, (const char *) k->data,
         (const char *) v->data, (int64_t) q->nb[1], (int64_t) q->nb[2], (int64_t) k->nb[1], (int64_t) k->nb[2],
         (int64_t) k->nb[3], (int64_t) v->nb[1], (int64_t) v->nb[2], (int64_t) v->nb[3], k->type, v->type,
-        (const int8_t *) view->data, view->ne[0], fasa_tile_mask(dst->src[4]), fasa_tiles_ref(tiles),
-        (float *) dst->data };
-    a.n_len                 = list->ne[0];
-    a.n_list                = list->ne[1];
-    a.n_head                = dst->ne[1];
-    a.n_group               = a.n_head / a.n_list;
-    a.n_per_kv              = a.n_list / k->ne[1];
-    a.d                     = k->ne[0];
-    a.sinks                 = dst->src[5] ? (const float *) dst->src[5]->data : nullptr;
-    a.n_pad                 = (a.n_len - 1 + !!a.sinks + FAC_STEP - 1) / FAC_STEP * FAC_STEP;
-    a.size                  = (tiles->ne[0] - 2 + FAC_TOKENS - 1) / FAC_TOKENS * FAC_TOKENS;
+        fasa_tile_mask(dst->src[4]), fasa_tiles_ref(tiles), (float *) dst->data };
+    a.n_len              = list->ne[0];
+    a.n_list             = list->ne[1];
+    a.n_head             = dst->ne[1];
+    a.n_group            = a.n_head / a.n_list;
+    a.n_per_kv           = a.n_list / k->ne[1];
+    a.d                  = k->ne[0];
+    a.sinks              = dst->src[5] ? (const float *) dst->src[5]->data : nullptr;
+    a.n_pad              = (a.n_len - 1 + !!a.sinks + FAC_STEP - 1) / FAC_STEP * FAC_STEP;
+    a.size               = (fasa_tile_size(tiles) + FAC_TOKENS - 1) / FAC_TOKENS * FAC_TOKENS;
 
     const size_t row = a.d * sizeof(half), bytes = a.n_list * (size_t) a.n_pad * (2 * row + a.size * sizeof(half));
     const int64_t n_tile = tiles->ne[1], turn = std::min<int64_t>(n_tile, std::max<size_t>(1, FAC_ROOM / bytes));
@@ -245,7 +231,7 @@ void fasa_cuda_tile_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, cons
         const dim3 move(blocks((int64_t) a.size * a.n_group * a.d / 4), n_pair);
         fasa_tile_move_kernel<true><<<move, GATHER_THREADS, 0, stream>>>(a);
         fasa_tile_gather_kernel<<<dim3(std::min<int64_t>(blocks(units), 64), n_pair), GATHER_THREADS, 0, stream>>>(a);
-        fasa_tile_gather_mask_kernel<<<dim3(blocks(a.n_pad / 2), n_pair), GATHER_THREADS, 0, stream>>>(a);
+        fasa_tile_gather_mask_kernel<<<dim3(a.n_pad / FAC_STEP, n_pair), GATHER_THREADS, 0, stream>>>(a);
         CUDA_CHECK(cudaGetLastError());
         fasa_tile_attend(ctx, a, p, n_pair);
         fasa_tile_move_kernel<false><<<move, GATHER_THREADS, 0, stream>>>(a);

@@ -1,50 +1,11 @@
-// VIEW and REFRESH of sparse prefill (ops/tile.h).
+// REFRESH of sparse prefill (ops/tile.h).
 
 #include "core/select.h"
 #include "cuda/k-dom.cuh"
 #include "cuda/nodes.cuh"
 #include "cuda/tile.cuh"
 
-// ---- VIEW: a block has FASA_SPAN cells of a tile, a thread two of them and every fourth token ----
-
-static constexpr int VIEW_PARTS = 4, VIEW_PAIRS = FASA_SPAN / 2;
-
-static __global__ void __launch_bounds__(VIEW_PARTS * VIEW_PAIRS) fasa_tile_view_kernel(
-    int8_t * dst, int64_t n_len, int n_kv, fasa_tile_mask mask, fasa_tiles_ref tiles) {
-    __shared__ uint32_t any[VIEW_PARTS][VIEW_PAIRS], all[VIEW_PARTS][VIEW_PAIRS];
-    ggml_cuda_pdl_sync(); // as in fasa_assign_slots_kernel (cuda/fetch.cu)
-    const int pair = threadIdx.x % VIEW_PAIRS, part = threadIdx.x / VIEW_PAIRS, tile = blockIdx.y;
-    const int cell = blockIdx.x * FASA_SPAN + 2 * pair, stream = tiles.stream(tile), n = tiles.count(tile);
-    uint32_t is_any = 0, is_all = 0; // of both cells: a bit that is not that of -inf; a bit that is not that of a zero
-    for (int t = part; t < n && cell < n_kv; t += VIEW_PARTS) {
-        const uint16_t * row = (const uint16_t *) mask.row(tiles.token(tile, t), stream) + cell;
-        const uint32_t x     = row[0] | (uint32_t) (cell + 1 < n_kv ? row[1] : 0xfc00) << 16;
-        is_any |= x ^ 0xfc00fc00;
-        is_all |= x & 0x7fff7fff;
-    }
-    any[part][pair] = is_any, all[part][pair] = is_all;
-    __syncthreads();
-    if (part == 0) {
-        for (int p = 1; p < VIEW_PARTS; ++p) {
-            is_any |= any[p][pair], is_all |= all[p][pair];
-        }
-        const auto of = [](uint32_t any, uint32_t all) {
-            return any == 0 ? FASA_SEEN_BY_NONE : all == 0 ? FASA_SEEN_BY_ALL : FASA_SEEN_BY_SOME;
-        };
-        char2 x = { (char) of(is_any & 0xffff, is_all & 0xffff), (char) of(is_any >> 16, is_all >> 16) };
-        *(char2 *) (dst + tile * n_len + cell) = x;
-    }
-}
-
-void fasa_cuda_tile_view(ggml_backend_cuda_context & ctx, ggml_tensor * dst) {
-    const ggml_tensor * mask = dst->src[0];
-    const dim3 grid(dst->ne[0] / FASA_SPAN, dst->ne[1]);
-    fasa_tile_view_kernel<<<grid, VIEW_PARTS * VIEW_PAIRS, 0, ctx.stream()>>>(
-        (int8_t *) dst->data, dst->ne[0], mask->ne[0], fasa_tile_mask(mask), fasa_tiles_ref(dst->src[1]));
-    CUDA_CHECK(cudaGetLastError());
-}
-
-// ---- REFRESH: a warp has a tile of FASA_TILE cells of K_dom, a lane one of them ----
+// A warp has a tile of FASA_TILE cells of K_dom, a lane one of them.
 
 static constexpr int REFRESH_WARPS = 4;
 

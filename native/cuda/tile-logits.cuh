@@ -145,28 +145,33 @@ struct fasa_tile_seen {
     }
 };
 
-// What the mask adds to the logits of rows r and r + 8. ALL: nothing
+// What is hidden from rows r and r + 8: their logits become -inf. ALL: nothing
 template <bool ALL>
 struct fasa_tile_hides {
-    const half * row[2]; // nullptr: there is no such row
+    const int8_t * view;
+    const int32_t * cell_pos;
+    int pos[2]; // of the rows' tokens; -1: there is no such row
 
     __device__ __forceinline__ fasa_tile_hides(const fasa_tile_tip_args & a, const fasa_tile_pair & at, int r) {
         if constexpr (!ALL) {
+            view = a.view + at.tile * a.n_view, cell_pos = a.mask.row(at.stream);
 #pragma unroll
             for (int u = 0; u < 2; ++u) {
-                row[u] =
-                    r + 8 * u < at.n ? a.mask.row(a.tiles.token(at.tile, (r + 8 * u) / a.n_group), at.stream) : nullptr;
+                pos[u] = r + 8 * u < at.n ? a.tiles.pos(at.tile, (r + 8 * u) / a.n_group) : -1;
             }
         }
     }
 
-    // cells `cell` and `cell` + 1
-    __device__ __forceinline__ void add(int cell, int n_kv, float (&y)[4]) const {
+    // cells `cell`, an even number, and `cell` + 1; VIEW and positions go on to a whole span behind the last cell
+    __device__ __forceinline__ void add(int cell, int /* n_kv */, float (&y)[4]) const {
         if constexpr (!ALL) {
+            const char2 seen   = *(const char2 *) (view + cell);
+            const int2 at      = *(const int2 *) (cell_pos + cell);
+            const int first[2] = { seen.x == FASA_SEEN_BY_NONE ? INT_MAX : at.x,
+                seen.y == FASA_SEEN_BY_NONE ? INT_MAX : at.y };
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
-                const float x = row[i / 2] && cell + i % 2 < n_kv ? __half2float(row[i / 2][cell + i % 2]) : -INFINITY;
-                y[i]          = x == -INFINITY ? x : y[i] + x * LOG2E; // it may be anything, NaN too
+                y[i] = first[i % 2] <= pos[i / 2] ? y[i] : -INFINITY; // it may be anything, NaN too
             }
         }
     }

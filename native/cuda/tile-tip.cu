@@ -18,7 +18,7 @@ void fasa_cuda_tile_tip(ggml_backend_cuda_context & ctx, ggml_tensor * dst, cons
     a.d                     = q->ne[0];
     a.n_dom                 = dims->ne[0];
     a.n_hadamard            = p.n_hadamard;
-    a.n_row                 = (tiles->ne[0] - 2) * a.n_group;
+    a.n_row                 = fasa_tile_size(tiles) * a.n_group;
     a.scale                 = p.scale;
     a.soft_cap              = p.soft_cap;
 

@@ -9,27 +9,26 @@
 // `tiles` of a graph, in device memory
 struct fasa_tiles_ref {
     const int32_t * data;
-    int stride; // 2 + T
+    int stride, size; // 2 + 2*T, T
 
-    fasa_tiles_ref(const ggml_tensor * t) : data((const int32_t *) t->data), stride(t->nb[1] / sizeof(int32_t)) {}
+    fasa_tiles_ref(const ggml_tensor * t)
+        : data((const int32_t *) t->data), stride(t->nb[1] / sizeof(int32_t)), size(fasa_tile_size(t)) {}
 
     __device__ __forceinline__ int stream(int i) const { return data[i * stride]; }
     __device__ __forceinline__ int count(int i) const { return data[i * stride + 1]; }
     __device__ __forceinline__ int token(int i, int t) const { return data[i * stride + 2 + t]; }
+    __device__ __forceinline__ int pos(int i, int t) const { return data[i * stride + 2 + size + t]; }
 };
 
-// the mask as the tiles see it: [n_kv, n_tps, 1, n_stream]
+// in place of a mask, the positions of the cells: i32 [n_kv rounded up to FASA_SPAN, n_stream]
 struct fasa_tile_mask {
-    const char * data;
-    int64_t nb1, nb3;
-    int n_tps;
+    const int32_t * data;
+    int64_t stride;
 
-    fasa_tile_mask(const ggml_tensor * m)
-        : data((const char *) m->data), nb1(m->nb[1]), nb3(m->nb[3]), n_tps(m->ne[1]) {}
+    fasa_tile_mask(const ggml_tensor * cell_pos)
+        : data((const int32_t *) cell_pos->data), stride(cell_pos->nb[1] / sizeof(int32_t)) {}
 
-    __device__ __forceinline__ const half * row(int token, int stream) const {
-        return (const half *) (data + token % n_tps * nb1 + stream * nb3);
-    }
+    __device__ __forceinline__ const int32_t * row(int stream) const { return data + stream * stride; }
 };
 
 // y = from + a b, as fasa_mma has them, of 16 between

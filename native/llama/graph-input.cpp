@@ -40,8 +40,8 @@ llm_graph_input_fasa::llm_graph_input_fasa(
       prefill_reason_of_step(prefill_reason) {}
 
 ggml_tensor * llm_graph_input_fasa::new_input(
-    ggml_context * ctx, int64_t ne0, int64_t ne1, const char * name, int64_t ne2) const {
-    ggml_tensor * t = ggml_new_tensor_3d(ctx, GGML_TYPE_I32, ne0, ne1, ne2);
+    ggml_context * ctx, int64_t ne0, int64_t ne1, const char * name, int64_t ne2, ggml_type type) const {
+    ggml_tensor * t = ggml_new_tensor_3d(ctx, type, ne0, ne1, ne2);
     ggml_set_input(t);
     ggml_set_name(t, name);
     return t;
@@ -55,21 +55,27 @@ void llm_graph_input_fasa::add_ahead(ggml_context * ctx, int64_t n_tps) {
     }
 }
 
-void llm_graph_input_fasa::add_tiles(ggml_context * ctx, int64_t n_tile) {
+void llm_graph_input_fasa::add_tiles(ggml_context * ctx, int64_t n_tile, int64_t n_kv) {
     const auto & params = cache->state->params;
+    const int64_t n_row = fasa_n_span(n_kv) * FASA_SPAN;
     this->n_tile        = n_tile;
+    n_tile_kv           = n_kv;
     ranges              = new_input(ctx, 2 * FASA_MAX_RANGES, n_stream, "fasa_ranges");
-    tiles.tiles         = new_input(ctx, 2 + params.prefill_tile, n_tile, "fasa_tiles");
+    tiles.tiles         = new_input(ctx, 2 + 2 * params.prefill_tile, n_tile, "fasa_tiles");
     tiles.forced = new_input(ctx, params.sink + params.prefill_band + params.prefill_tile, n_tile, "fasa_tile_forced");
+    tiles.view   = new_input(ctx, n_row, n_tile, "fasa_tile_view", 1, GGML_TYPE_I8);
+    tiles.cell_pos = new_input(ctx, n_row, n_stream, "fasa_cell_pos");
 }
 
-// [n_tile][2 + T], as ops/tile.h has it
+// [n_tile][2 + 2*T], as ops/tile.h has it
 void llm_graph_input_fasa::set_tiles(int32_t * to, const llama_ubatch & ubatch) const {
     const uint32_t n_tps = ubatch.n_tokens / n_stream;
     for (const auto & tile : cache->state->now.tiles) {
-        to[0] = tile.tokens[0] / n_tps;
-        to[1] = tile.tokens.size();
-        std::copy(tile.tokens.begin(), tile.tokens.end(), to + 2);
+        to[0]         = tile.tokens[0] / n_tps;
+        to[1]         = tile.tokens.size();
+        int32_t * pos = std::copy(tile.tokens.begin(), tile.tokens.end(), to + 2);
+        pos           = std::fill_n(pos, fasa_tile_size(tiles.tiles) - tile.tokens.size(), 0);
+        std::transform(tile.tokens.begin(), tile.tokens.end(), pos, [&](int32_t i) { return ubatch.pos[i]; });
         to += tiles.tiles->ne[0];
     }
 }
@@ -82,6 +88,12 @@ void llm_graph_input_fasa::set_input(const llama_ubatch * ubatch) {
             std::vector<int32_t> data(ggml_nelements(t));
             fill(data.data());
             ggml_backend_tensor_set(t, data.data(), 0, ggml_nbytes(t));
+        }
+    };
+    const auto write_in_place = [](ggml_tensor * t, auto fill) { // it is large, and as the mask in the host's memory
+        if (t && t->buffer) {
+            GGML_ASSERT(ggml_backend_buffer_is_host(t->buffer));
+            fill(t->data);
         }
     };
     if ((ranges && ranges->buffer) || (ranges_ahead && ranges_ahead->buffer)) {
@@ -97,6 +109,10 @@ void llm_graph_input_fasa::set_input(const llama_ubatch * ubatch) {
     write(tiles.forced, [&](int32_t * to) {
         inputs.set_tile_forced(to, tiles.forced->ne[0], state.now.tiles, state.params.sink, state.params.prefill_band);
     });
+    write_in_place(
+        tiles.view, [&](void * to) { inputs.set_tile_view((int8_t *) to, tiles.view->ne[0], state.now.tiles); });
+    write_in_place(
+        tiles.cell_pos, [&](void * to) { inputs.set_cell_pos((int32_t *) to, tiles.cell_pos->ne[0], n_stream); });
     auto & now = state.now;
     now.counts.layers_sparse += n_sparse;
     now.counts.layers_ahead += ahead.size();
@@ -134,8 +150,9 @@ void llm_graph_input_fasa::count_bytes() const {
 }
 
 // Why a ubatch has no tiles, none of its layers; dense: why it is dense as a decode step (fasa_step_dense_reason)
-static fasa_reason fasa_prompt_reason(const fasa_state & state, const llama_cparams & cparams,
+static fasa_reason fasa_prompt_reason(const fasa_cache & cache, const llama_cparams & cparams,
     const llama_ubatch & ubatch, uint32_t n_kv, fasa_reason dense) {
+    const auto & state  = *cache.state;
     const auto & params = state.params;
     if (dense != FASA_REASON_PREFILL) {
         return dense == FASA_REASON_NONE ? FASA_REASON_PREFILL_OFF : dense;
@@ -152,6 +169,9 @@ static fasa_reason fasa_prompt_reason(const fasa_state & state, const llama_cpar
     if (ubatch.n_tokens < FASA_TILE_LEAST * std::max(1u, ubatch.n_seqs_unq)) {
         return FASA_REASON_PREFILL_SHORT;
     }
+    if (state.now.active && cache.inputs.repeats_positions(ubatch)) {
+        return FASA_REASON_PREFILL_POSITIONS;
+    }
     const uint32_t n_seen = state.now.active ? std::min(n_kv, state.now.n_seen) : n_kv; // not those of other sequences
     const bool is_short   = params.prefill == FASA_PREFILL_AUTO && n_seen < params.prefill_min_context;
     return is_short ? FASA_REASON_PREFILL_MIN_CONTEXT : FASA_REASON_NONE;
@@ -167,8 +187,8 @@ bool llm_graph_input_fasa::can_reuse(const llm_graph_params & params) {
     }
     const auto reason = fasa_step_dense_reason(state.params, state.now.decodes, n_kv);
     return epoch == state.epoch && n == n_stream && gpu_waits == cache->gpu_waits(n_kv) && dense_reason == reason &&
-        prefill_reason_of_step == fasa_prompt_reason(state, params.cparams, ubatch, n_kv, reason) &&
-        (tiles.tiles == nullptr || n_tile == state.now.tiles.size());
+        prefill_reason_of_step == fasa_prompt_reason(*cache, params.cparams, ubatch, n_kv, reason) &&
+        (tiles.tiles == nullptr || (n_tile == state.now.tiles.size() && n_tile_kv == n_kv));
 }
 
 llm_graph_input_fasa * fasa_graph_input(const llm_graph_context & graph, fasa_cache * cache, const ggml_tensor * k) {
@@ -184,7 +204,7 @@ llm_graph_input_fasa * fasa_graph_input(const llm_graph_context & graph, fasa_ca
         now.active ? now.decodes : graph.n_outputs == graph.n_tokens && graph.n_tokens <= params.max_tokens * k->ne[3];
 
     const auto reason = fasa_step_dense_reason(params, decodes, k->ne[2]);
-    const auto prompt = fasa_prompt_reason(*cache->state, graph.cparams, graph.ubatch, k->ne[2], reason);
+    const auto prompt = fasa_prompt_reason(*cache, graph.cparams, graph.ubatch, k->ne[2], reason);
     auto input = std::make_unique<llm_graph_input_fasa>(cache, reason, prompt, k->ne[3], cache->gpu_waits(k->ne[2]));
     const int64_t n_tps = graph.n_tokens / k->ne[3];
     if (reason == FASA_REASON_NONE) {
@@ -196,7 +216,8 @@ llm_graph_input_fasa * fasa_graph_input(const llm_graph_context & graph, fasa_ca
         input->add_tiles(graph.ctx0,
             now.active ?
                 now.tiles.size() :
-                fasa_max_tiles(graph.n_tokens, std::max<uint32_t>(1, graph.ubatch.n_seqs_unq), params.prefill_tile));
+                fasa_max_tiles(graph.n_tokens, std::max<uint32_t>(1, graph.ubatch.n_seqs_unq), params.prefill_tile),
+            k->ne[2]);
     }
     return (llm_graph_input_fasa *) graph.res->add_input(std::move(input));
 }

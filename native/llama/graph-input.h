@@ -46,6 +46,7 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
     fasa_reason prefill_reason_of_step;            // why no layer has tiles: it is no prompt, or dense as a whole
     fasa_reason prefill_reason = FASA_REASON_NONE; // why it, or the first layer that is, is dense
     uint32_t n_tile            = 0;                // tiles of a prompt that runs sparse
+    uint32_t n_tile_kv         = 0;                // and the cells that they see
     fasa_tile_inputs tiles     = {};
 
     std::map<int32_t, ggml_tensor *> lists;       // by the layer that made them
@@ -61,10 +62,11 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
     void set_input(const llama_ubatch * ubatch) override;
     bool can_reuse(const llm_graph_params & params) override;
 
-    ggml_tensor * new_input(ggml_context * ctx, int64_t ne0, int64_t ne1, const char * name, int64_t ne2 = 1) const;
+    ggml_tensor * new_input(ggml_context * ctx, int64_t ne0, int64_t ne1, const char * name, int64_t ne2 = 1,
+        ggml_type type = GGML_TYPE_I32) const;
     void add_ahead(ggml_context * ctx, int64_t n_tps); // the inputs of layers that select ahead, once
 
-    void add_tiles(ggml_context * ctx, int64_t n_tile); // the inputs of a prompt that runs sparse
+    void add_tiles(ggml_context * ctx, int64_t n_tile, int64_t n_kv); // the inputs of a prompt that runs sparse
 
 private:
     void count_bytes() const;

@@ -51,9 +51,6 @@ fasa_reason fasa_attn::tile_reason() const {
 ggml_tensor * fasa_attn::build_tiles() const {
     auto & layer = cache->layer(il);
     input->n_tiled++;
-    if (input->tiles.view == nullptr) {
-        input->tiles.view = on_backend(fasa_build_tile_view(graph.ctx0, kq_mask, input->tiles.tiles, &layer.fixed));
-    }
     if (lender() == il) {
         fasa_select_op op = select_op();
         op.params         = cache->state->tile_params(il);
@@ -67,7 +64,6 @@ ggml_tensor * fasa_attn::build_tiles() const {
     op.q              = q;
     op.k              = k;
     op.v              = v;
-    op.mask           = kq_mask;
     op.sinks          = sinks;
     op.ranges         = input->ranges;
     op.stream0        = stream0();

@@ -100,20 +100,26 @@ void fasa_inputs::set_fresh(int32_t * cells) const {
     std::copy(new_cells.begin(), new_cells.end(), cells);
 }
 
-// ---- mask ----
+// ---- who sees which cell ----
+
+// the cells of its stream that are in use are [0, n), all of them its own
+bool fasa_inputs::has_no_holes(llama_seq_id seq, uint32_t n_kv) const {
+    const auto & cells = kv.v_cells[kv.seq_to_stream[seq]];
+    const auto n       = cells.get_used();
+    return n == cells.used_max_p1() && n == cells.seq_pos_get(seq).size() && n <= n_kv;
+}
 
 bool fasa_inputs::set_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool causal, bool enabled) const {
+    if (mask->buffer == nullptr) {
+        return true;
+    }
     const int64_t n_kv = mask->ne[0];
-    if (!enabled || !causal || mask->type != GGML_TYPE_F16 || kv.swa_type != LLAMA_SWA_TYPE_NONE ||
-        kv.hparams.use_alibi || ubatch.is_pos_2d()) {
+    if (!ggml_backend_buffer_is_host(mask->buffer) || !enabled || !causal || mask->type != GGML_TYPE_F16 ||
+        kv.swa_type != LLAMA_SWA_TYPE_NONE || kv.hparams.use_alibi || ubatch.is_pos_2d()) {
         return false;
     }
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
-        const auto seq     = ubatch.seq_id[i][0];
-        const auto & cells = kv.v_cells[kv.seq_to_stream[seq]];
-        const auto n       = cells.get_used();
-        if (n != cells.used_max_p1() || n != cells.seq_pos_get(seq).size() ||
-            n > n_kv) { // its cells are not [0, n), or not all its own
+        if (!has_no_holes(ubatch.seq_id[i][0], n_kv)) {
             return false;
         }
     }
@@ -131,18 +137,97 @@ bool fasa_inputs::set_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool
     return true;
 }
 
-uint32_t fasa_inputs::first_seen(const llama_ubatch & ubatch) const {
-    if (kv.swa_type != LLAMA_SWA_TYPE_STANDARD && kv.swa_type != LLAMA_SWA_TYPE_CHUNKED) {
-        return 0;
+std::vector<int8_t> fasa_inputs::cells_of(llama_seq_id seq) const {
+    const auto & cells = kv.v_cells[kv.seq_to_stream[seq]];
+    std::vector<int8_t> out(n_visible, FASA_SEEN_BY_NONE);
+    if (has_no_holes(seq, n_visible)) {
+        std::fill_n(out.begin(), cells.get_used(), FASA_SEEN_BY_ALL);
+        return out;
     }
-    std::map<llama_seq_id, std::pair<llama_pos, llama_pos>> ends; // first and last position of each sequence
+    for (uint32_t c = 0; c < n_visible; ++c) {
+        out[c] = !cells.is_empty(c) && cells.seq_has(c, seq) ? FASA_SEEN_BY_ALL : FASA_SEEN_BY_NONE;
+    }
+    return out;
+}
+
+// A sequence is looked at once: its tiles differ in the cells behind the first tile's beginning alone.
+void fasa_inputs::set_tile_view(int8_t * view, int64_t n_row, const std::vector<fasa_tile> & tiles) const {
+    struct of_seq {
+        std::vector<int8_t> cells;
+        std::vector<std::pair<llama_pos, uint32_t>> late;
+    };
+    std::map<llama_seq_id, llama_pos> first;
+    for (const auto & tile : tiles) {
+        auto & pos = first.try_emplace(tile.seq, tile.first).first->second;
+        pos        = std::min(pos, tile.first);
+    }
+    std::map<llama_seq_id, of_seq> seen;
+    for (const auto & [seq, pos] : first) {
+        auto & of        = seen[seq];
+        of.cells         = cells_of(seq);
+        const auto & all = kv.v_cells[kv.seq_to_stream[seq]].seq_pos_get(seq); // (position, cell), ascending
+        for (auto c = all.rbegin(); c != all.rend() && c->first > pos; ++c) {
+            if (c->second < n_visible) {
+                of.late.push_back(*c);
+            }
+        }
+    }
+    for (const auto & tile : tiles) {
+        const auto & of = seen.at(tile.seq);
+        std::copy(of.cells.begin(), of.cells.end(), view);
+        std::fill(view + n_visible, view + n_row, FASA_SEEN_BY_NONE);
+        for (const auto & [pos, cell] : of.late) {
+            view[cell] = fasa_seen_at(pos, tile.first, tile.last);
+        }
+        view += n_row;
+    }
+}
+
+void fasa_inputs::set_cell_pos(int32_t * pos, int64_t n_row, uint32_t n_stream) const {
+    const llama_seq_id s0 = *std::min_element(strm.begin(), strm.end());
+    for (uint32_t s = 0; s < n_stream; ++s, pos += n_row) {
+        const auto & cells = kv.v_cells[s0 + s];
+        for (uint32_t c = 0; c < n_visible; ++c) {
+            pos[c] = cells.is_empty(c) ? -1 : cells.pos_get(c);
+        }
+        std::fill(pos + n_visible, pos + n_row, -1);
+    }
+}
+
+// first and last position of each sequence
+static std::map<llama_seq_id, std::pair<llama_pos, llama_pos>> fasa_ends(const llama_ubatch & ubatch) {
+    std::map<llama_seq_id, std::pair<llama_pos, llama_pos>> ends;
     for (uint32_t i = 0; i < ubatch.n_tokens; ++i) {
         const auto pos = ubatch.pos[i];
         auto & end     = ends.try_emplace(ubatch.seq_id[i][0], pos, pos).first->second;
         end            = { std::min(end.first, pos), std::max(end.second, pos) };
     }
+    return ends;
+}
+
+bool fasa_inputs::repeats_positions(const llama_ubatch & ubatch) const {
+    if (!ubatch.is_pos_2d()) {
+        return false;
+    }
+    for (const auto & [seq, end] : fasa_ends(ubatch)) {
+        const auto & all = kv.v_cells[kv.seq_to_stream[seq]].seq_pos_get(seq);
+        llama_pos before = -1;
+        for (auto c = all.lower_bound({ end.first, 0 }); c != all.end() && c->first <= end.second; ++c) {
+            if (c->first == before) {
+                return true;
+            }
+            before = c->first;
+        }
+    }
+    return false;
+}
+
+uint32_t fasa_inputs::first_seen(const llama_ubatch & ubatch) const {
+    if (kv.swa_type != LLAMA_SWA_TYPE_STANDARD && kv.swa_type != LLAMA_SWA_TYPE_CHUNKED) {
+        return 0;
+    }
     uint32_t first = n_visible;
-    for (const auto & [seq, end] : ends) {
+    for (const auto & [seq, end] : fasa_ends(ubatch)) {
         const auto & all = kv.v_cells[kv.seq_to_stream[seq]].seq_pos_get(seq); // (position, cell), ascending
         for (auto c = all.rbegin(); c != all.rend(); ++c) {
             if (c->first <= end.first && llama_hparams::is_masked_swa(kv.n_swa, kv.swa_type, c->first, end.first)) {

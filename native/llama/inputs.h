@@ -57,8 +57,15 @@ struct fasa_inputs {
     // the cells that each tile of a prompt always attends, [n_tile][n_forced], -1: none
     void set_tile_forced(int32_t * forced, uint32_t n_forced, const std::vector<fasa_tile> & tiles, uint32_t n_sink,
         uint32_t n_band) const;
-    // The mask of a decode step, with FASA enabled, in which every stream holds one sequence without holes, by its
-    // length. false: some other step, for which llama.cpp looks at every cell (0.1 ms and more of a step at 131,072).
+    // what each tile of a prompt sees of every cell, [n_tile][n_row], enum fasa_seen
+    void set_tile_view(int8_t * view, int64_t n_row, const std::vector<fasa_tile> & tiles) const;
+    void set_cell_pos(int32_t * pos, int64_t n_row, uint32_t n_stream) const; // of every cell, [n_stream][n_row]
+    // With positions in 2D (M-RoPE) llama.cpp orders tokens that share one, as those of an image do, by where they lie
+    // in it. Whether the ubatch has such tokens, or a token of its shares one with a cell.
+    bool repeats_positions(const llama_ubatch & ubatch) const;
+    // Whether the mask needs no more from llama.cpp. The mask of a decode step, with FASA enabled, in which every
+    // stream holds one sequence without holes, is filled by its length, and that of a graph without dense layers is not
+    // needed. false: some other step, for which llama.cpp looks at every cell (0.1 ms and more of a step at 131,072).
     bool set_mask(ggml_tensor * mask, const llama_ubatch & ubatch, bool causal, bool enabled) const;
     // Under a sliding window: the ubatch sees no cell below. A multiple of 256, so that it seldom changes; 0: no
     // window.
@@ -79,6 +86,9 @@ private:
     std::vector<fasa_ranges> fresh; // [n_stream of the ubatch] the same
 
     mutable std::map<llama_seq_id, int64_t> first_cell; // where each sequence began when last looked
+
+    bool has_no_holes(llama_seq_id seq, uint32_t n_kv) const;
+    std::vector<int8_t> cells_of(llama_seq_id seq) const; // [n_visible] FASA_SEEN_BY_ALL where a cell is of it
 
     bool holds(llama_seq_id seq, int64_t cell, llama_pos pos) const;
     bool find_forced(

@@ -82,7 +82,9 @@ void fasa_op_layer_case::write(const fasa_op_case & c) const {
     fasa_case_write(op.q, c.q);
     fasa_case_write(op.k, fasa_convert(c.k, op.k->type, n_row, c.n_embd_head_k).data());
     fasa_case_write(fac.v, fasa_convert(c.v, fac.v->type, n_row, c.n_embd_head_v).data());
-    fasa_case_write(op.mask, fasa_convert(c.mask, GGML_TYPE_F16, (int64_t) c.n_tokens * c.n_stream, c.n_kv).data());
+    if (c.mask) { // tiles have none
+        fasa_case_write(op.mask, fasa_convert(c.mask, GGML_TYPE_F16, (int64_t) c.n_tokens * c.n_stream, c.n_kv).data());
+    }
     if (fac.sinks) {
         fasa_case_write(fac.sinks, c.sinks);
     }

@@ -16,8 +16,8 @@
 
 static int fasa_tile_check(const fasa_tile_case & c) {
     const fasa_op_case & op = *c.op;
-    if (fasa_check_given(c.tiles, "tiles") != 0 || fasa_check_given(op.mask, "mask") != 0 ||
-        fasa_check_range("n_tile", c.n_tile, 1, 1 << 20) != 0 ||
+    if (fasa_check_given(c.tiles, "tiles") != 0 || fasa_check_given(c.cell_pos, "cell_pos") != 0 ||
+        fasa_check_given(c.own, "own") != 0 || fasa_check_range("n_tile", c.n_tile, 1, 1 << 20) != 0 ||
         fasa_check_range("tile_size", c.tile_size, 1, 1 << 20) != 0) {
         return -1;
     }
@@ -25,7 +25,7 @@ static int fasa_tile_check(const fasa_tile_case & c) {
         return fasa_set_error("fasa_tile_case: expected no list");
     }
     for (int64_t i = 0; i < c.n_tile; ++i) {
-        const int32_t * tile = c.tiles + i * (2 + (int64_t) c.tile_size);
+        const int32_t * tile = c.tiles + i * (2 + 2 * (int64_t) c.tile_size);
         bool fits            = tile[0] >= 0 && tile[0] < op.n_stream && tile[1] >= 0 && tile[1] <= c.tile_size;
         for (int32_t t = 0; fits && t < tile[1]; ++t) {
             fits = tile[2 + t] >= 0 && tile[2 + t] / op.n_tokens == tile[0];
@@ -55,6 +55,7 @@ struct fasa_tile_run_graph {
 
 private:
     int build(const fasa_tile_case & c);
+    void write_view(const fasa_tile_case & c) const;
 };
 
 int fasa_tile_run_graph::init(const fasa_tile_case & c, const char * name, ggml_type type_k, ggml_type type_v) {
@@ -88,19 +89,42 @@ int fasa_tile_run_graph::init(const fasa_tile_case & c, const char * name, ggml_
     layer.write(op);
     fasa_case_write(in.tiles, c.tiles);
     fasa_case_write(in.forced, op.forced);
+    write_view(c);
     return 0;
 }
 
+void fasa_tile_run_graph::write_view(const fasa_tile_case & c) const {
+    const int64_t n_kv = c.op->n_kv, n_row = in.view->ne[0];
+    std::vector<int32_t> pos(ggml_nelements(in.cell_pos), 0);
+    for (int64_t s = 0; s < c.op->n_stream; ++s) {
+        std::copy_n(c.cell_pos + s * n_kv, n_kv, pos.data() + s * n_row);
+    }
+    std::vector<int8_t> view(ggml_nelements(in.view), FASA_SEEN_BY_NONE);
+    for (int64_t i = 0; i < c.n_tile; ++i) {
+        const int32_t *tile = c.tiles + i * (2 + 2 * (int64_t) c.tile_size), *at = tile + 2 + c.tile_size,
+                      *of        = c.cell_pos + tile[0] * n_kv;
+        const auto [first, last] = std::minmax_element(at, at + tile[1]);
+        for (int64_t j = 0; tile[1] > 0 && j < n_kv; ++j) {
+            view[i * n_row + j] =
+                c.own[i * n_kv + j] && of[j] >= 0 ? fasa_seen_at(of[j], *first, *last) : FASA_SEEN_BY_NONE;
+        }
+    }
+    fasa_case_write(in.cell_pos, pos.data());
+    fasa_case_write(in.view, view.data());
+}
+
 int fasa_tile_run_graph::build(const fasa_tile_case & c) {
-    layer.select.layer = &layer.fixed;
-    in.tiles           = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 2 + (int64_t) c.tile_size, c.n_tile);
-    in.forced          = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, c.op->n_forced, c.n_tile);
-    in.view            = fasa_build_tile_view(ctx.get(), layer.select.mask, in.tiles, &layer.fixed);
-    select             = fasa_build_tile_select(ctx.get(), layer.select, in);
-    tip                = select->src[0];
+    layer.select.layer  = &layer.fixed;
+    const int64_t n_row = fasa_n_span(c.op->n_kv) * FASA_SPAN;
+    in.tiles            = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, 2 + 2 * (int64_t) c.tile_size, c.n_tile);
+    in.forced           = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, c.op->n_forced, c.n_tile);
+    in.view             = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I8, n_row, c.n_tile);
+    in.cell_pos         = ggml_new_tensor_2d(ctx.get(), GGML_TYPE_I32, n_row, c.op->n_stream);
+    select              = fasa_build_tile_select(ctx.get(), layer.select, in);
+    tip                 = select->src[0];
     layer.build_fac(ctx.get(), select); // fills layer.fac
     fac = fasa_build_tile_fac(ctx.get(), layer.fac, in);
-    for (ggml_tensor * t : { in.view, tip->src[0], tip, select, fac }) {
+    for (ggml_tensor * t : { tip->src[0], tip, select, fac }) {
         if (!ggml_backend_supports_op(backend.get(), t)) {
             return fasa_set_error("fasa_tile_case: backend %s does not support %s for these shapes and types",
                 ggml_backend_name(backend.get()), t->name);
@@ -153,7 +177,7 @@ static int fasa_tile_run_case(const fasa_tile_case * c) {
     }
     const fasa_op_case & op = *c->op;
     fasa_tile_run_graph run;
-    if (run.init(*c, op.backend, type_k, type_v) != 0 || run.compute({ run.in.view, run.tip->src[0], run.tip }) != 0) {
+    if (run.init(*c, op.backend, type_k, type_v) != 0 || run.compute({ run.tip->src[0], run.tip }) != 0) {
         return -1;
     }
     if (c->out_score) {
@@ -162,7 +186,7 @@ static int fasa_tile_run_case(const fasa_tile_case * c) {
     if (op.tip_backend && strcmp(op.tip_backend, op.backend) != 0) {
         fasa_tile_run_graph other;
         if (other.init(*c, op.tip_backend, type_k, type_v) != 0 ||
-            other.compute({ other.in.view, other.tip->src[0], other.tip }) != 0) {
+            other.compute({ other.tip->src[0], other.tip }) != 0) {
             return -1;
         }
         const auto scores = other.scores();

@@ -172,13 +172,6 @@ ggml_tensor * fasa_build_join(
 
 // ---- sparse prefill ----
 
-ggml_tensor * fasa_build_tile_view(
-    ggml_context * ctx, ggml_tensor * mask, ggml_tensor * tiles, const fasa_layer_const * layer) {
-    const int64_t ne[4] = { fasa_n_span(mask->ne[0]) * FASA_SPAN, tiles->ne[1], 1, 1 };
-    return fasa_layer_node(ctx, GGML_TYPE_I8, ne, { mask, tiles },
-        fasa_layer_params(FASA_OP_TILE_VIEW, layer, 0, 0.0f, 0.0f), "fasa_tile_view");
-}
-
 ggml_tensor * fasa_build_tile_select(ggml_context * ctx, const fasa_select_op & op, const fasa_tile_inputs & in) {
     const int64_t n_kv = op.k->ne[2], n_head_kv = op.k->ne[1], n_head = op.q->ne[1], n_tile = in.tiles->ne[1];
     const int64_t n_list = op.params.per_head ? n_head : n_head_kv, n_dom = op.dims->ne[0];
@@ -194,7 +187,7 @@ ggml_tensor * fasa_build_tile_select(ggml_context * ctx, const fasa_select_op & 
     p                 = fasa_layer_params(FASA_OP_TILE_TIP, op.layer, 0, op.scale, op.soft_cap);
     p.n_hadamard      = op.n_hadamard;
     ggml_tensor * tip = fasa_layer_node(ctx, GGML_TYPE_F32, { n_kv, on_device ? n_list : n_head, n_tile, 1 },
-        { refresh, op.q, op.dims, op.weight, op.mask, in.tiles, in.view }, p, "fasa_tile_tip");
+        { refresh, op.q, op.dims, op.weight, in.cell_pos, in.tiles, in.view }, p, "fasa_tile_tip");
 
     p                    = fasa_layer_params(FASA_OP_TILE_SELECT, op.layer, 0, 0.0f, 0.0f);
     p.budget             = op.params.budget;
@@ -209,9 +202,9 @@ ggml_tensor * fasa_build_tile_select(ggml_context * ctx, const fasa_select_op & 
 ggml_tensor * fasa_build_tile_fac(ggml_context * ctx, const fasa_fac_op & op, const fasa_tile_inputs & in) {
     fasa_op_params p    = fasa_layer_params(FASA_OP_TILE_FAC, op.layer, 0, op.scale, op.soft_cap);
     p.stream0           = op.stream0;
-    const int64_t ne[4] = { op.v->ne[0], op.q->ne[1], op.mask->ne[1], op.mask->ne[3] };
+    const int64_t ne[4] = { op.v->ne[0], op.q->ne[1], op.q->ne[2] / op.k->ne[3], op.k->ne[3] };
     return fasa_layer_node(ctx, GGML_TYPE_F32, ne,
-        { op.list, op.q, op.k, op.v, op.mask, op.sinks, in.tiles, in.view, op.layer->rows ? op.ranges : nullptr }, p,
+        { op.list, op.q, op.k, op.v, in.cell_pos, op.sinks, in.tiles, op.layer->rows ? op.ranges : nullptr }, p,
         "fasa_tile_fac");
 }
 

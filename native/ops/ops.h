@@ -76,7 +76,6 @@ enum fasa_op_kind {
     FASA_OP_SPREAD,
     FASA_OP_JOIN,
     FASA_OP_FETCH,
-    FASA_OP_TILE_VIEW,
     FASA_OP_TILE_REFRESH,
     FASA_OP_TILE_TIP,
     FASA_OP_TILE_SELECT,

@@ -21,7 +21,8 @@ def write_arch(path, arch, numbers, n_head_kv, tensors, zeros=()):
     w.add_rope_dimension_count(16)
     w.add_tokenizer_model("no_vocab")
     for key, value in numbers.items():
-        (w.add_uint32 if isinstance(value, int) else w.add_float32)(f"{arch}.{key}", value)
+        add = w.add_uint32 if isinstance(value, int) else w.add_array if isinstance(value, list) else w.add_float32
+        add(f"{arch}.{key}", value)
     for name, *shape in tensors:
         scale = 0.0 if name.endswith(tuple(zeros)) else 0.2
         w.add_tensor(
@@ -59,6 +60,15 @@ def write_sliding(path):
         2,
         tensors,
     )
+
+
+def write_two_dimensional(path):
+    """qwen2vl: positions in 2D (M-RoPE)."""
+    tensors = [("token_embd", 64, 64), ("output_norm", 64), ("output", 64, 64)]
+    for i in range(4):
+        tensors += [(f"blk.{i}.attn_norm", 64), (f"blk.{i}.ffn_norm", 64), *attention(i), *feed_forward(i)]
+    numbers = {"attention.layer_norm_rms_epsilon": 1e-5, "rope.dimension_sections": [2, 3, 3, 0]}
+    write_arch(path, "qwen2vl", numbers, 2, tensors)
 
 
 def write_hybrid(path):

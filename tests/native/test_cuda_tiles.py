@@ -9,6 +9,7 @@ lies on a rounding boundary may fall to either side.
 
 import numpy as np
 import pytest
+from tile_cases import HOWS, cells, make_tiles, tokens_of
 from tiny_gguf import write_tiny
 
 from fasa_gguf import FasaParams
@@ -18,17 +19,6 @@ from fasa_gguf.gguf.shape import model_shape
 from fasa_gguf.reasons import Reason
 from fasa_gguf.session import Session
 from fasa_gguf.speed.random_model import synthetic_profile
-
-
-def tiles_of(pos, seq, stream, size):
-    """int32 [n_tile, 2 + size] of struct fasa_tile_case, and the lowest position of each tile."""
-    numbers = P.tile_numbers(pos, seq, size)
-    tiles = np.zeros((numbers.max() + 1, 2 + size), np.int32)
-    for i in range(len(tiles)):
-        tokens = np.flatnonzero(numbers == i)
-        tiles[i, :2] = stream[tokens[0]], len(tokens)
-        tiles[i, 2 : 2 + len(tokens)] = tokens
-    return tiles, [pos[numbers == i].min() for i in range(len(tiles))]
 
 
 def case(
@@ -43,7 +33,7 @@ def case(
     size=32,
     sink=4,
     band=16,
-    two=False,
+    how="plain",
     hot=3.0,
     empty=7,
     equal=False,
@@ -51,39 +41,30 @@ def case(
     seed=0,
     **settings,
 ):
-    """A prompt's ubatch of n_tokens per stream, behind n_before cells; two: of two sequences in one stream, whose cells
-    and tokens alternate; equal: all keys are."""
+    """A prompt's ubatch of n_tokens per stream, behind n_before cells; how: of tile_cases; equal: all keys are."""
     rng = np.random.default_rng(seed)
-    n_kv = n_before + n_tokens + empty
+    cell_pos, of, own, seq = cells(how, n_before, n_tokens, empty, rng)
+    pos, n_kv = cell_pos[own], len(cell_pos)
     q = rng.standard_normal((n_stream, n_tokens, n_head, d)).astype(np.float32) * np.float32(hot)
     k, v = (rng.standard_normal((n_stream, n_kv, n_head_kv, d)).astype(np.float32) for _ in range(2))
     if equal:
         k[:] = k[:, :1]
-    k[:, n_before + n_tokens :] = np.inf  # never written: whatever it is
-    v[:, n_before + n_tokens :] = np.inf
-    if settings.get("type_k", "f16") in ("q8_0", "q4_0"):
-        k[:, n_before + n_tokens :] = v[:, n_before + n_tokens :] = 0
-    cell_seq = np.arange(n_kv) % 2 if two else np.zeros(n_kv, int)
-    cell_pos = np.arange(n_kv) // 2 if two else np.arange(n_kv)
-    own = np.arange(n_before, n_before + n_tokens)
-    pos, seq = cell_pos[own], cell_seq[own]
-    mask = np.full((n_stream, n_tokens, n_kv), -np.inf, np.float32)
-    for t in range(n_tokens):
-        mask[:, t, (cell_seq == seq[t]) & (cell_pos <= pos[t]) & (np.arange(n_kv) < n_before + n_tokens)] = 0
+    quantised = settings.get("type_k", "f16") in ("q8_0", "q4_0")
+    k[:, cell_pos < 0] = v[:, cell_pos < 0] = 0 if quantised else np.inf  # empty: whatever it is
     stream = np.repeat(np.arange(n_stream), n_tokens)
-    tiles, first = tiles_of(np.tile(pos, n_stream), np.tile(seq, n_stream) + 2 * stream, stream, size)
+    tiles, first = make_tiles(np.tile(pos, n_stream), np.tile(seq, n_stream) + 2 * stream, stream, size)
     forced = np.full((len(tiles), sink + band + size), -1, np.int32)
     for i, tile in enumerate(tiles):
         mine = np.zeros(n_kv, bool)
-        mine[own[tile[2 : 2 + tile[1]] % n_tokens]] = True
-        seen = np.isfinite(mask[tile[0], tile[2] % n_tokens])
-        cells = np.flatnonzero(P.tile_forced(cell_pos, mine, first[i], seen, sink, band))
-        forced[i, : len(cells)] = cells
+        mine[own[tokens_of(tile) % n_tokens]] = True
+        found = np.flatnonzero(P.tile_forced(cell_pos, mine, first[i], of[seq[tile[2] % n_tokens]], sink, band))
+        forced[i, : len(found)] = found
     dims = np.stack([rng.permutation(d)[:n_dom] for _ in range(n_head_kv)]).astype(np.int32)
     dims[0, -3:] = -1
     weight = rng.uniform(0.5, 1.5, (n_head_kv, n_dom)).astype(np.float32)
     return dict(
-        q=q, k=k, v=v, dims=dims, weight=weight, forced=forced, tiles=tiles, mask=mask, scale=d**-0.5,
+        q=q, k=k, v=v, dims=dims, weight=weight, forced=forced, tiles=tiles, scale=d**-0.5,
+        cell_pos=np.tile(cell_pos, (n_stream, 1)), own=of[seq[tiles[:, 2] % n_tokens]],
         sinks=rng.standard_normal(n_head).astype(np.float32) * 3 if sinks else None,
         **{"budget": 200, **settings},
     )  # fmt: skip
@@ -156,7 +137,7 @@ def test_tile_sizes(library, cuda, size, n_tokens):
     "how",
     [
         {"n_stream": 3},
-        {"two": True},
+        {"how": "two"},
         {"per_head": True},
         {"soft_cap": 30.0},
         {"equal": True},
@@ -169,6 +150,14 @@ def test_situations(library, cuda, how, mass):
     if how.get("soft_cap"):  # llama.cpp's flash attention caps heads of 128 and 256 dimensions alone
         how = {**how, "d": 128}
     compare(library, cuda, mass=mass, cap=400, floor=80, **how)
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize(
+    "settings", [{}, {"n_stream": 2, "size": 16}, {"soft_cap": 30.0, "d": 128}, {"n_before": 3000, "n_tokens": 300}]
+)
+def test_who_sees_which_cell(library, cuda, how, settings):
+    compare(library, cuda, how=how, **settings)
 
 
 @pytest.mark.parametrize("n_before", [0, 1, 31, 150, 255, 256, 5000, 40000])
@@ -202,13 +191,16 @@ def test_a_list_of_all_is_dense(library, cuda):
     c = case(n_before=1500, d=128, budget=10**6)
     got = library.ops.tile_run(**c, backend=cuda)
     k, v = (np.nan_to_num(c[x].astype(np.float16).astype(np.float32), posinf=0) for x in ("k", "v"))
-    g = c["q"].shape[2] // k.shape[2]
-    for head in range(c["q"].shape[2]):
-        logits = c["q"][0, :, head] @ k[0, :, head // g].T * c["scale"] + c["mask"][0]
-        w = np.exp(logits - logits.max(-1, keepdims=True))
-        out = (w / w.sum(-1, keepdims=True)) @ v[0, :, head // g]
-        assert np.abs(got["out"][0, :, head] - out).max() <= 2e-3 * max(1, np.abs(out).max())
-    assert (got["count"] == [[(np.isfinite(c["mask"][0, t[2 : 2 + t[1]]]).any(0)).sum()] * 2 for t in c["tiles"]]).all()
+    g, pos = c["q"].shape[2] // k.shape[2], c["cell_pos"][0]
+    for tile, own, count in zip(c["tiles"], c["own"], got["count"], strict=True):
+        tokens = tokens_of(tile)
+        seen = own & (pos <= tile[2 + (len(tile) - 2) // 2 :][: tile[1], None])  # [T, n_kv]
+        assert (count == seen.any(0).sum()).all()
+        for head in range(c["q"].shape[2]):
+            logits = np.where(seen, c["q"][0, tokens, head] @ k[0, :, head // g].T * c["scale"], -np.inf)
+            w = np.exp(logits - logits.max(-1, keepdims=True))
+            out = (w / w.sum(-1, keepdims=True)) @ v[0, :, head // g]
+            assert np.abs(got["out"][0, tokens, head] - out).max() <= 2e-3 * max(1, np.abs(out).max())
 
 
 # ---- whole models ----

@@ -2,21 +2,19 @@
 
 import numpy as np
 import pytest
+from tile_cases import HOWS, cells, make_tiles, tokens_of
 
 from fasa_gguf import FasaError
 from fasa_gguf import reference as R
 from fasa_gguf import reference_prefill as P
 
 
-def make_tiles(pos, seq, stream, size):
-    """int32 [n_tile, 2 + size] of struct fasa_tile_case, and the lowest position of each tile."""
-    numbers = P.tile_numbers(pos, seq, size)
-    tiles = np.zeros((numbers.max() + 1, 2 + size), np.int32)
-    for i in range(len(tiles)):
-        tokens = np.flatnonzero(numbers == i)
-        tiles[i, :2] = stream[tokens[0]], len(tokens)
-        tiles[i, 2 : 2 + len(tokens)] = tokens
-    return tiles, [pos[numbers == i].min() for i in range(len(tiles))]
+def garbage(x, cell_pos, type_x):
+    """Empty cells hold whatever was there."""
+    x = x.copy()
+    if type_x in ("f16", "f32"):
+        x[:, cell_pos < 0] = np.nan
+    return x
 
 
 def run(
@@ -43,37 +41,29 @@ def run(
     soft_cap=0.0,
     sinks=False,
     per_head=False,
-    two=False,
+    how="plain",
     n_threads=2,
     hot=3.0,
     seed=0,
 ):
-    """A prompt's ubatch of n_tokens per stream, behind n_before cells; two: of two sequences in one stream, whose cells
-    and tokens alternate. Compares everything with the reference; returns what the ops gave."""
+    """A prompt's ubatch of n_tokens per stream, behind n_before cells; how: of tile_cases. Compares everything with the
+    reference; returns what the ops gave."""
     rng = np.random.default_rng(seed)
-    n_kv = n_before + n_tokens + 7  # cells behind the last one are empty
+    cell_pos, of, own, seq = cells(how, n_before, n_tokens, 7, rng)
+    pos, n_kv = cell_pos[own], len(cell_pos)
     q = rng.standard_normal((n_stream, n_tokens, n_head, d)).astype(np.float32)
     k, v = (rng.standard_normal((n_stream, n_kv, n_head_kv, w)).astype(np.float32) for w in (d, d_v))
     q *= hot  # so that attention is not flat
-    cell_seq = np.arange(n_kv) % 2 if two else np.zeros(n_kv, int)
-    cell_pos = np.arange(n_kv) // 2 if two else np.arange(n_kv)
-    own = np.arange(n_before, n_before + n_tokens)  # cells of the ubatch, in every stream
-    pos, seq = cell_pos[own], cell_seq[own]
-    mask = np.full((n_stream, n_tokens, n_kv), -np.inf, np.float32)
-    for t in range(n_tokens):
-        seen = (cell_seq == seq[t]) & (cell_pos <= pos[t]) & (np.arange(n_kv) < n_before + n_tokens)
-        mask[:, t, seen] = 0
+    seen = of[seq] & (cell_pos <= pos[:, None])  # [n_tokens, n_kv]
     flat = lambda x: np.tile(x, n_stream)  # noqa: E731
     stream = np.repeat(np.arange(n_stream), n_tokens)
     tiles, first = make_tiles(flat(pos), flat(seq) + 2 * stream, stream, size)
     forced = np.full((len(tiles), sink + band + size), -1, np.int32)
     for i, tile in enumerate(tiles):
         mine = np.zeros(n_kv, bool)
-        mine[own[tile[2 : 2 + tile[1]] % n_tokens]] = True
-        cells = np.flatnonzero(
-            P.tile_forced(cell_pos, mine, first[i], np.isfinite(mask[tile[0], tile[2] % n_tokens]), sink, band)
-        )
-        forced[i, : len(cells)] = cells
+        mine[own[tokens_of(tile) % n_tokens]] = True
+        found = np.flatnonzero(P.tile_forced(cell_pos, mine, first[i], of[seq[tile[2] % n_tokens]], sink, band))
+        forced[i, : len(found)] = found
     chosen = np.stack([rng.permutation(d)[:n_dom] for _ in range(n_head_kv)]).astype(np.int32)
     if n_dom > 8:
         chosen[:, -1] = -1
@@ -83,15 +73,16 @@ def run(
         k, v = (x.astype(np.float16).astype(np.float32) for x in (k, v))
     scale = 1 / np.sqrt(d)
     got = library.ops.tile_run(
-        q=q, k=k, v=v, dims=chosen, weight=weight, forced=forced, tiles=tiles, mask=mask, budget=budget, mass=mass,
-        floor=floor, cap=cap, scale=scale, soft_cap=soft_cap, k_dom=k_dom, type_k=type_k, type_v=type_k,
+        q=q, k=garbage(k, cell_pos, type_k), v=garbage(v, cell_pos, type_k), dims=chosen, weight=weight, forced=forced,
+        tiles=tiles, cell_pos=np.tile(cell_pos, (n_stream, 1)), own=of[seq[tiles[:, 2] % n_tokens]], budget=budget,
+        mass=mass, floor=floor, cap=cap, scale=scale, soft_cap=soft_cap, k_dom=k_dom, type_k=type_k, type_v=type_k,
         n_hadamard=n_hadamard, sinks=learned, per_head=per_head, n_threads=n_threads,
     )  # fmt: skip
     g = n_head // n_head_kv
     plain = (lambda x: R.hadamard(x, n_hadamard)) if n_hadamard else (lambda x: x)
     for i, tile in enumerate(tiles):
-        s, tokens = tile[0], tile[2 : 2 + tile[1]] % n_tokens
-        visible = np.isfinite(mask[s, tokens])
+        s, tokens = tile[0], tokens_of(tile) % n_tokens
+        visible = seen[tokens]
         f = np.zeros(n_kv, bool)
         f[forced[i][forced[i] >= 0]] = True
         for h in range(n_head_kv):
@@ -111,11 +102,11 @@ def run(
                 part = slice(j * shared, (j + 1) * shared)
                 score = got["score"][i, h * g + j * shared : h * g + (j + 1) * shared].sum(0)
                 n_row = len(tokens) * shared
-                cells = R.select(score, visible.any(0), f, n_row, budget, mass, floor, cap)
+                best = R.select(score, visible.any(0), f, n_row, budget, mass, floor, cap)
                 count = got["count"][i, h * g // shared + j]
                 listed = got["list"][i, h * g // shared + j, :count]
-                assert abs(count - len(cells)) <= (1 if mass else 0)
-                assert len(set(listed) ^ set(cells)) <= (2 if g > 2 or mass else 0)  # the order of a sum's terms
+                assert abs(count - len(best)) <= (1 if mass else 0)
+                assert len(set(listed) ^ set(best)) <= (2 if g > 2 or mass else 0)  # the order of a sum's terms
                 assert (np.diff(listed) > 0).all()
                 sink_of = None if learned is None else learned[h * g :][part]
                 out = P.tile_attend(qt[:, part], k[s, :, h], v[s, :, h], listed, visible, scale, soft_cap, sink_of)
@@ -153,8 +144,15 @@ def test_a_list_for_every_query_head(library):
 
 def test_streams_and_sequences(library):
     run(library, n_stream=3)
-    run(library, two=True)
-    run(library, two=True, mass=0.5, floor=10)
+    run(library, how="two")
+    run(library, how="two", mass=0.5, floor=10)
+
+
+@pytest.mark.parametrize("how", HOWS)
+@pytest.mark.parametrize("case", [{}, {"n_stream": 2, "size": 16}, {"n_before": 40, "n_tokens": 200, "budget": 60}])
+def test_who_sees_which_cell(library, how, case):
+    """Sequences that alternate or share cells, holes, positions that begin late, that repeat, or that lie behind."""
+    run(library, how=how, **case)
 
 
 def test_soft_cap_and_learned_sinks(library):
@@ -184,14 +182,21 @@ def test_threads_change_nothing(library):
         assert (a[name] == b[name]).all() and (a[name] == c[name]).all()
 
 
+def one_tile(size, n_kv):
+    """What all queries of a tile see: every cell."""
+    return {
+        "tiles": np.array([[0, size, *range(size), *[n_kv] * size]]),
+        "cell_pos": np.arange(n_kv)[None],
+        "own": np.ones((1, n_kv)),
+    }
+
+
 def test_equal_scores_go_to_the_lower_cell(library):
     n_kv, size = 600, 32
     one = np.ones((1, 1, 1, 64), np.float32)
-    tiles = np.array([[0, size, *range(size)]], np.int32)
-    mask = np.zeros((1, size, n_kv), np.float32)
     got = library.ops.tile_run(
         q=one.repeat(size, 1), k=one.repeat(n_kv, 1), v=one.repeat(n_kv, 1), dims=np.arange(24)[None],
-        weight=np.ones((1, 24)), forced=np.array([[599, 300]]), tiles=tiles, mask=mask, budget=50, scale=0.1,
+        weight=np.ones((1, 24)), forced=np.array([[599, 300]]), budget=50, scale=0.1, **one_tile(size, n_kv),
     )  # fmt: skip
     assert got["list"][0, 0].tolist() == [*range(48), 300, 599]
 
@@ -205,9 +210,8 @@ def test_one_query_is_enough(library):
         q = rng.standard_normal((1, size, 1, 64)).astype(np.float32)
         q[0, at, 0] = 12 * k[0, 777, 0]
         got = library.ops.tile_run(
-            q=q, k=k, v=k, dims=np.arange(24)[None], weight=np.ones((1, 24)), forced=np.array([[0]]),
-            tiles=np.array([[0, size, *range(size)]]), mask=np.zeros((1, size, n_kv), np.float32), budget=20,
-            scale=0.125,
+            q=q, k=k, v=k, dims=np.arange(24)[None], weight=np.ones((1, 24)), forced=np.array([[0]]), budget=20,
+            scale=0.125, **one_tile(size, n_kv),
         )  # fmt: skip
         assert 777 in got["list"][0, 0]
 
@@ -215,7 +219,7 @@ def test_one_query_is_enough(library):
 def test_bad_tiles_are_refused(library):
     x = np.zeros((1, 2, 1, 16), np.float32)
     case = {"q": x, "k": x, "v": x, "dims": np.arange(8)[None], "weight": np.ones((1, 8)), "forced": np.array([[0]])}
-    case |= {"mask": np.zeros((1, 2, 2), np.float32), "budget": 2, "scale": 1.0}
+    case |= {"cell_pos": np.arange(2)[None], "own": np.ones((1, 2)), "budget": 2, "scale": 1.0}
     for tile in ([1, 1, 0, 0], [0, 3, 0, 1], [0, 1, 2, 0], [0, -1, 0, 0], [0, 1, -1, 0]):
         with pytest.raises(FasaError, match="tile 0 names a stream or a token that the case does not have"):
-            library.ops.tile_run(**case, tiles=np.array([tile]))
+            library.ops.tile_run(**case, tiles=np.array([[*tile, 0, 1]]))
