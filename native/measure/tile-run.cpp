@@ -4,10 +4,10 @@
 #include "core/error.h"
 #include "core/select.h"
 #include "measure/op-case.h"
+#include "measure/threads.h"
 #include "ops/tile.h"
 
 #include "ggml-cpp.h"
-#include "ggml-cpu.h"
 
 #include <algorithm>
 #include <cstring>
@@ -63,10 +63,9 @@ int fasa_tile_run_graph::init(const fasa_tile_case & c, const char * name, ggml_
     if (!backend) {
         return fasa_set_error("fasa_tile_case: there is no backend %s", name);
     }
-    const bool on_cpu = ggml_backend_is_cpu(backend.get());
     fasa_op_case op   = *c.op;
+    const bool on_cpu = fasa_cpu_set_threads(backend.get(), op.n_threads);
     if (on_cpu) {
-        ggml_backend_cpu_set_n_threads(backend.get(), op.n_threads);
         op.mode = FASA_MODE_DEVICE; // host memory is the CPU's own
     }
     ctx.reset(ggml_init({ 64 * ggml_tensor_overhead() + 2 * ggml_graph_overhead(), nullptr, true }));

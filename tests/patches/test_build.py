@@ -105,6 +105,9 @@ def test_every_variant_of_a_portable_build_has_our_ops_and_flags(tmp_path):
     listing = (tmp_path / "cmake_install.cmake").read_text()
     libraries = {f"lib{x}.so" for x in ("llama", "ggml", "ggml-base", *(f"ggml-cpu-{v}" for v in VARIANTS))}
     assert set(re.findall(r"bin/(lib[\w-]+\.so)\"", listing)) == libraries
+    ninja = (tmp_path / "build.ninja").read_text()
+    links = re.findall(r"^build bin/(lib[\w-]+\.so): .*?^  LINK_FLAGS = (.*?)$", ninja, re.M | re.S)
+    assert {name for name, flags in links if "-Wl,--exclude-libs,ALL" in flags} == libraries
 
 
 @needs_cmake

@@ -1,5 +1,6 @@
 """Smoke test of an installed fasa_gguf, by the Python that it is installed for: `python tests/wheels/smoke.py [--gpu]`.
 
+With --serve it asks `fasa-gguf serve` too: the package is then installed with its extra `server`.
 Needs nothing but the package: the models are made here. Prints one line a check and exits 1 at the first that fails.
 For a CPU that is not there: `qemu-x86_64-static -cpu Haswell PYTHON tests/wheels/smoke.py --under
 "qemu-x86_64-static -cpu Haswell" --no-doctor`; the self-test of doctor times things, which an emulator makes slow.
@@ -7,11 +8,14 @@ For a CPU that is not there: `qemu-x86_64-static -cpu Haswell PYTHON tests/wheel
 
 import argparse
 import ctypes
+import json
 import re
 import shlex
 import subprocess
 import sys
 import tempfile
+import time
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -130,11 +134,48 @@ def check_drop_in(folder, gpu):
     say("drop-in", f"embed-profile; enable(), then llama_cpp.Llama: {said[1]} sparse steps")
 
 
+def check_serve(folder, gpu):
+    """One chat request to `fasa-gguf serve`, which decodes it with FASA, and its metrics."""
+    from tiny_gguf import write_tiny
+
+    write_tiny(folder / "chat.gguf", chat_template="{% for m in messages %}{{ m.content }}{% endfor %}")
+    model, log = folder / "chat.fasa.gguf", folder / "serve.log"
+    shell(COMMAND, "embed-profile", str(folder / "chat.gguf"), "-o", str(model), "-c", "512", "-t", "2")
+    flags = ["-c", "1024", "-t", "2", "-ngl", "99" if gpu else "0", "--fasa-budget", "64", "--fasa-min-context", "0"]
+    with log.open("w") as out:
+        command = [*PYTHON, COMMAND, "serve", str(model), "--port", "0", "--fasa-min-context-gpu", "0", *flags]
+        server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, cwd="/")
+    try:
+        for _ in range(600):
+            if "listening on " in log.read_text() or server.poll() is not None:
+                break
+            time.sleep(0.1)
+        check("listening on " in log.read_text(), f"fasa-gguf serve: {log.read_text()}")
+        base = log.read_text().split("listening on ")[1].split()[0]
+        messages = [{"role": "user", "content": "a lighthouse keeper " * 20}]
+        asked = json.dumps({"messages": messages, "max_tokens": 16, "temperature": 0}).encode()
+        request = urllib.request.Request(base + "/chat/completions", asked, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            usage = json.loads(answer.read())["usage"]
+        with urllib.request.urlopen(base.removesuffix("/v1") + "/metrics", timeout=60) as answer:
+            metrics = answer.read().decode()
+    finally:
+        server.terminate()
+        server.wait(30)
+    check(usage["completion_tokens"] > 1 and usage["fasa"]["steps_sparse"] > 0, f"a chat request: {usage}")
+    check("fasa_" in metrics, f"/metrics: {metrics}")
+    say("serve", f"a chat request: {usage['completion_tokens']} tokens, {usage['fasa']['steps_sparse']} sparse steps")
+
+
 def check_gpu():
     from fasa_gguf.runtime import backends, devices
 
     found = devices.cuda_devices()
     check(found, "no CUDA device")
+    if backends.cuda_facts():
+        folder = backends._cuda_package()
+        lacking = [x for x in ("LICENSE", "LICENSE.llama.cpp") if not (folder / x).exists()]
+        check(not lacking, f"{folder} lacks {', '.join(lacking)}")
     names = [d.description for d in devices.devices() if d.is_gpu]
     say("cuda", f"{', '.join(names)}; {backends.cuda_facts() or 'linked'}")
     for name in ("libggml-cuda", "libcudart", "libcublas"):
@@ -144,6 +185,7 @@ def check_gpu():
 def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--gpu", action="store_true", help="the laws and the drop-in on the first CUDA device too")
+    ap.add_argument("--serve", action="store_true", help="`fasa-gguf serve` too, which needs the extra server")
     ap.add_argument("--no-doctor", action="store_true", help="without `fasa-gguf doctor`")
     ap.add_argument("--under", default="", metavar="COMMAND", help="the emulator that runs this, for what it starts")
     a = ap.parse_args()
@@ -156,6 +198,8 @@ def main():
         for gpu in (False, True) if a.gpu else (False,):
             check_laws(Path(folder), gpu)
             check_drop_in(Path(folder), gpu)
+            if a.serve:
+                check_serve(Path(folder), gpu)
     if not a.no_doctor:
         text = shell(COMMAND, "doctor")
         tests = re.findall(r"^(?:ok|note|FAILED) .*$", text, re.M)

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -56,6 +57,27 @@ def test_the_cuda_package_is_of_the_same_version():
     version = main["project"]["version"]
     assert cuda["project"]["version"] == version and f"fasa_gguf=={version}" in cuda["project"]["dependencies"]
     assert main["project"]["optional-dependencies"]["cuda"] == [f"fasa-gguf-cuda=={version}"]
+
+
+def test_the_cuda_package_links_only_what_it_depends_on():
+    """llama.cpp links NCCL wherever it finds it."""
+    cuda = project("native/wheel/pyproject.toml")
+    needs = " ".join(cuda["project"]["dependencies"])
+    assert "nvidia-nccl" in needs or "-DGGML_CUDA_NCCL=OFF" in cuda["tool"]["scikit-build"]["cmake"]["args"]
+
+
+@pytest.mark.parametrize("name", ["pyproject.toml", "native/wheel/pyproject.toml"])
+def test_a_wheel_brings_the_licences(name):
+    """A pattern that leads out of the package's folder matches nothing, and nothing is said of it."""
+    patterns = project(name)["tool"]["scikit-build"]["wheel"]["license-files"]
+    folder = (ROOT / name).parent
+    assert all(".." not in x and (folder / x).exists() for x in patterns)
+    if not patterns:
+        installed = re.findall(
+            r"install\(FILES [^)]*DESTINATION fasa_gguf_cuda[^)]*\)", (ROOT / "CMakeLists.txt").read_text()
+        )
+        assert len(installed) == 1 and {"LICENSE", "cuda"} <= set(re.split(r"[\s()]+", installed[0]))
+        assert "LICENSE.llama.cpp" in installed[0]
 
 
 def test_the_install_page_names_what_there_is():
@@ -113,6 +135,22 @@ def test_a_package_uses_the_installed_binding_of_its_version(library, tmp_path):
 
 
 # ---- backends ----
+
+
+@pytest.mark.skipif(not shutil.which("nm"), reason="no nm")
+def test_libllama_calls_nothing_of_a_backend(library):
+    """In a wheel the backends are loaded when the program runs, after libllama: by then it must have all it needs."""
+
+    def names(what, path):
+        out = subprocess.run(["nm", "-D", what, path], capture_output=True, text=True, check=True).stdout
+        return {line.split()[-1] for line in out.splitlines() if re.search(r" [TDBU] (ggml|fasa)_", line)}
+
+    folder = lib.lib_dir()
+    needed = names("--undefined-only", folder / "libllama.so")
+    assert "ggml_backend_dev_type" in needed
+    assert needed <= names("--defined-only", folder / "libggml.so") | names(
+        "--defined-only", folder / "libggml-base.so"
+    )
 
 
 class Ggml:
