@@ -8,7 +8,9 @@ scratch, llama.cpp's compute buffer, is the largest of the three moments in a ub
     feed-forward  4 t (3 n_ff + 4 n_embd)                        + masks
     attention     4 t (3 n_embd + 2 queries + keys + values)     + masks + f16 copies of K and V
 
-Layers that select ahead have the dominant rows of their W_q beside it.
+    sparse prompt 4 t (3 n_embd + 2 queries + keys + values)     + dominant keys in f16 + scores of every cell and list
+
+Layers that select ahead have the dominant rows of their W_q beside it. `prefill` is sparse on a device where it is on.
 
 masks: 2 t bytes for every cell (f16), of the cache with a window too. f16 copies: of one layer, when the cache has
 another type. FASA-M adds one layer's K and V for dense attention (in a model with windows, one of either kind). A
@@ -33,6 +35,7 @@ from .model import Layer, Model
 
 TILE, GROUP = 32, 8  # FASA_TILE, FASA_GROUP of native/core/layout.h
 PAD = 256  # cells that llama.cpp rounds a context up to
+TILE_ROOM = 128 * MIB  # FASA_TILE_ROOM of native/core/memory.h
 WORK_BYTES = 5_400_000  # sizeof(fasa_work), and the tables of dimensions
 MOST_CELLS = 1 << 26  # beyond any context
 
@@ -75,8 +78,12 @@ def pool_bytes(n_act: int, n_tokens: int) -> int:
     return 4 * n_act * n_tokens + 16 * MIB
 
 
+def _up(n: int, step: int) -> int:
+    return -(-n // step) * step
+
+
 def _padded(n_cells: int) -> int:
-    return -(-n_cells // PAD) * PAD
+    return _up(n_cells, PAD)
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,21 @@ class ContextShape:
             return 0
         return layer.query_row * n_dom(params, self.model, layer) * layer.n_head
 
+    def tile_bytes(self, params: FasaParams, layer: Layer) -> tuple[int, int]:
+        """What a layer's sparse prompt takes on a device: (in the compute buffer, in ggml-cuda's pool).
+
+        From fasa_build_tile_select and fasa_tile_pool_bytes; a ubatch's tokens may begin inside a tile.
+        """
+        p, n_list, cells = params, layer.n_head if params.per_head else layer.n_head_kv, self.cells(layer.window)
+        n_tile, size = -(-self.n_ubatch // p.prefill_tile) + 1, _up(p.prefill_tile, 64)
+        dims = next(n for n in (16, 32, 48, 64, 96, 128, 256) if n >= n_dom(p, self.model, layer))  # fasa_tile_pad
+        most = p.prefill_cap if p.prefill_mass > 0 else p.prefill_budget
+        length = min(cells, max(most, p.sink + p.prefill_band + p.prefill_tile))
+        scores = 4 * n_tile * n_list * (cells + length)
+        tile = n_list * _up(length + 1, 256) * (4 * layer.d_k + 2 * size)  # K, V and mask of its list
+        rows = min(n_tile * tile, max(TILE_ROOM, tile)) + 8 * n_tile * size * layer.n_head * layer.d_k
+        return 2 * dims * cells * layer.n_head_kv * self.n_stream + scores, rows
+
     def row_stride(self, layer: Layer) -> int:
         """Bytes of a fetched row: K and V of a cell and KV head, each in steps of 16 (fasa_row_layout)."""
         sizes = ((self.settings.type_k, layer.d_k), (self.settings.type_v, layer.d_v))
@@ -167,21 +189,27 @@ class ContextShape:
 # ---- the scratch ----
 
 
-def compute_bytes(c: ContextShape, layers: Sequence[Layer], has_output: bool = True) -> int:
+def compute_bytes(
+    c: ContextShape, layers: Sequence[Layer], has_output: bool = True, params: FasaParams | None = None
+) -> int:
     """llama.cpp's compute buffer by the formula at the head of this file. layers: those that attend on the device.
 
-    has_output: whether the logits are computed there, where they are computed on a device at all.
+    has_output: whether the logits are computed there, where they are computed on a device at all. params: FASA's, None:
+    dense.
     """
     m, t = c.model, c.n_ubatch
     masks = sum(2 * t * c.cells(max(x.window for x in same)) for same in _by_window(layers))
-    attention = 0
+    attention = sparse = 0
     for x in layers:
         if x.n_head_kv:
             cells = c.cells(x.window) * c.n_stream
             k, v = x.n_head_kv * x.d_k, x.n_head_kv * x.d_v
             copies = sum(2 * n * cells for n, kind in ((k, c.settings.type_k), (v, c.settings.type_v)) if kind != "f16")
-            attention = max(attention, 4 * t * (3 * m.n_embd + 2 * x.n_head * x.d_k + k + v) + copies)
-    layer = masks + max(attention, 4 * t * (3 * m.n_ff + 4 * m.n_embd))
+            values = 4 * t * (3 * m.n_embd + 2 * x.n_head * x.d_k + k + v)
+            attention = max(attention, values + copies)
+            if params is not None and tiles_on_device(c, params, x):
+                sparse = max(sparse, values + c.tile_bytes(params, x)[0])
+    layer = max(masks + max(attention, 4 * t * (3 * m.n_ff + 4 * m.n_embd)), sparse)
     logits = 4 * t * (m.n_vocab + 2 * m.n_embd) if has_output and c.first_on_device <= len(m.layers) else 0
     return max(layer, logits)
 
@@ -238,6 +266,12 @@ def _stays_dense(c: ContextShape, params: FasaParams, layer: Layer) -> bool:
     return c.settings.mode != "host" and params.min_context > 0 and c.cells(layer.window) < params.min_context_gpu
 
 
+def tiles_on_device(c: ContextShape, params: FasaParams, layer: Layer) -> bool:
+    """Whether a layer on a device processes prompts sparsely."""
+    is_sparse = runs_sparse(params, layer) and not layer.window and not _stays_dense(c, params, layer)
+    return params.prefill == "on" and is_sparse
+
+
 def estimate(
     model: Model, settings: ContextSettings, params: FasaParams | None = None, part: range | None = None
 ) -> Memory:
@@ -266,9 +300,10 @@ def estimate(
     attending = [] if settings.no_kv_offload else here
     if c.first_on_device <= n_layer and len(part):
         put["weights"] += model.output_bytes if n_layer in part else 0
-        put["scratch"] = compute_bytes(c, attending, n_layer in part) + pool_bytes(
-            max(model.n_ff, model.n_embd), c.n_ubatch
-        )
+        put["scratch"] = compute_bytes(c, attending, n_layer in part, params)
+        put["scratch"] += pool_bytes(max(model.n_ff, model.n_embd), c.n_ubatch)
+        tiled = [x for x in attending if params is not None and x.n_head_kv and tiles_on_device(c, params, x)]
+        put["scratch"] += max((c.tile_bytes(params, x)[1] for x in tiled), default=0) if params is not None else 0
         put["scratch"] += (stage_bytes(c, attending) if host else 0) + (WORK_BYTES if put["k_dom"] else 0)
     fetching = [x for x in attending if host and params is not None and runs_sparse(params, x)]
     if params is not None and fetching:

@@ -1,7 +1,11 @@
 // The estimate of what a device needs while it computes, beside the compute buffer: one for the check before a ubatch
 // and for `fasa-gguf plan` (fasa_gguf/memory/plan.py).
 
+#include "core/memory.h"
+
 #include "fasa.h"
+
+#include <algorithm>
 
 // partial results of matrix products and of attention
 static constexpr uint64_t FASA_POOL_OTHER = 16u << 20;
@@ -9,4 +13,14 @@ static constexpr uint64_t FASA_POOL_OTHER = 16u << 20;
 // Activations as blocks of q8_1; beside f16 weights in f16, what goes in and what comes out. Four bytes cover both.
 uint64_t fasa_pool_bytes(uint32_t n_act, uint32_t n_tokens) {
     return uint64_t(4) * n_act * n_tokens + FASA_POOL_OTHER;
+}
+
+static uint64_t fasa_steps(uint64_t n, uint64_t step) {
+    return (n + step - 1) / step * step;
+}
+
+uint64_t fasa_tile_pool_bytes(const fasa_tile_shape & s, uint32_t n_tokens) {
+    const uint64_t n_tile = (n_tokens + s.size - 1) / s.size + 1, size = fasa_steps(s.size, FASA_TILE_TOKENS);
+    const uint64_t list = fasa_steps(s.length + 1, FASA_TILE_CELLS), tile = s.n_list * list * (4 * s.d + 2 * size);
+    return std::min(n_tile * tile, std::max(FASA_TILE_ROOM, tile)) + 8 * n_tile * size * s.n_head * s.d;
 }

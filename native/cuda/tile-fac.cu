@@ -9,6 +9,7 @@
 // zeros. An attention sink is such a row of zeros, right behind the list, and its logit stands in the mask: one query
 // head after the other then, since those of a pair have the mask in common.
 
+#include "core/memory.h"
 #include "core/select.h"
 #include "cuda/device.cuh"
 #include "cuda/nodes.cuh"
@@ -19,9 +20,8 @@
 #include <algorithm>
 #include <cstring>
 
-static constexpr int FAC_STEP    = 256;       // FATTN_KQ_STRIDE
-static constexpr int FAC_TOKENS  = 64;        // that flash attention looks at the mask of at once, at the most
-static constexpr size_t FAC_ROOM = 128 << 20; // bytes of gathered rows at a time, if a tile does not need more
+static constexpr int FAC_STEP   = FASA_TILE_CELLS;
+static constexpr int FAC_TOKENS = FASA_TILE_TOKENS;
 
 struct fasa_tile_fac_args {
     const int32_t * list; // [pair][n_len]
@@ -214,7 +214,7 @@ void fasa_cuda_tile_fac(ggml_backend_cuda_context & ctx, ggml_tensor * dst, cons
     a.size               = (fasa_tile_size(tiles) + FAC_TOKENS - 1) / FAC_TOKENS * FAC_TOKENS;
 
     const size_t row = a.d * sizeof(half), bytes = a.n_list * (size_t) a.n_pad * (2 * row + a.size * sizeof(half));
-    const int64_t n_tile = tiles->ne[1], turn = std::min<int64_t>(n_tile, std::max<size_t>(1, FAC_ROOM / bytes));
+    const int64_t n_tile = tiles->ne[1], turn = std::min<int64_t>(n_tile, std::max<size_t>(1, FASA_TILE_ROOM / bytes));
     const size_t pairs = turn * a.n_list, n_q = pairs * a.size * a.n_group * a.d;
     ggml_cuda_pool_alloc<half> k_to(ctx.pool(), pairs * a.n_pad * a.d), v_to(ctx.pool(), pairs * a.n_pad * a.d),
         mask_to(ctx.pool(), pairs * a.n_pad * a.size);

@@ -113,6 +113,7 @@ struct fasa_cache {
     size_t bytes_kv() const;
     size_t bytes_kv_host() const;
     size_t bytes_k_dom() const;
+    size_t tile_pool_bytes(uint32_t n_tokens); // in FASA-M, the most of a layer
     size_t bytes_row_cache() const;
 
 private:

@@ -113,13 +113,13 @@ void fasa_residence::memory_breakdown(std::map<ggml_backend_buffer_type_t, size_
 // ---- room to compute ----
 
 // asked of the driver when a ubatch needs more than any before it
-bool fasa_residence::has_room(uint32_t n_tokens) {
+bool fasa_residence::has_room(uint32_t n_tokens, size_t tiles) {
     static constexpr size_t KERNELS = 100u << 20;        // loaded when they first run
     uint32_t n_act                  = kv.hparams.n_embd; // values of a token that go into a matrix product
     for (uint32_t il = 0; il < kv.hparams.n_layer(); ++il) {
         n_act = std::max(n_act, kv.hparams.n_ff(il));
     }
-    const size_t need = fasa_pool_bytes(n_act, n_tokens);
+    const size_t need = fasa_pool_bytes(n_act, n_tokens) + tiles;
     for (const auto & [dev, stage] : stages) {
         if (need <= room[dev]) {
             continue;

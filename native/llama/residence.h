@@ -30,8 +30,9 @@ struct fasa_residence {
     int32_t next_pinned(int32_t il) const; // the next layer that uses the same room; -1: none
 
     // Whether the devices of FASA-M have memory left for what ggml-cuda takes while it computes n_tokens, beside the
-    // compute buffer: the process would end where it finds none. false: fasa_error() says so.
-    bool has_room(uint32_t n_tokens);
+    // compute buffer: the process would end where it finds none. tiles: bytes that sparse prefill takes. false:
+    // fasa_error() says so.
+    bool has_room(uint32_t n_tokens, size_t tiles);
 
     void memory_breakdown(std::map<ggml_backend_buffer_type_t, size_t> & sizes) const;
 
