@@ -48,7 +48,10 @@ class Reason(IntEnum):
     PREFILL_EMBEDDINGS = "embeddings are computed"
     PREFILL_POSITIONS = "tokens of the ubatch share a position, as those of an image do"
     PREFILL_OBSERVED = "an observer sees queries and keys, as in calibration"
-    PREFILL_DEVICE = "its attention runs on a GPU, where prefill auto is dense", "use --fasa-prefill on"
+    PREFILL_MIN_CONTEXT_GPU = (
+        "its attention runs on a GPU, and the prompt is shorter than prefill_min_context_gpu so far",
+        "use --fasa-prefill on or a smaller --fasa-prefill-min-context-gpu",
+    )
     PREFILL_HEAD_DIM = "the GPU's flash attention does not know its head dimension"
     PREFILL_WINDOW = "the layer has a sliding window"
 

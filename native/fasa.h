@@ -126,10 +126,12 @@ typedef struct fasa_params {
     // enum fasa_ahead_type: select a layer's tokens while the feed-forward before it runs, by foreseen queries; auto:
     // on a GPU, in steps of one token, where the dominant keys are no more bytes than the feed-forward
     int32_t ahead;
-    // enum fasa_prefill_type: process prompts sparsely; auto: in layers on the CPU, from prefill_min_context cells on
+    // enum fasa_prefill_type: process prompts sparsely; auto: from prefill_min_context cells on
     int32_t prefill;
     // cells, from 0: with prefill auto, a ubatch of a prompt that sees fewer cells than this is dense
     uint32_t prefill_min_context;
+    // cells, from 0: the same for layers on a GPU
+    uint32_t prefill_min_context_gpu;
     // tokens, from 16 to 1024: tokens of a prompt that share a list of cells per KV head
     uint32_t prefill_tile;
     // share, 0 to 1: a tile takes cells until this share of the estimated attention is held; 0: prefill_budget cells
@@ -189,71 +191,72 @@ typedef struct fasa_counters {
 // Why a step or a layer is dense.
 // begin reasons: written by native/generate.py
 enum fasa_reason {
-    FASA_REASON_NONE                  = 0,  // it is sparse
-    FASA_REASON_OFF                   = 1,  // FASA is off
-    FASA_REASON_MIN_CONTEXT_GPU       = 2,  // the context is shorter than min_context_gpu
-    FASA_REASON_NOT_STARTED           = 3,  // nothing was computed yet
-    FASA_REASON_PREFILL               = 4,  // the last step was a prompt
-    FASA_REASON_MIN_CONTEXT           = 5,  // the context is shorter than min_context
-    FASA_REASON_NO_LAYER              = 6,  // no layer can run sparse
-    FASA_REASON_UNKNOWN_CONTEXT       = 7,  // this context has no KV cache that FASA knows
-    FASA_REASON_PREFILL_OFF           = 8,  // sparse prefill is off
-    FASA_REASON_PREFILL_MIN_CONTEXT   = 9,  // the prompt is shorter than prefill_min_context so far
-    FASA_REASON_PREFILL_SHORT         = 10, // the ubatch has fewer than 32 tokens of a sequence
-    FASA_REASON_PREFILL_EMBEDDINGS    = 11, // embeddings are computed
-    FASA_REASON_PREFILL_POSITIONS     = 12, // tokens of the ubatch share a position, as those of an image do
-    FASA_REASON_PREFILL_OBSERVED      = 13, // an observer sees queries and keys, as in calibration
-    FASA_REASON_PREFILL_DEVICE        = 14, // its attention runs on a GPU, where prefill auto is dense
-    FASA_REASON_PREFILL_HEAD_DIM      = 15, // the GPU's flash attention does not know its head dimension
-    FASA_REASON_PREFILL_WINDOW        = 16, // the layer has a sliding window
-    FASA_REASON_NO_SUCH_LAYER         = 17, // no such layer
-    FASA_REASON_NO_CACHE              = 18, // it has no KV cache that FASA knows
+    FASA_REASON_NONE                    = 0,  // it is sparse
+    FASA_REASON_OFF                     = 1,  // FASA is off
+    FASA_REASON_MIN_CONTEXT_GPU         = 2,  // the context is shorter than min_context_gpu
+    FASA_REASON_NOT_STARTED             = 3,  // nothing was computed yet
+    FASA_REASON_PREFILL                 = 4,  // the last step was a prompt
+    FASA_REASON_MIN_CONTEXT             = 5,  // the context is shorter than min_context
+    FASA_REASON_NO_LAYER                = 6,  // no layer can run sparse
+    FASA_REASON_UNKNOWN_CONTEXT         = 7,  // this context has no KV cache that FASA knows
+    FASA_REASON_PREFILL_OFF             = 8,  // sparse prefill is off
+    FASA_REASON_PREFILL_MIN_CONTEXT     = 9,  // the prompt is shorter than prefill_min_context so far
+    FASA_REASON_PREFILL_SHORT           = 10, // the ubatch has fewer than 32 tokens of a sequence
+    FASA_REASON_PREFILL_EMBEDDINGS      = 11, // embeddings are computed
+    FASA_REASON_PREFILL_POSITIONS       = 12, // tokens of the ubatch share a position, as those of an image do
+    FASA_REASON_PREFILL_OBSERVED        = 13, // an observer sees queries and keys, as in calibration
+    // its attention runs on a GPU, and the prompt is shorter than prefill_min_context_gpu so far
+    FASA_REASON_PREFILL_MIN_CONTEXT_GPU = 14,
+    FASA_REASON_PREFILL_HEAD_DIM        = 15, // the GPU's flash attention does not know its head dimension
+    FASA_REASON_PREFILL_WINDOW          = 16, // the layer has a sliding window
+    FASA_REASON_NO_SUCH_LAYER           = 17, // no such layer
+    FASA_REASON_NO_CACHE                = 18, // it has no KV cache that FASA knows
     // no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its attention by another
     // path
-    FASA_REASON_NOT_BUILT             = 19,
-    FASA_REASON_SMALL_WINDOW          = 20, // its sliding window is not longer than what it would attend
-    FASA_REASON_NOT_RANKED            = 21, // the profile has no ranking for it
-    FASA_REASON_LENDER_DENSE          = 22, // the layer whose list it borrows is dense
-    FASA_REASON_SHARED_CACHE          = 23, // its cache is shared with another context
-    FASA_REASON_LATENT                = 24, // multi-head latent attention has no keys per head
-    FASA_REASON_ODD_HEAD              = 25, // its head dimension is odd
-    FASA_REASON_CACHE_TYPE            = 26, // its cache type cannot be read back
-    FASA_REASON_NO_KERNELS            = 27, // its cache is on a device that FASA has no kernels for
+    FASA_REASON_NOT_BUILT               = 19,
+    FASA_REASON_SMALL_WINDOW            = 20, // its sliding window is not longer than what it would attend
+    FASA_REASON_NOT_RANKED              = 21, // the profile has no ranking for it
+    FASA_REASON_LENDER_DENSE            = 22, // the layer whose list it borrows is dense
+    FASA_REASON_SHARED_CACHE            = 23, // its cache is shared with another context
+    FASA_REASON_LATENT                  = 24, // multi-head latent attention has no keys per head
+    FASA_REASON_ODD_HEAD                = 25, // its head dimension is odd
+    FASA_REASON_CACHE_TYPE              = 26, // its cache type cannot be read back
+    FASA_REASON_NO_KERNELS              = 27, // its cache is on a device that FASA has no kernels for
     // it is on another machine, whose RPC server is not of this build of fasa_gguf
-    FASA_REASON_REMOTE_BUILD          = 28,
-    FASA_REASON_REMOTE_DEVICE         = 29, // it is on a device of another machine that is no CPU
-    FASA_REASON_NO_CPU_OPS            = 30, // the CPU backend has no FASA ops
-    FASA_REASON_NO_FLASH_ATTENTION    = 31, // flash attention is off
-    FASA_REASON_TRAINING              = 32, // training
-    FASA_REASON_NOT_CAUSAL            = 33, // its attention is not causal
-    FASA_REASON_BIAS                  = 34, // its attention has a bias
-    FASA_REASON_ALIBI                 = 35, // ALiBi moves the scores
-    FASA_REASON_QUERY_TYPE            = 36, // its queries are not f32
-    FASA_REASON_QUERY_HEADS           = 37, // its query heads are no multiple of its KV heads
-    FASA_REASON_MASK_TYPE             = 38, // its mask is not f16
-    FASA_REASON_MASK_COMPUTED         = 39, // its mask is computed
-    FASA_REASON_CUDA_DEVICE           = 40, // its device is not one of CUDA's
+    FASA_REASON_REMOTE_BUILD            = 28,
+    FASA_REASON_REMOTE_DEVICE           = 29, // it is on a device of another machine that is no CPU
+    FASA_REASON_NO_CPU_OPS              = 30, // the CPU backend has no FASA ops
+    FASA_REASON_NO_FLASH_ATTENTION      = 31, // flash attention is off
+    FASA_REASON_TRAINING                = 32, // training
+    FASA_REASON_NOT_CAUSAL              = 33, // its attention is not causal
+    FASA_REASON_BIAS                    = 34, // its attention has a bias
+    FASA_REASON_ALIBI                   = 35, // ALiBi moves the scores
+    FASA_REASON_QUERY_TYPE              = 36, // its queries are not f32
+    FASA_REASON_QUERY_HEADS             = 37, // its query heads are no multiple of its KV heads
+    FASA_REASON_MASK_TYPE               = 38, // its mask is not f16
+    FASA_REASON_MASK_COMPUTED           = 39, // its mask is computed
+    FASA_REASON_CUDA_DEVICE             = 40, // its device is not one of CUDA's
     // its GPU has no FASA kernels: they need an NVIDIA GPU of compute capability 7.5 or later
-    FASA_REASON_CUDA_CAPABILITY       = 41,
+    FASA_REASON_CUDA_CAPABILITY         = 41,
     // the CUDA kernels read caches in f32, f16, bf16, q8_0 and q4_0, and this one has another type
-    FASA_REASON_CUDA_CACHE_TYPE       = 42,
+    FASA_REASON_CUDA_CACHE_TYPE         = 42,
     // the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256
-    FASA_REASON_CUDA_HEAD_DIM         = 43,
-    FASA_REASON_CUDA_GROUP            = 44, // more than 128 query heads share a KV head
-    FASA_REASON_AHEAD_OFF             = 45, // selecting ahead is off
-    FASA_REASON_AHEAD_AUTO            = 46, // it is on the CPU, where selecting ahead saves no time
-    FASA_REASON_AHEAD_TOKENS          = 47, // the step has several tokens, with which selecting ahead is slower
+    FASA_REASON_CUDA_HEAD_DIM           = 43,
+    FASA_REASON_CUDA_GROUP              = 44, // more than 128 query heads share a KV head
+    FASA_REASON_AHEAD_OFF               = 45, // selecting ahead is off
+    FASA_REASON_AHEAD_AUTO              = 46, // it is on the CPU, where selecting ahead saves no time
+    FASA_REASON_AHEAD_TOKENS            = 47, // the step has several tokens, with which selecting ahead is slower
     // selecting among so many cells takes longer than the feed-forward beside it
-    FASA_REASON_AHEAD_LONG            = 48,
-    FASA_REASON_AHEAD_BORROWS         = 49, // it borrows its list
-    FASA_REASON_AHEAD_PROFILE         = 50, // the profile says that foreseen queries lose too much there
-    FASA_REASON_AHEAD_FIRST           = 51, // no block lies before it
+    FASA_REASON_AHEAD_LONG              = 48,
+    FASA_REASON_AHEAD_BORROWS           = 49, // it borrows its list
+    FASA_REASON_AHEAD_PROFILE           = 50, // the profile says that foreseen queries lose too much there
+    FASA_REASON_AHEAD_FIRST             = 51, // no block lies before it
     // no feed-forward lies between the attention or other block before it and its queries
-    FASA_REASON_AHEAD_NO_FEED_FORWARD = 52,
-    FASA_REASON_AHEAD_UNKNOWN         = 53, // how its queries follow from the layer before is not recognised
-    FASA_REASON_AHEAD_DEVICE          = 54, // the feed-forward before it runs on another device
+    FASA_REASON_AHEAD_NO_FEED_FORWARD   = 52,
+    FASA_REASON_AHEAD_UNKNOWN           = 53, // how its queries follow from the layer before is not recognised
+    FASA_REASON_AHEAD_DEVICE            = 54, // the feed-forward before it runs on another device
     // its rows on the device have no room for a list with all tokens of the batch
-    FASA_REASON_AHEAD_ROOM            = 55,
+    FASA_REASON_AHEAD_ROOM              = 55,
 };
 // end reasons
 
@@ -413,8 +416,7 @@ typedef struct fasa_op_case {
     uint32_t floor;
     uint32_t cap;
     int32_t mode;      // enum fasa_mode of k and v
-    int32_t row_slots; // FASA_MODE_HOST: slots of a row cache, a multiple of 8; the ops then run twice, the second time
-                       // with no cell stale
+    int32_t row_slots; // FASA_MODE_HOST: slots of a row cache, in eights; the ops then run again, with no cell stale
     int32_t per_head;  // n_list below: n_head when 1, n_head_kv when 0
     int32_t n_forced;  // forced cells per token
     const int32_t * forced; // [n_stream, n_tokens, n_forced] cells, -1: none
@@ -431,8 +433,7 @@ typedef struct fasa_op_case {
     uint64_t beside;      // fasa_op_time: bytes of the weights of a feed-forward that TIP and SELECT also run beside
     float * out_est;      // [n_stream, n_tokens, n_head, n_kv] must be NULL with a given list
     int32_t * out_count;  // [n_stream, n_tokens, n_list]
-    int32_t * out_list;   // [n_stream, n_tokens, n_list, length] -1 behind the count; length: fasa_list_length of
-                          // core/select.h, or list_length
+    int32_t * out_list;   // [n_stream, n_tokens, n_list, length] -1 behind the count; length: as SELECT's, list_length
     float * out;          // [n_stream, n_tokens, n_head, n_embd_head_v]
 } fasa_op_case;
 FASA_API int fasa_op_run(const fasa_op_case * test);

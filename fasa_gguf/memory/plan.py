@@ -10,7 +10,7 @@ scratch, llama.cpp's compute buffer, is the largest of the three moments in a ub
 
     sparse prompt 4 t (3 n_embd + 2 queries + keys + values)     + dominant keys in f16 + scores of every cell and list
 
-Layers that select ahead have the dominant rows of their W_q beside it. `prefill` is sparse on a device where it is on.
+Layers that select ahead have the dominant rows of their W_q beside it. Prompts are sparse on a device from prefill_min_context_gpu on.
 
 masks: 2 t bytes for every cell (f16), of the cache with a window too. f16 copies: of one layer, when the cache has
 another type. FASA-M adds one layer's K and V for dense attention (in a model with windows, one of either kind). A
@@ -269,7 +269,8 @@ def _stays_dense(c: ContextShape, params: FasaParams, layer: Layer) -> bool:
 def tiles_on_device(c: ContextShape, params: FasaParams, layer: Layer) -> bool:
     """Whether a layer on a device processes prompts sparsely."""
     is_sparse = runs_sparse(params, layer) and not layer.window and not _stays_dense(c, params, layer)
-    return params.prefill == "on" and is_sparse
+    waits = params.prefill == "auto" and c.cells() < params.prefill_min_context_gpu
+    return params.prefill != "off" and not waits and is_sparse
 
 
 def estimate(

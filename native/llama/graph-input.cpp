@@ -149,6 +149,12 @@ void llm_graph_input_fasa::count_bytes() const {
     now.counts.bytes_layers_dense += n * cell_dense;
 }
 
+// whether a prompt is too short for prefill auto; other sequences do not make it longer
+static bool fasa_prompt_waits(const fasa_state & state, uint32_t n_kv, uint32_t least) {
+    const uint32_t n_seen = state.now.active ? std::min(n_kv, state.now.n_seen) : n_kv;
+    return state.params.prefill == FASA_PREFILL_AUTO && n_seen < least;
+}
+
 // Why a ubatch has no tiles, none of its layers; dense: why it is dense as a decode step (fasa_step_dense_reason)
 static fasa_reason fasa_prompt_reason(const fasa_cache & cache, const llama_cparams & cparams,
     const llama_ubatch & ubatch, uint32_t n_kv, fasa_reason dense) {
@@ -172,8 +178,7 @@ static fasa_reason fasa_prompt_reason(const fasa_cache & cache, const llama_cpar
     if (state.now.active && cache.inputs.repeats_positions(ubatch)) {
         return FASA_REASON_PREFILL_POSITIONS;
     }
-    const uint32_t n_seen = state.now.active ? std::min(n_kv, state.now.n_seen) : n_kv; // not those of other sequences
-    const bool is_short   = params.prefill == FASA_PREFILL_AUTO && n_seen < params.prefill_min_context;
+    const bool is_short = fasa_prompt_waits(state, n_kv, params.prefill_min_context);
     return is_short ? FASA_REASON_PREFILL_MIN_CONTEXT : FASA_REASON_NONE;
 }
 
@@ -187,6 +192,7 @@ bool llm_graph_input_fasa::can_reuse(const llm_graph_params & params) {
     }
     const auto reason = fasa_step_dense_reason(state.params, state.now.decodes, n_kv);
     return epoch == state.epoch && n == n_stream && gpu_waits == cache->gpu_waits(n_kv) && dense_reason == reason &&
+        gpu_prompt_waits == fasa_prompt_waits(state, n_kv, state.params.prefill_min_context_gpu) &&
         prefill_reason_of_step == fasa_prompt_reason(*cache, params.cparams, ubatch, n_kv, reason) &&
         (tiles.tiles == nullptr || (n_tile == state.now.tiles.size() && n_tile_kv == n_kv));
 }
@@ -206,7 +212,8 @@ llm_graph_input_fasa * fasa_graph_input(const llm_graph_context & graph, fasa_ca
     const auto reason = fasa_step_dense_reason(params, decodes, k->ne[2]);
     const auto prompt = fasa_prompt_reason(*cache, graph.cparams, graph.ubatch, k->ne[2], reason);
     auto input = std::make_unique<llm_graph_input_fasa>(cache, reason, prompt, k->ne[3], cache->gpu_waits(k->ne[2]));
-    const int64_t n_tps = graph.n_tokens / k->ne[3];
+    input->gpu_prompt_waits = fasa_prompt_waits(*cache->state, k->ne[2], cache->state->params.prefill_min_context_gpu);
+    const int64_t n_tps     = graph.n_tokens / k->ne[3];
     if (reason == FASA_REASON_NONE) {
         input->ranges = input->new_input(graph.ctx0, 2 * FASA_MAX_RANGES, k->ne[3], "fasa_ranges");
         input->forced =

@@ -24,12 +24,13 @@ struct llm_graph_input_fasa : public llm_graph_input_i {
     uint64_t epoch;
     fasa_reason dense_reason; // of the step as a whole
     uint32_t n_stream;
-    bool gpu_waits;    // its layers on GPUs are dense
-    int n_sparse  = 0; // layers, in this graph
-    int n_dense   = 0;
-    int n_waiting = 0; // of n_dense, layers on GPUs that wait for a longer context
-    int n_behind  = 0; // of n_dense, layers whose dominant keys a sparse graph leaves as they are
-    int n_tiled   = 0; // layers of a prompt that run sparse
+    bool gpu_waits;                // its layers on GPUs are dense
+    bool gpu_prompt_waits = false; // and in a prompt
+    int n_sparse          = 0;     // layers, in this graph
+    int n_dense           = 0;
+    int n_waiting         = 0; // of n_dense, layers on GPUs that wait for a longer context
+    int n_behind          = 0; // of n_dense, layers whose dominant keys a sparse graph leaves as they are
+    int n_tiled           = 0; // layers of a prompt that run sparse
 
     const ggml_tensor * mask = nullptr; // of the cache's layers, [n_kv, n_tps, 1, n_stream]
     uint64_t cell_sparse     = 0;       // bytes of K and V of one cell, of all sparse layers

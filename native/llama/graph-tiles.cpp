@@ -11,9 +11,11 @@
 
 // why a layer whose cache is on a device, or in its pinned memory, is dense
 static fasa_reason fasa_device_tile_reason(const fasa_attn & a, ggml_backend_dev_t dev) {
-    const auto & params = a.cache->state->params;
-    if (params.prefill == FASA_PREFILL_AUTO || a.cache->layer(a.il).fixed.work == nullptr) {
-        return FASA_REASON_PREFILL_DEVICE;
+    if (a.cache->layer(a.il).fixed.work == nullptr) {
+        return FASA_REASON_NO_KERNELS;
+    }
+    if (a.input->gpu_prompt_waits) {
+        return FASA_REASON_PREFILL_MIN_CONTEXT_GPU;
     }
     const int64_t d = a.k->ne[0];
     if (a.soft_cap > 0 && d != 128 && d != 256) { // those that llama.cpp's flash attention caps

@@ -269,12 +269,16 @@ def test_the_same_on_the_cpu(logits):
     assert np.median(np.abs(got - expected)) <= 0.02 * np.abs(expected).max()
 
 
-def test_auto_is_dense_on_a_gpu(logits):
+def test_auto_begins_at_prefill_min_context_gpu(logits):
     off, _ = logits(ON.replace(prefill="off"))
-    auto, s = logits(ON.replace(prefill="auto", prefill_min_context=1))
-    assert (off == auto).all()
+    auto = ON.replace(prefill="auto", prefill_min_context=1)
+    dense, s = logits(auto)
+    assert (off == dense).all()
     assert s.fasa.counters()["steps_prefill_sparse"] == 0
-    assert s.fasa.prefill_reason_code() == Reason.PREFILL_DEVICE
+    assert s.fasa.prefill_reason_code() == Reason.PREFILL_MIN_CONTEXT_GPU
+    sparse, s = logits(auto.replace(prefill_min_context_gpu=600))
+    assert s.fasa.counters()["steps_prefill_sparse"] == 2  # of 256 tokens each, the third sees 768
+    assert (off != sparse).any() and s.fasa.prefill_reason_code() == Reason.NONE
 
 
 def test_several_sequences_in_a_ubatch(cuda, model):

@@ -58,6 +58,7 @@ def test_json_both_ways(tmp_path):
         ahead="on",
         prefill="on",
         prefill_min_context=9,
+        prefill_min_context_gpu=11,
         prefill_tile=64,
         prefill_mass=0.75,
         prefill_budget=300,
