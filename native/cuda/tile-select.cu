@@ -89,6 +89,14 @@ struct fasa_candidate_list {
     }
 };
 
+// Groups of four cells that are read at once: all or none, since lists follow each other (VIEW's rows are spans)
+#ifndef FASA_SELECT_WIDE
+#    define FASA_SELECT_WIDE 0
+#endif
+static __device__ __forceinline__ int fasa_tile_wide(int n_kv) {
+    return FASA_SELECT_WIDE && n_kv % 4 == 0 ? n_kv / 4 : 0;
+}
+
 // 1. Keys over the scores of the list's cells; what is forced. key: where the scores lie
 static __device__ __forceinline__ void fasa_tile_keys(
     const fasa_tile_select_args & a, fasa_tile_select_block & b, int list, int tile, int base, uint32_t * key) {
@@ -102,17 +110,27 @@ static __device__ __forceinline__ void fasa_tile_keys(
     }
     __syncthreads();
     uint32_t n_visible = 0, n_none = 0; // cells without a score at all can be many: counted apart
-#pragma unroll 4
-    for (int c = threadIdx.x; c < a.n_kv; c += SELECT_THREADS) {
-        const bool seen  = view[c] != FASA_SEEN_BY_NONE;
-        const uint32_t k = seen ? __float_as_uint(scores[c]) + 1 : FASA_KEY_HIDDEN;
+    const auto take = [&](bool seen, float score) {
+        const uint32_t k = seen ? __float_as_uint(score) + 1 : FASA_KEY_HIDDEN;
         const int bin    = fasa_tile_bin(k, base);
-        key[c]           = k;
         n_visible += seen;
         n_none += seen && bin == 0;
         if (seen && bin > 0) {
             atomicAdd(&b.count[bin], 1);
         }
+        return k;
+    };
+    const int n_wide = fasa_tile_wide(a.n_kv);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < n_wide; i += SELECT_THREADS) {
+        const char4 v      = ((const char4 *) view)[i];
+        const float4 x     = ((const float4 *) scores)[i];
+        ((uint4 *) key)[i] = make_uint4(take(v.x != FASA_SEEN_BY_NONE, x.x), take(v.y != FASA_SEEN_BY_NONE, x.y),
+            take(v.z != FASA_SEEN_BY_NONE, x.z), take(v.w != FASA_SEEN_BY_NONE, x.w));
+    }
+#pragma unroll 4
+    for (int c = 4 * n_wide + threadIdx.x; c < a.n_kv; c += SELECT_THREADS) {
+        key[c] = take(view[c] != FASA_SEEN_BY_NONE, scores[c]);
     }
     n_none = fasa_warp_sum(n_none);
     if (threadIdx.x % 32 == 0 && n_none > 0) {
@@ -178,21 +196,57 @@ static __device__ __forceinline__ fasa_candidate_list fasa_tile_collect(const fa
     const int lane    = threadIdx.x % 32;
     const int2 at     = all.mine();
     uint32_t mine     = 0;
+    const bool wide   = fasa_tile_wide(a.n_kv) > 0;
+    if (wide) {
 #pragma unroll 4
-    for (int c = at.x + lane; c < at.y; c += 32) {
-        mine += key[c] >= low;
+        for (int c = at.x + 4 * lane; c < at.y; c += 128) {
+            const uint4 k = *(const uint4 *) (key + c);
+            mine += (k.x >= low) + (k.y >= low) + (k.z >= low) + (k.w >= low);
+        }
+    } else {
+#pragma unroll 4
+        for (int c = at.x + lane; c < at.y; c += 32) {
+            mine += key[c] >= low;
+        }
     }
     uint32_t to = fasa_before(b, fasa_warp_sum(mine), 0).x;
+    if (wide) {
 #pragma unroll 4
-    for (int c0 = at.x; c0 < at.y; c0 += 32) {
-        const int c          = c0 + lane;
-        const uint32_t k     = c < at.y ? key[c] : FASA_KEY_HIDDEN;
-        const uint32_t takes = __ballot_sync(0xffffffff, k >= low);
-        if (k >= low) {
-            const uint32_t i = to + __popc(takes & ((1u << lane) - 1));
-            to_key[i] = k, to_cell[i] = c;
+        for (int c0 = at.x; c0 < at.y; c0 += 128) {
+            const int c          = c0 + 4 * lane;
+            const uint4 v        = c < at.y ? *(const uint4 *) (key + c) : make_uint4(0, 0, 0, 0);
+            const uint32_t k[4]  = { v.x, v.y, v.z, v.w };
+            const uint32_t takes = (k[0] >= low) + (k[1] >= low) + (k[2] >= low) + (k[3] >= low);
+            if (!__any_sync(0xffffffff, takes > 0)) {
+                continue;
+            }
+            uint32_t upto = takes;
+#pragma unroll
+            for (int by = 1; by < 32; by *= 2) {
+                const uint32_t x = __shfl_up_sync(0xffffffff, upto, by);
+                upto += lane >= by ? x : 0;
+            }
+            uint32_t i = to + upto - takes;
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                if (k[j] >= low) {
+                    to_key[i] = k[j], to_cell[i++] = c + j;
+                }
+            }
+            to += __shfl_sync(0xffffffff, upto, 31);
         }
-        to += __popc(takes);
+    } else {
+#pragma unroll 4
+        for (int c0 = at.x; c0 < at.y; c0 += 32) {
+            const int c          = c0 + lane;
+            const uint32_t k     = c < at.y ? key[c] : FASA_KEY_HIDDEN;
+            const uint32_t takes = __ballot_sync(0xffffffff, k >= low);
+            if (k >= low) {
+                const uint32_t i = to + __popc(takes & ((1u << lane) - 1));
+                to_key[i] = k, to_cell[i] = c;
+            }
+            to += __popc(takes);
+        }
     }
     __syncthreads();
     return { to_key, to_cell, (int) n };
@@ -275,7 +329,7 @@ static __device__ __forceinline__ void fasa_tile_write(
     }
 }
 
-static __global__ void __launch_bounds__(SELECT_THREADS) fasa_tile_select_kernel(const fasa_tile_select_args a) {
+static __global__ void __launch_bounds__(SELECT_THREADS, 1) fasa_tile_select_kernel(const fasa_tile_select_args a) {
     extern __shared__ __align__(16) char smem[];
     auto & b = *(fasa_tile_select_block *) smem;
     ggml_cuda_pdl_sync();
