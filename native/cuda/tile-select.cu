@@ -90,11 +90,8 @@ struct fasa_candidate_list {
 };
 
 // Groups of four cells that are read at once: all or none, since lists follow each other (VIEW's rows are spans)
-#ifndef FASA_SELECT_WIDE
-#    define FASA_SELECT_WIDE 0
-#endif
 static __device__ __forceinline__ int fasa_tile_wide(int n_kv) {
-    return FASA_SELECT_WIDE && n_kv % 4 == 0 ? n_kv / 4 : 0;
+    return n_kv % 4 == 0 ? n_kv / 4 : 0;
 }
 
 // 1. Keys over the scores of the list's cells; what is forced. key: where the scores lie
