@@ -52,6 +52,10 @@ class Reason(IntEnum):
         "its attention runs on a GPU, and the prompt is shorter than prefill_min_context_gpu so far",
         "use --fasa-prefill on or a smaller --fasa-prefill-min-context-gpu",
     )
+    PREFILL_OFFLOAD = (
+        "it is on the CPU, and a GPU computes its prompts, as llama.cpp does without `op_offload` false",
+        "use --fasa-prefill on",
+    )
     PREFILL_HEAD_DIM = "the GPU's flash attention does not know its head dimension"
     PREFILL_WINDOW = "the layer has a sliding window"
 

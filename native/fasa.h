@@ -207,56 +207,58 @@ enum fasa_reason {
     FASA_REASON_PREFILL_OBSERVED        = 13, // an observer sees queries and keys, as in calibration
     // its attention runs on a GPU, and the prompt is shorter than prefill_min_context_gpu so far
     FASA_REASON_PREFILL_MIN_CONTEXT_GPU = 14,
-    FASA_REASON_PREFILL_HEAD_DIM        = 15, // the GPU's flash attention does not know its head dimension
-    FASA_REASON_PREFILL_WINDOW          = 16, // the layer has a sliding window
-    FASA_REASON_NO_SUCH_LAYER           = 17, // no such layer
-    FASA_REASON_NO_CACHE                = 18, // it has no KV cache that FASA knows
+    // it is on the CPU, and a GPU computes its prompts, as llama.cpp does without `op_offload` false
+    FASA_REASON_PREFILL_OFFLOAD         = 15,
+    FASA_REASON_PREFILL_HEAD_DIM        = 16, // the GPU's flash attention does not know its head dimension
+    FASA_REASON_PREFILL_WINDOW          = 17, // the layer has a sliding window
+    FASA_REASON_NO_SUCH_LAYER           = 18, // no such layer
+    FASA_REASON_NO_CACHE                = 19, // it has no KV cache that FASA knows
     // no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its attention by another
     // path
-    FASA_REASON_NOT_BUILT               = 19,
-    FASA_REASON_SMALL_WINDOW            = 20, // its sliding window is not longer than what it would attend
-    FASA_REASON_NOT_RANKED              = 21, // the profile has no ranking for it
-    FASA_REASON_LENDER_DENSE            = 22, // the layer whose list it borrows is dense
-    FASA_REASON_SHARED_CACHE            = 23, // its cache is shared with another context
-    FASA_REASON_LATENT                  = 24, // multi-head latent attention has no keys per head
-    FASA_REASON_ODD_HEAD                = 25, // its head dimension is odd
-    FASA_REASON_CACHE_TYPE              = 26, // its cache type cannot be read back
-    FASA_REASON_NO_KERNELS              = 27, // its cache is on a device that FASA has no kernels for
+    FASA_REASON_NOT_BUILT               = 20,
+    FASA_REASON_SMALL_WINDOW            = 21, // its sliding window is not longer than what it would attend
+    FASA_REASON_NOT_RANKED              = 22, // the profile has no ranking for it
+    FASA_REASON_LENDER_DENSE            = 23, // the layer whose list it borrows is dense
+    FASA_REASON_SHARED_CACHE            = 24, // its cache is shared with another context
+    FASA_REASON_LATENT                  = 25, // multi-head latent attention has no keys per head
+    FASA_REASON_ODD_HEAD                = 26, // its head dimension is odd
+    FASA_REASON_CACHE_TYPE              = 27, // its cache type cannot be read back
+    FASA_REASON_NO_KERNELS              = 28, // its cache is on a device that FASA has no kernels for
     // it is on another machine, whose RPC server is not of this build of fasa_gguf
-    FASA_REASON_REMOTE_BUILD            = 28,
-    FASA_REASON_REMOTE_DEVICE           = 29, // it is on a device of another machine that is no CPU
-    FASA_REASON_NO_CPU_OPS              = 30, // the CPU backend has no FASA ops
-    FASA_REASON_NO_FLASH_ATTENTION      = 31, // flash attention is off
-    FASA_REASON_TRAINING                = 32, // training
-    FASA_REASON_NOT_CAUSAL              = 33, // its attention is not causal
-    FASA_REASON_BIAS                    = 34, // its attention has a bias
-    FASA_REASON_ALIBI                   = 35, // ALiBi moves the scores
-    FASA_REASON_QUERY_TYPE              = 36, // its queries are not f32
-    FASA_REASON_QUERY_HEADS             = 37, // its query heads are no multiple of its KV heads
-    FASA_REASON_MASK_TYPE               = 38, // its mask is not f16
-    FASA_REASON_MASK_COMPUTED           = 39, // its mask is computed
-    FASA_REASON_CUDA_DEVICE             = 40, // its device is not one of CUDA's
+    FASA_REASON_REMOTE_BUILD            = 29,
+    FASA_REASON_REMOTE_DEVICE           = 30, // it is on a device of another machine that is no CPU
+    FASA_REASON_NO_CPU_OPS              = 31, // the CPU backend has no FASA ops
+    FASA_REASON_NO_FLASH_ATTENTION      = 32, // flash attention is off
+    FASA_REASON_TRAINING                = 33, // training
+    FASA_REASON_NOT_CAUSAL              = 34, // its attention is not causal
+    FASA_REASON_BIAS                    = 35, // its attention has a bias
+    FASA_REASON_ALIBI                   = 36, // ALiBi moves the scores
+    FASA_REASON_QUERY_TYPE              = 37, // its queries are not f32
+    FASA_REASON_QUERY_HEADS             = 38, // its query heads are no multiple of its KV heads
+    FASA_REASON_MASK_TYPE               = 39, // its mask is not f16
+    FASA_REASON_MASK_COMPUTED           = 40, // its mask is computed
+    FASA_REASON_CUDA_DEVICE             = 41, // its device is not one of CUDA's
     // its GPU has no FASA kernels: they need an NVIDIA GPU of compute capability 7.5 or later
-    FASA_REASON_CUDA_CAPABILITY         = 41,
+    FASA_REASON_CUDA_CAPABILITY         = 42,
     // the CUDA kernels read caches in f32, f16, bf16, q8_0 and q4_0, and this one has another type
-    FASA_REASON_CUDA_CACHE_TYPE         = 42,
+    FASA_REASON_CUDA_CACHE_TYPE         = 43,
     // the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256
-    FASA_REASON_CUDA_HEAD_DIM           = 43,
-    FASA_REASON_CUDA_GROUP              = 44, // more than 128 query heads share a KV head
-    FASA_REASON_AHEAD_OFF               = 45, // selecting ahead is off
-    FASA_REASON_AHEAD_AUTO              = 46, // it is on the CPU, where selecting ahead saves no time
-    FASA_REASON_AHEAD_TOKENS            = 47, // the step has several tokens, with which selecting ahead is slower
+    FASA_REASON_CUDA_HEAD_DIM           = 44,
+    FASA_REASON_CUDA_GROUP              = 45, // more than 128 query heads share a KV head
+    FASA_REASON_AHEAD_OFF               = 46, // selecting ahead is off
+    FASA_REASON_AHEAD_AUTO              = 47, // it is on the CPU, where selecting ahead saves no time
+    FASA_REASON_AHEAD_TOKENS            = 48, // the step has several tokens, with which selecting ahead is slower
     // selecting among so many cells takes longer than the feed-forward beside it
-    FASA_REASON_AHEAD_LONG              = 48,
-    FASA_REASON_AHEAD_BORROWS           = 49, // it borrows its list
-    FASA_REASON_AHEAD_PROFILE           = 50, // the profile says that foreseen queries lose too much there
-    FASA_REASON_AHEAD_FIRST             = 51, // no block lies before it
+    FASA_REASON_AHEAD_LONG              = 49,
+    FASA_REASON_AHEAD_BORROWS           = 50, // it borrows its list
+    FASA_REASON_AHEAD_PROFILE           = 51, // the profile says that foreseen queries lose too much there
+    FASA_REASON_AHEAD_FIRST             = 52, // no block lies before it
     // no feed-forward lies between the attention or other block before it and its queries
-    FASA_REASON_AHEAD_NO_FEED_FORWARD   = 52,
-    FASA_REASON_AHEAD_UNKNOWN           = 53, // how its queries follow from the layer before is not recognised
-    FASA_REASON_AHEAD_DEVICE            = 54, // the feed-forward before it runs on another device
+    FASA_REASON_AHEAD_NO_FEED_FORWARD   = 53,
+    FASA_REASON_AHEAD_UNKNOWN           = 54, // how its queries follow from the layer before is not recognised
+    FASA_REASON_AHEAD_DEVICE            = 55, // the feed-forward before it runs on another device
     // its rows on the device have no room for a list with all tokens of the batch
-    FASA_REASON_AHEAD_ROOM              = 55,
+    FASA_REASON_AHEAD_ROOM              = 56,
 };
 // end reasons
 
@@ -382,8 +384,7 @@ typedef struct fasa_rates {
 } fasa_rates;
 FASA_API int fasa_host_rates(
     struct llama_context * ctx, uint32_t n_cells, uint32_t n_rows, uint64_t between, fasa_rates * rates);
-// Bytes that a device needs for a ubatch of n_tokens beside the compute buffer, estimated; n_act: the widest
-// activation, the largest of n_embd and n_ff.
+// Bytes that a device needs beside the compute buffer for n_tokens, estimated; n_act: the largest of n_embd and n_ff.
 FASA_API uint64_t fasa_pool_bytes(uint32_t n_act, uint32_t n_tokens);
 // Device memory in bytes, by the driver's count.
 FASA_API int fasa_device_memory(const char * backend, uint64_t * free, uint64_t * total);
@@ -447,8 +448,7 @@ typedef struct fasa_tile_case {
     const int32_t * tiles;    // [n_tile, 2 + 2*tile_size] as in ops/tile.h, tokens by number in [n_stream, n_tokens]
     const int32_t * cell_pos; // [n_stream, n_kv] the position of every cell, -1: it is empty
     const uint8_t * own;      // [n_tile, n_kv] not 0: the cell is of the tile's sequence
-    // [n_tile, n_head, n_kv] the softmaxes of a tile's queries, added up, times 2^60; of a device a list's together
-    float * out_score;
+    float * out_score; // [n_tile, n_head, n_kv] softmaxes of its queries, added up, times 2^60; on a device a list's
 } fasa_tile_case;
 FASA_API int fasa_tile_run(const fasa_tile_case * test);
 

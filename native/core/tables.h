@@ -23,7 +23,7 @@
     X(ahead, int32_t, FASA_AHEAD_AUTO, FASA_AHEAD_AUTO, FASA_AHEAD_ON, "auto off on") \
     X(prefill, int32_t, FASA_PREFILL_AUTO, FASA_PREFILL_AUTO, FASA_PREFILL_ON, "auto off on") \
     X(prefill_min_context, uint32_t, 1024, 0, 2147483647, "") \
-    X(prefill_min_context_gpu, uint32_t, 16384, 0, 2147483647, "") \
+    X(prefill_min_context_gpu, uint32_t, 8192, 0, 2147483647, "") \
     X(prefill_tile, uint32_t, 128, 16, 1024, "") \
     X(prefill_mass, float, 0.98, 0, 1, "") \
     X(prefill_budget, uint32_t, 1024, 1, 2147483647, "") \
@@ -108,6 +108,8 @@
     X(PREFILL_OBSERVED, "an observer sees queries and keys, as in calibration") \
     X(PREFILL_MIN_CONTEXT_GPU, "its attention runs on a GPU, and the prompt is shorter than " \
         "prefill_min_context_gpu so far") \
+    X(PREFILL_OFFLOAD, "it is on the CPU, and a GPU computes its prompts, as llama.cpp does without `op_offload` " \
+        "false") \
     X(PREFILL_HEAD_DIM, "the GPU's flash attention does not know its head dimension") \
     X(PREFILL_WINDOW, "the layer has a sliding window") \
     X(NO_SUCH_LAYER, "no such layer") \

@@ -42,6 +42,9 @@ fasa_reason fasa_attn::tile_reason() const {
         if (reason != FASA_REASON_NONE) {
             return reason;
         }
+    } else if (cache->state->params.prefill == FASA_PREFILL_AUTO && graph.cparams.op_offload &&
+        graph.cparams.offload_kqv && cache->residence.any_gpu()) {
+        return FASA_REASON_PREFILL_OFFLOAD; // ggml's scheduler moves the products there, and attention with them
     }
     if (graph.hparams.is_swa(il)) {
         return FASA_REASON_PREFILL_WINDOW;

@@ -6,6 +6,7 @@
 
 #include "llama-impl.h"
 #include "llama-kv-cache.h"
+#include "llama-model.h"
 
 #include <algorithm>
 #include <stdexcept>
@@ -42,6 +43,12 @@ ggml_backend_buffer_type_t fasa_kv_buft(ggml_backend_dev_t dev, ggml_backend_buf
 }
 
 // ---- a layer ----
+
+bool fasa_residence::any_gpu() const {
+    const auto & devices = kv.model.devices;
+    return std::any_of(devices.begin(), devices.end(),
+        [](const llama_device & x) { return ggml_backend_dev_type(x.dev) != GGML_BACKEND_DEVICE_TYPE_CPU; });
+}
 
 ggml_backend_dev_t fasa_residence::device_of(int32_t il) const {
     const auto buft = ggml_backend_buffer_get_type(kv.layers[kv.map_layer_ids.at(il)].k->buffer);

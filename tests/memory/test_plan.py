@@ -353,7 +353,7 @@ def test_what_a_sparse_prompt_takes_of_a_device(shape_8b):
         sparse, dense, auto = (estimate(m, mine, p).scratch for p in (on, off.replace(prefill="off"), off))
         masks = 2 * 512 * 131072  # which a sparse prompt does without
         assert auto == sparse and dense < sparse < dense + buffer + pool - masks + 4 * 512 * 4096 * 8
-    shorter = gpu_settings(n_ctx=8192, n_ubatch=512)  # below prefill_min_context_gpu
+    shorter = gpu_settings(n_ctx=4096, n_ubatch=512)  # below prefill_min_context_gpu
     assert estimate(m, shorter, off).scratch == estimate(m, shorter, off.replace(prefill="off")).scratch
     short = estimate(m, s, on.replace(min_context_gpu=1 << 20))  # layers without dominant keys are dense
     assert short.scratch == estimate(m, s).scratch

@@ -301,3 +301,19 @@ def test_a_list_for_every_query_head(tiny):
             visible.append(s.fasa.counters()["prefill_visible"])
         n_head, n_head_kv = s.fasa.layer_shape(0)[:2]
         assert visible[1] * n_head_kv == visible[0] * n_head
+
+
+def test_layers_on_the_cpu_beside_a_gpu(cuda, tiny):
+    """A GPU that is there computes their prompts, attention too: with auto they stay dense, unless K and V stay here."""
+    auto = SOME.replace(prefill="auto", prefill_min_context=64)
+    for settings, reason in ({}, Reason.PREFILL_OFFLOAD), ({"no_kv_offload": True}, Reason.NONE):
+        with tiny_session(tiny, **settings) as s:
+            s.fasa.set_params(auto)
+            s.decode(tokens_of(N), 0)
+            assert s.fasa.prefill_reason_code() == reason
+            assert bool(s.fasa.counters()["steps_prefill_sparse"]) == (reason == Reason.NONE)
+            s.fasa.set_params(auto.replace(prefill="on"))
+            s.fasa.reset_counters()
+            s.clear()
+            s.decode(tokens_of(N), 0)
+            assert s.fasa.counters()["steps_prefill_sparse"] == 2
