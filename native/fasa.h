@@ -41,7 +41,7 @@ enum fasa_ahead_type {
 
 // whether prompts are processed sparsely
 enum fasa_prefill_type {
-    FASA_PREFILL_AUTO = 0, // on the CPU, from prefill_min_context cells on
+    FASA_PREFILL_AUTO = 0, // from prefill_min_context cells on
     FASA_PREFILL_OFF  = 1,
     FASA_PREFILL_ON   = 2,
 };
@@ -130,7 +130,7 @@ typedef struct fasa_params {
     int32_t prefill;
     // cells, from 0: with prefill auto, a ubatch of a prompt that sees fewer cells than this is dense
     uint32_t prefill_min_context;
-    // cells, from 0: the same for layers on a GPU
+    // cells, from 0: the same for layers on a GPU, in mode host twice as many
     uint32_t prefill_min_context_gpu;
     // tokens, from 16 to 1024: tokens of a prompt that share a list of cells per KV head
     uint32_t prefill_tile;
@@ -386,8 +386,7 @@ FASA_API int fasa_host_rates(
     struct llama_context * ctx, uint32_t n_cells, uint32_t n_rows, uint64_t between, fasa_rates * rates);
 // Bytes that a device needs beside the compute buffer for n_tokens, estimated; n_act: the largest of n_embd and n_ff.
 FASA_API uint64_t fasa_pool_bytes(uint32_t n_act, uint32_t n_tokens);
-// Device memory in bytes, by the driver's count.
-FASA_API int fasa_device_memory(const char * backend, uint64_t * free, uint64_t * total);
+FASA_API int fasa_device_memory(const char * backend, uint64_t * free, uint64_t * total); // bytes, by its driver
 
 // The ops of one layer on given host arrays, through a ggml graph on the named backend ("CPU", "CUDA0"): for tests
 // against fasa_gguf/reference.py. Outputs may be NULL.

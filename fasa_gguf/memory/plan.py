@@ -8,9 +8,10 @@ scratch, llama.cpp's compute buffer, is the largest of the three moments in a ub
     feed-forward  4 t (3 n_ff + 4 n_embd)                        + masks
     attention     4 t (3 n_embd + 2 queries + keys + values)     + masks + f16 copies of K and V
 
-    sparse prompt 4 t (3 n_embd + 2 queries + keys + values)     + dominant keys in f16 + scores of every cell and list
+    sparse prompt 4 t (3 n_embd + 2 queries + keys + values)     + keys in f16 + scores of each list
 
-Layers that select ahead have the dominant rows of their W_q beside it. Prompts are sparse on a device from prefill_min_context_gpu on.
+Layers that select ahead have the dominant rows of their W_q beside it. Prompts are sparse on a device from
+prefill_min_context_gpu cells on, where `prefill` is not off.
 
 masks: 2 t bytes for every cell (f16), of the cache with a window too. f16 copies: of one layer, when the cache has
 another type. FASA-M adds one layer's K and V for dense attention (in a model with windows, one of either kind). A
@@ -269,7 +270,8 @@ def _stays_dense(c: ContextShape, params: FasaParams, layer: Layer) -> bool:
 def tiles_on_device(c: ContextShape, params: FasaParams, layer: Layer) -> bool:
     """Whether a layer on a device processes prompts sparsely."""
     is_sparse = runs_sparse(params, layer) and not layer.window and not _stays_dense(c, params, layer)
-    waits = params.prefill == "auto" and c.cells() < params.prefill_min_context_gpu
+    least = params.prefill_min_context_gpu * (2 if c.settings.mode == "host" else 1)
+    waits = params.prefill == "auto" and c.cells() < least
     return params.prefill != "off" and not waits and is_sparse
 
 

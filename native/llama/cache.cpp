@@ -415,7 +415,7 @@ bool fasa_cache::on_apply(const llama_kv_cache_context & mctx) {
     const auto & sinfo      = mctx.sinfos[mctx.i_cur];
     const uint32_t n_tokens = mctx.ubatches[mctx.i_cur].n_tokens;
     const auto & p          = state->params;
-    const uint32_t least    = p.prefill == FASA_PREFILL_AUTO ? p.prefill_min_context_gpu : 0;
+    const uint32_t least    = p.prefill == FASA_PREFILL_AUTO ? p.prefill_min_context_gpu : 0; // at least
     const bool has_tiles =
         p.enabled && p.prefill != FASA_PREFILL_OFF && n_tokens >= FASA_TILE_LEAST && kv.get_size() >= least;
     if (!residence.has_room(n_tokens, has_tiles ? tile_pool_bytes(n_tokens) : 0)) {

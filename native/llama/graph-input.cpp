@@ -155,6 +155,12 @@ static bool fasa_prompt_waits(const fasa_state & state, uint32_t n_kv, uint32_t 
     return state.params.prefill == FASA_PREFILL_AUTO && n_seen < least;
 }
 
+// the same for its layers on GPUs; in mode host a tile's rows come over PCIe, and it pays from twice as many cells on
+static bool fasa_gpu_prompt_waits(const fasa_cache & cache, uint32_t n_kv) {
+    const uint64_t least = uint64_t(cache.state->params.prefill_min_context_gpu) << cache.residence.any_pinned();
+    return fasa_prompt_waits(*cache.state, n_kv, std::min<uint64_t>(least, UINT32_MAX));
+}
+
 // Why a ubatch has no tiles, none of its layers; dense: why it is dense as a decode step (fasa_step_dense_reason)
 static fasa_reason fasa_prompt_reason(const fasa_cache & cache, const llama_cparams & cparams,
     const llama_ubatch & ubatch, uint32_t n_kv, fasa_reason dense) {
@@ -192,7 +198,7 @@ bool llm_graph_input_fasa::can_reuse(const llm_graph_params & params) {
     }
     const auto reason = fasa_step_dense_reason(state.params, state.now.decodes, n_kv);
     return epoch == state.epoch && n == n_stream && gpu_waits == cache->gpu_waits(n_kv) && dense_reason == reason &&
-        gpu_prompt_waits == fasa_prompt_waits(state, n_kv, state.params.prefill_min_context_gpu) &&
+        gpu_prompt_waits == fasa_gpu_prompt_waits(*cache, n_kv) &&
         prefill_reason_of_step == fasa_prompt_reason(*cache, params.cparams, ubatch, n_kv, reason) &&
         (tiles.tiles == nullptr || (n_tile == state.now.tiles.size() && n_tile_kv == n_kv));
 }
@@ -212,7 +218,7 @@ llm_graph_input_fasa * fasa_graph_input(const llm_graph_context & graph, fasa_ca
     const auto reason = fasa_step_dense_reason(params, decodes, k->ne[2]);
     const auto prompt = fasa_prompt_reason(*cache, graph.cparams, graph.ubatch, k->ne[2], reason);
     auto input = std::make_unique<llm_graph_input_fasa>(cache, reason, prompt, k->ne[3], cache->gpu_waits(k->ne[2]));
-    input->gpu_prompt_waits = fasa_prompt_waits(*cache->state, k->ne[2], cache->state->params.prefill_min_context_gpu);
+    input->gpu_prompt_waits = fasa_gpu_prompt_waits(*cache, k->ne[2]);
     const int64_t n_tps     = graph.n_tokens / k->ne[3];
     if (reason == FASA_REASON_NONE) {
         input->ranges = input->new_input(graph.ctx0, 2 * FASA_MAX_RANGES, k->ne[3], "fasa_ranges");

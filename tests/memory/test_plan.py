@@ -5,8 +5,6 @@ import json
 import os
 import re
 
-import gguf
-import numpy as np
 import pytest
 from tiny_gguf import gguf_bytes, write_tiny
 
@@ -38,23 +36,6 @@ ON = FasaParams(min_context=0)
 def gpu_settings(**changes):
     """All layers on the GPU, and the batch of `fasa-gguf plan`; n_ctx 0: what the model was trained on."""
     return ContextSettings(**{"n_ctx": 0, "n_batch": 2048, "n_gpu_layers": -1, **changes})
-
-
-@pytest.fixture(scope="module")
-def shape_8b(tmp_path_factory):
-    """The 8B shape with a hole in place of its weights: some KB on the disk."""
-    path = tmp_path_factory.mktemp("plan") / "8b.gguf"
-
-    class Hollow(gguf.GGUFWriter):
-        def write_tensor_data(self, tensor, **kw):
-            pass
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(gguf, "GGUFWriter", Hollow)
-        patch.setattr(synthetic, "_q4_0", lambda rng, rows, cols: np.zeros(0))
-        synthetic.write_model(path, "8b")
-    os.truncate(path, path.stat().st_size + synthetic.model_bytes("8b") + MIB)
-    return path
 
 
 # ---- exact ----
@@ -333,30 +314,6 @@ def test_layers_on_a_gpu_that_wait_have_no_dominant_keys(shape_8b):
     assert (
         estimate(m, host, p).k_dom == estimate(m, s, ON).k_dom > 0
     )  # dense would be slow in mode host, so nothing waits
-
-
-def test_what_a_sparse_prompt_takes_of_a_device(shape_8b):
-    m, s = read_model(shape_8b), gpu_settings(n_ctx=131072, n_ubatch=512)
-    off = FasaParams(chunks=16, prefill_budget=1024, prefill_mass=0, min_context_gpu=0)
-    on = off.replace(prefill="on")
-    layer, c = m.layers[0], ContextShape(m, s)
-    # f16 keys of 32 dimensions, scores and lists of 5 tiles; K, V and mask of all lists fit into 128 MiB
-    buffer, pool = c.tile_bytes(on, layer)
-    assert buffer == 131072 * 8 * 32 * 2 + 5 * 8 * (131072 + 1024) * 4
-    assert pool == 5 * 8 * 1280 * (4 * 128 + 2 * 128) + 8 * 5 * 128 * 32 * 128
-    wide, _ = c.tile_bytes(on.replace(per_head=1, prefill_mass=0.98), layer)  # lists of query heads, of up to 4,096
-    assert wide == 131072 * 8 * 32 * 2 + 5 * 32 * (131072 + 4096) * 4
-    one = 8 * (32768 + 256) * (4 * 128 + 2 * 128)  # more than that: a tile at a time
-    assert c.tile_bytes(on.replace(prefill_budget=32768), layer)[1] == one + 8 * 5 * 128 * 32 * 128
-    for mode in ("device", "host"):
-        mine = s.replace(mode=mode)
-        sparse, dense, auto = (estimate(m, mine, p).scratch for p in (on, off.replace(prefill="off"), off))
-        masks = 2 * 512 * 131072  # which a sparse prompt does without
-        assert auto == sparse and dense < sparse < dense + buffer + pool - masks + 4 * 512 * 4096 * 8
-    shorter = gpu_settings(n_ctx=4096, n_ubatch=512)  # below prefill_min_context_gpu
-    assert estimate(m, shorter, off).scratch == estimate(m, shorter, off.replace(prefill="off")).scratch
-    short = estimate(m, s, on.replace(min_context_gpu=1 << 20))  # layers without dominant keys are dense
-    assert short.scratch == estimate(m, s).scratch
 
 
 def test_the_share_that_the_method_promises(shape_8b):

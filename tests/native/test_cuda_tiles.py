@@ -279,6 +279,8 @@ def test_auto_begins_at_prefill_min_context_gpu(logits):
     sparse, s = logits(auto.replace(prefill_min_context_gpu=600))
     assert s.fasa.counters()["steps_prefill_sparse"] == 2  # of 256 tokens each, the third sees 768
     assert (off != sparse).any() and s.fasa.prefill_reason_code() == Reason.NONE
+    _, s = logits(auto.replace(prefill_min_context_gpu=300), mode="host")
+    assert s.fasa.counters()["steps_prefill_sparse"] == 2
 
 
 def test_several_sequences_in_a_ubatch(cuda, model):

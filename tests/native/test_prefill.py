@@ -112,7 +112,7 @@ def test_off_and_below_prefill_min_context_nothing_changes(tiny):
 
 
 def test_auto_begins_at_prefill_min_context(tiny):
-    with tiny_session(tiny) as s:
+    with tiny_session(tiny, no_kv_offload=True) as s:  # a GPU that is there leaves its attention here
         s.fasa.set_params(SOME.replace(prefill="auto", prefill_min_context=1024))
         s.decode(tokens_of(1536), 0)
         c = s.fasa.counters()
@@ -304,7 +304,7 @@ def test_a_list_for_every_query_head(tiny):
 
 
 def test_layers_on_the_cpu_beside_a_gpu(cuda, tiny):
-    """A GPU that is there computes their prompts, attention too: with auto they stay dense, unless K and V stay here."""
+    """A GPU that is there computes their prompts, attention too: auto leaves them dense, unless K and V stay here."""
     auto = SOME.replace(prefill="auto", prefill_min_context=64)
     for settings, reason in ({}, Reason.PREFILL_OFFLOAD), ({"no_kv_offload": True}, Reason.NONE):
         with tiny_session(tiny, **settings) as s:

@@ -12,6 +12,7 @@ from fasa_gguf.quality.answers import format_answers, summarize
 from fasa_gguf.quality.arms import Arm
 from fasa_gguf.quality.perplexity import WindowSettings, evaluate, format_scores
 from fasa_gguf.quality.tasks import Question, TaskSettings, run_questions
+from fasa_gguf.reasons import Reason
 from fasa_gguf.runtime.settings import ContextSettings
 from fasa_gguf.session import Session
 from fasa_gguf.speed.bench import BenchSettings, bench
@@ -104,7 +105,7 @@ def test_bench_times_sparse_prompts(library, tiny, profile):
     settings = BenchSettings(depths=(0, 256), n_gen=2, n_prompt=(64, 8), repetitions=1, n_threads=1)
     results = bench(tiny, settings, {"fasa": SOME.replace(min_context=0)}, profile)
     notes = {r.test: r.note for r in results if r.arm == "fasa" and r.n_prompt}
-    assert notes["pp8 @ d256"] == ""  # too few tokens
+    assert notes["pp8 @ d256"] == f"prompt dense: {Reason.PREFILL_SHORT.text}"
     assert notes["pp64 @ d0"].endswith("% of the cells attended")
     assert int(notes["pp64 @ d256"].split("%")[0]) < 40
     assert {r.test: r.sparse_share for r in results if r.arm == "fasa" and r.n_prompt}["pp64 @ d256"] == 1

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import re
 from dataclasses import replace
 
 import pytest
@@ -189,16 +188,6 @@ def test_prefill_and_the_time_to_the_first_token(library, tiny, profile):
     )  # and the prefill of the depth
 
 
-def test_prompts_only(library, tiny, profile):
-    on = ON.replace(prefill="on", prefill_mass=0, prefill_budget=100, min_context=4096)
-    settings = replace(QUICK, depths=[0], n_gen=0, n_prompt=[400])
-    dense, fasa = run(tiny, settings, profile, on)
-    assert (dense.test, fasa.test, dense.note) == ("pp400 @ d0", "pp400 @ d0", "") and fasa.ratio > 0
-    assert re.fullmatch(r"\d\d% of the cells attended", fasa.note) and fasa.sparse_share == 1
-    with pytest.raises(FasaError, match=f"no step used it: prompt dense: {Reason.PREFILL_MIN_CONTEXT.text}"):
-        run(tiny, settings, profile, on.replace(prefill="auto", prefill_min_context=1024))
-
-
 def test_sequences_in_parallel(library, tiny, profile):
     results = run(tiny, replace(QUICK, n_parallel=[1, 3], n_prompt=[16], fill="random"), profile)
     assert [(r.n_parallel, r.test) for r in results] == [(1, "pp16 @ d300")] * 2 + [(1, "tg4 @ d300")] * 2 + [
@@ -330,7 +319,6 @@ def test_bench_refuses(library, tiny, profile):
             ON.replace(min_context=4096),
         ),
         ("-d, -n and -r: expected depths and tokens from 0", replace(QUICK, depths=[-1]), ON),
-        ("-n 0 and -p 0: nothing to measure", replace(QUICK, n_gen=0, n_prompt=[0]), ON),
         ("-np and -p: expected at least 1 sequence", replace(QUICK, n_parallel=[0]), ON),
         ("--fill 'air': expected auto, prefill or random", replace(QUICK, fill="air"), ON),
         ("cache type 'q9': expected one of f32, f16", replace(QUICK, types=[("f16", "q9")]), ON),

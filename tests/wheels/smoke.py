@@ -194,8 +194,8 @@ def main():
     check_variants()
     if a.gpu:
         check_gpu()
-    with tempfile.TemporaryDirectory() as folder:
-        for gpu in (False, True) if a.gpu else (False,):
+    for gpu in (False, True) if a.gpu else (False,):
+        with tempfile.TemporaryDirectory() as folder:  # no command writes over what another has written
             check_laws(Path(folder), gpu)
             check_drop_in(Path(folder), gpu)
             if a.serve:

@@ -1,0 +1,32 @@
+"""What sparse prompts add to a plan."""
+
+from fasa_gguf import FasaParams
+from fasa_gguf.memory.model import read_model
+from fasa_gguf.memory.plan import ContextShape, estimate
+from fasa_gguf.runtime.settings import ContextSettings
+
+SETTINGS = ContextSettings(n_batch=2048, n_ubatch=512, n_gpu_layers=-1)
+
+
+def test_what_a_sparse_prompt_takes_of_a_device(shape_8b):
+    m, s = read_model(shape_8b), SETTINGS.replace(n_ctx=131072)
+    off = FasaParams(chunks=16, prefill_budget=1024, prefill_mass=0, min_context_gpu=0)
+    on = off.replace(prefill="on")
+    layer, c = m.layers[0], ContextShape(m, s)
+    # f16 keys of 32 dimensions, scores and lists of 5 tiles; K, V and mask of all lists fit into 128 MiB
+    buffer, pool = c.tile_bytes(on, layer)
+    assert buffer == 131072 * 8 * 32 * 2 + 5 * 8 * (131072 + 1024) * 4
+    assert pool == 5 * 8 * 1280 * (4 * 128 + 2 * 128) + 8 * 5 * 128 * 32 * 128
+    wide, _ = c.tile_bytes(on.replace(per_head=1, prefill_mass=0.98), layer)  # lists of query heads, of up to 4,096
+    assert wide == 131072 * 8 * 32 * 2 + 5 * 32 * (131072 + 4096) * 4
+    one = 8 * (32768 + 256) * (4 * 128 + 2 * 128)  # more than that: a tile at a time
+    assert c.tile_bytes(on.replace(prefill_budget=32768), layer)[1] == one + 8 * 5 * 128 * 32 * 128
+    for mode in ("device", "host"):
+        mine = s.replace(mode=mode)
+        sparse, dense, auto = (estimate(m, mine, p).scratch for p in (on, off.replace(prefill="off"), off))
+        masks = 2 * 512 * 131072  # which a sparse prompt does without
+        assert auto == sparse and dense < sparse < dense + buffer + pool - masks + 4 * 512 * 4096 * 8
+    shorter = SETTINGS.replace(n_ctx=4096)  # below prefill_min_context_gpu
+    assert estimate(m, shorter, off).scratch == estimate(m, shorter, off.replace(prefill="off")).scratch
+    short = estimate(m, s, on.replace(min_context_gpu=1 << 20))  # layers without dominant keys are dense
+    assert short.scratch == estimate(m, s).scratch
