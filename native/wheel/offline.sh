@@ -24,7 +24,8 @@ case ${1:-}${3:+ ok} in
     "$python" patches/queue.py prepare build/offline-tree/llama.cpp-src
     tar -C build/offline-tree -cJf "$folder/tree.tar.xz" llama.cpp-src
     platforms=()
-    for tag in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 $(grep -o 'manylinux_[0-9_]*[0-9]' <<<"$own"); do
+    tags=$(grep -o 'manylinux_[0-9_]*[0-9]' <<<"$own" || true)
+    for tag in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 $tags; do
         platforms+=(--platform "${tag}_x86_64")
     done
     "$python" -m pip download -q --only-binary=:all: --python-version "$3" --implementation cp "${platforms[@]}" \
