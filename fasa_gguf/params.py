@@ -185,13 +185,18 @@ class FasaParams:
     prefill: str = _row(
         "auto",
         "auto, off or on",
-        "process prompts sparsely; auto: from prefill_min_context cells on",
+        "process prompts sparsely; auto: from prefill_min_context cells on, and not in layers on the CPU whose prompts "
+        "a GPU computes",
         choices=PREFILL,
     )
     prefill_min_context: int = _row(
         1024, "cells", "with prefill auto, a ubatch of a prompt that sees fewer cells than this is dense"
     )
-    prefill_min_context_gpu: int = _row(8192, "cells", "the same for layers on a GPU, in mode host twice as many")
+    prefill_min_context_gpu: int = _row(
+        8192,
+        "cells",
+        "the same for layers on a GPU, beside prefill_min_context; in mode host twice as many",
+    )
     prefill_tile: int = _row(
         128, "tokens", "tokens of a prompt that share a list of cells per KV head", low=16, high=1024
     )

@@ -56,6 +56,7 @@ class Reason(IntEnum):
         "it is on the CPU, and a GPU computes its prompts, as llama.cpp does without `op_offload` false",
         "use --fasa-prefill on",
     )
+    PREFILL_REMOTE = "it is on another machine, where prompts are dense"
     PREFILL_HEAD_DIM = "the GPU's flash attention does not know its head dimension"
     PREFILL_WINDOW = "the layer has a sliding window"
 
@@ -63,8 +64,7 @@ class Reason(IntEnum):
     NO_SUCH_LAYER = "no such layer"
     NO_CACHE = "it has no KV cache that FASA knows"
     NOT_BUILT = (
-        "no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its attention by another "
-        "path"
+        "no graph has asked FASA for it: nothing was decoded yet, or its architecture builds attention another way"
     )
     SMALL_WINDOW = "its sliding window is not longer than what it would attend"
     NOT_RANKED = "the profile has no ranking for it", "use a profile that ranks this layer"

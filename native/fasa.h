@@ -126,11 +126,12 @@ typedef struct fasa_params {
     // enum fasa_ahead_type: select a layer's tokens while the feed-forward before it runs, by foreseen queries; auto:
     // on a GPU, in steps of one token, where the dominant keys are no more bytes than the feed-forward
     int32_t ahead;
-    // enum fasa_prefill_type: process prompts sparsely; auto: from prefill_min_context cells on
+    // enum fasa_prefill_type: process prompts sparsely; auto: from prefill_min_context cells on, and not in layers on
+    // the CPU whose prompts a GPU computes
     int32_t prefill;
     // cells, from 0: with prefill auto, a ubatch of a prompt that sees fewer cells than this is dense
     uint32_t prefill_min_context;
-    // cells, from 0: the same for layers on a GPU, in mode host twice as many
+    // cells, from 0: the same for layers on a GPU, beside prefill_min_context; in mode host twice as many
     uint32_t prefill_min_context_gpu;
     // tokens, from 16 to 1024: tokens of a prompt that share a list of cells per KV head
     uint32_t prefill_tile;
@@ -209,56 +210,56 @@ enum fasa_reason {
     FASA_REASON_PREFILL_MIN_CONTEXT_GPU = 14,
     // it is on the CPU, and a GPU computes its prompts, as llama.cpp does without `op_offload` false
     FASA_REASON_PREFILL_OFFLOAD         = 15,
-    FASA_REASON_PREFILL_HEAD_DIM        = 16, // the GPU's flash attention does not know its head dimension
-    FASA_REASON_PREFILL_WINDOW          = 17, // the layer has a sliding window
-    FASA_REASON_NO_SUCH_LAYER           = 18, // no such layer
-    FASA_REASON_NO_CACHE                = 19, // it has no KV cache that FASA knows
-    // no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its attention by another
-    // path
-    FASA_REASON_NOT_BUILT               = 20,
-    FASA_REASON_SMALL_WINDOW            = 21, // its sliding window is not longer than what it would attend
-    FASA_REASON_NOT_RANKED              = 22, // the profile has no ranking for it
-    FASA_REASON_LENDER_DENSE            = 23, // the layer whose list it borrows is dense
-    FASA_REASON_SHARED_CACHE            = 24, // its cache is shared with another context
-    FASA_REASON_LATENT                  = 25, // multi-head latent attention has no keys per head
-    FASA_REASON_ODD_HEAD                = 26, // its head dimension is odd
-    FASA_REASON_CACHE_TYPE              = 27, // its cache type cannot be read back
-    FASA_REASON_NO_KERNELS              = 28, // its cache is on a device that FASA has no kernels for
+    FASA_REASON_PREFILL_REMOTE          = 16, // it is on another machine, where prompts are dense
+    FASA_REASON_PREFILL_HEAD_DIM        = 17, // the GPU's flash attention does not know its head dimension
+    FASA_REASON_PREFILL_WINDOW          = 18, // the layer has a sliding window
+    FASA_REASON_NO_SUCH_LAYER           = 19, // no such layer
+    FASA_REASON_NO_CACHE                = 20, // it has no KV cache that FASA knows
+    // no graph has asked FASA for it: nothing was decoded yet, or its architecture builds attention another way
+    FASA_REASON_NOT_BUILT               = 21,
+    FASA_REASON_SMALL_WINDOW            = 22, // its sliding window is not longer than what it would attend
+    FASA_REASON_NOT_RANKED              = 23, // the profile has no ranking for it
+    FASA_REASON_LENDER_DENSE            = 24, // the layer whose list it borrows is dense
+    FASA_REASON_SHARED_CACHE            = 25, // its cache is shared with another context
+    FASA_REASON_LATENT                  = 26, // multi-head latent attention has no keys per head
+    FASA_REASON_ODD_HEAD                = 27, // its head dimension is odd
+    FASA_REASON_CACHE_TYPE              = 28, // its cache type cannot be read back
+    FASA_REASON_NO_KERNELS              = 29, // its cache is on a device that FASA has no kernels for
     // it is on another machine, whose RPC server is not of this build of fasa_gguf
-    FASA_REASON_REMOTE_BUILD            = 29,
-    FASA_REASON_REMOTE_DEVICE           = 30, // it is on a device of another machine that is no CPU
-    FASA_REASON_NO_CPU_OPS              = 31, // the CPU backend has no FASA ops
-    FASA_REASON_NO_FLASH_ATTENTION      = 32, // flash attention is off
-    FASA_REASON_TRAINING                = 33, // training
-    FASA_REASON_NOT_CAUSAL              = 34, // its attention is not causal
-    FASA_REASON_BIAS                    = 35, // its attention has a bias
-    FASA_REASON_ALIBI                   = 36, // ALiBi moves the scores
-    FASA_REASON_QUERY_TYPE              = 37, // its queries are not f32
-    FASA_REASON_QUERY_HEADS             = 38, // its query heads are no multiple of its KV heads
-    FASA_REASON_MASK_TYPE               = 39, // its mask is not f16
-    FASA_REASON_MASK_COMPUTED           = 40, // its mask is computed
-    FASA_REASON_CUDA_DEVICE             = 41, // its device is not one of CUDA's
+    FASA_REASON_REMOTE_BUILD            = 30,
+    FASA_REASON_REMOTE_DEVICE           = 31, // it is on a device of another machine that is no CPU
+    FASA_REASON_NO_CPU_OPS              = 32, // the CPU backend has no FASA ops
+    FASA_REASON_NO_FLASH_ATTENTION      = 33, // flash attention is off
+    FASA_REASON_TRAINING                = 34, // training
+    FASA_REASON_NOT_CAUSAL              = 35, // its attention is not causal
+    FASA_REASON_BIAS                    = 36, // its attention has a bias
+    FASA_REASON_ALIBI                   = 37, // ALiBi moves the scores
+    FASA_REASON_QUERY_TYPE              = 38, // its queries are not f32
+    FASA_REASON_QUERY_HEADS             = 39, // its query heads are no multiple of its KV heads
+    FASA_REASON_MASK_TYPE               = 40, // its mask is not f16
+    FASA_REASON_MASK_COMPUTED           = 41, // its mask is computed
+    FASA_REASON_CUDA_DEVICE             = 42, // its device is not one of CUDA's
     // its GPU has no FASA kernels: they need an NVIDIA GPU of compute capability 7.5 or later
-    FASA_REASON_CUDA_CAPABILITY         = 42,
+    FASA_REASON_CUDA_CAPABILITY         = 43,
     // the CUDA kernels read caches in f32, f16, bf16, q8_0 and q4_0, and this one has another type
-    FASA_REASON_CUDA_CACHE_TYPE         = 43,
+    FASA_REASON_CUDA_CACHE_TYPE         = 44,
     // the CUDA kernels need the same head dimension for K and V, a multiple of 8 and at most 256
-    FASA_REASON_CUDA_HEAD_DIM           = 44,
-    FASA_REASON_CUDA_GROUP              = 45, // more than 128 query heads share a KV head
-    FASA_REASON_AHEAD_OFF               = 46, // selecting ahead is off
-    FASA_REASON_AHEAD_AUTO              = 47, // it is on the CPU, where selecting ahead saves no time
-    FASA_REASON_AHEAD_TOKENS            = 48, // the step has several tokens, with which selecting ahead is slower
+    FASA_REASON_CUDA_HEAD_DIM           = 45,
+    FASA_REASON_CUDA_GROUP              = 46, // more than 128 query heads share a KV head
+    FASA_REASON_AHEAD_OFF               = 47, // selecting ahead is off
+    FASA_REASON_AHEAD_AUTO              = 48, // it is on the CPU, where selecting ahead saves no time
+    FASA_REASON_AHEAD_TOKENS            = 49, // the step has several tokens, with which selecting ahead is slower
     // selecting among so many cells takes longer than the feed-forward beside it
-    FASA_REASON_AHEAD_LONG              = 49,
-    FASA_REASON_AHEAD_BORROWS           = 50, // it borrows its list
-    FASA_REASON_AHEAD_PROFILE           = 51, // the profile says that foreseen queries lose too much there
-    FASA_REASON_AHEAD_FIRST             = 52, // no block lies before it
+    FASA_REASON_AHEAD_LONG              = 50,
+    FASA_REASON_AHEAD_BORROWS           = 51, // it borrows its list
+    FASA_REASON_AHEAD_PROFILE           = 52, // the profile says that foreseen queries lose too much there
+    FASA_REASON_AHEAD_FIRST             = 53, // no block lies before it
     // no feed-forward lies between the attention or other block before it and its queries
-    FASA_REASON_AHEAD_NO_FEED_FORWARD   = 53,
-    FASA_REASON_AHEAD_UNKNOWN           = 54, // how its queries follow from the layer before is not recognised
-    FASA_REASON_AHEAD_DEVICE            = 55, // the feed-forward before it runs on another device
+    FASA_REASON_AHEAD_NO_FEED_FORWARD   = 54,
+    FASA_REASON_AHEAD_UNKNOWN           = 55, // how its queries follow from the layer before is not recognised
+    FASA_REASON_AHEAD_DEVICE            = 56, // the feed-forward before it runs on another device
     // its rows on the device have no room for a list with all tokens of the batch
-    FASA_REASON_AHEAD_ROOM              = 56,
+    FASA_REASON_AHEAD_ROOM              = 57,
 };
 // end reasons
 
@@ -363,9 +364,8 @@ FASA_API int fasa_get_model_info(const struct llama_context * ctx, fasa_model_in
 // shape of one attention layer: out[0..3] = n_head, n_head_kv, n_embd_head_k, n_rot; n_head_kv = 0: no attention there
 FASA_API int fasa_get_layer_shape(const struct llama_context * ctx, int32_t il, int32_t * out);
 
-// For `fasa-gguf bench`. Every sequence of the context gets n_cells cells of random K and V at the positions from 0 on,
-// without a prefill and without a copy of the cache in host memory; what was there is forgotten. Sequence = stream, so
-// with a unified cache only sequence 0. Values are standard normal. Recurrent state is cleared.
+// Every sequence of the context gets n_cells cells of random K and V (standard normal) at the positions from 0 on; all
+// before is forgotten, recurrent state too. Nothing is computed. Sequence = stream: of a unified cache only sequence 0.
 FASA_API int fasa_fill_random(struct llama_context * ctx, uint32_t n_cells, uint64_t seed);
 // Bytes read plus bytes written per second when the backend ("CPU", "CUDA0") copies `bytes` from one of its tensors to
 // another; n_threads of a CPU do it.

@@ -6,6 +6,7 @@ It is the same whether llama.cpp (gguf.py) or transformers (hf.py) shows the que
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,25 +127,28 @@ def rank_layer(s: LayerSample, n_threads: int) -> dict[str, Any]:
     Where queries can be foreseen also ahead_ranking and ahead_weight, for these, and ahead_kept [2]: the attention kept
     with own and with foreseen queries.
     """
-    names = ["ranking", "weight", "recall", "kept"]
+    n_head = len(s.q_sum)
+    n_worker = min(n_head, n_threads)  # heads side by side: what NumPy does of each runs on one thread
+    pool = ThreadPoolExecutor(n_worker)
+    try:
+        heads = list(pool.map(lambda h: _rank_head(s, h, max(1, n_threads // n_worker)), range(n_head)))
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for them
+    return {name: [head[name] for head in heads] for name in heads[0]}
+
+
+def _rank_head(s: LayerSample, h: int, n_threads: int) -> dict[str, Any]:
+    """The rows of KV head h."""
+    order, recall = _order(s, h, None, n_threads)
+    weight = _weights(s, h, order, None)
+    kept = [_kept(s, h, order, weight, kind, most=8) for kind in K_DOM_TYPES]
+    out: dict[str, Any] = {"ranking": order.tolist(), "weight": weight.tolist(), "recall": recall, "kept": kept}
     if s.q_ahead is not None:
-        names += ["ahead_ranking", "ahead_weight", "ahead_kept"]
-    out: dict[str, Any] = {name: [] for name in names}
-    for h in range(len(s.q_sum)):
-        order, recall = _order(s, h, None, n_threads)
-        weight = _weights(s, h, order, None)
-        out["ranking"].append(order.tolist())
-        out["weight"].append(weight.tolist())
-        out["recall"].append(recall)
-        out["kept"].append([_kept(s, h, order, weight, kind, most=8) for kind in K_DOM_TYPES])
-        if s.q_ahead is not None:
-            ahead = s.case(h, s.q_ahead)[0]
-            order_ahead = _order(s, h, ahead, n_threads)[0] if s.params.method == "recall" else order
-            weight_ahead = _weights(s, h, order_ahead, ahead)
-            out["ahead_ranking"].append(order_ahead.tolist())
-            out["ahead_weight"].append(weight_ahead.tolist())
-            kept = _kept(s, h, order, weight), _kept(s, h, order_ahead, weight_ahead, q_est=ahead)
-            out["ahead_kept"].append(list(kept))
+        ahead = s.case(h, s.q_ahead)[0]
+        order_ahead = _order(s, h, ahead, n_threads)[0] if s.params.method == "recall" else order
+        weight_ahead = _weights(s, h, order_ahead, ahead)
+        out["ahead_ranking"], out["ahead_weight"] = order_ahead.tolist(), weight_ahead.tolist()
+        out["ahead_kept"] = [_kept(s, h, order, weight), _kept(s, h, order_ahead, weight_ahead, q_est=ahead)]
     return out
 
 

@@ -102,6 +102,13 @@ def add_context_flags(p: argparse.ArgumentParser) -> None:
     p.add_argument("-ctv", "--cache-type-v", default="f16", help="type of the V cache")
 
 
+def add_rpc(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--rpc", type=lambda text: text.split(","), metavar="SERVERS",
+        help="comma list of ggml-rpc-servers, host:port, whose devices take the layers of -ngl first",
+    )  # fmt: skip
+
+
 def add_context_size(p: argparse.ArgumentParser, what: str) -> None:
     """-c, with None where it is not given. what: whose context it is."""
     p.add_argument(

@@ -17,6 +17,7 @@ from .arguments import (
     AddCommand,
     add_fasa_flags,
     add_model,
+    add_rpc,
     add_shape_flags,
     bits,
     comma_list,
@@ -173,6 +174,7 @@ def _add_measurement_flags(p: argparse.ArgumentParser) -> None:
         "-t", "--threads", type=whole(0), default=0, help="CPU threads; 0: the physical cores that this process may use"
     )
     p.add_argument("-ngl", "--n-gpu-layers", type=comma_list(-1), help="comma list of layers on the GPU; -1: all [0]")
+    add_rpc(p)
     p.add_argument(
         "-nkvo", "--no-kv-offload", type=bits, help="comma list of 0 and 1; 1: dense with the cache in host memory [0]"
     )

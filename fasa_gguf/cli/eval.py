@@ -21,6 +21,7 @@ from .arguments import (
     add_context_flags,
     add_fasa_flags,
     add_model,
+    add_rpc,
     comma_list,
     note,
     read_context,
@@ -233,7 +234,8 @@ def _add_flags_of_some_tasks(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--score-batch",
         type=whole(1),
-        help="ppl: scored tokens that a FASA arm decodes at once, as drafts are: the same figures, sooner [1]",
+        help="ppl: scored tokens that an arm decodes at once, as drafts are: the same figures, sooner; dense decodes "
+        "all at once, or as the arms with --dense-steps [1]",
     )
     p.add_argument(
         "--dense-steps",
@@ -293,6 +295,7 @@ def add_commands(command: AddCommand) -> None:
     )
     add_model(p)
     add_context_flags(p)
+    add_rpc(p)
     p.add_argument("-ub", "--ubatch-size", type=whole(1), default=512, help="tokens computed at once in prefill [512]")
     add_fasa_flags(p)
     _add_flags_of_all_tasks(p)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import FasaError
-from ..runtime import loading
+from ..runtime import devices, loading
 from . import bench, completion, doctor, eval, plan, profile, quality, run, serve
 from .arguments import Run
 from .progress import loading_bar, stop_progress
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         ap.error(f"{a.command}: MODEL is missing")
     loading.report = loading_bar()
     try:
+        if getattr(a, "rpc", None):
+            devices.add_rpc_servers(a.rpc)
         status = a.run(a) or 0
         sys.stdout.flush()
         return int(status)

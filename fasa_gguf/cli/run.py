@@ -28,6 +28,7 @@ from .arguments import (
     add_context_size,
     add_fasa_flags,
     add_model,
+    add_rpc,
     given_fasa,
     note,
     read_params,
@@ -298,6 +299,7 @@ def add_commands(command: AddCommand) -> None:
     )
     add_model(p)
     add_context_flags(p)
+    add_rpc(p)
     add_fasa_flags(p)
     p.add_argument("-p", "--prompt", help="prompt; follows the file's text")
     p.add_argument("-f", "--file", help="file with the prompt")

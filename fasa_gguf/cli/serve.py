@@ -24,6 +24,7 @@ from .arguments import (
     add_context_size,
     add_fasa_flags,
     add_model,
+    add_rpc,
     given_fasa,
     note,
     read_context,
@@ -192,6 +193,7 @@ def add_commands(command: AddCommand) -> None:
     )
     add_model(p)
     add_context_flags(p)
+    add_rpc(p)
     add_fasa_flags(p)
     p.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1, this machine alone]")
     p.add_argument("--port", type=whole(0), default=8000, help="port; 0: a free one [8000]")

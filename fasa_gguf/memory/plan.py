@@ -1,17 +1,16 @@
 """What a context takes, and the context that fits, from a model's metadata alone.
 
 Bytes of weights, of K and V and of the dominant keys are exact (src/llama-kv-cache.cpp, native/core/layout.h). The
-scratch, llama.cpp's compute buffer, is the largest of the three moments in a ubatch of t tokens that can be the peak
+scratch, llama.cpp's compute buffer, is the largest of the moments in a ubatch of t tokens that can be the peak
 (src/llama-graph.cpp; f32 activations):
 
     logits        4 t (n_vocab + 2 n_embd)
     feed-forward  4 t (3 n_ff + 4 n_embd)                        + masks
     attention     4 t (3 n_embd + 2 queries + keys + values)     + masks + f16 copies of K and V
-
-    sparse prompt 4 t (3 n_embd + 2 queries + keys + values)     + keys in f16 + scores of each list
+    sparse prompt 4 t (3 n_embd + 2 queries + keys + values)     + keys in f16 + scores of each list + masks of windows
 
 Layers that select ahead have the dominant rows of their W_q beside it. Prompts are sparse on a device from
-prefill_min_context_gpu cells on, where `prefill` is not off.
+prefill_min_context_gpu cells on, where `prefill` is not off and the head dimension has kernels.
 
 masks: 2 t bytes for every cell (f16), of the cache with a window too. f16 copies: of one layer, when the cache has
 another type. FASA-M adds one layer's K and V for dense attention (in a model with windows, one of either kind). A
@@ -37,6 +36,8 @@ from .model import Layer, Model
 TILE, GROUP = 32, 8  # FASA_TILE, FASA_GROUP of native/core/layout.h
 PAD = 256  # cells that llama.cpp rounds a context up to
 TILE_ROOM = 128 * MIB  # FASA_TILE_ROOM of native/core/memory.h
+TILE_LEAST = 32  # FASA_TILE_LEAST of native/core/tiles.h
+TILE_WIDTHS = (64, 80, 96, 112, 128, 256)  # head dimensions of fasa_cuda_tile_reason (native/cuda/forward.cu)
 WORK_BYTES = 5_400_000  # sizeof(fasa_work), and the tables of dimensions
 MOST_CELLS = 1 << 26  # beyond any context
 
@@ -146,16 +147,19 @@ class ContextShape:
     def tile_bytes(self, params: FasaParams, layer: Layer) -> tuple[int, int]:
         """What a layer's sparse prompt takes on a device: (in the compute buffer, in ggml-cuda's pool).
 
-        From fasa_build_tile_select and fasa_tile_pool_bytes; a ubatch's tokens may begin inside a tile.
+        From fasa_build_tile_select, fasa_max_tiles and fasa_tile_pool_bytes. Sequences share no tile, and a ubatch with
+        fewer than 32 tokens of one is dense.
         """
         p, n_list, cells = params, layer.n_head if params.per_head else layer.n_head_kv, self.cells(layer.window)
-        n_tile, size = -(-self.n_ubatch // p.prefill_tile) + 1, _up(p.prefill_tile, 64)
+        n_seq = max(1, min(self.settings.n_seq_max, self.n_ubatch // TILE_LEAST))
+        n_tile, size = self.n_ubatch // p.prefill_tile + 2 * n_seq, _up(p.prefill_tile, 64)
         dims = next(n for n in (16, 32, 48, 64, 96, 128, 256) if n >= n_dom(p, self.model, layer))  # fasa_tile_pad
         most = p.prefill_cap if p.prefill_mass > 0 else p.prefill_budget
         length = min(cells, max(most, p.sink + p.prefill_band + p.prefill_tile))
         scores = 4 * n_tile * n_list * (cells + length)
         tile = n_list * _up(length + 1, 256) * (4 * layer.d_k + 2 * size)  # K, V and mask of its list
-        rows = min(n_tile * tile, max(TILE_ROOM, tile)) + 8 * n_tile * size * layer.n_head * layer.d_k
+        turn = min(n_tile, max(1, TILE_ROOM // tile))  # tiles that are gathered at a time, with queries and results
+        rows = turn * (tile + 8 * size * layer.n_head * layer.d_k)
         return 2 * dims * cells * layer.n_head_kv * self.n_stream + scores, rows
 
     def row_stride(self, layer: Layer) -> int:
@@ -200,6 +204,7 @@ def compute_bytes(
     """
     m, t = c.model, c.n_ubatch
     masks = sum(2 * t * c.cells(max(x.window for x in same)) for same in _by_window(layers))
+    windows = sum(2 * t * c.cells(max(x.window for x in same)) for same in _by_window(layers) if same[0].window)
     attention = sparse = 0
     for x in layers:
         if x.n_head_kv:
@@ -209,7 +214,7 @@ def compute_bytes(
             values = 4 * t * (3 * m.n_embd + 2 * x.n_head * x.d_k + k + v)
             attention = max(attention, values + copies)
             if params is not None and tiles_on_device(c, params, x):
-                sparse = max(sparse, values + c.tile_bytes(params, x)[0])
+                sparse = max(sparse, windows + values + c.tile_bytes(params, x)[0])
     layer = max(masks + max(attention, 4 * t * (3 * m.n_ff + 4 * m.n_embd)), sparse)
     logits = 4 * t * (m.n_vocab + 2 * m.n_embd) if has_output and c.first_on_device <= len(m.layers) else 0
     return max(layer, logits)
@@ -271,8 +276,8 @@ def tiles_on_device(c: ContextShape, params: FasaParams, layer: Layer) -> bool:
     """Whether a layer on a device processes prompts sparsely."""
     is_sparse = runs_sparse(params, layer) and not layer.window and not _stays_dense(c, params, layer)
     least = params.prefill_min_context_gpu * (2 if c.settings.mode == "host" else 1)
-    waits = params.prefill == "auto" and c.cells() < least
-    return params.prefill != "off" and not waits and is_sparse
+    waits = params.prefill == "auto" and c.cells() < max(least, params.prefill_min_context)
+    return params.prefill != "off" and not waits and is_sparse and layer.d_k in TILE_WIDTHS
 
 
 def estimate(
@@ -305,8 +310,9 @@ def estimate(
         put["weights"] += model.output_bytes if n_layer in part else 0
         put["scratch"] = compute_bytes(c, attending, n_layer in part, params)
         put["scratch"] += pool_bytes(max(model.n_ff, model.n_embd), c.n_ubatch)
-        tiled = [x for x in attending if params is not None and x.n_head_kv and tiles_on_device(c, params, x)]
-        put["scratch"] += max((c.tile_bytes(params, x)[1] for x in tiled), default=0) if params is not None else 0
+        if params is not None:
+            tiled = [x for x in attending if x.n_head_kv and tiles_on_device(c, params, x)]
+            put["scratch"] += max((c.tile_bytes(params, x)[1] for x in tiled), default=0)
         put["scratch"] += (stage_bytes(c, attending) if host else 0) + (WORK_BYTES if put["k_dom"] else 0)
     fetching = [x for x in attending if host and params is not None and runs_sparse(params, x)]
     if params is not None and fetching:

@@ -24,6 +24,7 @@ from ..params import FasaParams
 from ..report.columns import columns
 from . import ruler
 from .arms import Arm, ArmSwitch, prompt_reason
+from .perplexity import log_softmax
 from .prompts import Prompter
 
 PLACES = {  # where the question stands, and what a row is called
@@ -113,15 +114,6 @@ def place_question(
     return Placed(tokens, value, asked, asked + len(question), len(answer), "essay" if words else "noise")
 
 
-def _log_probs(rows: Sequence[np.ndarray], tokens: Sequence[int]) -> list[float]:
-    """Of these tokens, each by its row of logits."""
-    out = []
-    for row, token in zip(rows, tokens, strict=True):
-        x = row.astype(np.float64) - row.max()
-        out.append(float(x[token] - np.log(np.exp(x).sum())))
-    return out
-
-
 def run_placed(switch: ArmSwitch, arms: Sequence[Arm], placed: Placed) -> list[dict[str, Any]]:
     """What every arm, dense first, makes of the prompt: text (its first choices), score (found), logp and counters."""
     s, out = switch.session, []
@@ -137,7 +129,7 @@ def run_placed(switch: ArmSwitch, arms: Sequence[Arm], placed: Placed) -> list[d
                 "text": s.detokenize(chosen),
                 "n_tokens": len(chosen),
                 "score": float(chosen == answer),
-                "logp": float(np.mean(_log_probs(rows, answer))),
+                "logp": float(log_softmax(np.stack(rows).astype(np.float64))[range(len(answer)), answer].mean()),
                 "counters": s.fasa.counters(),
                 "min_context": arm.params.min_context if arm.params else None,
                 "prefill_reason": prompt_reason(s, arm),

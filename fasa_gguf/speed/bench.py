@@ -60,6 +60,13 @@ class BenchSettings:
             raise FasaError("-d, -n and -r: expected depths and tokens from 0, and at least 1 repetition")
         if not self.n_gen and not max(self.n_prompt, default=0):
             raise FasaError("-n 0 and -p 0: nothing to measure; give tokens to generate (-n), a prompt (-p), or both")
+        if not self.n_gen and max(self.n_parallel, default=1) > 1:
+            raise FasaError("-n 0 and -np: a prompt is timed in one sequence alone; give -np 1, or tokens to generate")
+        if not self.n_gen and all(p.prefill == "off" for p in arms.values()):
+            raise FasaError(
+                "-n 0 and --fasa-prefill off: every prompt would be dense; omit --fasa-prefill, or give tokens to "
+                "generate (-n)"
+            )
         if min(self.n_parallel, default=0) < 1 or min(self.n_prompt, default=0) < 0:
             raise FasaError("-np and -p: expected at least 1 sequence, and prompts from 0 tokens")
         if self.fill not in ("auto", "prefill", "random"):

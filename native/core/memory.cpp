@@ -19,8 +19,9 @@ static uint64_t fasa_steps(uint64_t n, uint64_t step) {
     return (n + step - 1) / step * step;
 }
 
-uint64_t fasa_tile_pool_bytes(const fasa_tile_shape & s, uint32_t n_tokens) {
-    const uint64_t n_tile = (n_tokens + s.size - 1) / s.size + 1, size = fasa_steps(s.size, FASA_TILE_TOKENS);
-    const uint64_t list = fasa_steps(s.length + 1, FASA_TILE_CELLS), tile = s.n_list * list * (4 * s.d + 2 * size);
-    return std::min(n_tile * tile, std::max(FASA_TILE_ROOM, tile)) + 8 * n_tile * size * s.n_head * s.d;
+uint64_t fasa_tile_pool_bytes(const fasa_tile_shape & s, uint32_t n_tile) {
+    const uint64_t list = fasa_steps(s.length + 1, FASA_TILE_CELLS), size = fasa_steps(s.size, FASA_TILE_TOKENS);
+    const uint64_t tile = s.n_list * list * (4 * s.d + 2 * size);
+    const uint64_t turn = std::min<uint64_t>(n_tile, std::max<uint64_t>(1, FASA_TILE_ROOM / tile));
+    return turn * (tile + 8 * size * s.n_head * s.d);
 }

@@ -14,5 +14,5 @@ struct fasa_tile_shape {
     uint64_t n_list, n_head, d;
 };
 
-// K, V and mask of the tiles that are gathered at a time, queries and results of n_tokens, in f32
-uint64_t fasa_tile_pool_bytes(const fasa_tile_shape & shape, uint32_t n_tokens);
+// K, V and mask of the tiles of n_tile that are gathered at a time, and their queries and results in f32
+uint64_t fasa_tile_pool_bytes(const fasa_tile_shape & shape, uint32_t n_tile);

@@ -110,12 +110,13 @@
         "prefill_min_context_gpu so far") \
     X(PREFILL_OFFLOAD, "it is on the CPU, and a GPU computes its prompts, as llama.cpp does without `op_offload` " \
         "false") \
+    X(PREFILL_REMOTE, "it is on another machine, where prompts are dense") \
     X(PREFILL_HEAD_DIM, "the GPU's flash attention does not know its head dimension") \
     X(PREFILL_WINDOW, "the layer has a sliding window") \
     X(NO_SUCH_LAYER, "no such layer") \
     X(NO_CACHE, "it has no KV cache that FASA knows") \
-    X(NOT_BUILT, "no graph has asked FASA for it: nothing was decoded yet, or this architecture builds its " \
-        "attention by another path") \
+    X(NOT_BUILT, "no graph has asked FASA for it: nothing was decoded yet, or its architecture builds attention " \
+        "another way") \
     X(SMALL_WINDOW, "its sliding window is not longer than what it would attend") \
     X(NOT_RANKED, "the profile has no ranking for it") \
     X(LENDER_DENSE, "the layer whose list it borrows is dense") \

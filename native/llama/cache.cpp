@@ -1,6 +1,5 @@
 #include "llama/cache.h"
 #include "core/error.h"
-#include "core/memory.h"
 #include "llama/remote.h"
 
 #include "llama-kv-cache.h"
@@ -393,36 +392,14 @@ void fasa_cache::on_changed() {
     inputs.all_stale();
 }
 
-size_t fasa_cache::tile_pool_bytes(uint32_t n_tokens) {
-    const auto & p = state->params;
-    size_t most    = 0;
-    for (const auto & l : kv.layers) {
-        const int32_t il = l.il;
-        if (layer(il).reason == FASA_REASON_NONE && residence.is_pinned(il) && !kv.hparams.is_swa(il)) {
-            const uint32_t n_head = kv.hparams.n_head(il), forced = p.sink + p.prefill_band + p.prefill_tile;
-            const uint32_t longest = std::max(p.prefill_mass > 0 ? p.prefill_cap : p.prefill_budget, forced);
-            most                   = std::max<size_t>(most,
-                fasa_tile_pool_bytes(
-                    { p.prefill_tile, std::min(longest, kv.get_size()), p.per_head ? n_head : kv.hparams.n_head_kv(il),
-                        n_head, kv.hparams.n_embd_head_k(il) },
-                    n_tokens));
-        }
-    }
-    return most;
-}
-
 bool fasa_cache::on_apply(const llama_kv_cache_context & mctx) {
-    const auto & sinfo      = mctx.sinfos[mctx.i_cur];
-    const uint32_t n_tokens = mctx.ubatches[mctx.i_cur].n_tokens;
-    const auto & p          = state->params;
-    const uint32_t least    = p.prefill == FASA_PREFILL_AUTO ? p.prefill_min_context_gpu : 0; // at least
-    const bool has_tiles =
-        p.enabled && p.prefill != FASA_PREFILL_OFF && n_tokens >= FASA_TILE_LEAST && kv.get_size() >= least;
-    if (!residence.has_room(n_tokens, has_tiles ? tile_pool_bytes(n_tokens) : 0)) {
+    const auto & sinfo  = mctx.sinfos[mctx.i_cur];
+    const auto & ubatch = mctx.ubatches[mctx.i_cur];
+    if (!residence.has_room(ubatch.n_tokens, tile_pool_bytes(ubatch))) {
         return false;
     }
     if (is_first) {
-        fasa_begin_ubatch(*state, mctx.ubatches[mctx.i_cur], kv);
+        fasa_begin_ubatch(*state, ubatch, kv);
     }
     inputs.begin(sinfo.strm, sinfo.idxs, mctx.n_kv);
     return true;

@@ -83,6 +83,9 @@ struct fasa_cache {
     bool is_shared(int32_t il) const;     // another layer attends to the same K and V
     ggml_tensor * work(int32_t il) const; // what counts on its device; nullptr: nothing runs sparse there
     bool gpu_waits(uint32_t n_kv) const;  // whether its layers on GPUs stay dense in a step that sees n_kv cells
+    // Cells from which on prompts of layers on GPUs are sparse. In mode host a tile's rows come over PCIe, and it pays
+    // from twice as many on.
+    uint32_t prefill_min_context_gpu() const;
     // by settings and profile: why it does not select ahead in a ubatch of n_tokens that sees n_kv cells
     fasa_reason ahead_reason(int32_t il, uint32_t n_tokens, uint32_t n_kv);
     // A layer has one ranking, by which k_dom is derived: the one for foreseen queries where it is to select ahead,
@@ -113,7 +116,6 @@ struct fasa_cache {
     size_t bytes_kv() const;
     size_t bytes_kv_host() const;
     size_t bytes_k_dom() const;
-    size_t tile_pool_bytes(uint32_t n_tokens); // in FASA-M, the most of a layer
     size_t bytes_row_cache() const;
 
 private:
@@ -137,6 +139,8 @@ private:
     int allocate(contexts & ctxs);
     void upload_tables(size_t ikv);
     void clear();
+    // what tiles of this ubatch take beside the compute buffer, in FASA-M, the most of a layer; 0: there are none
+    size_t tile_pool_bytes(const llama_ubatch & ubatch) const;
 };
 
 // Where a layer's K and V are to lie, asked by the cache when it is made: `buft`, or the pinned memory of fasa_set_mode

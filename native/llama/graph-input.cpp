@@ -155,10 +155,9 @@ static bool fasa_prompt_waits(const fasa_state & state, uint32_t n_kv, uint32_t 
     return state.params.prefill == FASA_PREFILL_AUTO && n_seen < least;
 }
 
-// the same for its layers on GPUs; in mode host a tile's rows come over PCIe, and it pays from twice as many cells on
+// the same for its layers on GPUs
 static bool fasa_gpu_prompt_waits(const fasa_cache & cache, uint32_t n_kv) {
-    const uint64_t least = uint64_t(cache.state->params.prefill_min_context_gpu) << cache.residence.any_pinned();
-    return fasa_prompt_waits(*cache.state, n_kv, std::min<uint64_t>(least, UINT32_MAX));
+    return fasa_prompt_waits(*cache.state, n_kv, cache.prefill_min_context_gpu());
 }
 
 // Why a ubatch has no tiles, none of its layers; dense: why it is dense as a decode step (fasa_step_dense_reason)
@@ -178,14 +177,15 @@ static fasa_reason fasa_prompt_reason(const fasa_cache & cache, const llama_cpar
     if (state.observer.fn) {
         return FASA_REASON_PREFILL_OBSERVED;
     }
-    if (ubatch.n_tokens < FASA_TILE_LEAST * std::max(1u, ubatch.n_seqs_unq)) {
-        return FASA_REASON_PREFILL_SHORT;
-    }
     if (state.now.active && cache.inputs.repeats_positions(ubatch)) {
         return FASA_REASON_PREFILL_POSITIONS;
     }
-    const bool is_short = fasa_prompt_waits(state, n_kv, params.prefill_min_context);
-    return is_short ? FASA_REASON_PREFILL_MIN_CONTEXT : FASA_REASON_NONE;
+    if (fasa_prompt_waits(state, n_kv, params.prefill_min_context)) {
+        return FASA_REASON_PREFILL_MIN_CONTEXT;
+    }
+    // last: the end of any prompt may be so short, and the reason of the last ubatch is the one that is told
+    const bool is_short = ubatch.n_tokens < FASA_TILE_LEAST * std::max(1u, ubatch.n_seqs_unq);
+    return is_short ? FASA_REASON_PREFILL_SHORT : FASA_REASON_NONE;
 }
 
 bool llm_graph_input_fasa::can_reuse(const llm_graph_params & params) {

@@ -1,16 +1,52 @@
-// Sparse prefill: the nodes of one layer in a prompt's graph (ops/tile.h), and when there are any.
+// Sparse prefill: the nodes of one layer in a prompt's graph (ops/tile.h), when there are any, and what they take of a
+// device.
 
+#include "core/memory.h"
 #include "llama/attn.h"
+#include "llama/remote.h"
 #include "ops/tile.h"
 
 #include "llama-batch.h"
 #include "llama-cparams.h"
 #include "llama-hparams.h"
+#include "llama-kv-cache.h"
 
 #include <algorithm>
 
+uint32_t fasa_cache::prefill_min_context_gpu() const {
+    const uint64_t least = uint64_t(state->params.prefill_min_context_gpu) << residence.any_pinned();
+    return std::min<uint64_t>(least, UINT32_MAX);
+}
+
+size_t fasa_cache::tile_pool_bytes(const llama_ubatch & ubatch) const {
+    const auto & p     = state->params;
+    const bool is_auto = p.prefill == FASA_PREFILL_AUTO;
+    const auto n_seq   = std::max(1u, ubatch.n_seqs_unq);
+    if (!p.enabled || p.prefill == FASA_PREFILL_OFF || ubatch.n_tokens < FASA_TILE_LEAST * n_seq ||
+        (is_auto && kv.get_size() < std::max(p.prefill_min_context, prefill_min_context_gpu()))) {
+        return 0;
+    }
+    const uint32_t n_tile = fasa_max_tiles(ubatch.n_tokens, n_seq, p.prefill_tile);
+    size_t most           = 0;
+    const uint32_t longest =
+        std::max(p.prefill_mass > 0 ? p.prefill_cap : p.prefill_budget, p.sink + p.prefill_band + p.prefill_tile);
+    for (size_t ikv = 0; ikv < layers.size(); ++ikv) {
+        const int32_t il = kv.layers[ikv].il;
+        if (layers[ikv].reason == FASA_REASON_NONE && residence.is_pinned(il) && !kv.hparams.is_swa(il)) {
+            const uint32_t n_head       = kv.hparams.n_head(il);
+            const fasa_tile_shape shape = { p.prefill_tile, std::min(longest, kv.get_size()),
+                p.per_head ? n_head : kv.hparams.n_head_kv(il), n_head, kv.hparams.n_embd_head_k(il) };
+            most                        = std::max<size_t>(most, fasa_tile_pool_bytes(shape, n_tile));
+        }
+    }
+    return most;
+}
+
 // why a layer whose cache is on a device, or in its pinned memory, is dense
 static fasa_reason fasa_device_tile_reason(const fasa_attn & a, ggml_backend_dev_t dev) {
+    if (fasa_is_remote(dev)) {
+        return FASA_REASON_PREFILL_REMOTE;
+    }
     if (a.cache->layer(a.il).fixed.work == nullptr) {
         return FASA_REASON_NO_KERNELS;
     }
@@ -43,7 +79,7 @@ fasa_reason fasa_attn::tile_reason() const {
             return reason;
         }
     } else if (cache->state->params.prefill == FASA_PREFILL_AUTO && graph.cparams.op_offload &&
-        graph.cparams.offload_kqv && cache->residence.any_gpu()) {
+        graph.cparams.offload_kqv && cache->residence.offloads(graph.n_tokens)) {
         return FASA_REASON_PREFILL_OFFLOAD; // ggml's scheduler moves the products there, and attention with them
     }
     if (graph.hparams.is_swa(il)) {

@@ -44,10 +44,15 @@ ggml_backend_buffer_type_t fasa_kv_buft(ggml_backend_dev_t dev, ggml_backend_buf
 
 // ---- a layer ----
 
-bool fasa_residence::any_gpu() const {
+// as ggml's scheduler asks, of a product with weights in the CPU's memory
+bool fasa_residence::offloads(int64_t n_tokens) const {
+    ggml_tensor product  = {};
+    product.op           = GGML_OP_MUL_MAT;
+    const int64_t ne[]   = { 1, n_tokens, 1, 1 };
     const auto & devices = kv.model.devices;
+    std::copy(ne, ne + GGML_MAX_DIMS, product.ne);
     return std::any_of(devices.begin(), devices.end(),
-        [](const llama_device & x) { return ggml_backend_dev_type(x.dev) != GGML_BACKEND_DEVICE_TYPE_CPU; });
+        [&](const llama_device & x) { return ggml_backend_dev_offload_op(x.dev, &product); });
 }
 
 ggml_backend_dev_t fasa_residence::device_of(int32_t il) const {

@@ -23,7 +23,7 @@ struct fasa_residence {
     ggml_backend_buffer_type_t memory_of(int32_t il) const; // of what FASA keeps for a layer: its device's memory
     bool is_pinned(int32_t il) const;                       // FASA-M: its K and V lie in pinned host memory
     bool any_pinned() const { return pinned; }
-    bool any_gpu() const; // whether the model may use one, whatever layers are there
+    bool offloads(int64_t n_tokens) const; // whether a device computes this many tokens of layers on the CPU
 
     // i8, room on a pinned layer's device for its K and V; nullptr: in a dry run
     ggml_tensor * stage(int32_t il) const;

@@ -1,13 +1,12 @@
 #pragma once
 
-// The nodes of sparse prefill. A tile is up to T tokens of one sequence; a tile and a KV head (a query head
-// with per_head) share a list of cells. Definition: fasa_gguf/reference_prefill.py.
+// The nodes of sparse prefill. A tile is up to T tokens of one sequence; a tile and a KV head (a query head with
+// per_head) share a list of cells. Definition: fasa_gguf/reference_prefill.py.
 //
 // No node reads llama.cpp's mask, so a graph without dense layers has none: at 131,072 cells, filling it takes longer
 // than many a layer. A query sees the cells of its sequence up to its own position. The inputs of a graph say which:
 //
-//   tiles    i32 [2 + 2*T, n_tile]: of every tile its stream, the number of its tokens, their numbers in the ubatch,
-//   and
+//   tiles    i32 [2 + 2*T, n_tile]: of every tile its stream, the number of its tokens, their numbers in the ubatch;
 //            from 2 + T on their positions
 //   VIEW     i8 [n_kv rounded up to FASA_SPAN, n_tile], enum fasa_seen (core/tiles.h): what a tile sees of a cell
 //   cell_pos i32 [n_kv rounded up to FASA_SPAN, n_stream]: the position of every cell. A query sees a cell that is not

@@ -32,6 +32,7 @@ NOT_RUN = {
     r"fasa-gguf plan .*--check": "needs a GPU; tests/native/test_cuda_mode.py",
     r"fasa-gguf (calibrate HF_DIR|embed-profile \S+ --hf HF_DIR).*": "needs torch and transformers; "
     "tests/calibrate/test_hf.py runs it",
+    r"fasa-gguf run .*--rpc .*": "needs GGML_RPC=ON and a server; tests/native/test_rpc.py",
     r"fasa-gguf run .*--profile models/SmolLM2.*": "needs that model; tests/profile/test_published.py runs it",
     r"fasa-gguf compare .*": "needs torch; tests/harness/test_compare.py runs it",
     r"fasa-gguf bench -t 2 -p 0 --shape 1b .*": "writes a model of 1 GB and runs for minutes",

@@ -58,6 +58,7 @@ def main(job):
             logits[name] = generate(s, None if given is None else FasaParams(**given))
             said[name] = {
                 "counters": s.fasa.counters(),
+                "prompt": int(s.fasa.prefill_reason_code()),
                 "reasons": [int(x) for x in s.fasa.layer_reason_codes()],
                 "ahead": [int(x) for x in s.fasa.layer_ahead_codes()],
             }

@@ -19,6 +19,21 @@ def make_tiles(pos, seq, stream, size):
     return tiles, [pos[numbers == i].min() for i in range(len(tiles))]
 
 
+def ubatch_tiles(cell_pos, of, own, seq, n_stream, size, sink, band):
+    """Tiles and what they always attend, int32 [n_tile, sink + band + size] (-1: none), of a ubatch whose streams are
+    alike; cell_pos, of, own, seq: as cells gives them."""
+    pos, n = cell_pos[own], len(own)
+    stream = np.repeat(np.arange(n_stream), n)
+    tiles, first = make_tiles(np.tile(pos, n_stream), np.tile(seq, n_stream) + 2 * stream, stream, size)
+    forced = np.full((len(tiles), sink + band + size), -1, np.int32)
+    for i, tile in enumerate(tiles):
+        mine = np.zeros(len(cell_pos), bool)
+        mine[own[tokens_of(tile) % n]] = True
+        found = np.flatnonzero(P.tile_forced(cell_pos, mine, first[i], of[seq[tile[2] % n]], sink, band))
+        forced[i, : len(found)] = found
+    return tiles, forced
+
+
 def tokens_of(tile):
     return tile[2 : 2 + tile[1]]
 

@@ -1,8 +1,12 @@
 """What sparse prompts add to a plan."""
 
+from dataclasses import replace
+
+import pytest
+
 from fasa_gguf import FasaParams
 from fasa_gguf.memory.model import read_model
-from fasa_gguf.memory.plan import ContextShape, estimate
+from fasa_gguf.memory.plan import ContextShape, estimate, tiles_on_device
 from fasa_gguf.runtime.settings import ContextSettings
 
 SETTINGS = ContextSettings(n_batch=2048, n_ubatch=512, n_gpu_layers=-1)
@@ -13,14 +17,14 @@ def test_what_a_sparse_prompt_takes_of_a_device(shape_8b):
     off = FasaParams(chunks=16, prefill_budget=1024, prefill_mass=0, min_context_gpu=0)
     on = off.replace(prefill="on")
     layer, c = m.layers[0], ContextShape(m, s)
-    # f16 keys of 32 dimensions, scores and lists of 5 tiles; K, V and mask of all lists fit into 128 MiB
+    # f16 keys of 32 dimensions, scores and lists of 6 tiles; K, V and mask of all lists fit into 128 MiB
     buffer, pool = c.tile_bytes(on, layer)
-    assert buffer == 131072 * 8 * 32 * 2 + 5 * 8 * (131072 + 1024) * 4
-    assert pool == 5 * 8 * 1280 * (4 * 128 + 2 * 128) + 8 * 5 * 128 * 32 * 128
+    assert buffer == 131072 * 8 * 32 * 2 + 6 * 8 * (131072 + 1024) * 4
+    assert pool == 6 * (8 * 1280 * (4 * 128 + 2 * 128) + 8 * 128 * 32 * 128)
     wide, _ = c.tile_bytes(on.replace(per_head=1, prefill_mass=0.98), layer)  # lists of query heads, of up to 4,096
-    assert wide == 131072 * 8 * 32 * 2 + 5 * 32 * (131072 + 4096) * 4
+    assert wide == 131072 * 8 * 32 * 2 + 6 * 32 * (131072 + 4096) * 4
     one = 8 * (32768 + 256) * (4 * 128 + 2 * 128)  # more than that: a tile at a time
-    assert c.tile_bytes(on.replace(prefill_budget=32768), layer)[1] == one + 8 * 5 * 128 * 32 * 128
+    assert c.tile_bytes(on.replace(prefill_budget=32768), layer)[1] == one + 8 * 128 * 32 * 128
     for mode in ("device", "host"):
         mine = s.replace(mode=mode)
         sparse, dense, auto = (estimate(m, mine, p).scratch for p in (on, off.replace(prefill="off"), off))
@@ -30,3 +34,24 @@ def test_what_a_sparse_prompt_takes_of_a_device(shape_8b):
     assert estimate(m, shorter, off).scratch == estimate(m, shorter, off.replace(prefill="off")).scratch
     short = estimate(m, s, on.replace(min_context_gpu=1 << 20))  # layers without dominant keys are dense
     assert short.scratch == estimate(m, s).scratch
+
+
+def test_tiles_of_several_sequences(shape_8b):
+    """Sequences share no tile: 16 of 32 tokens each may be two tiles each; 17 tiles' rows fit into 128 MiB."""
+    m, s = read_model(shape_8b), SETTINGS.replace(n_ctx=131072, n_seq_max=64, kv_unified=True)
+    p = FasaParams(chunks=16, prefill="on", prefill_budget=1024, prefill_mass=0, min_context_gpu=0)
+    buffer, pool = ContextShape(m, s).tile_bytes(p, m.layers[0])
+    assert buffer == 131072 * 8 * 32 * 2 + 36 * 8 * (131072 + 1024) * 4
+    assert pool == 17 * (8 * 1280 * (4 * 128 + 2 * 128) + 8 * 128 * 32 * 128)
+
+
+@pytest.mark.parametrize("width, is_sparse", [(64, True), (80, True), (72, False), (192, False), (512, False)])
+def test_head_dimensions_without_kernels(shape_8b, width, is_sparse):
+    """Their prompts are dense on a device, and take nothing."""
+    m = read_model(shape_8b)
+    m = replace(m, layers=[replace(x, d_k=width, d_v=width, n_chunk=width // 2) for x in m.layers])
+    s = SETTINGS.replace(n_ctx=16384)
+    on = FasaParams(chunks=width // 2, prefill="on", min_context_gpu=0)
+    assert tiles_on_device(ContextShape(m, s), on, m.layers[0]) == is_sparse
+    sparse, dense = (estimate(m, s, on.replace(prefill=p)).scratch for p in ("on", "off"))
+    assert (sparse > dense) == is_sparse

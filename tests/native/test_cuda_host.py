@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from graph_nodes import on_nodes
 from tiny_gguf import write_tiny
 
 from fasa_gguf import FasaError, FasaParams, runtime
@@ -262,26 +263,15 @@ def test_sequences_one_by_one_ahead(make, unified):
 @pytest.fixture
 def watch(monkeypatch, library):
     """(names of the nodes as they are computed, names of nodes behind which a call of graph_compute ends)."""
-    from llama_cpp.llama_cpp import ggml_backend_sched_eval_callback as callback_type
-
-    name_of = ctypes.CDLL(str(runtime.library.find_library("ggml-base"))).ggml_get_name
-    name_of.argtypes, name_of.restype = [ctypes.c_void_p], ctypes.c_char_p
     seen, last = [], set()
 
-    def see(tensor, ask, _user):
-        name = name_of(tensor).decode()
+    def see(tensor, ask, name_of):
+        name = name_of(tensor)
         if ask:
             seen.append(name)
         return not ask or name in last
 
-    callback, plain = callback_type(see), Session._context_params
-
-    def params(session):
-        p = plain(session)
-        p.cb_eval = callback
-        return p
-
-    monkeypatch.setattr(Session, "_context_params", params)
+    on_nodes(monkeypatch, see)
     return seen, last
 
 

@@ -9,11 +9,10 @@ lies on a rounding boundary may fall to either side.
 
 import numpy as np
 import pytest
-from tile_cases import HOWS, cells, make_tiles, tokens_of
+from tile_cases import HOWS, cells, tokens_of, ubatch_tiles
 from tiny_gguf import write_tiny
 
 from fasa_gguf import FasaParams
-from fasa_gguf import reference_prefill as P
 from fasa_gguf.gguf.file import GGUFFile
 from fasa_gguf.gguf.shape import model_shape
 from fasa_gguf.reasons import Reason
@@ -44,21 +43,14 @@ def case(
     """A prompt's ubatch of n_tokens per stream, behind n_before cells; how: of tile_cases; equal: all keys are."""
     rng = np.random.default_rng(seed)
     cell_pos, of, own, seq = cells(how, n_before, n_tokens, empty, rng)
-    pos, n_kv = cell_pos[own], len(cell_pos)
+    n_kv = len(cell_pos)
     q = rng.standard_normal((n_stream, n_tokens, n_head, d)).astype(np.float32) * np.float32(hot)
     k, v = (rng.standard_normal((n_stream, n_kv, n_head_kv, d)).astype(np.float32) for _ in range(2))
     if equal:
         k[:] = k[:, :1]
     quantised = settings.get("type_k", "f16") in ("q8_0", "q4_0")
     k[:, cell_pos < 0] = v[:, cell_pos < 0] = 0 if quantised else np.inf  # empty: whatever it is
-    stream = np.repeat(np.arange(n_stream), n_tokens)
-    tiles, first = make_tiles(np.tile(pos, n_stream), np.tile(seq, n_stream) + 2 * stream, stream, size)
-    forced = np.full((len(tiles), sink + band + size), -1, np.int32)
-    for i, tile in enumerate(tiles):
-        mine = np.zeros(n_kv, bool)
-        mine[own[tokens_of(tile) % n_tokens]] = True
-        found = np.flatnonzero(P.tile_forced(cell_pos, mine, first[i], of[seq[tile[2] % n_tokens]], sink, band))
-        forced[i, : len(found)] = found
+    tiles, forced = ubatch_tiles(cell_pos, of, own, seq, n_stream, size, sink, band)
     dims = np.stack([rng.permutation(d)[:n_dom] for _ in range(n_head_kv)]).astype(np.int32)
     dims[0, -3:] = -1
     weight = rng.uniform(0.5, 1.5, (n_head_kv, n_dom)).astype(np.float32)

@@ -20,6 +20,7 @@ from fasa_gguf import reference as R
 from fasa_gguf.memory.plan import device_layers
 from fasa_gguf.reasons import Reason
 from fasa_gguf.runtime import devices, library
+from fasa_gguf.speed.random_model import synthetic_profile
 
 SERVER = ROOT / "build" / "tools" / "bin" / "ggml-rpc-server"
 pytestmark = [
@@ -101,6 +102,22 @@ def test_some_layers_here_and_some_on_another_machine(model, tmp_path):
     assert said["some"]["counters"] == local["some"]["counters"]
 
 
+def test_prompts_are_dense_on_another_machine(model, tmp_path):
+    """With a reason of their own; layers on this machine go on sparse: an RPC server takes no products of theirs."""
+    tiles = {"prefill_tile": 64, "prefill_band": 32, "prefill_mass": 0, "prefill_budget": 100}
+    settings = {
+        "on": {**SOME, **tiles, "prefill": "on"},
+        "auto": {**SOME, **tiles, "prefill_min_context": 0, "prefill_min_context_gpu": 0},
+    }
+    with server(tmp_path / "1") as (port, _):
+        _, remote = run(model, tmp_path / "remote.npz", [port], settings)
+        _, mixed = run(model, tmp_path / "mixed.npz", [port], settings, n_gpu_layers=2)
+    for name in settings:
+        assert remote[name]["prompt"] == mixed[name]["prompt"] == Reason.PREFILL_REMOTE
+        assert remote[name]["reasons"] == [Reason.NONE] * 4 and not remote[name]["counters"]["layers_prefill_sparse"]
+        assert mixed[name]["counters"]["layers_prefill_sparse"] in (2, 3)
+
+
 def test_selecting_ahead_on_another_machine(model, tmp_path):
     settings = {"ahead": {**SOME, "per_head": 1, "ahead": "on"}}
     with server(tmp_path / "1") as (port, _):
@@ -180,6 +197,35 @@ def test_layers_on_a_server_without_fasa_are_dense(model, tmp_path):
     assert said["some"]["reasons"] == [Reason.REMOTE_BUILD] * 4 and said["some"]["counters"]["steps_sparse"] == 0
     assert mixed["some"]["reasons"].count(Reason.REMOTE_BUILD) in (1, 2)
     assert mixed["some"]["counters"]["layers_sparse"] > 0
+
+
+def test_the_command_line(model, tmp_path):
+    """The layers of -ngl go to the server, where they are sparse; the server says that somebody came."""
+    profile = tmp_path / "p.json"
+    synthetic_profile([2] * 4, [8] * 4, seed=3).save(profile)
+    command = [sys.executable, "-m", "fasa_gguf", "bench", model, "--profile", profile, "-ngl", "99", "-t", "1"]
+    command += [
+        "-d",
+        "300",
+        "-n",
+        "4",
+        "-r",
+        "1",
+        "-p",
+        "0",
+        "--json",
+        "--fasa-budget",
+        "40",
+        "--fasa-min-context",
+        "0",
+    ]
+    with server(tmp_path / "log") as (port, _):
+        command += ["--rpc", f"127.0.0.1:{port}"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert [r["fasa"] is None for r in rows] == [True, False] and rows[1]["sparse_share"] == 1
+    assert "Accepted client connection" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:1", "nowhere", "127.0.0.1:x", ""])

@@ -5,9 +5,10 @@ import ctypes
 
 import numpy as np
 import pytest
+from graph_nodes import on_nodes
 from tiny_archs import write_two_dimensional
 
-from fasa_gguf import FasaParams, runtime
+from fasa_gguf import FasaParams
 from fasa_gguf.reasons import Reason
 from fasa_gguf.session import Session
 from fasa_gguf.speed.random_model import synthetic_profile
@@ -142,26 +143,15 @@ def test_a_layer_that_is_dense_for_its_own_reason(tiny):
 @pytest.fixture
 def sources(monkeypatch, library):
     """The names of all tensors that a graph's nodes read, filled as graphs are computed."""
-    from llama_cpp.llama_cpp import ggml_backend_sched_eval_callback as callback_type
-
-    name_of = ctypes.CDLL(str(runtime.library.find_library("ggml-base"))).ggml_get_name
-    name_of.argtypes, name_of.restype = [ctypes.c_void_p], ctypes.c_char_p
     seen: set[str] = set()
 
-    def see(tensor, ask, _user):
+    def see(tensor, ask, name_of):
         if ask:  # src of struct ggml_tensor
             for src in (ctypes.c_void_p * 10).from_address(tensor + 152):
-                seen.update([name_of(src).decode()] if src else [])
+                seen.update([name_of(src)] if src else [])
         return False
 
-    callback, plain = callback_type(see), Session._context_params
-
-    def params(session):
-        p = plain(session)
-        p.cb_eval = callback
-        return p
-
-    monkeypatch.setattr(Session, "_context_params", params)
+    on_nodes(monkeypatch, see)
     return seen
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from tile_cases import HOWS, cells, make_tiles, tokens_of
+from tile_cases import HOWS, cells, tokens_of, ubatch_tiles
 
 from fasa_gguf import FasaError
 from fasa_gguf import reference as R
@@ -55,15 +55,7 @@ def run(
     k, v = (rng.standard_normal((n_stream, n_kv, n_head_kv, w)).astype(np.float32) for w in (d, d_v))
     q *= hot  # so that attention is not flat
     seen = of[seq] & (cell_pos <= pos[:, None])  # [n_tokens, n_kv]
-    flat = lambda x: np.tile(x, n_stream)  # noqa: E731
-    stream = np.repeat(np.arange(n_stream), n_tokens)
-    tiles, first = make_tiles(flat(pos), flat(seq) + 2 * stream, stream, size)
-    forced = np.full((len(tiles), sink + band + size), -1, np.int32)
-    for i, tile in enumerate(tiles):
-        mine = np.zeros(n_kv, bool)
-        mine[own[tokens_of(tile) % n_tokens]] = True
-        found = np.flatnonzero(P.tile_forced(cell_pos, mine, first[i], of[seq[tile[2] % n_tokens]], sink, band))
-        forced[i, : len(found)] = found
+    tiles, forced = ubatch_tiles(cell_pos, of, own, seq, n_stream, size, sink, band)
     chosen = np.stack([rng.permutation(d)[:n_dom] for _ in range(n_head_kv)]).astype(np.int32)
     if n_dom > 8:
         chosen[:, -1] = -1

@@ -20,3 +20,12 @@ def test_prompts_only(library, tiny, profile):
         run(tiny, settings, profile, on.replace(prefill="auto", prefill_min_context=1024))
     with pytest.raises(FasaError, match="-n 0 and -p 0: nothing to measure"):
         run(tiny, replace(settings, n_prompt=[0]), profile, on)
+
+
+def test_what_prompts_alone_cannot_measure(tiny, profile):
+    """Prompts are timed in one sequence alone, and with prefill off FASA has no part in them."""
+    for n_parallel in ([4], [1, 4]):
+        with pytest.raises(FasaError, match="-n 0 and -np: a prompt is timed in one sequence alone"):
+            run(tiny, replace(QUICK, depths=[0], n_gen=0, n_prompt=[400], n_parallel=n_parallel), profile, ON)
+    with pytest.raises(FasaError, match="-n 0 and --fasa-prefill off: every prompt would be dense"):
+        run(tiny, replace(QUICK, depths=[0], n_gen=0, n_prompt=[400]), profile, ON.replace(prefill="off"))
