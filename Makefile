@@ -119,7 +119,7 @@ sanitize: stock
 # Our C code that takes foreign bytes, compiled with libFuzzer and the sanitizers, in front of the library of
 # `make build`: a program's own functions go before those of its libraries. Python's side runs under atheris.
 FUZZ_SECONDS ?= 3600
-CLANG = $(firstword $(shell command -v clang++ clang++-19 clang++-18 clang++-16 clang++-14) clang++)
+CLANG = $(firstword $(shell which clang++ clang++-19 clang++-18 clang++-16 clang++-14 2>/dev/null) clang++)
 FUZZED := $(wildcard native/core/*.cpp) \
           $(patsubst %,native/llama/%.cpp,api environment file-profile inputs profile steps)
 FUZZ_SOURCE = build/native/llama.cpp-src
