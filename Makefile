@@ -105,9 +105,8 @@ thread-tests: $(VENV)/.ready
 
 # The tests of ops, laws, API and cache, in a Python that the sanitizers of addresses and of undefined behaviour watch:
 # first our code with them, then all of it with the one for threads, whose waiting for each other it must see.
-SANITIZED := tests/native/test_ops.py tests/native/test_laws.py tests/native/test_lists.py tests/native/test_steps.py \
-             tests/native/test_fill.py tests/native/test_windows.py tests/native/test_sanitized.py tests/runtime \
-             tests/profile/test_profile.py tests/session tests/test_closing.py
+SANITIZED := $(addprefix tests/native/test_,$(addsuffix .py,ops tiles prefill laws lists steps fill windows sanitized)) \
+             tests/runtime tests/profile/test_profile.py tests/session tests/test_closing.py
 sanitize: stock
 	@$(call configure,build/address,-DFASA_SANITIZE=address$(comma)undefined)
 	$(VENV)/bin/cmake --build build/address -j $(JOBS) --target llama
