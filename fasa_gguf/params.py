@@ -195,7 +195,7 @@ class FasaParams:
     prefill_min_context_gpu: int = _row(
         8192,
         "cells",
-        "the same for layers on a GPU, beside prefill_min_context; in mode host twice as many",
+        "for layers on a GPU: the same, and the larger of the two counts; in mode host twice this",
     )
     prefill_tile: int = _row(
         128, "tokens", "tokens of a prompt that share a list of cells per KV head", low=16, high=1024

@@ -131,7 +131,7 @@ typedef struct fasa_params {
     int32_t prefill;
     // cells, from 0: with prefill auto, a ubatch of a prompt that sees fewer cells than this is dense
     uint32_t prefill_min_context;
-    // cells, from 0: the same for layers on a GPU, beside prefill_min_context; in mode host twice as many
+    // cells, from 0: for layers on a GPU: the same, and the larger of the two counts; in mode host twice this
     uint32_t prefill_min_context_gpu;
     // tokens, from 16 to 1024: tokens of a prompt that share a list of cells per KV head
     uint32_t prefill_tile;

@@ -6,7 +6,6 @@ It is the same whether llama.cpp (gguf.py) or transformers (hf.py) shows the que
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from .. import reference, runtime
 from ..params import K_DOM_TYPES, default_chunks
+from ..runtime.interrupt import in_threads
 
 TOKENS = 1024  # whose pair lengths are taken at once
 
@@ -128,12 +128,12 @@ def rank_layer(s: LayerSample, n_threads: int) -> dict[str, Any]:
     with own and with foreseen queries.
     """
     n_head = len(s.q_sum)
-    n_worker = min(n_head, n_threads)  # heads side by side: what NumPy does of each runs on one thread
-    pool = ThreadPoolExecutor(n_worker)
-    try:
-        heads = list(pool.map(lambda h: _rank_head(s, h, max(1, n_threads // n_worker)), range(n_head)))
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C does not wait for them
+    n_beside = min(n_head, n_threads)  # heads side by side, which share the threads
+
+    def rank(h: int) -> dict[str, Any]:
+        return _rank_head(s, h, n_threads // n_beside + (h % n_beside < n_threads % n_beside))
+
+    heads = in_threads(rank, n_head, n_beside)
     return {name: [head[name] for head in heads] for name in heads[0]}
 
 

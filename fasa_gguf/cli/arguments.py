@@ -10,6 +10,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from .. import runtime
 from ..errors import FasaError
 from ..params import QUALITIES, FasaParams, parse_mode
 from ..profile.profile import PRESETS, Profile
@@ -164,6 +165,23 @@ def add_shape_flags(p: argparse.ArgumentParser, shapes: tuple[str, ...]) -> None
 
 
 # ---- settings from flags ----
+
+
+def take_devices(a: argparse.Namespace) -> None:
+    """Adds the servers of --rpc. Layers on a GPU that is not there are no error, as in llama.cpp; a line says so.
+
+    Raises FasaError when no layer would go to a server, or a server does not answer.
+    """
+    given = getattr(a, "n_gpu_layers", None) or 0
+    wanted = any(given) if isinstance(given, list) else given != 0
+    if getattr(a, "rpc", None):
+        if not wanted:
+            raise FasaError("--rpc without -ngl: no layer would go to the servers; add -ngl 99")
+        runtime.devices.add_rpc_servers(a.rpc)
+    if wanted and a.command != "plan" and not any(d.is_gpu for d in runtime.devices.devices()):
+        note(
+            "-ngl: no GPU, or a build without CUDA; all layers are on the CPU (`fasa-gguf doctor` says more)"
+        )
 
 
 def note(text: str) -> None:

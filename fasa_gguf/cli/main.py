@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import FasaError
-from ..runtime import devices, loading
+from ..runtime import loading
 from . import bench, completion, doctor, eval, plan, profile, quality, run, serve
-from .arguments import Run
+from .arguments import Run, take_devices
 from .progress import loading_bar, stop_progress
 
 
@@ -43,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         ap.error(f"{a.command}: MODEL is missing")
     loading.report = loading_bar()
     try:
-        if getattr(a, "rpc", None):
-            devices.add_rpc_servers(a.rpc)
+        take_devices(a)
         status = a.run(a) or 0
         sys.stdout.flush()
         return int(status)

@@ -135,6 +135,8 @@ def choose_mode(
         return "host", ""
     if why or not arms:
         return "device", ""
+    if any(d.name.startswith("RPC") for d in runtime.devices.devices()):
+        return "device", "mode device: some layers are on other machines, of which auto does not know"
     try:
         m = model()
         device, host = (

@@ -7,10 +7,10 @@ scratch, llama.cpp's compute buffer, is the largest of the moments in a ubatch o
     logits        4 t (n_vocab + 2 n_embd)
     feed-forward  4 t (3 n_ff + 4 n_embd)                        + masks
     attention     4 t (3 n_embd + 2 queries + keys + values)     + masks + f16 copies of K and V
-    sparse prompt 4 t (3 n_embd + 2 queries + keys + values)     + keys in f16 + scores of each list + masks of windows
+    sparse prompt 4 t (3 n_embd + 2 queries + keys + values)     + keys in f16 + scores of lists + other layers' masks
 
-Layers that select ahead have the dominant rows of their W_q beside it. Prompts are sparse on a device from
-prefill_min_context_gpu cells on, where `prefill` is not off and the head dimension has kernels.
+Layers that select ahead have the dominant rows of their W_q beside it. Prompts are sparse on a device as
+`tiles_on_device` says; where all layers of a mask are, it is not there.
 
 masks: 2 t bytes for every cell (f16), of the cache with a window too. f16 copies: of one layer, when the cache has
 another type. FASA-M adds one layer's K and V for dense attention (in a model with windows, one of either kind). A
@@ -148,7 +148,7 @@ class ContextShape:
         """What a layer's sparse prompt takes on a device: (in the compute buffer, in ggml-cuda's pool).
 
         From fasa_build_tile_select, fasa_max_tiles and fasa_tile_pool_bytes. Sequences share no tile, and a ubatch with
-        fewer than 32 tokens of one is dense.
+        fewer than 32 tokens a sequence on average is dense.
         """
         p, n_list, cells = params, layer.n_head if params.per_head else layer.n_head_kv, self.cells(layer.window)
         n_seq = max(1, min(self.settings.n_seq_max, self.n_ubatch // TILE_LEAST))
@@ -157,10 +157,11 @@ class ContextShape:
         most = p.prefill_cap if p.prefill_mass > 0 else p.prefill_budget
         length = min(cells, max(most, p.sink + p.prefill_band + p.prefill_tile))
         scores = 4 * n_tile * n_list * (cells + length)
-        tile = n_list * _up(length + 1, 256) * (4 * layer.d_k + 2 * size)  # K, V and mask of its list
-        turn = min(n_tile, max(1, TILE_ROOM // tile))  # tiles that are gathered at a time, with queries and results
-        rows = turn * (tile + 8 * size * layer.n_head * layer.d_k)
-        return 2 * dims * cells * layer.n_head_kv * self.n_stream + scores, rows
+        queries, pool = 8 * size * layer.n_head * layer.d_k, 0  # queries and results
+        for n in range(256, _up(length + 1, 256) + 1, 256):  # of shorter lists more tiles are gathered at a time
+            rows = n_list * n * (4 * layer.d_k + 2 * size)  # K, V and mask
+            pool = max(pool, min(n_tile, max(1, TILE_ROOM // rows)) * (rows + queries))
+        return 2 * dims * cells * layer.n_head_kv * self.n_stream + scores, pool
 
     def row_stride(self, layer: Layer) -> int:
         """Bytes of a fetched row: K and V of a cell and KV head, each in steps of 16 (fasa_row_layout)."""
@@ -204,7 +205,9 @@ def compute_bytes(
     """
     m, t = c.model, c.n_ubatch
     masks = sum(2 * t * c.cells(max(x.window for x in same)) for same in _by_window(layers))
-    windows = sum(2 * t * c.cells(max(x.window for x in same)) for same in _by_window(layers) if same[0].window)
+    tiled = [x for x in layers if params is not None and x.n_head_kv and tiles_on_device(c, params, x)]
+    others = _by_window(x for x in layers if x not in tiled)
+    masks_beside = sum(2 * t * c.cells(max(x.window for x in same)) for same in others)
     attention = sparse = 0
     for x in layers:
         if x.n_head_kv:
@@ -213,8 +216,8 @@ def compute_bytes(
             copies = sum(2 * n * cells for n, kind in ((k, c.settings.type_k), (v, c.settings.type_v)) if kind != "f16")
             values = 4 * t * (3 * m.n_embd + 2 * x.n_head * x.d_k + k + v)
             attention = max(attention, values + copies)
-            if params is not None and tiles_on_device(c, params, x):
-                sparse = max(sparse, windows + values + c.tile_bytes(params, x)[0])
+            if params is not None and x in tiled:
+                sparse = max(sparse, masks_beside + values + c.tile_bytes(params, x)[0])
     layer = max(masks + max(attention, 4 * t * (3 * m.n_ff + 4 * m.n_embd)), sparse)
     logits = 4 * t * (m.n_vocab + 2 * m.n_embd) if has_output and c.first_on_device <= len(m.layers) else 0
     return max(layer, logits)

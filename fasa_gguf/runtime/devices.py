@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import socket
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +15,8 @@ from .library import api, check, find_library
 from .settings import thread_count
 
 MAX_THREADS = 512  # GGML_MAX_N_THREADS
+RPC_HELLO, RPC_CAPABILITIES = 14, bytes(24)  # RPC_CMD_HELLO and an empty rpc_msg_hello_req of ggml-rpc
+RPC_SECONDS = 10.0  # in which a server answers
 
 
 @dataclass
@@ -107,6 +111,26 @@ def cuda_devices() -> list[str]:
     return [d.name for d in devices() if d.is_gpu and d.name.startswith("CUDA")]
 
 
+def _greet(endpoint: str) -> None:
+    """Raises FasaError unless an RPC server answers there: ggml would end the process, or wait for ever."""
+    host, _, port = endpoint.rpartition(":")
+    try:
+        server = socket.create_connection((host, int(port)), timeout=RPC_SECONDS)
+    except (OSError, ValueError, OverflowError) as e:
+        raise FasaError(f"RPC server {endpoint!r}: expected host:port of a running ggml-rpc-server: {e}") from None
+    with server:
+        size, answer = b"", b""
+        with contextlib.suppress(OSError):
+            server.sendall(struct.pack("<BQ", RPC_HELLO, len(RPC_CAPABILITIES)) + RPC_CAPABILITIES)
+            size = server.recv(8, socket.MSG_WAITALL)
+            answer = server.recv(1, socket.MSG_WAITALL)
+    if len(size) < 8 or struct.unpack("<Q", size)[0] > 1024 or not answer:
+        raise FasaError(
+            f"RPC server {endpoint!r}: it does not answer as a ggml-rpc-server of this llama.cpp; another program may "
+            "use it, since it has clients one at a time"
+        )
+
+
 def add_rpc_servers(endpoints: Sequence[str]) -> None:
     """Take the devices of llama.cpp's RPC servers ("host:port") for all models that are loaded from now on.
 
@@ -122,11 +146,7 @@ def add_rpc_servers(endpoints: Sequence[str]) -> None:
         "void * (*)(const char *)", lib.ggml_backend_reg_get_proc_address(rpc, b"ggml_backend_rpc_add_server")
     )
     for endpoint in endpoints:
-        host, _, port = endpoint.rpartition(":")
-        try:
-            socket.create_connection((host, int(port)), timeout=10).close()  # ggml would end the process
-        except (OSError, ValueError, OverflowError) as e:
-            raise FasaError(f"RPC server {endpoint!r}: expected host:port of a running ggml-rpc-server: {e}") from None
+        _greet(endpoint)
         reg = add(endpoint.encode())
         if not reg:
             raise FasaError(f"RPC server {endpoint!r}: it has no devices")

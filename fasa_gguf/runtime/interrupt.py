@@ -11,8 +11,9 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 ABORTED_FROM = 32  # tokens of a batch; asking between the nodes of a graph would be felt in a smaller one
 
 
@@ -65,17 +66,36 @@ def in_thread(call: Callable[[], None]) -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         call()
-        return
+    else:
+        in_threads(lambda _i: call(), 1, 1)
+
+
+def in_threads(call: Callable[[int], T], n: int, n_threads: int) -> list[T]:
+    """[call(0), ..., call(n - 1)], n_threads of them at a time, which Ctrl-C interrupts as in `in_thread`.
+
+    Raises what the first of them that failed raised; those that have not begun are left out then.
+    """
+    results: dict[int, T] = {}
     raised: list[BaseException] = []
+    numbers = iter(range(n))
 
     def run() -> None:
-        try:
-            call()
-        except BaseException as e:
-            raised.append(e)
+        for i in numbers:
+            try:
+                results[i] = call(i)
+            except BaseException as e:
+                raised.append(e)
+            if raised:
+                return
 
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join()
+    threads = [threading.Thread(target=run, daemon=True) for _ in range(n_threads)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    except BaseException as e:
+        raised.append(e)
     if raised:
         raise raised[0]
+    return [results[i] for i in range(n)]

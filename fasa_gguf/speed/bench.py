@@ -64,8 +64,7 @@ class BenchSettings:
             raise FasaError("-n 0 and -np: a prompt is timed in one sequence alone; give -np 1, or tokens to generate")
         if not self.n_gen and all(p.prefill == "off" for p in arms.values()):
             raise FasaError(
-                "-n 0 and --fasa-prefill off: every prompt would be dense; omit --fasa-prefill, or give tokens to "
-                "generate (-n)"
+                "-n 0 and prefill off: every prompt would be dense; give --fasa-prefill auto, or tokens to decode (-n)"
             )
         if min(self.n_parallel, default=0) < 1 or min(self.n_prompt, default=0) < 0:
             raise FasaError("-np and -p: expected at least 1 sequence, and prompts from 0 tokens")

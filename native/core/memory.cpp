@@ -20,8 +20,12 @@ static uint64_t fasa_steps(uint64_t n, uint64_t step) {
 }
 
 uint64_t fasa_tile_pool_bytes(const fasa_tile_shape & s, uint32_t n_tile) {
-    const uint64_t list = fasa_steps(s.length + 1, FASA_TILE_CELLS), size = fasa_steps(s.size, FASA_TILE_TOKENS);
-    const uint64_t tile = s.n_list * list * (4 * s.d + 2 * size);
-    const uint64_t turn = std::min<uint64_t>(n_tile, std::max<uint64_t>(1, FASA_TILE_ROOM / tile));
-    return turn * (tile + 8 * size * s.n_head * s.d);
+    const uint64_t size = fasa_steps(s.size, FASA_TILE_TOKENS), queries = 8 * size * s.n_head * s.d;
+    uint64_t most = 0;
+    for (uint64_t n = FASA_TILE_CELLS; n < s.length + 1 + FASA_TILE_CELLS; n += FASA_TILE_CELLS) {
+        const uint64_t rows = s.n_list * n * (4 * s.d + 2 * size);
+        const uint64_t turn = std::min<uint64_t>(n_tile, std::max<uint64_t>(1, FASA_TILE_ROOM / rows));
+        most                = std::max(most, turn * (rows + queries));
+    }
+    return most;
 }

@@ -14,5 +14,6 @@ struct fasa_tile_shape {
     uint64_t n_list, n_head, d;
 };
 
-// K, V and mask of the tiles of n_tile that are gathered at a time, and their queries and results in f32
+// K, V and mask of the tiles of n_tile that are gathered at a time, and their queries and results in f32. The most for
+// lists of any length up to shape.length: of shorter ones more tiles are gathered at a time.
 uint64_t fasa_tile_pool_bytes(const fasa_tile_shape & shape, uint32_t n_tile);

@@ -400,6 +400,7 @@ bool fasa_cache::on_apply(const llama_kv_cache_context & mctx) {
     }
     if (is_first) {
         fasa_begin_ubatch(*state, ubatch, kv);
+        state->now.continues = mctx.i_cur > 0;
     }
     inputs.begin(sinfo.strm, sinfo.idxs, mctx.n_kv);
     return true;

@@ -123,7 +123,10 @@ void fasa_on_computed(llama_memory_i * memory) {
     (!now.decodes ? counts.steps_prefill : counts.layers_sparse > 0 ? counts.steps_sparse : counts.steps_dense) = 1;
     state.step_reason           = fasa_step_reason_of(state.params, now);
     counts.steps_prefill_sparse = counts.layers_prefill_sparse > 0;
-    if (!now.decodes) {
+    // the short end of a prompt does not hide why the rest is dense
+    const bool hides =
+        now.continues && now.prefill_reason == FASA_REASON_PREFILL_SHORT && state.prefill_reason != FASA_REASON_NONE;
+    if (!now.decodes && !hides) {
         state.prefill_reason = state.params.enabled ? now.prefill_reason : FASA_REASON_OFF;
     }
     state.steps.add(counts);

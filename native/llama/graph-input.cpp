@@ -183,7 +183,7 @@ static fasa_reason fasa_prompt_reason(const fasa_cache & cache, const llama_cpar
     if (fasa_prompt_waits(state, n_kv, params.prefill_min_context)) {
         return FASA_REASON_PREFILL_MIN_CONTEXT;
     }
-    // last: the end of any prompt may be so short, and the reason of the last ubatch is the one that is told
+    // last: the end of any prompt may be so short
     const bool is_short = ubatch.n_tokens < FASA_TILE_LEAST * std::max(1u, ubatch.n_seqs_unq);
     return is_short ? FASA_REASON_PREFILL_SHORT : FASA_REASON_NONE;
 }

@@ -13,6 +13,12 @@
 
 #include <algorithm>
 
+// why a device has no kernels for tiles of a layer of this shape
+static fasa_reason fasa_tile_reason(ggml_backend_dev_t dev, const fasa_layer_shape & shape) {
+    const auto reason = fasa_device_proc<fasa_dense_reason_t>(dev, "fasa_tile_reason");
+    return reason ? reason(dev, &shape) : FASA_REASON_NO_KERNELS;
+}
+
 uint32_t fasa_cache::prefill_min_context_gpu() const {
     const uint64_t least = uint64_t(state->params.prefill_min_context_gpu) << residence.any_pinned();
     return std::min<uint64_t>(least, UINT32_MAX);
@@ -31,11 +37,16 @@ size_t fasa_cache::tile_pool_bytes(const llama_ubatch & ubatch) const {
     const uint32_t longest =
         std::max(p.prefill_mass > 0 ? p.prefill_cap : p.prefill_budget, p.sink + p.prefill_band + p.prefill_tile);
     for (size_t ikv = 0; ikv < layers.size(); ++ikv) {
-        const int32_t il = kv.layers[ikv].il;
-        if (layers[ikv].reason == FASA_REASON_NONE && residence.is_pinned(il) && !kv.hparams.is_swa(il)) {
-            const uint32_t n_head       = kv.hparams.n_head(il);
+        const auto & l    = kv.layers[ikv];
+        const uint32_t il = l.il, n_head = kv.hparams.n_head(il), n_head_kv = kv.hparams.n_head_kv(il);
+        if (layers[ikv].reason != FASA_REASON_NONE || !residence.is_pinned(il) || kv.hparams.is_swa(il)) {
+            continue;
+        }
+        const int64_t d_k = kv.hparams.n_embd_head_k(il), d_v = kv.hparams.n_embd_head_v(il);
+        const fasa_layer_shape layer = { l.k->type, l.v->type, d_k, d_v, int32_t(n_head / n_head_kv) };
+        if (fasa_tile_reason(residence.device_of(il), layer) == FASA_REASON_NONE) {
             const fasa_tile_shape shape = { p.prefill_tile, std::min(longest, kv.get_size()),
-                p.per_head ? n_head : kv.hparams.n_head_kv(il), n_head, kv.hparams.n_embd_head_k(il) };
+                p.per_head ? n_head : n_head_kv, n_head, uint64_t(d_k) };
             most                        = std::max<size_t>(most, fasa_tile_pool_bytes(shape, n_tile));
         }
     }
@@ -57,12 +68,7 @@ static fasa_reason fasa_device_tile_reason(const fasa_attn & a, ggml_backend_dev
     if (a.soft_cap > 0 && d != 128 && d != 256) { // those that llama.cpp's flash attention caps
         return FASA_REASON_PREFILL_HEAD_DIM;
     }
-    const auto reason = fasa_device_proc<fasa_dense_reason_t>(dev, "fasa_tile_reason");
-    if (reason == nullptr) {
-        return FASA_REASON_NO_KERNELS;
-    }
-    const fasa_layer_shape shape = { a.k->type, a.v->type, d, a.v->ne[0], int32_t(a.q->ne[1] / a.k->ne[1]) };
-    return reason(dev, &shape);
+    return fasa_tile_reason(dev, { a.k->type, a.v->type, d, a.v->ne[0], int32_t(a.q->ne[1] / a.k->ne[1]) });
 }
 
 fasa_reason fasa_attn::tile_reason() const {

@@ -65,6 +65,7 @@ private:
 struct fasa_pending {
     bool active              = false; // false: a graph that is built now only reserves memory
     bool decodes             = false;
+    bool continues           = false;              // a ubatch of the same batch came before it
     bool waits               = false;              // layers on GPUs wait for a longer context
     fasa_reason dense_reason = FASA_REASON_NONE;   // of the step as a whole
     std::vector<fasa_tile> tiles;                  // of a prompt, while FASA is on

@@ -99,6 +99,7 @@ def test_foreseen_queries_have_a_ranking_of_their_own(session, tiny, monkeypatch
     assert np.allclose(profile.ahead_weight[1][1], weight, atol=1e-5)
     entry = ranking.rank_layer(s, 1)
     assert len(entry["ahead_kept"]) == 2 and np.all(np.diff(entry["ahead_kept"]) < 0)
+    assert ranking.rank_layer(s, 5) == entry  # heads side by side
 
 
 def test_a_layer_that_would_lose_much_keeps_its_own_queries(library, tiny, tmp_path, monkeypatch):

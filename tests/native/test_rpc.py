@@ -15,11 +15,13 @@ import rpc_wire as W
 from paths import ROOT
 from tiny_gguf import write_tiny
 
-from fasa_gguf import FasaError
+from fasa_gguf import FasaError, FasaParams
 from fasa_gguf import reference as R
+from fasa_gguf.memory.placement import choose_mode
 from fasa_gguf.memory.plan import device_layers
 from fasa_gguf.reasons import Reason
 from fasa_gguf.runtime import devices, library
+from fasa_gguf.runtime.settings import ContextSettings
 from fasa_gguf.speed.random_model import synthetic_profile
 
 SERVER = ROOT / "build" / "tools" / "bin" / "ggml-rpc-server"
@@ -200,32 +202,47 @@ def test_layers_on_a_server_without_fasa_are_dense(model, tmp_path):
 
 
 def test_the_command_line(model, tmp_path):
-    """The layers of -ngl go to the server, where they are sparse; the server says that somebody came."""
+    """The layers of -ngl go to the server, where steps are sparse and prompts dense."""
     profile = tmp_path / "p.json"
     synthetic_profile([2] * 4, [8] * 4, seed=3).save(profile)
-    command = [sys.executable, "-m", "fasa_gguf", "bench", model, "--profile", profile, "-ngl", "99", "-t", "1"]
-    command += [
-        "-d",
-        "300",
-        "-n",
-        "4",
-        "-r",
-        "1",
-        "-p",
-        "0",
-        "--json",
-        "--fasa-budget",
-        "40",
-        "--fasa-min-context",
-        "0",
-    ]
+    flags = "-ngl 99 -t 1 -d 300 -n 4 -r 1 -p 64 --json --fasa-budget 40 --fasa-min-context 0 --fasa-prefill on"
+    command = [sys.executable, "-m", "fasa_gguf", "bench", model, "--profile", profile, *flags.split()]
     with server(tmp_path / "log") as (port, _):
         command += ["--rpc", f"127.0.0.1:{port}"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=240)
     assert done.returncode == 0, done.stderr
-    rows = json.loads(done.stdout)
-    assert [r["fasa"] is None for r in rows] == [True, False] and rows[1]["sparse_share"] == 1
-    assert "Accepted client connection" in (tmp_path / "log").read_text()
+    prompt, step = (r for r in json.loads(done.stdout) if r["fasa"])
+    assert prompt["note"] == f"prompt dense: {Reason.PREFILL_REMOTE.text}" and step["sparse_share"] == 1
+
+
+def test_auto_is_device_where_there_are_servers(monkeypatch):
+    """It would plan for the layers that are on other machines."""
+    monkeypatch.setattr(devices, "devices", lambda: [devices.Device("RPC0", "127.0.0.1:1", True)])
+    monkeypatch.setattr(devices, "cuda_devices", lambda: ["CUDA0"])
+    settings = ContextSettings(n_gpu_layers=99, mode="auto")
+    assert choose_mode(settings, lambda: pytest.fail("planned"), [FasaParams()]) == (
+        "device",
+        "mode device: some layers are on other machines, of which auto does not know",
+    )
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", None])
+def test_a_port_that_is_not_a_server(library, monkeypatch, answer):
+    """None: it does not answer, as a server that has a client. ggml would end the process, or wait for ever."""
+    monkeypatch.setattr(devices, "RPC_SECONDS", 0.5)
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def serve():
+        with listener.accept()[0] as client:
+            client.recv(64)
+            if answer is None:
+                time.sleep(2)
+            else:
+                client.sendall(answer)
+
+    threading.Thread(target=serve, daemon=True).start()
+    with pytest.raises(FasaError, match=r"does not answer as a ggml-rpc-server of this llama.cpp; .* one at a time"):
+        devices.add_rpc_servers([f"127.0.0.1:{listener.getsockname()[1]}"])
 
 
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:1", "nowhere", "127.0.0.1:x", ""])

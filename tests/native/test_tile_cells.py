@@ -128,12 +128,17 @@ def test_graphs_that_are_used_again(request, model, layers):
 def test_a_layer_that_is_dense_for_its_own_reason(tiny):
     rows = []
     for params in (ALL, OFF):
-        with Session(tiny, n_ctx=2048, n_threads=1, **F32) as s:
+        with Session(tiny, n_ctx=2048, n_batch=1024, n_threads=1, **F32) as s:
             s.fasa.set_profile(synthetic_profile([2] * 3, [8, 0, 8], seed=2))
             s.fasa.set_params(params)
             rows.append(s.decode(tokens_of(700), 0, logits="all"))
             c = s.fasa.counters()
             assert c["layers_prefill_sparse"] == (4 if params is ALL else 0) and c["layers_prefill"] == 6
+            if params is ALL:  # nor does a short end hide the reason, except of a prompt that is no longer
+                s.decode(tokens_of(520), 700, logits="none")
+                assert s.fasa.prefill_reason_code() == Reason.NOT_RANKED
+                s.decode(tokens_of(20), 1220, logits="none")
+                assert s.fasa.prefill_reason_code() == Reason.PREFILL_SHORT
     assert np.abs(rows[0] - rows[1]).mean() < 2e-3 * rows[1].std()
 
 

@@ -9,7 +9,7 @@ import threading
 import pytest
 from paths import ROOT
 
-from fasa_gguf.runtime.interrupt import deferred, in_thread
+from fasa_gguf.runtime.interrupt import deferred, in_thread, in_threads
 
 # Ctrl-C during the first line of the log, where CPython raises what ctypes then drops
 STRIKE = """
@@ -58,6 +58,11 @@ CALLS = {
         "    s.fasa.observe(see)\n    try:\n        s.decode([1] * 64, 0)\n"
         "    finally:\n        assert seen == [0], seen"
     ),
+    "long calls run side by side": (
+        "    from fasa_gguf.runtime.interrupt import in_threads\n    import threading, time\n    struck.append(1)\n"
+        "    threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
+        "    contexts.append(1)\n    in_threads(lambda i: time.sleep(100), 4, 2)"
+    ),
     "a long call runs": (
         "    from fasa_gguf.runtime.interrupt import in_thread\n    import threading, time\n    struck.append(1)\n"
         "    threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
@@ -74,6 +79,14 @@ def test_it_ends(library, tiny, what):
     run = subprocess.run(args, capture_output=True, text=True, cwd=ROOT, timeout=120, **start)
     made = 0 if "loads" in what else 1  # a load that was struck is not continued
     assert run.stdout.split() == ["ended", "1", str(made)], run.stdout + run.stderr
+
+
+@pytest.fixture(autouse=True)
+def usual_handler():
+    """A job in the background begins with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def strike():
@@ -127,3 +140,12 @@ def test_what_a_long_call_raises_is_raised():
 
     with pytest.raises(ValueError, match="its reason"):
         in_thread(fail)
+    with pytest.raises(ValueError, match="its reason"):
+        in_threads(lambda i: fail() if i == 2 else i, 9, 3)
+
+
+def test_calls_in_threads():
+    """Side by side; what a call returns is at its number."""
+    both = threading.Barrier(2, timeout=30)
+    assert in_threads(lambda i: (i, both.wait())[0], 6, 2) == [0, 1, 2, 3, 4, 5]
+    assert in_threads(lambda i: 2 * i, 3, 5) == [0, 2, 4]

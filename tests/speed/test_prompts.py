@@ -27,5 +27,5 @@ def test_what_prompts_alone_cannot_measure(tiny, profile):
     for n_parallel in ([4], [1, 4]):
         with pytest.raises(FasaError, match="-n 0 and -np: a prompt is timed in one sequence alone"):
             run(tiny, replace(QUICK, depths=[0], n_gen=0, n_prompt=[400], n_parallel=n_parallel), profile, ON)
-    with pytest.raises(FasaError, match="-n 0 and --fasa-prefill off: every prompt would be dense"):
+    with pytest.raises(FasaError, match="-n 0 and prefill off: every prompt would be dense; give --fasa-prefill auto"):
         run(tiny, replace(QUICK, depths=[0], n_gen=0, n_prompt=[400]), profile, ON.replace(prefill="off"))
