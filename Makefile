@@ -105,7 +105,7 @@ thread-tests: $(VENV)/.ready
 
 # The tests of ops, laws, API and cache, in a Python that the sanitizers of addresses and of undefined behaviour watch:
 # first our code with them, then all of it with the one for threads, whose waiting for each other it must see.
-SANITIZED := $(addprefix tests/native/test_,$(addsuffix .py,ops tiles prefill laws lists steps fill windows sanitized)) \
+SANITIZED := $(addprefix tests/native/test_,$(addsuffix .py,ops tiles prefill laws lists steps fill windows sanitized))\
              tests/runtime tests/profile/test_profile.py tests/session tests/test_closing.py
 sanitize: stock
 	@$(call configure,build/address,-DFASA_SANITIZE=address$(comma)undefined)
@@ -188,7 +188,7 @@ wheel: $(PACK)/.ready
 	$(AUDIT) repair -w dist build/wheel/fasa_gguf-*.whl
 	$(MAKE) wheel-test
 
-# An installed package, in a fresh environment. PYTHON: the Python of that; TESTED: a wheel or an sdist; SMOKE: options of
+# An installed package, in a fresh environment. PYTHON: the Python of that; TESTED: a wheel or an sdist; SMOKE: flags of
 # the test; UNDER: an emulator, as 'qemu-x86_64-static -cpu Haswell'
 TESTED ?= dist/fasa_gguf-*.whl
 SMOKE  ?=

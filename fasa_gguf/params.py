@@ -153,7 +153,7 @@ class FasaParams:
         low=-1,
     )
     max_tokens: int = _row(
-        64, "tokens per sequence", "a ubatch with more tokens of one sequence than this is a prompt, and dense", low=1
+        64, "tokens per sequence", "a ubatch with more tokens of one sequence than this is a prompt", low=1
     )
     k_dom: str = _row("q4", "f16, q8 or q4", "how the dominant keys are stored", choices=K_DOM_TYPES)
     per_head: int = _row(
@@ -278,7 +278,8 @@ class FasaParams:
                 if isinstance(value, float) and changes[name] != value:
                     raise ValueError("a fraction")
             except (TypeError, ValueError, OverflowError):
-                raise FasaError(f"{where}: setting {name}: expected {known[name].unit}, found {value!r}") from None
+                what = {int: "a whole number of ", float: "a number: "}.get(known[name].kind, "") + known[name].unit
+                raise FasaError(f"{where}: setting {name}: expected {what}, found {value!r}") from None
         if changes.get("mass", 0) > 0 or ("budget" in changes and "mass" not in changes):
             changes.setdefault("mean_budget", 0)
         if changes.get("mean_budget", 0) > 0 or ("budget" in changes and "mean_budget" not in values):

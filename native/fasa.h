@@ -111,7 +111,7 @@ typedef struct fasa_params {
     // cells, from -1: the same for a layer on a GPU; -1: found by a short probe of the GPU; without effect when
     // min_context is 0
     int32_t min_context_gpu;
-    // tokens per sequence, from 1: a ubatch with more tokens of one sequence than this is a prompt, and dense
+    // tokens per sequence, from 1: a ubatch with more tokens of one sequence than this is a prompt
     uint32_t max_tokens;
     // enum fasa_k_dom_type: how the dominant keys are stored
     int32_t k_dom;

@@ -179,9 +179,7 @@ def take_devices(a: argparse.Namespace) -> None:
             raise FasaError("--rpc without -ngl: no layer would go to the servers; add -ngl 99")
         runtime.devices.add_rpc_servers(a.rpc)
     if wanted and a.command != "plan" and not any(d.is_gpu for d in runtime.devices.devices()):
-        note(
-            "-ngl: no GPU, or a build without CUDA; all layers are on the CPU (`fasa-gguf doctor` says more)"
-        )
+        note("-ngl: no GPU, or a build without CUDA; all layers are on the CPU (`fasa-gguf doctor` says more)")
 
 
 def note(text: str) -> None:
@@ -204,7 +202,12 @@ def read_params(a: argparse.Namespace, profile: Profile) -> tuple[FasaParams, Pr
             "a quality changes the default preset"
         )
     base, profile = profile.preset(a.fasa_preset or "default")
-    return FasaParams.from_mapping(given_fasa(a), "command line", FasaParams.from_env(base)), profile
+    given = given_fasa(a)
+    params = FasaParams.from_mapping(given, "command line", FasaParams.from_env(base))
+    for name in ("floor", "cap"):
+        if name in given and params.mass == 0:
+            note(f"--fasa-{name} bounds what a mass attends, and there is none: it has no effect; give --fasa-mass too")
+    return params, profile
 
 
 def read_context(a: argparse.Namespace, **changes: Any) -> ContextSettings:
@@ -225,7 +228,9 @@ def read_text(path: str, detokenize: str | None = None) -> str:
     """The text of a file; detokenize: `wikitext` undoes WikiText's word tokenisation. Raises FasaError."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as e:
+    except OSError as e:
+        raise FasaError(f"{path}: cannot be read: {e.strerror or e}; check the path") from None
+    except UnicodeDecodeError as e:
         raise FasaError(f"{path}: cannot be read as text: {e}") from None
     if detokenize == "wikitext":
         from ..quality.text import detokenize_wikitext

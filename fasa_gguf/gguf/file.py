@@ -315,7 +315,7 @@ class GGUFFile:
         magic = bytes(r.data[:4])
         if magic != b"GGUF":
             what = NOT_GGUF.get(magic.lower(), "convert the model to GGUF first")
-            raise FasaError(f"{self.path}: not a GGUF file: expected it to begin with b'GGUF', found {magic!r}; {what}")
+            raise FasaError(f"{self.path}: not a GGUF file: expected it to begin with GGUF, found {magic!r}; {what}")
         r.at = 4
         self.version = r.number("I", "the version")
         if self.version & 0xFFFF == 0 and self.version != 0:

@@ -179,7 +179,7 @@ def read_json(text: str, where: str) -> dict[str, Any]:
     try:
         values = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as e:
-        raise FasaError(f"{where}: not a FASA profile: expected JSON, found {e}; {REMAKE}") from None
+        raise FasaError(f"{where}: not a FASA profile: neither GGUF nor JSON ({e}); {REMAKE}") from None
     if not isinstance(values, dict):
         found = type(values).__name__
         raise FasaError(f"{where}: not a FASA profile: expected a JSON object, found {found}; {REMAKE}")
