@@ -278,7 +278,8 @@ class FasaParams:
                 if isinstance(value, float) and changes[name] != value:
                     raise ValueError("a fraction")
             except (TypeError, ValueError, OverflowError):
-                what = {int: "a whole number of ", float: "a number: "}.get(known[name].kind, "") + known[name].unit
+                kind = {int: "a whole number", float: "a number"}.get(known[name].kind)
+                what = f"{kind} ({known[name].unit})" if kind else known[name].unit
                 raise FasaError(f"{where}: setting {name}: expected {what}, found {value!r}") from None
         if changes.get("mass", 0) > 0 or ("budget" in changes and "mass" not in changes):
             changes.setdefault("mean_budget", 0)

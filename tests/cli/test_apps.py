@@ -237,7 +237,9 @@ def test_commands(tiny, tiny_profiled, tmp_path, capsys):
     )
     assert json.loads(capsys.readouterr().out)[-1]["sparse_share"] == 1
     assert cli.main(["run", str(model), "-p", "x", "--fasa-budget", "many"]) == 1
-    assert "setting budget: expected tokens per step and KV head, found 'many'" in capsys.readouterr().err
+    assert (
+        "setting budget: expected a whole number (tokens per step and KV head), found 'many'" in capsys.readouterr().err
+    )
     assert cli.main(["embed-profile", str(model), "--remove"]) == 0
     assert cli.main(["inspect", str(model)]) == 1
 

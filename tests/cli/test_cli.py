@@ -131,7 +131,8 @@ def test_bench_makes_an_arm_of_every_quality():
 
 def test_errors_without_a_model(capsys, tmp_path):
     assert error(capsys, "run", "m").endswith("nothing to run: give -p PROMPT or -f FILE")
-    assert "cannot be read as text" in error(capsys, "run", "m", "-f", str(tmp_path / "none.txt"))
+    said = error(capsys, "run", "m", "-f", str(tmp_path / "none.txt"))
+    assert said.count("none.txt") == 1 and "cannot be read: No such file or directory; check the path" in said
     assert "--profile was given, and --remove needs none" in error(
         capsys, "embed-profile", "m", "--remove", "--profile", "p"
     )

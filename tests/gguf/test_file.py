@@ -179,7 +179,7 @@ BAD = {
     "empty": (b"", "it has 0 bytes, expected at least 24"),
     "other format": (
         b"PK\x03\x04" + bytes(100),
-        r"expected it to begin with b'GGUF', found b'PK\\x03\\x04'; convert the model to GGUF first",
+        r"expected it to begin with GGUF, found b'PK\\x03\\x04'; convert the model to GGUF first",
     ),
     "version 1": (gguf_bytes([ARCH], version=1), "version 1, expected 2 or 3"),
     "version 9": (gguf_bytes([ARCH], version=9), "version 9, expected 2 or 3"),

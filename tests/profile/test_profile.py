@@ -343,8 +343,8 @@ def test_what_cannot_be_read_is_not_written(tiny, tmp_path):
 @pytest.mark.parametrize(
     "data, message",
     [
-        (b"", "not a FASA profile: expected JSON, found Expecting value"),
-        (b"{", "not a FASA profile: expected JSON, found"),
+        (b"", r"not a FASA profile: neither GGUF nor JSON \(Expecting value"),
+        (b"{", "not a FASA profile: neither GGUF nor JSON"),
         (b"[1]", "not a FASA profile: expected a JSON object, found list"),
         (b"{}", "key fasa.version: expected u32, found nothing"),
         (b"[" * 100_000, "not a FASA profile: expected JSON, found"),

@@ -261,5 +261,5 @@ def test_records_are_written_and_read(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(FasaError, match="no records in it"):
         ruler.read_records(tmp_path / "empty.jsonl")
-    with pytest.raises(FasaError, match=r"none\.jsonl: cannot be read as text"):
+    with pytest.raises(FasaError, match=r"none\.jsonl: cannot be read: No such file"):
         ruler.read_records(tmp_path / "none.jsonl")
