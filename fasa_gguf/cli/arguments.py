@@ -7,7 +7,6 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from .. import runtime
@@ -226,17 +225,9 @@ def read_context(a: argparse.Namespace, **changes: Any) -> ContextSettings:
 
 def read_text(path: str, detokenize: str | None = None) -> str:
     """The text of a file; detokenize: `wikitext` undoes WikiText's word tokenisation. Raises FasaError."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as e:
-        raise FasaError(f"{path}: cannot be read: {e.strerror or e}; check the path") from None
-    except UnicodeDecodeError as e:
-        raise FasaError(f"{path}: cannot be read as text: {e}") from None
-    if detokenize == "wikitext":
-        from ..quality.text import detokenize_wikitext
+    from ..quality.text import detokenize_wikitext, read_utf8
 
-        return detokenize_wikitext(text)
-    return text
+    return detokenize_wikitext(read_utf8(path)) if detokenize == "wikitext" else read_utf8(path)
 
 
 def random_model(a: argparse.Namespace) -> str:

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FasaError
+from .text import read_utf8
 
 Parts = tuple[str, str, list[str]]  # input, answer prefix, references
 Build = Callable[[int], Parts]  # from the size of the haystack
@@ -427,10 +428,7 @@ def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
 
     Raises FasaError naming the line.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as e:
-        raise FasaError(f"{path}: cannot be read as text: {e}") from None
+    lines = read_utf8(path).splitlines()
     out = []
     for i, line in enumerate(lines):
         try:

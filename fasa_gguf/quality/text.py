@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 
 from ..errors import FasaError
 from ..session import Session
+
+
+def read_utf8(path: str | os.PathLike) -> str:
+    """The text of a file. Raises FasaError."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as e:
+        raise FasaError(f"{path}: cannot be read: {e.strerror or e}; check the path") from None
+    except UnicodeDecodeError as e:
+        raise FasaError(f"{path}: cannot be read as text: {e}") from None
 
 
 def detokenize_wikitext(text: str) -> str:

@@ -249,5 +249,5 @@ def test_settings_from_the_environment(monkeypatch):
     monkeypatch.setenv("FASA_K_DOM", "q8")
     assert FasaParams.from_env() == FasaParams(budget=77, k_dom="q8")
     monkeypatch.setenv("FASA_BUDGET", "x")
-    with pytest.raises(FasaError, match="environment: setting budget: expected tokens per step"):
+    with pytest.raises(FasaError, match="environment: setting budget: expected a whole number \\(tokens per step"):
         FasaParams.from_env()
