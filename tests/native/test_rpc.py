@@ -15,13 +15,10 @@ import rpc_wire as W
 from paths import ROOT
 from tiny_gguf import write_tiny
 
-from fasa_gguf import FasaError, FasaParams
 from fasa_gguf import reference as R
-from fasa_gguf.memory.placement import choose_mode
 from fasa_gguf.memory.plan import device_layers
 from fasa_gguf.reasons import Reason
-from fasa_gguf.runtime import devices, library
-from fasa_gguf.runtime.settings import ContextSettings
+from fasa_gguf.runtime import library
 from fasa_gguf.speed.random_model import synthetic_profile
 
 SERVER = ROOT / "build" / "tools" / "bin" / "ggml-rpc-server"
@@ -213,42 +210,6 @@ def test_the_command_line(model, tmp_path):
     assert done.returncode == 0, done.stderr
     prompt, step = (r for r in json.loads(done.stdout) if r["fasa"])
     assert prompt["note"] == f"prompt dense: {Reason.PREFILL_REMOTE.text}" and step["sparse_share"] == 1
-
-
-def test_auto_is_device_where_there_are_servers(monkeypatch):
-    """It would plan for the layers that are on other machines."""
-    monkeypatch.setattr(devices, "devices", lambda: [devices.Device("RPC0", "127.0.0.1:1", True)])
-    monkeypatch.setattr(devices, "cuda_devices", lambda: ["CUDA0"])
-    settings = ContextSettings(n_gpu_layers=99, mode="auto")
-    assert choose_mode(settings, lambda: pytest.fail("planned"), [FasaParams()]) == (
-        "device",
-        "mode device: some layers are on other machines, of which auto does not know",
-    )
-
-
-@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 400 Bad Request\r\n\r\n", None])
-def test_a_port_that_is_not_a_server(library, monkeypatch, answer):
-    """None: it does not answer, as a server that has a client. ggml would end the process, or wait for ever."""
-    monkeypatch.setattr(devices, "RPC_SECONDS", 0.5)
-    listener = socket.create_server(("127.0.0.1", 0))
-
-    def serve():
-        with listener.accept()[0] as client:
-            client.recv(64)
-            if answer is None:
-                time.sleep(2)
-            else:
-                client.sendall(answer)
-
-    threading.Thread(target=serve, daemon=True).start()
-    with pytest.raises(FasaError, match=r"does not answer as a ggml-rpc-server of this llama.cpp; .* one at a time"):
-        devices.add_rpc_servers([f"127.0.0.1:{listener.getsockname()[1]}"])
-
-
-@pytest.mark.parametrize("endpoint", ["127.0.0.1:1", "nowhere", "127.0.0.1:x", ""])
-def test_a_server_that_is_not_there(library, endpoint):
-    with pytest.raises(FasaError, match="expected host:port of a running ggml-rpc-server"):
-        devices.add_rpc_servers([endpoint])
 
 
 # ---- what comes over the wire ----
