@@ -86,6 +86,13 @@ tools: $(VENV)/.ready
 	@$(call configure,build/tools,-DFASA_TOOLS=ON)
 	$(VENV)/bin/cmake --build build/tools -j $(JOBS) --target $(TOOLS)
 
+# Layers on other machines (docs/guide/rpc.md), with a build that has the RPC backend
+rpc-tests: $(VENV)/.ready
+	@$(call configure,build/rpc,-DGGML_RPC=ON -DFASA_TOOLS=ON)
+	$(VENV)/bin/cmake --build build/rpc -j $(JOBS) --target llama ggml-rpc-server
+	OMP_WAIT_POLICY=passive FASA_LIB_PATH=build/rpc/bin FASA_RPC_SERVER=build/rpc/bin/ggml-rpc-server \
+	    $(PY) -m pytest -q tests/native/test_rpc.py tests/runtime/test_rpc_servers.py
+
 upstream-tests: build $(MODEL)
 	@$(call configure,build/upstream-tests,-DFASA_UPSTREAM_TESTS=ON)
 	$(VENV)/bin/cmake --build build/upstream-tests -j $(JOBS) --target test-llama-archs test-save-load-state
@@ -254,5 +261,5 @@ tables: $(VENV)/.ready
 compare: $(VENV)/.ready
 	$(PY) tests/helpers/compare_checkouts.py $(OTHER)
 
-.PHONY: help build stock tools upstream-tests binding-tests app-tests thread-tests sanitize fuzz soak kills demo \
-        test check lint format tables compare sdist wheel wheel-test wheel-cuda cuda-check
+.PHONY: help build stock tools rpc-tests upstream-tests binding-tests app-tests thread-tests sanitize fuzz soak kills \
+        demo test check lint format tables compare sdist wheel wheel-test wheel-cuda cuda-check

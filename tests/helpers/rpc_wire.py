@@ -7,6 +7,7 @@ import struct
 
 import numpy as np
 
+from fasa_gguf.counters import COUNTERS
 from fasa_gguf.runtime.library import find_library
 
 ALLOC, BASE, SET, GET, COMPUTE, RECOMPUTE, HELLO = 0, 3, 6, 8, 10, 16, 14  # enum rpc_cmd
@@ -18,6 +19,9 @@ COMPUTED = 16  # GGML_TENSOR_FLAG_COMPUTE
 F32, F16, I8, I32 = 0, 1, 24, 26  # enum ggml_type
 SIZES = {F32: 4, F16: 2, I8: 1, I32: 4}
 NUMPY = {F32: np.float32, F16: np.float16, I8: np.int8, I32: np.int32}
+
+
+COUNTED = [c.name for kind in ("op", "device") for c in COUNTERS if c.counted_by == kind]  # struct fasa_stats
 
 
 @functools.cache
@@ -139,7 +143,7 @@ def layer_graph(seed=0, n_kv=70, d=16, n_head=4, n_head_kv=2, n_dom=8, budget=20
         Tensor("fresh", I32, [2, 1], values=[[-1, -1]]),
         Tensor("forced", I32, [3, 1, 1], values=[[[0, n_kv - 1, -1]]]),
         Tensor("sinks", F32, [n_head], values=np.zeros(n_head)),
-        Tensor("counts", I8, [40 + 32], values=np.zeros(72)),
+        Tensor("counts", I8, [8 * len(COUNTED)], values=np.zeros(8 * len(COUNTED))),
         Tensor("values", F32, [n_dom * n_head, 1], values=rng.standard_normal(n_dom * n_head)),
         Tensor("pos", I32, [1], values=[7]),
         Tensor("factors", F32, [d // 2], values=np.ones(d // 2)),

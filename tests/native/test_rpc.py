@@ -2,12 +2,14 @@
 
 import contextlib
 import json
+import os
 import socket
 import struct
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,13 +23,14 @@ from fasa_gguf.reasons import Reason
 from fasa_gguf.runtime import library
 from fasa_gguf.speed.random_model import synthetic_profile
 
-SERVER = ROOT / "build" / "tools" / "bin" / "ggml-rpc-server"
+SERVER = Path(os.environ.get("FASA_RPC_SERVER") or ROOT / "build" / "tools" / "bin" / "ggml-rpc-server").resolve()
 pytestmark = [
-    pytest.mark.skipif(not SERVER.exists(), reason="no RPC server; run `make tools CMAKE_ARGS=-DGGML_RPC=ON`"),
+    pytest.mark.skipif(not SERVER.exists(), reason="no RPC server; `make rpc-tests` has one"),
     pytest.mark.skipif(
-        not (library.lib_dir() / "libggml-rpc.so").exists(), reason="built without RPC; see docs/guide/rpc.md"
+        not (library.lib_dir() / "libggml-rpc.so").exists(), reason="built without RPC; `make rpc-tests` has it"
     ),
 ]
+ENV = {"PYTHONPATH": str(ROOT), **{k: v for k, v in os.environ.items() if k == "FASA_LIB_PATH"}}
 SOME = {"chunks": 4, "budget": 40, "min_context": 0}
 
 
@@ -66,7 +69,7 @@ def run(model, out, ports, settings, observe=False, n_gpu_layers=99):
     job = {"model": str(model), "out": str(out), "servers": [f"127.0.0.1:{p}" for p in ports], "observe": observe}
     job |= {"settings": settings, "n_gpu_layers": n_gpu_layers if ports else 0}
     command = [sys.executable, ROOT / "tests" / "helpers" / "rpc_run.py", json.dumps(job)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}, timeout=240)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENV, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     return np.load(out), json.loads(done.stdout)
 
@@ -132,7 +135,7 @@ def test_plan_splits_layers_as_llama_cpp_does(model, tmp_path):
     with server(tmp_path / "1") as (one, _), server(tmp_path / "2") as (two, _):
         job = {"model": str(model), "servers": [f"127.0.0.1:{p}" for p in (one, two)], "splits": splits}
         command = [sys.executable, ROOT / "tests" / "helpers" / "rpc_run.py", json.dumps(job)]
-        found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)})
+        found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=ENV)
     wanted = [[list(part) for part in device_layers(4, n, split)] for split, n in splits]
     assert json.loads(found.stdout) == wanted
 
@@ -266,7 +269,8 @@ def test_a_sound_graph_is_computed(wire):
         assert {0, 69} <= set(at.tolist()) and (np.diff(at) > 0).all()
         logits = np.append(k[at, head // 2] @ q[head] * 0.25, 0.0)  # a sink of 0
         assert np.allclose(R.softmax(logits)[:-1] @ v[at, head // 2], fac[0, 0, head], atol=1e-3)
-    assert np.frombuffer(counts.tobytes(), np.uint64)[:3].tolist() == [40, 140, 2]
+    counted = dict(zip(W.COUNTED, np.frombuffer(counts.tobytes(), np.uint64).tolist(), strict=True))
+    assert [counted[name] for name in ("tokens_attended", "tokens_visible", "lists")] == [40, 140, 2]
 
 
 def refused(wire, change, why):
