@@ -86,12 +86,11 @@ tools: $(VENV)/.ready
 	@$(call configure,build/tools,-DFASA_TOOLS=ON)
 	$(VENV)/bin/cmake --build build/tools -j $(JOBS) --target $(TOOLS)
 
-# Layers on other machines (docs/guide/rpc.md), with a build that has the RPC backend
-rpc-tests: $(VENV)/.ready
-	@$(call configure,build/rpc,-DGGML_RPC=ON -DFASA_TOOLS=ON)
-	$(VENV)/bin/cmake --build build/rpc -j $(JOBS) --target llama ggml-rpc-server
-	OMP_WAIT_POLICY=passive FASA_LIB_PATH=build/rpc/bin FASA_RPC_SERVER=build/rpc/bin/ggml-rpc-server \
-	    $(PY) -m pytest -q tests/native/test_rpc.py tests/runtime/test_rpc_servers.py
+# the tests of these programs, and of layers on other machines (docs/guide/rpc.md)
+tool-tests:
+	$(MAKE) tools CMAKE_ARGS='$(CMAKE_ARGS) -DGGML_RPC=ON'
+	OMP_WAIT_POLICY=passive FASA_LIB_PATH=build/tools/bin $(PY) -m pytest -q \
+	    tests/native/test_tools.py tests/native/test_rpc.py tests/runtime/test_rpc_servers.py
 
 upstream-tests: build $(MODEL)
 	@$(call configure,build/upstream-tests,-DFASA_UPSTREAM_TESTS=ON)
@@ -111,7 +110,8 @@ thread-tests: $(VENV)/.ready
 	$(PY) -m pytest -q -rs tests/native/test_threads.py
 
 # The tests of ops, laws, API and cache, in a Python that the sanitizers of addresses and of undefined behaviour watch:
-# first our code with them, then all of it with the one for threads, whose waiting for each other it must see.
+# first our code with them, then all of it with the one for threads, whose waiting for each other it must see. There
+# test_tiles.py takes longer than all others together.
 SANITIZED := $(addprefix tests/native/test_,$(addsuffix .py,ops tiles prefill laws lists steps fill windows sanitized))\
              tests/runtime tests/profile/test_profile.py tests/session tests/test_closing.py
 sanitize: stock
@@ -120,7 +120,7 @@ sanitize: stock
 	$(PY) tests/helpers/sanitized.py address build/address/bin $(SANITIZED)
 	@$(call configure,build/threads,$(THREAD_FLAGS))
 	$(VENV)/bin/cmake --build build/threads -j $(JOBS) --target llama
-	$(PY) tests/helpers/sanitized.py thread build/threads/bin $(SANITIZED)
+	$(PY) tests/helpers/sanitized.py thread build/threads/bin $(filter-out %/test_tiles.py,$(SANITIZED))
 
 # Our C code that takes foreign bytes, compiled with libFuzzer and the sanitizers, in front of the library of
 # `make build`: a program's own functions go before those of its libraries. Python's side runs under atheris.
@@ -261,5 +261,5 @@ tables: $(VENV)/.ready
 compare: $(VENV)/.ready
 	$(PY) tests/helpers/compare_checkouts.py $(OTHER)
 
-.PHONY: help build stock tools rpc-tests upstream-tests binding-tests app-tests thread-tests sanitize fuzz soak kills \
+.PHONY: help build stock tools tool-tests upstream-tests binding-tests app-tests thread-tests sanitize fuzz soak kills \
         demo test check lint format tables compare sdist wheel wheel-test wheel-cuda cuda-check

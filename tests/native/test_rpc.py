@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,11 +22,11 @@ from fasa_gguf.reasons import Reason
 from fasa_gguf.runtime import library
 from fasa_gguf.speed.random_model import synthetic_profile
 
-SERVER = Path(os.environ.get("FASA_RPC_SERVER") or ROOT / "build" / "tools" / "bin" / "ggml-rpc-server").resolve()
+SERVER = ROOT / "build" / "tools" / "bin" / "ggml-rpc-server"
 pytestmark = [
-    pytest.mark.skipif(not SERVER.exists(), reason="no RPC server; `make rpc-tests` has one"),
+    pytest.mark.skipif(not SERVER.exists(), reason="no RPC server; `make tool-tests` has one"),
     pytest.mark.skipif(
-        not (library.lib_dir() / "libggml-rpc.so").exists(), reason="built without RPC; `make rpc-tests` has it"
+        not (library.lib_dir() / "libggml-rpc.so").exists(), reason="built without RPC; `make tool-tests` has it"
     ),
 ]
 ENV = {"PYTHONPATH": str(ROOT), **{k: v for k, v in os.environ.items() if k == "FASA_LIB_PATH"}}

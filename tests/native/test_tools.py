@@ -165,7 +165,7 @@ def test_a_quality_is_a_variable(known):
         ({"BUDGET": "1e12"}, "FASA_BUDGET: expected a whole number from 1 to 2147483647, found 1e+12"),
         ({"BUDGET": "1.5"}, "FASA_BUDGET: expected a whole number from 1 to 2147483647, found 1.5"),
         ({"MASS": "nan"}, "FASA_MASS: expected a number, found 'nan'"),
-        ({"K_DOM": "q5"}, "FASA_K_DOM: expected f16, q8 or q4, found 'q5'"),
+        ({"K_DOM": "q5"}, "FASA_K_DOM: expected one of f16, q8, q4, found 'q5'"),
         ({"QUALITY": "best"}, "FASA_QUALITY: expected one of fast, balanced, careful, found 'best'"),
         ({"MODE": "disk"}, "FASA_MODE: expected auto, device or host, found 'disk'"),
         ({"MODE": "host"}, "FASA_MODE host: this context has no K and V in pinned host memory"),

@@ -13,7 +13,7 @@ from fasa_gguf.runtime import devices, library
 from fasa_gguf.runtime.settings import ContextSettings
 
 needs_rpc = pytest.mark.skipif(
-    not (library.lib_dir() / "libggml-rpc.so").exists(), reason="built without RPC; `make rpc-tests` has it"
+    not (library.lib_dir() / "libggml-rpc.so").exists(), reason="built without RPC; `make tool-tests` has it"
 )
 
 
