@@ -111,7 +111,7 @@ thread-tests: $(VENV)/.ready
 
 # The tests of ops, laws, API and cache, in a Python that the sanitizers of addresses and of undefined behaviour watch:
 # first our code with them, then all of it with the one for threads, whose waiting for each other it must see. There
-# test_tiles.py takes longer than all others together.
+# test_tiles.py and test_prefill.py take longer than all others together.
 SANITIZED := $(addprefix tests/native/test_,$(addsuffix .py,ops tiles prefill laws lists steps fill windows sanitized))\
              tests/runtime tests/profile/test_profile.py tests/session tests/test_closing.py
 sanitize: stock
@@ -120,7 +120,7 @@ sanitize: stock
 	$(PY) tests/helpers/sanitized.py address build/address/bin $(SANITIZED)
 	@$(call configure,build/threads,$(THREAD_FLAGS))
 	$(VENV)/bin/cmake --build build/threads -j $(JOBS) --target llama
-	$(PY) tests/helpers/sanitized.py thread build/threads/bin $(filter-out %/test_tiles.py,$(SANITIZED))
+	$(PY) tests/helpers/sanitized.py thread build/threads/bin $(filter-out %/test_tiles.py %/test_prefill.py,$(SANITIZED))
 
 # Our C code that takes foreign bytes, compiled with libFuzzer and the sanitizers, in front of the library of
 # `make build`: a program's own functions go before those of its libraries. Python's side runs under atheris.

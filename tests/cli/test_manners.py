@@ -106,7 +106,8 @@ def test_exit_status(argv, status):
 def test_ctrl_c_is_130(library, tmp_path):
     """While a model of 0.8 GB is written."""
     process = subprocess.Popen([*RUN, "bench", "--shape", "1b", "-d", "65536"], cwd=ROOT, stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL, text=True, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)})  # fmt: skip
+        stdout=subprocess.DEVNULL, text=True, env={**os.environ, "XDG_CACHE_HOME": str(tmp_path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))  # fmt: skip
     assert "writing a random" in process.stderr.readline()
     time.sleep(0.2)
     process.send_signal(signal.SIGINT)

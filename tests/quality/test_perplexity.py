@@ -202,7 +202,7 @@ def test_arms_by_text(profile):
         ("mass=", "expected SETTING=VALUE, found 'mass='"),
         ("cap=1,cap=2", "arm 'cap=1,cap=2': cap is given twice"),
         ("magic=1", "arm 'magic=1': unknown setting 'magic'; known are chunks"),
-        ("mass=x", "arm 'mass=x': setting mass: expected share, 0 to 1, found 'x'"),
+        ("mass=x", "arm 'mass=x': setting mass: expected a number \\(share, 0 to 1\\), found 'x'"),
         ("mass=0.9,cap=3", "settings floor and cap: expected 1 <= floor <= cap, found 64 and 3"),
         ("mass=0.9,mean_budget=9", "settings mass and mean_budget"),
         ("dense,ubatch=x", "arm 'dense,ubatch=x': ubatch: expected a whole number of tokens from 1, found 'x'"),
