@@ -19,6 +19,7 @@ help:
 	@echo 'make upstream-tests  the own tests of the pinned llama.cpp, against the patched library'
 	@echo 'make binding-tests  the own tests of the pinned llama-cpp-python, with FASA off and on'
 	@echo 'make app-tests  langchain, llama-index, the server of llama-cpp-python and `serve`, with FASA'
+	@echo 'make tool-tests  llama-server and its kin with FASA, and layers on other machines (RPC)'
 	@echo 'make thread-tests  settings and statistics during a decode, under the thread sanitizer'
 	@echo 'make sanitize  ops, laws, API and cache under the sanitizers of addresses, undefined behaviour and threads'
 	@echo 'make fuzz FUZZ_SECONDS=3600  foreign files, profiles and calls of the C interface, made up by libFuzzer'

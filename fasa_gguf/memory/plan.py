@@ -205,7 +205,7 @@ def compute_bytes(
     """
     m, t = c.model, c.n_ubatch
     masks = sum(2 * t * c.cells(max(x.window for x in same)) for same in _by_window(layers))
-    tiled = [x for x in layers if params is not None and x.n_head_kv and tiles_on_device(c, params, x)]
+    tiled = tiled_layers(c, layers, params)
     others = _by_window(x for x in layers if x not in tiled)
     masks_beside = sum(2 * t * c.cells(max(x.window for x in same)) for same in others)
     attention = sparse = 0
@@ -283,6 +283,11 @@ def tiles_on_device(c: ContextShape, params: FasaParams, layer: Layer) -> bool:
     return params.prefill != "off" and not waits and is_sparse and layer.d_k in TILE_WIDTHS
 
 
+def tiled_layers(c: ContextShape, layers: Iterable[Layer], params: FasaParams | None) -> list[Layer]:
+    """Those of the layers on a device that process prompts sparsely."""
+    return [x for x in layers if params is not None and x.n_head_kv and tiles_on_device(c, params, x)]
+
+
 def estimate(
     model: Model, settings: ContextSettings, params: FasaParams | None = None, part: range | None = None
 ) -> Memory:
@@ -314,7 +319,7 @@ def estimate(
         put["scratch"] = compute_bytes(c, attending, n_layer in part, params)
         put["scratch"] += pool_bytes(max(model.n_ff, model.n_embd), c.n_ubatch)
         if params is not None:
-            tiled = [x for x in attending if x.n_head_kv and tiles_on_device(c, params, x)]
+            tiled = tiled_layers(c, attending, params)
             put["scratch"] += max((c.tile_bytes(params, x)[1] for x in tiled), default=0)
         put["scratch"] += (stage_bytes(c, attending) if host else 0) + (WORK_BYTES if put["k_dom"] else 0)
     fetching = [x for x in attending if host and params is not None and runs_sparse(params, x)]
