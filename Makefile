@@ -90,7 +90,7 @@ tools: $(VENV)/.ready
 # the tests of these programs, and of layers on other machines (docs/guide/rpc.md)
 tool-tests:
 	$(MAKE) tools CMAKE_ARGS='$(CMAKE_ARGS) -DGGML_RPC=ON'
-	OMP_WAIT_POLICY=passive FASA_LIB_PATH=build/tools/bin $(PY) -m pytest -q \
+	OMP_WAIT_POLICY=passive FASA_LIB_PATH=build/tools/bin $(PY) -m pytest -q -rs \
 	    tests/native/test_tools.py tests/native/test_rpc.py tests/runtime/test_rpc_servers.py
 
 upstream-tests: build $(MODEL)
